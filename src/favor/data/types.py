@@ -1,0 +1,120 @@
+"""The records that travel from a preference file to the loss, and THE shape legend.
+
+In: nothing. Out: PromptTree (text), TokenTree (ids), Batch (tensors). Next: data/read.py.
+
+Shape legend, used as name suffixes everywhere:
+  B rows of a padded batch (1 when packed)     T tokens of a row        N positions whose logits are needed
+  E scored tokens (each once)                  M (response, scored token) memberships
+  R responses     P pairs     Q rankings       K longest ranking        V vocabulary
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Message: TypeAlias = dict[str, Any]
+Text: TypeAlias = str | tuple[Message, ...]
+Layout: TypeAlias = Literal["tree", "rows"]
+
+
+class Comparison(NamedTuple):
+    """Responses in order of preference, best first; a pair is the ranking with two members.
+
+    order: indices into the tree's responses. weight: how much this comparison counts (1 = one judgment).
+    """
+
+    order: tuple[int, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class PromptTree:
+    """One prompt, its unique responses and the comparisons among them, as text or chat messages.
+
+    `prompt` is plain text or messages; every response is plain text or the messages that follow the
+    prompt. `tools` goes to the chat template. `rows` are the 1-based row numbers of `source` merged here.
+    """
+
+    prompt: Text
+    responses: tuple[Text, ...]
+    comparisons: tuple[Comparison, ...]
+    rows: tuple[int, ...]
+    source: str
+    tools: tuple[dict[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """A PromptTree after tokenisation and truncation.
+
+    `complete[r]` says that response r still ends with its end-of-turn token (a cut one does not).
+    `first_response` is the index of response 0 in the whole data set: the key of the reference store.
+    """
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[tuple[int, ...], ...]
+    complete: tuple[bool, ...]
+    comparisons: tuple[Comparison, ...]
+    first_response: int
+    row: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens when the prompt is computed once (an upper bound: shared openings save more)."""
+        return len(self.prompt_ids) + sum(map(len, self.response_ids))
+
+
+class Node(NamedTuple):
+    """A run of tokens shared by everything below it, in pre-order: [start, stop), descendants [stop, end)."""
+
+    start: int
+    stop: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token trees as tensors: one packed row of trees, or one padded row per response.
+
+    ids_BT, position_BT int64; `nodes` describe the tree attention of the packed row and are empty for
+    padded rows, whose `mask_BT` (bool) marks real tokens. head_N int64 are flat indices into B*T of the
+    positions whose next-token logits are needed; edge_head_E int64 indexes head_N and edge_target_E
+    int64 is the token scored there. member_edge_M / member_response_M int64 say which scored tokens make up
+    which response. chosen_P / rejected_P int64 index R, weight_P float32. ranking_QK int64, best
+    first, padded with -1; weight_Q float32. index_R int64 is the data-set-wide response index.
+    """
+
+    ids_BT: Tensor
+    position_BT: Tensor
+    mask_BT: Tensor | None
+    nodes: tuple[Node, ...]
+    head_N: Tensor
+    edge_head_E: Tensor
+    edge_target_E: Tensor
+    member_edge_M: Tensor
+    member_response_M: Tensor
+    length_R: Tensor
+    index_R: Tensor
+    chosen_P: Tensor
+    rejected_P: Tensor
+    weight_P: Tensor
+    ranking_QK: Tensor
+    weight_Q: Tensor
+    num_naive_tokens: int
+
+    @property
+    def num_responses(self) -> int:
+        """R."""
+        return int(self.index_R.shape[0])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed, padding included."""
+        return self.ids_BT.numel()
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return Batch(**{**vars(self), **moved})
