@@ -1,0 +1,126 @@
+"""The loss family: name -> pure function, what it needs, and its value at pi = ref.
+
+In: nothing. Out: LOSSES and the section [loss]. Every function takes tensors and floats and returns a
+loss per comparison. Next: pairwise.py.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from torch import Tensor
+
+from favor.config import STRICT
+from favor.data.types import Batch
+from favor.losses import pairwise, ranking
+
+LossName = Literal["sigmoid", "cdpo", "ipo", "hinge", "plackett_luce"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`per_item(reward gap or rewards, settings, batch)` -> loss per comparison; `options` it reads beside beta.
+
+    `at_reference(settings, length)` is the closed form at pi = ref for a comparison of `length` responses.
+    """
+
+    kind: Literal["pairs", "rankings"]
+    options: frozenset[str]
+    per_item: Callable[[Tensor, Tensor, "LossConfig"], Tensor]
+    at_reference: Callable[["LossConfig", int], float]
+
+
+class LossConfig(BaseModel):
+    """Section [loss]. beta: temperature of the KL constraint, in 1/nats (METHOD.md)."""
+
+    model_config = STRICT
+    name: LossName = "sigmoid"
+    beta: float = Field(0.1, gt=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=0.5)
+    length_normalized: bool = False
+
+    @model_validator(mode="after")
+    def _every_option_is_read(self) -> "LossConfig":
+        unread = sorted(self.model_fields_set - {"name", "beta"} - LOSSES[self.name].options)
+        if unread:
+            raise ValueError(
+                f"loss.{unread[0]} is not read by loss '{self.name}'; remove it or choose a loss that uses it"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_read(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The resolved recipe holds what this loss reads, so that it can be read back."""
+        used = {"name", "beta"} | LOSSES[self.name].options
+        return {key: value for key, value in handler(self).items() if key in used}
+
+
+def per_comparison(config: LossConfig, log_ratio_R: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Loss and weight of every comparison of a batch.
+
+    log_ratio_R: log pi(y|x) - log ref(y|x), nats, summed over tokens. Returns (loss [P or Q], weight of
+    the same shape); differentiable in log_ratio_R.
+    """
+    loss = LOSSES[config.name]
+    scaled_R = log_ratio_R / batch.length_R if config.length_normalized else log_ratio_R
+    if loss.kind == "rankings":
+        return loss.per_item(scaled_R, batch.ranking_QK, config), batch.weight_Q
+    pair_P2 = torch.stack([batch.chosen_P, batch.rejected_P], 1)
+    return loss.per_item(scaled_R, pair_P2, config), batch.weight_P
+
+
+def total_weight(config: LossConfig, batch: Batch) -> float:
+    """Summed weight of the comparisons this loss sees: what the global batch is divided by."""
+    weight = batch.weight_Q if LOSSES[config.name].kind == "rankings" else batch.weight_P
+    return float(weight.double().sum())
+
+
+def at_reference(config: LossConfig, batch: Batch) -> Tensor:
+    """The closed form of every comparison's loss when policy and reference are equal: float64 [P or Q]."""
+    loss = LOSSES[config.name]
+    if loss.kind == "pairs":
+        return torch.full((batch.chosen_P.shape[0],), loss.at_reference(config, 2), dtype=torch.float64)
+    lengths = (batch.ranking_QK >= 0).sum(1).tolist()
+    return torch.tensor([loss.at_reference(config, length) for length in lengths], dtype=torch.float64)
+
+
+def _gap(log_ratio_R: Tensor, pair_P2: Tensor) -> Tensor:
+    """h = (log pi/ref)(chosen) - (log pi/ref)(rejected), nats [P]."""
+    return log_ratio_R[pair_P2[:, 0]] - log_ratio_R[pair_P2[:, 1]]
+
+
+LOSSES: dict[str, Loss] = {
+    "sigmoid": Loss(
+        "pairs",
+        frozenset(),
+        lambda ratio, pairs, c: pairwise.sigmoid(_gap(ratio, pairs), c.beta),
+        lambda c, k: math.log(2),
+    ),
+    "cdpo": Loss(
+        "pairs",
+        frozenset({"label_smoothing"}),
+        lambda ratio, pairs, c: pairwise.cdpo(_gap(ratio, pairs), c.beta, c.label_smoothing),
+        lambda c, k: math.log(2),
+    ),
+    "ipo": Loss(
+        "pairs",
+        frozenset({"length_normalized"}),
+        lambda ratio, pairs, c: pairwise.ipo(_gap(ratio, pairs), c.beta),
+        lambda c, k: 1 / (4 * c.beta**2),
+    ),
+    "hinge": Loss(
+        "pairs",
+        frozenset(),
+        lambda ratio, pairs, c: pairwise.hinge(_gap(ratio, pairs), c.beta),
+        lambda c, k: 1.0,
+    ),
+    "plackett_luce": Loss(
+        "rankings",
+        frozenset(),
+        lambda ratio, order, c: ranking.plackett_luce(ratio, order, c.beta),
+        lambda c, k: math.lgamma(k + 1),
+    ),
+}

@@ -1,0 +1,187 @@
+"""Token trees -> Batches: which trees share a micro-batch, and how its tokens are laid out.
+
+In: the TokenTrees of one optimizer batch. Out: micro-batches under a token budget, one list per
+rank, and each as tensors. Pure and deterministic. Next: loader.py.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from favor.data.types import Batch, Layout, Node, TokenTree
+
+
+def plan(sizes: Sequence[int], budget: int, world: int = 1) -> list[list[int]]:
+    """Cut an optimizer batch into micro-batches of at most `budget` tokens, balanced over `world` ranks.
+
+    Largest first into the emptiest bin; the number of bins is the least multiple of `world` that fits, so
+    every rank runs equally many (some may be empty). A tree beyond the budget gets a bin to itself. Bin i
+    belongs to rank i % world. Returns indices into `sizes`, ascending within a bin.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    num_bins = world * max(1, -(-sum(sizes) // (budget * world)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(num_bins)]
+        load = [0] * num_bins
+        for i in order:
+            emptiest = min(range(num_bins), key=lambda b: (load[b], b))
+            bins[emptiest].append(i)
+            load[emptiest] += sizes[i]
+        if all(total <= budget or len(members) == 1 for total, members in zip(load, bins, strict=True)):
+            return [sorted(members) for members in bins]
+        num_bins += world
+
+
+def computed_tokens(tree: TokenTree, layout: Layout) -> int:
+    """Tokens that a tree alone costs in this layout, padding included."""
+    if layout == "tree":
+        return tree.num_tokens
+    return len(tree.response_ids) * (len(tree.prompt_ids) + max(map(len, tree.response_ids)))
+
+
+def build(trees: Sequence[TokenTree], layout: Layout, pad_id: int = 0) -> Batch:
+    """Lay trees out as tensors: one packed row in which every common token prefix stands once, or padded rows.
+
+    The true longest common prefix is shared, also between trees: system prompts, multi-turn histories,
+    responses that open alike.
+    """
+    paths = [tree.prompt_ids + response for tree in trees for response in tree.response_ids]
+    starts = [len(tree.prompt_ids) for tree in trees for _ in tree.response_ids]
+    if layout == "tree":
+        nodes, ids, position, where = radix(paths)
+        ids_BT, position_BT, mask_BT = ids[None], position[None], None
+    else:
+        nodes = ()
+        ids_BT, position_BT, mask_BT, where = _padded(paths, pad_id)
+    return Batch(
+        ids_BT=torch.from_numpy(ids_BT),
+        position_BT=torch.from_numpy(position_BT),
+        mask_BT=None if mask_BT is None else torch.from_numpy(mask_BT),
+        nodes=nodes,
+        **_scored(paths, starts, where),
+        **_comparisons(trees),
+        num_naive_tokens=sum(map(len, paths)),
+    )
+
+
+def radix(paths: Sequence[Sequence[int]]) -> tuple[tuple[Node, ...], np.ndarray, np.ndarray, list[np.ndarray]]:
+    """The forest of common prefixes of token sequences, in pre-order.
+
+    Returns nodes, ids_T int64, position_T int64 (depth from the root) and for every path the packed index
+    of each of its tokens.
+    """
+    order = sorted(range(len(paths)), key=lambda i: tuple(paths[i]))
+    shared = [0] + [_common(paths[a], paths[b]) for a, b in pairwise(order)]
+    nodes: list[list[int]] = []
+    ids: list[int] = []
+    position: list[int] = []
+    where: list[np.ndarray] = [np.empty(0, np.int64)] * len(paths)
+    open_nodes: list[tuple[int, int]] = []  # (node, depth at which it starts), from the root to the current leaf
+    trail = np.empty(0, np.int64)
+    for rank, index in enumerate(order):
+        path, keep = paths[index], shared[rank]
+        _close(nodes, open_nodes, keep, len(ids))
+        if len(path) > keep:
+            start = len(ids)
+            ids.extend(path[keep:])
+            position.extend(range(keep, len(path)))
+            nodes.append([start, len(ids), len(ids)])
+            open_nodes.append((len(nodes) - 1, keep))
+            trail = np.concatenate([trail[:keep], np.arange(start, len(ids))])
+        where[index] = trail[: len(path)]
+    _close(nodes, open_nodes, 0, len(ids))
+    return (
+        tuple(Node(*node) for node in sorted(nodes, key=lambda node: node[0])),
+        np.array(ids, np.int64),
+        np.array(position, np.int64),
+        where,
+    )
+
+
+def _close(nodes: list[list[int]], open_nodes: list[tuple[int, int]], keep: int, end: int) -> None:
+    """Leave every open node below depth `keep`; a node that reaches beyond it is split there."""
+    while open_nodes:
+        node, depth = open_nodes[-1]
+        length = nodes[node][1] - nodes[node][0]
+        if depth + length <= keep:
+            return
+        open_nodes.pop()
+        nodes[node][2] = end
+        if depth < keep:
+            start, stop, _ = nodes[node]
+            cut = start + keep - depth
+            nodes[node] = [cut, stop, end]
+            nodes.append([start, cut, end])
+            open_nodes.append((len(nodes) - 1, depth))
+            return
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    limit = min(len(a), len(b))
+    x, y = np.asarray(a[:limit]), np.asarray(b[:limit])
+    differs = np.flatnonzero(x != y)
+    return int(differs[0]) if differs.size else limit
+
+
+def _padded(paths: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
+    """One right-padded row per response: ids_BT, position_BT, mask_BT and each path's flat indices."""
+    width = max(map(len, paths))
+    ids_BT = np.full((len(paths), width), pad_id, np.int64)
+    mask_BT = np.zeros((len(paths), width), np.bool_)
+    for row, path in enumerate(paths):
+        ids_BT[row, : len(path)] = path
+        mask_BT[row, : len(path)] = True
+    position_BT = np.broadcast_to(np.arange(width), ids_BT.shape).copy()
+    return ids_BT, position_BT, mask_BT, [row * width + np.arange(len(path)) for row, path in enumerate(paths)]
+
+
+def _scored(
+    paths: Sequence[Sequence[int]], starts: Sequence[int], where: Sequence[np.ndarray]
+) -> dict[str, torch.Tensor]:
+    """Which positions need logits, which tokens are scored there, and which response each belongs to."""
+    token_M = np.concatenate([w[start:] for w, start in zip(where, starts, strict=True)])
+    parent_M = np.concatenate([w[start - 1 : -1] for w, start in zip(where, starts, strict=True)])
+    target_M = np.concatenate([np.asarray(p[start:], np.int64) for p, start in zip(paths, starts, strict=True)])
+    length_R = np.array([len(p) - start for p, start in zip(paths, starts, strict=True)], np.int64)
+    # a packed token has one parent, so the token's index names the scored edge
+    _, first_E, edge_M = np.unique(token_M, return_index=True, return_inverse=True)
+    head_N, edge_head_E = np.unique(parent_M[first_E], return_inverse=True)
+    arrays = {
+        "head_N": head_N,
+        "edge_head_E": edge_head_E,
+        "edge_target_E": target_M[first_E],
+        "member_edge_M": edge_M,
+        "member_response_M": np.repeat(np.arange(len(paths)), length_R),
+        "length_R": length_R,
+    }
+    return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+
+
+def _comparisons(trees: Sequence[TokenTree]) -> dict[str, torch.Tensor]:
+    """Comparisons as index tensors: every pair a ranking implies, and the rankings themselves."""
+    orders: list[tuple[int, ...]] = []
+    weights: list[float] = []
+    index: list[int] = []
+    for tree in trees:
+        offset = len(index)
+        index.extend(range(tree.first_response, tree.first_response + len(tree.response_ids)))
+        orders.extend(tuple(offset + r for r in comparison.order) for comparison in tree.comparisons)
+        weights.extend(comparison.weight for comparison in tree.comparisons)
+    longest = max(map(len, orders), default=2)
+    pairs = [(order[i], order[j], w) for order, w in zip(orders, weights, strict=True) for i, j in _implied(len(order))]
+    return {
+        "index_R": torch.tensor(index, dtype=torch.int64),
+        "chosen_P": torch.tensor([p[0] for p in pairs], dtype=torch.int64),
+        "rejected_P": torch.tensor([p[1] for p in pairs], dtype=torch.int64),
+        "weight_P": torch.tensor([p[2] for p in pairs], dtype=torch.float32),
+        "ranking_QK": torch.tensor([o + (-1,) * (longest - len(o)) for o in orders], dtype=torch.int64).view(
+            -1, longest
+        ),
+        "weight_Q": torch.tensor(weights, dtype=torch.float32),
+    }
+
+
+def _implied(length: int) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(length) for j in range(i + 1, length)]

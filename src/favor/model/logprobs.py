@@ -1,0 +1,155 @@
+"""Log-probabilities of responses: one forward for a whole batch of trees, logits only where they are scored.
+
+In: a Policy and a Batch. Out: logp_R, the sum in nats over each response's tokens, end-of-turn
+token included, prompt excluded. Next: losses/pairwise.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from favor.data.types import Batch
+from favor.model.load import Policy
+
+# Keep the probabilities of a batch for the backward up to this size, else compute the tiles again.
+_KEEP_BYTES = 1 << 30
+# A tile of logits of this size stays in a last-level cache between the matrix product and the softmax.
+_TILE_BYTES = 1 << 24
+
+
+def response_logps(policy: Policy, batch: Batch) -> Tensor:
+    """Sum of log pi(token | prefix) over the tokens of every response.
+
+    Returns logp_R, float64 [R], nats; differentiable in the policy's weights. A scored token that
+    several responses share is computed once and its gradient is the sum of theirs.
+    """
+    logp_E = scored_logps(policy, batch)
+    total_R = torch.zeros(batch.num_responses, dtype=torch.float64, device=logp_E.device)
+    # float64: a sum over hundreds of tokens in float32 would cost the margins their last digits
+    return total_R.index_add(0, batch.member_response_M, logp_E.double()[batch.member_edge_M])
+
+
+def scored_logps(policy: Policy, batch: Batch) -> Tensor:
+    """Log-probability of every scored token, each once: float32 [E], nats."""
+    inputs = _inputs(batch)
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.compute_dtype == torch.bfloat16):
+        if policy.fast_head is None:
+            logits_NV = _full_head(policy, batch, inputs)
+            return logits_NV.float().log_softmax(-1)[batch.edge_head_E, batch.edge_target_E]
+        hidden_BTH = policy.backbone(**inputs).last_hidden_state
+        hidden_NH = hidden_BTH.flatten(0, 1)[batch.head_N]
+    weight_VH, bias_V = policy.fast_head.weight, policy.fast_head.bias
+    logp_E = _ScoredHead.apply(hidden_NH, weight_VH, bias_V, batch.edge_head_E, batch.edge_target_E)
+    assert isinstance(logp_E, Tensor)
+    return logp_E
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    common = {"input_ids": batch.ids_BT, "position_ids": batch.position_BT, "use_cache": False}
+    if batch.mask_BT is None:
+        return common | {"tree_nodes": batch.nodes}
+    return common | {"attention_mask": batch.mask_BT.long()}
+
+
+def _full_head(policy: Policy, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+    """The model's own head with everything it does to logits, on the columns that hold a scored position."""
+    width = batch.ids_BT.shape[1]
+    columns, column_N = torch.unique(batch.head_N % width, return_inverse=True)
+    logits = policy.model(**inputs, logits_to_keep=columns).logits
+    return logits[batch.head_N // width, column_N]
+
+
+class _ScoredHead(torch.autograd.Function):
+    """logp_E = log softmax(h W^T + b) at the scored tokens, without ever holding all the logits and their gradient.
+
+    Backward, with g_E the incoming gradient and c_n the sum of g over the tokens scored at position n:
+    dlogits_n = sum_e g_e onehot(target_e) - c_n softmax_n.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913 (autograd hands every input in one list)
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        edge_head_E: Tensor,
+        edge_target_E: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, edge_head_E, edge_target_E)
+        count, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
+        needed = any(ctx.needs_input_grad)
+        keep = needed and count * vocabulary * 4 <= _KEEP_BYTES
+        probs_NV = hidden_NH.new_empty((count, vocabulary), dtype=torch.float32) if keep else None
+        top_N = hidden_NH.new_empty(count, dtype=torch.float32)
+        logit_E = hidden_NH.new_empty(edge_head_E.shape[0], dtype=torch.float32)
+        for start, stop, edges in _tiles(count, vocabulary, edge_head_E):
+            logits = _logits(hidden_NH[start:stop], weight_VH, bias_V)
+            logit_E[edges] = logits[edge_head_E[edges] - start, edge_target_E[edges]]
+            peak, where = logits.max(-1)
+            probs = probs_NV[start:stop] if probs_NV is not None else torch.empty_like(logits)
+            torch.softmax(logits, -1, out=probs)
+            # log-sum-exp from the largest probability, which cannot underflow
+            top_N[start:stop] = peak - probs.gather(1, where.unsqueeze(1)).squeeze(1).log()
+        ctx.probs_NV = probs_NV
+        ctx.lse_N = top_N
+        return logit_E - top_N[edge_head_E]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_NH, weight_VH, bias_V, edge_head_E, edge_target_E = ctx.saved_tensors
+        (grad_E,) = grads
+        share_N = torch.zeros_like(ctx.lse_N).index_add_(0, edge_head_E, grad_E)
+        grad_hidden = torch.empty_like(hidden_NH)
+        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
+        cast = weight_VH.to(hidden_NH.dtype)
+        for start, stop, edges in _tiles(*_grid(ctx.probs_NV, hidden_NH, weight_VH), edge_head_E):
+            grad = _probabilities(ctx, start, stop).mul_(-share_N[start:stop, None])
+            grad.index_put_((edge_head_E[edges] - start, edge_target_E[edges]), grad_E[edges], accumulate=True)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(hidden_NH.dtype)
+            grad_hidden[start:stop] = grad @ cast
+            if grad_weight is not None:
+                _add_product(grad_weight, grad, hidden_NH[start:stop])
+        ctx.probs_NV = None
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _grid(probs_NV: Tensor | None, hidden_NH: Tensor, weight_VH: Tensor) -> tuple[int, int]:
+    """Kept probabilities are one big tile in the backward: fewer, larger products."""
+    return hidden_NH.shape[0], 1 if probs_NV is not None else weight_VH.shape[0]
+
+
+def _add_product(total_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor) -> None:
+    if grad_NV.dtype == total_VH.dtype:
+        total_VH.addmm_(grad_NV.T, hidden_NH)
+    else:
+        total_VH.add_(grad_NV.T @ hidden_NH)
+
+
+def _probabilities(ctx: Any, start: int, stop: int) -> Tensor:
+    """Softmax of a tile, kept from the forward or computed again; the caller overwrites it, so it is used once."""
+    if ctx.probs_NV is not None:
+        return ctx.probs_NV[start:stop]
+    hidden_NH, weight_VH, bias_V, *_ = ctx.saved_tensors
+    logits = _logits(hidden_NH[start:stop], weight_VH, bias_V)
+    return logits.sub_(ctx.lse_N[start:stop, None]).exp_()
+
+
+def _logits(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    bias = None if bias_V is None else bias_V.to(hidden.dtype)
+    return nn.functional.linear(hidden, weight_VH.to(hidden.dtype), bias).float()
+
+
+def _tiles(count: int, vocabulary: int, edge_head_E: Tensor) -> list[tuple[int, int, Tensor]]:
+    """Row ranges of one tile each, with the scored tokens whose position falls into them."""
+    rows = max(1, _TILE_BYTES // (4 * vocabulary))
+    if rows >= count:
+        return [(0, count, torch.arange(edge_head_E.shape[0], device=edge_head_E.device))]
+    tile_E = edge_head_E // rows
+    return [
+        (start, min(start + rows, count), (tile_E == index).nonzero().squeeze(1))
+        for index, start in enumerate(range(0, count, rows))
+    ]

@@ -1,0 +1,88 @@
+"""Batched sampling with a KV cache, seeded per prompt.
+
+In: a Policy and prompts as token ids. Out: sampled token ids, the same for the same seed whatever else is in
+the batch. Next: ../eval/divergence.py.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from favor.config import STRICT
+from favor.model.load import Policy, plain_attention
+
+
+class SampleConfig(BaseModel):
+    """Section [sample]. Sampling is from the model's own distribution unless temperature says otherwise."""
+
+    model_config = STRICT
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    batch: int = Field(32, ge=1)
+
+
+def sample(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    config: SampleConfig,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[tuple[int, ...]]:
+    """One sampled response per prompt, its end-of-turn token included when it came to one.
+
+    Each prompt has its own random stream, so two models given the same seeds see the same noise.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    results: list[tuple[int, ...]] = [()] * len(prompts)
+    with plain_attention(policy), torch.no_grad():
+        for start in range(0, len(order), config.batch):
+            members = order[start : start + config.batch]
+            sampled = _sample_batch(policy, [prompts[i] for i in members], [seeds[i] for i in members], config)
+            for i, response in zip(members, sampled, strict=True):
+                results[i] = response
+            progress(len(members))
+    return results
+
+
+def _sample_batch(
+    policy: Policy, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: SampleConfig
+) -> list[tuple[int, ...]]:
+    width = max(map(len, prompts))
+    ends = sorted(policy.end_ids)
+    pad = ends[0]
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=policy.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
+    settings = GenerationConfig(
+        max_new_tokens=config.max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad, use_cache=True
+    )
+    out = policy.causal_lm.generate(  # pyright: ignore[reportCallIssue]
+        ids,
+        attention_mask=mask,
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([_PerPromptNoise(seeds, config.temperature, policy.device)]),
+    )
+    return [_until_end(row, frozenset(ends)) for row in out[:, width:].tolist()]
+
+
+class _PerPromptNoise(LogitsProcessor):
+    """Gumbel noise from one generator per prompt: the greedy choice of logits / t + noise is a sample of softmax(logits / t)."""
+
+    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        noise = torch.stack(
+            [torch.empty_like(scores[0]).exponential_(generator=generator) for generator in self._generators]
+        )
+        return scores / self._temperature - noise.log()
+
+
+def _until_end(ids: Sequence[int], ends: frozenset[int]) -> tuple[int, ...]:
+    for index, token in enumerate(ids):
+        if token in ends:
+            return tuple(ids[: index + 1])
+    return tuple(ids)

@@ -1,0 +1,85 @@
+"""What the loops share: their section, the cut into micro-batches, checkpoints, the end.
+
+In: the state after a step. Out: checkpoints, the final model, a clean stop. Next: step.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import BaseModel, Field
+
+from favor.config import STRICT
+from favor.data import pack
+from favor.data.types import Batch, TokenTree
+from favor.dist.world import World, barrier
+from favor.model.load import Policy
+from favor.train import checkpoint
+from favor.train.checkpoint import TrainingState
+from favor.train.session import Session, Stopped
+
+
+class LoopConfig(BaseModel):
+    """Section [train]: sizes and cadences. A prompt brings all its comparisons into the same optimizer batch."""
+
+    model_config = STRICT
+    batch_prompts: int = Field(16, ge=1)
+    max_tokens_per_pack: int = Field(1024, ge=1)
+    epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    shuffle: bool = True
+    save_every: int = Field(50, ge=0)
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+def num_steps(config: LoopConfig, num_trees: int) -> int:
+    """Optimizer steps of the whole run."""
+    whole = config.epochs * -(-num_trees // config.batch_prompts)
+    return whole if config.max_steps is None else min(whole, config.max_steps)
+
+
+def micro_batches(trees: Sequence[TokenTree], policy: Policy, budget: int, world: World) -> list[Batch]:
+    """This rank's share of an optimizer batch, cut to the token budget."""
+    sizes = [pack.computed_tokens(tree, policy.layout) for tree in trees]
+    bins = pack.plan(sizes, budget, world.size)[world.rank :: world.size]
+    return [pack.build([trees[i] for i in members], policy.layout) for members in bins if members]
+
+
+def resume(
+    policy: Policy, optimizer: torch.optim.Optimizer, expected: TrainingState, session: Session
+) -> TrainingState:
+    """Continue from the newest checkpoint, or from the start when a run stopped before its first one."""
+    found = checkpoint.checkpoints(session.folder.checkpoints)
+    if not found:
+        session.event(0, "resume", "resume: no checkpoint yet, starting from the first step")
+        return expected
+    state = checkpoint.load(found[-1], policy.trainable(), optimizer, expected)
+    session.event(state.step, "resume", f"resumed after step {state.step} from {found[-1]}")
+    return state
+
+
+def save_or_stop(  # noqa: PLR0913 (the loop's whole state)
+    loop: LoopConfig,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    total: int,
+    session: Session,
+) -> None:
+    """Save when it is due; on a stop signal save and raise Stopped."""
+    number = session.stop.signal_number
+    due = loop.save_every > 0 and state.step % loop.save_every == 0 and state.step < total
+    if due or number is not None:
+        if session.world.is_main:
+            folder = session.folder.checkpoints
+            checkpoint.save(folder, policy.trainable(), optimizer, state, loop.keep_checkpoints)
+        barrier(session.world)
+    if number is not None:
+        raise Stopped(f"stopped after step {state.step} of {total}; continue with resume=true", number)
+
+
+def finish(policy: Policy, state: TrainingState, session: Session) -> None:
+    """Write the final model."""
+    if session.world.is_main:
+        checkpoint.save_model(policy, session.folder.model)
+    session.event(state.step, "finished", f"trained {state.step} steps; model in {session.folder.model}")
+    barrier(session.world)

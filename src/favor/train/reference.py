@@ -1,0 +1,174 @@
+"""The reference's log-probs: a checked artefact in a safetensors file, or a live model.
+
+In: the policy as it starts and the token trees. Out: log ref(y|x) of every response. A store is
+reused only when its fingerprint holds, and refused with what differs. Next: checkpoint.py.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from favor.config import STRICT
+from favor.data import pack
+from favor.data.tokenize import TokensConfig
+from favor.data.types import Batch, TokenTree
+from favor.dist.reduce import sum_
+from favor.dist.world import World, barrier
+from favor.errors import CheckpointError
+from favor.model.load import Policy, as_reference, frozen_copy
+from favor.model.logprobs import response_logps
+from favor.run import fsync
+
+# Raise when a change to favor can change log-probs beyond rounding: older stores are then refused.
+_CODE = "1"
+# Trees packed together in the no-gradient passes: enough to fill the budget, few enough to start at once.
+_WINDOW = 128
+
+
+class ReferenceConfig(BaseModel):
+    """Section [reference]. `store` names the file to build or reuse; by default it lies in the run folder."""
+
+    model_config = STRICT
+    mode: Literal["stored", "live"] = "stored"
+    store: str | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`logps(batch)` -> log ref(y|x), float64 [R] on the batch's device. `identity` goes into every checkpoint."""
+
+    logps: Callable[[Batch], Tensor]
+    identity: str
+
+
+def fingerprint(policy: Policy, tokens: TokensConfig, splits: Mapping[str, Sequence[TokenTree]]) -> dict[str, str]:
+    """Everything the reference's log-probs depend on, each under a name a message can use."""
+    chat = policy.tokenizer.chat_template
+    return {
+        "weights": weights_hash(policy),
+        "adapter": "switched off" if policy.lora else "none",
+        "tokenizer": _tokenizer_hash(policy.tokenizer),
+        "template": _sha(f"{tokens.template}\n{chat}"),
+        "truncation": f"{tokens.truncation} at {tokens.max_tokens}",
+        "dtype": str(policy.compute_dtype).removeprefix("torch."),
+        "token ids": _sha(json.dumps({name: _ids(trees) for name, trees in splits.items()})),
+        "favor": _CODE,
+    }
+
+
+def stored(
+    policy: Policy,
+    splits: Mapping[str, Sequence[TokenTree]],
+    expected: Mapping[str, str],
+    path: Path,
+    build: Callable[[Sequence[TokenTree]], Tensor],
+    world: World,
+) -> dict[str, Reference]:
+    """One Reference per split from the store at `path`; built with `build` if there is none.
+
+    Raises CheckpointError when the store was made from something else, naming what differs.
+    """
+    if not path.exists():
+        tensors = {name: build(trees) for name, trees in splits.items()}
+        if world.is_main:
+            _write(path, tensors, expected)
+        barrier(world)
+    tensors = _read(path, expected)
+    identity = _sha(json.dumps(dict(expected), sort_keys=True))
+    return {name: Reference(_lookup(tensors[name].to(policy.device)), identity) for name in splits}
+
+
+def live(policy: Policy, identity: str) -> Reference:
+    """The reference computed beside every batch: adapters off, or a frozen copy of the weights as they are now."""
+    base = policy if policy.lora else frozen_copy(policy)
+
+    def logps(batch: Batch) -> Tensor:
+        with torch.no_grad(), frozen(base) as reference:
+            return response_logps(reference, batch)
+
+    return Reference(logps, identity)
+
+
+def frozen(policy: Policy) -> AbstractContextManager[Policy]:
+    """The policy as its own reference, before it has trained: its adapters are switched off, if it has any."""
+    return as_reference(policy) if policy.lora else nullcontext(policy)
+
+
+def all_logps(
+    policy: Policy, trees: Sequence[TokenTree], budget: int, world: World, progress: Callable[[int], None]
+) -> Tensor:
+    """Log-probs of every response of a split, without gradients: float64 [responses], on the CPU, equal on all ranks."""
+    total = torch.zeros(sum(len(tree.response_ids) for tree in trees), dtype=torch.float64, device=policy.device)
+    for start in range(0, len(trees), _WINDOW):
+        window = trees[start : start + _WINDOW]
+        bins = pack.plan([tree.num_tokens for tree in window], budget, world.size)
+        for members in bins[world.rank :: world.size]:
+            if members:
+                batch = pack.build([window[i] for i in members], policy.layout).to(policy.device)
+                with torch.no_grad():
+                    total[batch.index_R - trees[0].first_response] = response_logps(policy, batch)
+            progress(len(members))
+    return sum_(total, world).cpu()
+
+
+def weights_hash(policy: Policy) -> str:
+    """SHA-256 of the reference's weights, adapters left out."""
+    digest = hashlib.sha256()
+    for name, tensor in policy.causal_lm.state_dict().items():
+        if ".lora_" not in name:
+            digest.update(name.replace(".base_layer", "").encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _lookup(logps: Tensor) -> Callable[[Batch], Tensor]:
+    return lambda batch: logps[batch.index_R]
+
+
+def _write(path: Path, tensors: dict[str, Tensor], expected: Mapping[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, aside, metadata=dict(expected))
+    fsync(aside)
+    aside.replace(path)
+
+
+def _read(path: Path, expected: Mapping[str, str]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable reference store ({error}); delete it to build it again"
+        ) from None
+    stale = [name for name, value in expected.items() if found.get(name) != value]
+    if stale:
+        raise CheckpointError(
+            f"{path}: this reference store belongs to another {', '.join(stale)}; delete it to build it again, "
+            "or name another file with reference.store"
+        )
+    return tensors
+
+
+def _ids(trees: Iterable[TokenTree]) -> list[object]:
+    return [[tree.prompt_ids, tree.response_ids] for tree in trees]
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    return _sha(json.dumps(sorted(tokenizer.get_vocab().items())))
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

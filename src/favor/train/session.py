@@ -1,0 +1,121 @@
+"""What every training loop needs around it: progress line, stop signals, metrics, the final model.
+
+In: a run folder and a World. Out: a Session whose parts the loops call. Next: preference.py.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from favor.dist.world import World
+from favor.errors import FavorError
+from favor.run import RunFolder, append
+
+
+class Stopped(FavorError):
+    """Training was asked to stop and did so cleanly; `signal_number` is what asked."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+@dataclass
+class StopRequest:
+    """Set by Ctrl-C or SIGTERM; loops look at it between steps."""
+
+    signal_number: int | None = None
+
+
+@dataclass(frozen=True)
+class Session:
+    """The surroundings of one training run; files and lines are written by the main rank only."""
+
+    folder: RunFolder
+    world: World
+    console: Console
+    stop: StopRequest
+    started: float = field(default_factory=time.monotonic)
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        if self.world.is_main:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def record(self, record: Mapping[str, object]) -> None:
+        """Append to metrics.jsonl."""
+        if self.world.is_main:
+            append(self.folder.metrics, record)
+
+    def event(self, step: int, name: str, message: str, **extra: object) -> None:
+        """Something worth knowing beside the curves: printed and recorded."""
+        self.say(message)
+        self.record({"kind": "event", "step": step, "name": name, "message": message, **extra})
+
+
+@contextlib.contextmanager
+def stop_signals() -> Generator[StopRequest]:
+    """Turn Ctrl-C and SIGTERM into a request that is honoured between steps; a second Ctrl-C is immediate."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if request.signal_number is not None:
+            raise KeyboardInterrupt
+        request.signal_number = number
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+class Bar:
+    """A progress line: steps, ETA and the figures of the last step. Plain lines when nobody watches a terminal."""
+
+    def __init__(self, session: Session, label: str, total: int, start: int = 0) -> None:
+        self._session = session
+        self._label, self._total = label, total
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[figures]}"),
+            console=session.console,
+            disable=not session.world.is_main or not session.console.is_terminal,
+        )
+        self._task: TaskID = self._progress.add_task(label, total=total, completed=start, figures="")
+        self._last_line = 0.0
+
+    def __enter__(self) -> "Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._progress.stop()
+
+    def advance(self, amount: int, figures: str = "") -> None:
+        """Move on and show the figures; without a terminal a line every few seconds says the same."""
+        self._progress.update(self._task, advance=amount, figures=figures)
+        if self._session.console.is_terminal:
+            return
+        task = self._progress.tasks[0]
+        now = time.monotonic()
+        if task.finished or now - self._last_line > 10:
+            self._last_line = now
+            eta = "" if task.time_remaining is None else f"  ETA {task.time_remaining:.0f} s"
+            self._session.say(f"{self._label} {task.completed:.0f}/{self._total}{eta}  {figures}")

@@ -1,0 +1,117 @@
+"""Supervised fine-tuning on the preferred (or only) responses: the start the DPO paper gives its policy.
+
+In: SftConfig (a recipe); the data may be SFT rows or preferences. Out: a run folder with the tuned model.
+Next: preference.py.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from favor.config import STRICT, dump
+from favor.data.loader import LoaderState, Order, batches
+from favor.data.read import DataConfig
+from favor.data.tokenize import TokensConfig
+from favor.data.types import Batch, TokenTree
+from favor.model.layout import settle
+from favor.model.load import ModelConfig, Policy, load_policy
+from favor.model.logprobs import response_logps
+from favor.run import start
+from favor.train.checkpoint import TrainingState
+from favor.train.data import load_splits
+from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
+from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
+from favor.train.session import Bar, Session
+from favor.train.step import Machine, Objective, step
+
+
+class SftConfig(BaseModel):
+    """A recipe for `favor sft`."""
+
+    model_config = STRICT
+    run: str
+    seed: int = Field(0, ge=0)
+    resume: bool = False
+    model: ModelConfig
+    data: DataConfig
+    tokens: TokensConfig = TokensConfig()
+    optim: OptimConfig = OptimConfig(lr=2e-5)
+    train: LoopConfig = LoopConfig()
+
+
+def sft(config: SftConfig, open_session: Callable[[Path], Session]) -> None:
+    """Maximise the likelihood of preferred responses: loss = -(sum of token log-probs) / (number of tokens), nats a token."""
+    folder = start(Path(config.run), dump(config), resume=config.resume)
+    session = open_session(folder.root)
+    policy = load_policy(config.model, config.seed)
+    splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=False)
+    trees = preferred_only(splits.train)
+    policy, why = settle(policy, config.model.layout, trees)
+    session.event(0, "self_check", f"layout: {why}")
+    _loop(config, policy, trees, splits.identity, session)
+
+
+def preferred_only(trees: Sequence[TokenTree]) -> list[TokenTree]:
+    """Keep the responses that some comparison ranks first and none ranks lower; all of them where nothing is compared."""
+    kept: list[TokenTree] = []
+    count = 0
+    for tree in trees:
+        first = {comparison.order[0] for comparison in tree.comparisons}
+        lower = {index for comparison in tree.comparisons for index in comparison.order[1:]}
+        best = sorted(first - lower) if tree.comparisons else range(len(tree.response_ids))
+        responses = tuple(tree.response_ids[i] for i in best)
+        if responses:
+            complete = tuple(tree.complete[i] for i in best)
+            kept.append(replace(tree, response_ids=responses, complete=complete, comparisons=(), first_response=count))
+            count += len(responses)
+    return kept
+
+
+def make_objective(policy: Policy) -> Objective:
+    """Negative log-likelihood, summed over response tokens; the items counted are tokens."""
+
+    def loss(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        nll = -response_logps(policy, batch).sum()
+        return nll, {"tokens": batch.length_R.double().sum()}
+
+    return Objective(loss, lambda batch: float(batch.length_R.sum()), ("tokens",))
+
+
+def _loop(config: SftConfig, policy: Policy, trees: list[TokenTree], data: str, session: Session) -> None:
+    loop, parameters = config.train, policy.trainable()
+    optimizer = make_optimizer(config.optim, parameters)
+    state = TrainingState(data=data)
+    if config.resume:
+        state = resume(policy, optimizer, state, session)
+    machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world)
+    objective, total = make_objective(policy), num_steps(loop, len(trees))
+    order = Order(len(trees), loop.batch_prompts, config.seed, loop.shuffle)
+    began = time.monotonic() - state.seconds
+    with Bar(session, "sft", total, state.step) as bar:
+        for indices, place in batches(order, LoaderState(state.epoch, state.position)):
+            if state.step >= total:
+                break
+            step_began = time.monotonic()
+            rate = learning_rate(config.optim, state.step, total)
+            set_learning_rate(optimizer, rate)
+            cut = micro_batches([trees[i] for i in indices], policy, loop.max_tokens_per_pack, session.world)
+            done = step(machine, cut, objective)
+            now = time.monotonic()
+            state = state.after_step(place, now - began)
+            tokens = sum(batch.num_tokens for batch in cut)
+            record = {
+                "loss": done.sums["loss"],
+                "grad_norm": done.grad_norm,
+                "lr": rate,
+                "unique_tokens": tokens,
+                "seconds": state.seconds,
+                "tokens_per_s": tokens / (now - step_began),
+            }
+            session.record({"kind": "step", "step": state.step, "epoch": state.epochs(order.num_trees), **record})
+            bar.advance(1, f"loss {record['loss']:.4f}  unique tok/s {record['tokens_per_s']:.0f}")
+            save_or_stop(loop, policy, optimizer, state, total, session)
+    finish(policy, state, session)

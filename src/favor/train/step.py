@@ -1,0 +1,94 @@
+"""One optimizer step: count globally, accumulate, sum over ranks, clip, step. The ONLY backward().
+
+In: micro-batches of this rank and an objective. Out: updated weights and the step's statistics. This is the
+last file of the path from a preference to its gradient.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from favor.data.types import Batch
+from favor.dist.reduce import sum_, sum_gradients_
+from favor.dist.world import World
+from favor.errors import NumericsError
+
+
+class Objective(NamedTuple):
+    """What a step minimises: the mean of `loss` over the items that `count` counts.
+
+    `loss(batch)` returns the loss *summed* over its items and statistics, also summed, by the names in `stats`.
+    """
+
+    loss: Callable[[Batch], tuple[Tensor, Mapping[str, Tensor]]]
+    count: Callable[[Batch], float]
+    stats: tuple[str, ...]
+
+
+class Stepped(NamedTuple):
+    """What a step did: the mean loss and summed statistics over all ranks, the gradient norm before clipping."""
+
+    sums: dict[str, float]
+    grad_norm: float
+
+
+class Machine(NamedTuple):
+    """What every step works with."""
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    clip: float
+    device: torch.device
+    world: World
+
+
+def step(machine: Machine, batches: Sequence[Batch], objective: Objective) -> Stepped:
+    """Update the weights once from the whole optimizer batch.
+
+    The items (pairs, rankings or tokens) of all micro-batches and ranks are counted first and every
+    micro-batch's loss is divided by that count, so packing, accumulation and world size cannot change
+    the gradient beyond summation order. Raises NumericsError, before the weights change, when the
+    loss or the gradient is not finite.
+    """
+    total = global_count(machine, batches, objective)
+    sums = _accumulate(machine, batches, objective, total)
+    sum_gradients_(machine.parameters.values(), machine.world)
+    values = sum_(sums, machine.world)
+    norm = nn.utils.clip_grad_norm_(machine.parameters.values(), machine.clip)
+    # the step's one synchronisation: a broken step must be seen before it reaches the weights
+    *numbers, grad_norm = torch.cat([values, norm.double().view(1)]).tolist()
+    result = Stepped(dict(zip(("loss", *objective.stats), numbers, strict=True)), grad_norm)
+    _check(result)
+    machine.optimizer.step()
+    machine.optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def global_count(machine: Machine, batches: Iterable[Batch], objective: Objective) -> float:
+    """Items of the optimizer batch over all micro-batches and ranks."""
+    local = torch.tensor([sum(map(objective.count, batches))], dtype=torch.float64, device=machine.device)
+    total = float(sum_(local, machine.world))
+    assert total > 0, "an optimizer batch holds at least one item"
+    return total
+
+
+def _accumulate(machine: Machine, batches: Sequence[Batch], objective: Objective, total: float) -> Tensor:
+    """Add the gradient of every micro-batch; returns the mean loss and the statistics' sums, on the device."""
+    sums = torch.zeros(1 + len(objective.stats), dtype=torch.float64, device=machine.device)
+    for batch in batches:
+        loss, stats = objective.loss(batch.to(machine.device))
+        loss = loss / total
+        loss.backward()
+        sums += torch.stack([loss.detach(), *(stats[name] for name in objective.stats)]).double()
+    return sums
+
+
+def _check(result: Stepped) -> None:
+    loss = result.sums["loss"]
+    if not (abs(loss) < float("inf") and result.grad_norm < float("inf")):
+        raise NumericsError(
+            f"the loss ({loss}) or the gradient norm ({result.grad_norm}) is not finite; the weights were not changed: "
+            "lower optim.lr, or use model.dtype=float32"
+        )
