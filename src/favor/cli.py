@@ -1,0 +1,184 @@
+"""The command line: `favor COMMAND recipe.toml key=value ...`. Heavy imports wait until a command runs.
+
+In: words. Out: one call per command; errors become one line and an exit code. Next: train/preference.py.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from favor.dist.world import World
+    from favor.train.session import Session, StopRequest
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RECIPE.toml] [KEY=VALUE]...", help="A recipe and settings that replace its own."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be trained; read the data, load no weights.")]
+app = typer.Typer(
+    help="favor: teach a language model what people favor.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def train(words: Words = None, dry_run: DryRun = False) -> None:
+    """Train on preferences: DPO and its family, on prompt trees."""
+    from favor.config import load, split_arguments
+    from favor.train.preference import TrainConfig
+    from favor.train.preference import train as run
+
+    config = load(TrainConfig, *split_arguments(words or []))
+    if dry_run:
+        from favor.train.dryrun import describe
+
+        _print(describe(config))
+        return
+    _in_session(lambda open_session: run(config, open_session))
+
+
+@app.command()
+def sft(words: Words = None) -> None:
+    """Fine-tune on the preferred responses (or on plain SFT rows)."""
+    from favor.config import load, split_arguments
+    from favor.train.sft import SftConfig
+    from favor.train.sft import sft as run
+
+    config = load(SftConfig, *split_arguments(words or []))
+    _in_session(lambda open_session: run(config, open_session))
+
+
+@app.command(name="eval")
+def evaluate(words: Words = None) -> None:
+    """Held-out preference accuracy, margins, sampled KL and samples of a finished run."""
+    from favor.config import load, split_arguments
+    from favor.eval.evaluate import EvalConfig
+    from favor.eval.evaluate import evaluate as run
+    from favor.report.table import figures_table
+
+    config = load(EvalConfig, *split_arguments(words or []))
+    console = _console()
+    figures = run(config, console.print, _progress(console))
+    console.print(figures_table(figures))
+
+
+@app.command()
+def sample(words: Words = None) -> None:
+    """Sample responses to the prompts of a file, as JSON lines."""
+    from favor.config import load, split_arguments
+    from favor.eval.samples import SamplesConfig, write_samples
+
+    config = load(SamplesConfig, *split_arguments(words or []))
+    count = write_samples(config, _progress(_console()))
+    _print(f"{count} samples in {config.out}")
+
+
+@app.command()
+def lint(words: Words = None) -> None:
+    """Look for faults in preference data; exit code 1 when there is an error among the findings."""
+    from favor.config import load, split_arguments
+    from favor.data.check import LintConfig, check
+
+    findings = check(load(LintConfig, *split_arguments(words or [])))
+    for finding in findings:
+        _print(f"{finding.severity}: {finding.name}: {finding.message}")
+    if any(finding.severity == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")]) -> None:
+    """Write report.html into the first run folder: curves, samples, numbers, settings."""
+    from favor.report.collect import collect
+    from favor.report.page import write_page
+    from favor.run import RunFolder
+
+    path = RunFolder(runs[0]).report
+    write_page([collect(run) for run in runs], path)
+    _print(f"report: {path}")
+
+
+@app.command()
+def demo(words: Words = None) -> None:
+    """The main job on the embedded model and data: SFT, DPO, evaluation, report."""
+    from favor.config import load, split_arguments
+    from favor.demo import DemoConfig
+    from favor.demo import demo as run
+
+    config = load(DemoConfig, *split_arguments(words or []))
+    console = _console()
+    _in_session(lambda open_session: run(config, open_session, console, _progress(console)))
+
+
+def main() -> None:
+    """Entry point: every error that is meant for people becomes one line on stderr."""
+    from favor.errors import FavorError
+
+    _quiet()
+    try:
+        app(standalone_mode=False)
+    except FavorError as error:
+        print(f"favor: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("favor: stopped at once; nothing was saved since the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _in_session(run: "Callable[[Callable[[Path], Session]], None]") -> None:
+    """Call `run` with a way to open its session, inside the process group and the signal handlers."""
+    from favor.dist.world import world
+    from favor.model.load import memory_settings
+    from favor.train.session import Session, stop_signals
+    from favor.run import RunFolder
+
+    memory_settings()
+    console = _console()
+    with world() as members, stop_signals() as stop:
+        run(lambda root: Session(RunFolder(root), members, console, stop))
+
+
+def _quiet() -> None:
+    """Progress bars and advice of libraries would drown our own lines; their errors still come through."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _print(text: str) -> None:
+    print(text)
+
+
+def _progress(console: "Console") -> Callable[[str, int, int], None]:
+    """A line per kind of work that takes its time: (label, done since the last call, total)."""
+    done_of: dict[str, int] = {}
+
+    def advance(label: str, done: int, total: int) -> None:
+        done_of[label] = done_of.get(label, 0) + done
+        end = "\n" if done_of[label] >= total else "\r"
+        if console.is_terminal or end == "\n":
+            console.print(f"{label} {done_of[label]}/{total}", end=end)
+
+    return advance

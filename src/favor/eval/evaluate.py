@@ -1,0 +1,180 @@
+"""`favor eval`: a trained policy against its reference on held-out preferences and by samples.
+
+In: EvalConfig, usually just a run folder. Out: eval.json and samples.jsonl. Next: margins.py.
+"""
+
+import json
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from favor.config import STRICT
+from favor.data.read import DataConfig, read
+from favor.data.tokenize import TokensConfig, tokenize
+from favor.data.types import Batch, PromptTree, TokenTree
+from favor.errors import CheckpointError, ConfigError, DataError
+from favor.eval.divergence import sampled_kl
+from favor.eval.intervals import bootstrap_difference, bootstrap_mean
+from favor.eval.margins import pair_figures
+from favor.model.layout import settle
+from favor.model.load import ModelConfig, Policy, load_policy
+from favor.model.logprobs import response_logps
+from favor.model.sample import SampleConfig, sample
+from favor.run import RunFolder, write_json, write_text
+
+Scorer = Callable[[Sequence[str]], Sequence[float]]
+
+
+class EvalConfig(BaseModel):
+    """A recipe for `favor eval`. What is not set comes from the run: its model, reference, held-out data, beta.
+
+    `run` is a folder made by `favor train`. `data`, `reference` and `beta` replace what the run used.
+    """
+
+    model_config = STRICT
+    run: str
+    reference: str | None = None
+    data: str | None = None
+    beta: float | None = Field(None, gt=0)
+    seed: int = Field(0, ge=0)
+    sample: SampleConfig = SampleConfig()
+    max_tokens_per_pack: int = Field(2048, ge=1)
+    max_prompts: int | None = Field(None, ge=1)
+    kl_samples: int = Field(64, ge=0)
+    sample_prompts: int = Field(20, ge=0)
+    samples_per_prompt: int = Field(1, ge=1)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, with everything settled."""
+
+    policy: Policy
+    reference: Policy
+    texts: list[PromptTree]
+    trees: list[TokenTree]
+    beta: float
+
+
+def evaluate(
+    config: EvalConfig,
+    say: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
+    scorer: tuple[str, Scorer] | None = None,
+) -> dict[str, Any]:
+    """Write eval.json and samples.jsonl into the run folder and return the figures.
+
+    `scorer` is (name, function text -> score); with it the samples of policy and reference are compared by a
+    bootstrap over prompts. Raises CheckpointError, DataError or ConfigError when something cannot be used.
+    """
+    subject = _subject(config, say)
+    folder = RunFolder(Path(config.run))
+    total = len(subject.trees)
+    pairs = pair_figures(
+        subject.policy,
+        _logps(subject.reference),
+        subject.trees,
+        subject.beta,
+        config.max_tokens_per_pack,
+        lambda done: progress("held-out pairs", done, total),
+    )
+    figures: dict[str, Any] = {"beta": subject.beta, **pairs.as_json(config.seed), "kl": _kl(config, subject)}
+    if config.sample_prompts:
+        records, score = _samples(config, subject, progress, scorer)
+        figures |= {"score": score} if score else {}
+        write_text(folder.samples, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_json(folder.evaluation, figures)
+    return figures
+
+
+def _subject(config: EvalConfig, say: Callable[[str], None]) -> Subject:
+    recipe = _recipe(Path(config.run))
+    model = ModelConfig.model_validate({**recipe["model"], "lora": None, "gradient_checkpointing": False})
+    data = DataConfig.model_validate(recipe["data"])
+    source = config.data or data.eval
+    if source is None:
+        raise ConfigError(f"{config.run}: the run had no data.eval; name held-out preferences with data=FILE")
+    policy = load_policy(model.model_copy(update={"path": str(RunFolder(Path(config.run)).model), "revision": None}))
+    reference = load_policy(model if config.reference is None else model.model_copy(update={"path": config.reference}))
+    texts, _ = read(source, data, data.eval_split)
+    tokens = TokensConfig.model_validate(recipe.get("tokens", {}))
+    trees, _ = tokenize(texts, policy.tokenizer, tokens, policy.end_ids, data.bad_rows)
+    trees = [tree for tree in trees if tree.comparisons][: config.max_prompts]
+    if not trees:
+        raise DataError(f"{source}: no comparison to evaluate on; give chosen and rejected, a ranking or scores")
+    policy, why = settle(policy, model.layout, trees)
+    reference, _ = settle(reference, policy.layout, trees)
+    say(f"layout: {why}")
+    beta = config.beta or recipe.get("loss", {}).get("beta", 0.1)
+    return Subject(policy, reference, texts, trees, beta)
+
+
+def _recipe(run: Path) -> dict[str, Any]:
+    folder = RunFolder(run)
+    if not folder.config.exists() or not folder.model.exists():
+        raise CheckpointError(f"{run}: no finished run here (config.toml and model/); train first, or name another run=FOLDER")
+    return tomllib.loads(folder.config.read_text("utf-8"))
+
+
+def _logps(policy: Policy) -> Callable[[Batch], Tensor]:
+    def logps(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return response_logps(policy, batch)
+
+    return logps
+
+
+def _kl(config: EvalConfig, subject: Subject) -> dict[str, float] | None:
+    if config.kl_samples == 0:
+        return None
+    prompts = [subject.trees[i % len(subject.trees)].prompt_ids for i in range(config.kl_samples)]
+    settings = config.sample.model_copy(update={"temperature": 1.0})
+    reference = _logps(subject.reference)
+    return sampled_kl(subject.policy, reference, prompts, config.seed, settings, config.max_tokens_per_pack).as_json()
+
+
+def _samples(
+    config: EvalConfig, subject: Subject, progress: Callable[[str, int, int], None], scorer: tuple[str, Scorer] | None
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Samples of both models for the first held-out prompts, by the same random streams."""
+    trees, each = subject.trees[: config.sample_prompts], config.samples_per_prompt
+    prompts = [tree.prompt_ids for tree in trees for _ in range(each)]
+    seeds = [config.seed * 1_000_003 + i for i in range(len(prompts))]
+    text_of = {tree.rows[0]: tree.prompt for tree in subject.texts}
+    records: list[dict[str, Any]] = [{"prompt": text_of[tree.row]} for tree in trees]
+    for name, policy in (("reference", subject.reference), ("policy", subject.policy)):
+        ids = sample(policy, prompts, seeds, config.sample, lambda done: progress("samples", done, 2 * len(prompts)))
+        texts = policy.tokenizer.batch_decode([list(x) for x in ids], skip_special_tokens=True)
+        for i, record in enumerate(records):
+            record[name] = [text.strip() for text in texts[i * each : (i + 1) * each]]
+    return records, _score(records, scorer, config) if scorer else None
+
+
+def _score(records: list[dict[str, Any]], scorer: tuple[str, Scorer], config: EvalConfig) -> dict[str, Any]:
+    """Score every sample and compare the means, prompts being what the bootstrap resamples."""
+    name, function = scorer
+    for record in records:
+        for side in ("reference", "policy"):
+            record[f"{side}_scores"] = [float(x) for x in function(record[side])]
+    scores = {side: np.array([r[f"{side}_scores"] for r in records]).ravel() for side in ("reference", "policy")}
+    prompts = np.repeat(np.arange(len(records)), config.samples_per_prompt)
+    difference = bootstrap_difference(scores["policy"], scores["reference"], config.seed, clusters=prompts)
+    sides = {side: bootstrap_mean(values, config.seed, clusters=prompts) for side, values in scores.items()}
+    return {
+        "name": name,
+        "reference": sides["reference"].mean,
+        "reference_interval": [sides["reference"].low, sides["reference"].high],
+        "policy": sides["policy"].mean,
+        "policy_interval": [sides["policy"].low, sides["policy"].high],
+        "difference": difference.mean,
+        "interval": [difference.low, difference.high],
+        "num_prompts": len(records),
+        "samples_per_prompt": config.samples_per_prompt,
+    }
