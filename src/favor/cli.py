@@ -15,8 +15,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from favor.dist.world import World
-    from favor.train.session import Session, StopRequest
+    from favor.train.session import Session
 
 Words = Annotated[
     list[str] | None,
@@ -61,10 +60,11 @@ def sft(words: Words = None) -> None:
 @app.command(name="eval")
 def evaluate(words: Words = None) -> None:
     """Held-out preference accuracy, margins, sampled KL and samples of a finished run."""
+    from favor.report.table import figures_table
+
     from favor.config import load, split_arguments
     from favor.eval.evaluate import EvalConfig
     from favor.eval.evaluate import evaluate as run
-    from favor.report.table import figures_table
 
     config = load(EvalConfig, *split_arguments(words or []))
     console = _console()
@@ -75,8 +75,9 @@ def evaluate(words: Words = None) -> None:
 @app.command()
 def sample(words: Words = None) -> None:
     """Sample responses to the prompts of a file, as JSON lines."""
-    from favor.config import load, split_arguments
     from favor.eval.samples import SamplesConfig, write_samples
+
+    from favor.config import load, split_arguments
 
     config = load(SamplesConfig, *split_arguments(words or []))
     count = write_samples(config, _progress(_console()))
@@ -86,8 +87,9 @@ def sample(words: Words = None) -> None:
 @app.command()
 def lint(words: Words = None) -> None:
     """Look for faults in preference data; exit code 1 when there is an error among the findings."""
-    from favor.config import load, split_arguments
     from favor.data.check import LintConfig, check
+
+    from favor.config import load, split_arguments
 
     findings = check(load(LintConfig, *split_arguments(words or [])))
     for finding in findings:
@@ -101,6 +103,7 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; several
     """Write report.html into the first run folder: curves, samples, numbers, settings."""
     from favor.report.collect import collect
     from favor.report.page import write_page
+
     from favor.run import RunFolder
 
     path = RunFolder(runs[0]).report
@@ -111,9 +114,10 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; several
 @app.command()
 def demo(words: Words = None) -> None:
     """The main job on the embedded model and data: SFT, DPO, evaluation, report."""
-    from favor.config import load, split_arguments
     from favor.demo import DemoConfig
     from favor.demo import demo as run
+
+    from favor.config import load, split_arguments
 
     config = load(DemoConfig, *split_arguments(words or []))
     console = _console()
@@ -143,8 +147,8 @@ def _in_session(run: "Callable[[Callable[[Path], Session]], None]") -> None:
     """Call `run` with a way to open its session, inside the process group and the signal handlers."""
     from favor.dist.world import world
     from favor.model.load import memory_settings
-    from favor.train.session import Session, stop_signals
     from favor.run import RunFolder
+    from favor.train.session import Session, stop_signals
 
     memory_settings()
     console = _console()

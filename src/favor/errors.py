@@ -7,6 +7,8 @@ In: nothing. Out: one base class and four kinds; the CLI turns each into one lin
 class FavorError(Exception):
     """A message for the user: what was found, where (file, row or key), and what to do."""
 
+    exit_code = 2
+
 
 class ConfigError(FavorError):
     """A recipe, an override or a combination of options cannot work."""

@@ -1,0 +1,1 @@
+"""Preferences as text, ids and tensors; no model here."""

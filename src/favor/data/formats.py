@@ -14,7 +14,7 @@ _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 class RowError(Exception):
-    """Why a row cannot be used; read.py adds file and row number. (Not for the user as it is.)"""
+    """Why a row cannot be used; read.py adds file and row number."""
 
 
 class Judgment(NamedTuple):
@@ -73,7 +73,9 @@ def ranked(row: dict[str, Any]) -> Judgment:
         raise RowError("two of its responses are the same")
     if isinstance(prompt, tuple):
         responses = tuple(r if isinstance(r, tuple) else _assistant(r) for r in responses)
-    orders = _by_ranking(row["ranking"], len(responses)) if "ranking" in row else _by_scores(row["scores"], len(responses))
+    orders = (
+        _by_ranking(row["ranking"], len(responses)) if "ranking" in row else _by_scores(row["scores"], len(responses))
+    )
     return Judgment(prompt, responses, orders, _weight(row), _tools(row))
 
 
@@ -188,7 +190,9 @@ def _found(value: Any) -> str:
 
 def _by_ranking(ranking: Any, count: int) -> tuple[tuple[int, ...], ...]:
     if not isinstance(ranking, list) or sorted(map(str, ranking)) != sorted(map(str, range(count))):
-        raise RowError(f"ranking {ranking!r} is no order of the {count} responses (indices 0 to {count - 1}, best first)")
+        raise RowError(
+            f"ranking {ranking!r} is no order of the {count} responses (indices 0 to {count - 1}, best first)"
+        )
     return (tuple(int(i) for i in ranking),)
 
 

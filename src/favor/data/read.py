@@ -194,9 +194,13 @@ def _json_lines(path: Path, lines: Iterable[bytes]) -> Numbered:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             yield number, json.loads(text)
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}, row {number}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
+            raise DataError(
+                f"{path}, row {number}: not UTF-8 text ({error.reason}); convert the file to UTF-8"
+            ) from None
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}, row {number}: not JSON ({error.msg} at column {error.colno}); one object a line") from None
+            raise DataError(
+                f"{path}, row {number}: not JSON ({error.msg} at column {error.colno}); one object a line"
+            ) from None
 
 
 def _json(path: Path) -> Numbered:

@@ -1,0 +1,1 @@
+"""Held-out figures that people believe."""

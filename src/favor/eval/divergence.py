@@ -59,7 +59,7 @@ def sampled_kl(
 
 
 def log_ratios(policy: Policy, reference: Callable[[Batch], Tensor], trees: Sequence[TokenTree], budget: int) -> Tensor:
-    """log pi(y|x) - log ref(y|x) of every response: float64 [responses], CPU, without gradients."""
+    """Log pi(y|x) - log ref(y|x) of every response: float64 [responses], CPU, without gradients."""
     ratio = torch.zeros(sum(len(tree.response_ids) for tree in trees), dtype=torch.float64)
     with torch.no_grad():
         for members in pack.plan([tree.num_tokens for tree in trees], budget):

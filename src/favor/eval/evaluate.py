@@ -119,7 +119,9 @@ def _subject(config: EvalConfig, say: Callable[[str], None]) -> Subject:
 def _recipe(run: Path) -> dict[str, Any]:
     folder = RunFolder(run)
     if not folder.config.exists() or not folder.model.exists():
-        raise CheckpointError(f"{run}: no finished run here (config.toml and model/); train first, or name another run=FOLDER")
+        raise CheckpointError(
+            f"{run}: no finished run here (config.toml and model/); train first, or name another run=FOLDER"
+        )
     return tomllib.loads(folder.config.read_text("utf-8"))
 
 

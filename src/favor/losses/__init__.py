@@ -88,7 +88,7 @@ def at_reference(config: LossConfig, batch: Batch) -> Tensor:
 
 
 def _gap(log_ratio_R: Tensor, pair_P2: Tensor) -> Tensor:
-    """h = (log pi/ref)(chosen) - (log pi/ref)(rejected), nats [P]."""
+    """H = (log pi/ref)(chosen) - (log pi/ref)(rejected), nats [P]."""
     return log_ratio_R[pair_P2[:, 0]] - log_ratio_R[pair_P2[:, 1]]
 
 

@@ -1,0 +1,1 @@
+"""Causal LMs: loading, tree attention, log-probs, sampling."""

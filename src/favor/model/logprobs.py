@@ -68,7 +68,7 @@ class _ScoredHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0913 (autograd hands every input in one list)
+    def forward(
         ctx: Any,
         hidden_NH: Tensor,
         weight_VH: Tensor,

@@ -15,7 +15,7 @@ from favor.dist.world import World, barrier
 from favor.model.load import Policy
 from favor.train import checkpoint
 from favor.train.checkpoint import TrainingState
-from favor.train.session import Session, Stopped
+from favor.train.session import Session, StoppedError
 
 
 class LoopConfig(BaseModel):
@@ -57,7 +57,7 @@ def resume(
     return state
 
 
-def save_or_stop(  # noqa: PLR0913 (the loop's whole state)
+def save_or_stop(
     loop: LoopConfig,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
@@ -65,7 +65,7 @@ def save_or_stop(  # noqa: PLR0913 (the loop's whole state)
     total: int,
     session: Session,
 ) -> None:
-    """Save when it is due; on a stop signal save and raise Stopped."""
+    """Save when it is due; on a stop signal save and raise StoppedError."""
     number = session.stop.signal_number
     due = loop.save_every > 0 and state.step % loop.save_every == 0 and state.step < total
     if due or number is not None:
@@ -74,7 +74,7 @@ def save_or_stop(  # noqa: PLR0913 (the loop's whole state)
             checkpoint.save(folder, policy.trainable(), optimizer, state, loop.keep_checkpoints)
         barrier(session.world)
     if number is not None:
-        raise Stopped(f"stopped after step {state.step} of {total}; continue with resume=true", number)
+        raise StoppedError(f"stopped after step {state.step} of {total}; continue with resume=true", number)
 
 
 def finish(policy: Policy, state: TrainingState, session: Session) -> None:

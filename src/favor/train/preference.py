@@ -122,14 +122,15 @@ def _references(
     config: TrainConfig, policy: Policy, splits: Splits, session: Session
 ) -> tuple[dict[str, Reference], Callable[[Batch], Tensor] | None]:
     """The reference of every split, and the live one that the KL probe needs (None when it is off)."""
-    identity = reference.fingerprint(policy, config.tokens, splits.by_name)
+    parts = splits.by_name if config.watch.eval_every else {"train": splits.train}
+    identity = reference.fingerprint(policy, config.tokens, parts)
     must_live = config.reference.mode == "live" or config.watch.kl_every > 0
     alive = reference.live(policy, identity["weights"]) if must_live else None
     if config.reference.mode == "live":
         if config.reference.store is not None:
             raise ConfigError("reference.store is set but reference.mode is 'live', which stores nothing; remove one")
         assert alive is not None
-        return {name: alive for name in splits.by_name}, alive.logps
+        return dict.fromkeys(splits.by_name, alive), alive.logps
     path = Path(config.reference.store) if config.reference.store else session.folder.reference
     began, found = time.monotonic(), path.exists()
 
@@ -138,14 +139,14 @@ def _references(
             budget = config.train.max_tokens_per_pack
             return reference.all_logps(ref, trees, budget, session.world, bar.advance)
 
-    stored = reference.stored(policy, splits.by_name, identity, path, build, session.world)
+    stored = reference.stored(policy, parts, identity, path, build, session.world)
     seconds = time.monotonic() - began
     message = f"reference: {'reused' if found else 'stored in'} {path} ({seconds:.1f} s)"
     session.event(0, "reference", message, seconds=seconds)
     return stored, alive.logps if alive else None
 
 
-def _loop(  # noqa: PLR0913 (one call, everything the loop works with)
+def _loop(
     config: TrainConfig,
     policy: Policy,
     splits: Splits,

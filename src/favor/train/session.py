@@ -19,12 +19,12 @@ from favor.errors import FavorError
 from favor.run import RunFolder, append
 
 
-class Stopped(FavorError):
-    """Training was asked to stop and did so cleanly; `signal_number` is what asked."""
+class StoppedError(FavorError):
+    """Training was asked to stop by a signal and did so cleanly, with a checkpoint."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
-        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
 
 
 @dataclass

@@ -1,0 +1,334 @@
+"""Prompt trees as text -> token ids with an exact boundary between prompt and response.
+
+In: PromptTrees and a fast tokenizer. Out: TokenTrees and a TokenReport that counts every cut and drop. A response
+ends with its end-of-turn token unless it was cut. Next: pack.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+from jinja2 import TemplateError
+from pydantic import BaseModel, Field
+from transformers import PreTrainedTokenizerBase
+
+from favor.config import STRICT
+from favor.data.formats import RowError
+from favor.data.types import Comparison, Message, PromptTree, Text, TokenTree
+from favor.errors import ConfigError, DataError
+
+# Trees handed to the tokenizer at once: enough for its threads, little enough to hold as text.
+_BATCH = 512
+
+
+class TokensConfig(BaseModel):
+    """Section [tokens]. max_tokens bounds prompt + response; `truncation` says what happens beyond it.
+
+    template: chat (the tokenizer's), plain (text as it is), auto (chat when the tokenizer has a template).
+    """
+
+    model_config = STRICT
+    template: Literal["auto", "chat", "plain"] = "auto"
+    max_tokens: int = Field(1024, ge=8)
+    truncation: Literal["drop", "prompt_start", "response_end"] = "drop"
+
+
+@dataclass
+class TokenReport:
+    """What tokenisation and truncation did. Counts are of trees, responses and comparisons; rows name the trees."""
+
+    template: str
+    trees: int = 0
+    trees_dropped: int = 0
+    prompts_cut: int = 0
+    responses_cut: int = 0
+    responses_merged: int = 0
+    comparisons_dropped: int = 0
+    appended_end: int = 0
+    already_ended: int = 0
+    dropped: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+
+    def as_json(self) -> dict[str, Any]:
+        """For data.json."""
+        return asdict(self)
+
+
+class _Tools(NamedTuple):
+    """What turns text into ids here."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat: bool
+    end_ids: frozenset[int]
+    bos: tuple[int, ...]
+    special: tuple[str, ...]
+
+
+class _Rendered(NamedTuple):
+    """The prompt and every response behind it as text."""
+
+    prompt: str
+    full: tuple[str, ...]
+
+
+def tokenize(
+    trees: Sequence[PromptTree],
+    tokenizer: PreTrainedTokenizerBase,
+    config: TokensConfig,
+    end_ids: frozenset[int],
+    bad_rows: str,
+) -> tuple[list[TokenTree], TokenReport]:
+    """Tokenise, place the boundary, end the turns, truncate.
+
+    Raises ConfigError when template and tokenizer do not go together; DataError for the first tree that
+    cannot be tokenised exactly, unless `bad_rows` is "drop"; and DataError when nothing is left.
+    """
+    tools = _tools(tokenizer, config, end_ids)
+    report = TokenReport("chat" if tools.chat else "plain", trees=len(trees))
+    kept: list[TokenTree] = []
+    first = 0
+    for tree, result in _encoded(trees, tools, report):
+        if isinstance(result, RowError):
+            if bad_rows == "error":
+                raise DataError(
+                    f"{tree.source}, row {tree.rows[0]}: {result}; mend the row, or leave such rows out with "
+                    "data.bad_rows=drop"
+                )
+            _drop(report, tree, str(result))
+            continue
+        cut = _truncate(result, config, len(tools.bos), report)
+        if cut is None:
+            _drop(report, tree, f"longer than tokens.max_tokens = {config.max_tokens}")
+            continue
+        kept.append(replace(cut, first_response=first))
+        first += len(cut.response_ids)
+    if not kept:
+        reason = f"the first: row {report.dropped[0][0]}: {report.dropped[0][1]}" if report.dropped else "no rows"
+        raise DataError(
+            f"{trees[0].source}: nothing is left after tokenising ({reason}); raise tokens.max_tokens or mend the rows"
+        )
+    return kept, report
+
+
+def encode_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase, config: TokensConfig) -> tuple[int, ...]:
+    """The ids of a prompt alone, as a model sees it before it answers. Raises RowError when it cannot be rendered."""
+    tools = _tools(tokenizer, config, frozenset())
+    _refuse_special(prompt, tools)
+    return tools.bos + tuple(_ids(tools, _render_prompt(prompt, None, tools)))
+
+
+def _tools(tokenizer: PreTrainedTokenizerBase, config: TokensConfig, end_ids: frozenset[int]) -> _Tools:
+    chat = config.template == "chat" or (config.template == "auto" and tokenizer.chat_template is not None)
+    if chat and tokenizer.chat_template is None:
+        raise ConfigError(
+            "tokens.template is 'chat', but this tokenizer has no chat template; set tokens.template=plain"
+        )
+    if not chat and tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "this tokenizer has no end-of-sequence token, so plain responses could not end; use a chat template"
+        )
+    bos: tuple[int, ...] = ()
+    if not chat and tokenizer.bos_token_id is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]:
+        bos = (int(tokenizer.bos_token_id),)
+    special = tuple(text for text in tokenizer.all_special_tokens if text)
+    return _Tools(tokenizer, chat, end_ids, bos, special)
+
+
+def _encoded(
+    trees: Sequence[PromptTree], tools: _Tools, report: TokenReport
+) -> Iterator[tuple[PromptTree, TokenTree | RowError]]:
+    """Each tree with its untruncated ids, or with why it cannot have them."""
+    for start in range(0, len(trees), _BATCH):
+        rendered: list[_Rendered | RowError] = []
+        for tree in trees[start : start + _BATCH]:
+            try:
+                rendered.append(_render(tree, tools))
+            except RowError as error:
+                rendered.append(error)
+        texts = [text for item in rendered if isinstance(item, _Rendered) for text in (item.prompt, *item.full)]
+        encoded = iter(_batch(tools, texts))
+        for tree, item in zip(trees[start : start + _BATCH], rendered, strict=False):
+            if isinstance(item, RowError):
+                yield tree, item
+                continue
+            prompt_ids, _ = next(encoded)
+            full = [next(encoded) for _ in item.full]
+            try:
+                yield tree, _assemble(tree, item, prompt_ids, full, tools, report)
+            except RowError as error:
+                yield tree, error
+
+
+def _batch(tools: _Tools, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    if not texts:
+        return []
+    found = tools.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    return list(zip(found["input_ids"], found["offset_mapping"], strict=True))  # pyright: ignore[reportArgumentType]
+
+
+def _ids(tools: _Tools, text: str) -> list[int]:
+    return list(tools.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _render(tree: PromptTree, tools: _Tools) -> _Rendered:
+    """Text of the prompt and of prompt + response. A response of several turns must be the assistant's throughout."""
+    _refuse_special(tree.prompt, tools)
+    for response in tree.responses:
+        _refuse_special(_without_end(response, tools), tools)
+    prompt = _render_prompt(tree.prompt, tree.tools, tools)
+    full = tuple(_render_full(tree, response, prompt, tools) for response in tree.responses)
+    return _Rendered(prompt, full)
+
+
+def _render_prompt(prompt: Text, tool_list: tuple[dict[str, Any], ...] | None, tools: _Tools) -> str:
+    if not tools.chat:
+        return prompt if isinstance(prompt, str) else _plain(prompt) + "\n\nAssistant:"
+    return _apply(tools, _as_messages(prompt, "user"), tool_list, generation=True)
+
+
+def _render_full(tree: PromptTree, response: Text, prompt: str, tools: _Tools) -> str:
+    if not tools.chat:
+        if isinstance(response, str):
+            return prompt + response
+        _assistant_only(response)
+        return prompt + "".join(f" {message['content']}" for message in response)
+    turns = _as_messages(response, "assistant")
+    _assistant_only(turns)
+    full = _apply(tools, _as_messages(tree.prompt, "user") + turns, tree.tools, generation=False)
+    if not full.startswith(prompt):
+        raise RowError(
+            "the chat template renders the prompt differently once the response follows, so no exact boundary exists"
+        )
+    return full
+
+
+def _apply(
+    tools: _Tools, messages: list[Message], tool_list: tuple[dict[str, Any], ...] | None, *, generation: bool
+) -> str:
+    try:
+        text = tools.tokenizer.apply_chat_template(
+            messages,
+            tools=list(tool_list) if tool_list else None,
+            tokenize=False,
+            add_generation_prompt=generation,
+        )
+    except (TemplateError, TypeError, KeyError) as error:
+        raise RowError(f"the chat template refuses it ({error})") from None
+    assert isinstance(text, str)
+    return text
+
+
+def _as_messages(text: Text, role: str) -> list[Message]:
+    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
+
+
+def _assistant_only(messages: Sequence[Message]) -> None:
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise RowError("a response must be one assistant turn; move what comes before it into the prompt")
+
+
+def _plain(messages: Sequence[Message]) -> str:
+    """Messages as the transcript text of the DPO paper's dialogue task."""
+    names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
+    unknown = [m["role"] for m in messages if m["role"] not in names]
+    if unknown:
+        raise RowError(f"a turn of '{unknown[0]}' has no plain form; use a chat template")
+    return "".join(names[m["role"]] + m["content"] for m in messages)
+
+
+def _without_end(response: Text, tools: _Tools) -> Text:
+    """A plain response may already carry the end-of-sequence text; then it must not be taken for a forgery."""
+    eos = tools.tokenizer.eos_token
+    if isinstance(response, str) and not tools.chat and isinstance(eos, str):
+        return response.removesuffix(eos)
+    return response
+
+
+def _refuse_special(text: Text, tools: _Tools) -> None:
+    contents = [text] if isinstance(text, str) else [m["content"] for m in text if isinstance(m.get("content"), str)]
+    for content in contents:
+        for special in tools.special:
+            if special in content:
+                raise RowError(f"it contains the text of the special token {special}, which would be read as the token")
+
+
+def _assemble(
+    tree: PromptTree,
+    rendered: _Rendered,
+    prompt_ids: list[int],
+    full: list[tuple[list[int], list[tuple[int, int]]]],
+    tools: _Tools,
+    report: TokenReport,
+) -> TokenTree:
+    """Cut every full sequence at the boundary and end its turn."""
+    responses: list[tuple[int, ...]] = []
+    for text, (ids, offsets) in zip(rendered.full, full, strict=True):
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise RowError("a token would straddle the boundary between prompt and response, so neither has exact ids")
+        body = ids[len(prompt_ids) :]
+        responses.append(tuple(_end_turn(text, body, offsets[len(prompt_ids) :], tools, report)))
+    return TokenTree(
+        prompt_ids=tools.bos + tuple(prompt_ids),
+        response_ids=tuple(responses),
+        complete=(True,) * len(responses),
+        comparisons=tree.comparisons,
+        first_response=0,
+        row=tree.rows[0],
+    )
+
+
+def _end_turn(
+    text: str, ids: list[int], offsets: list[tuple[int, int]], tools: _Tools, report: TokenReport
+) -> list[int]:
+    """Let the response end with its end-of-turn token: the template's own, or the tokenizer's where there is none."""
+    last = len(ids)
+    while last and ids[last - 1] not in tools.end_ids and not text[slice(*offsets[last - 1])].strip():
+        last -= 1
+    if last and ids[last - 1] in tools.end_ids:
+        if last == 1:
+            raise RowError("its response has no tokens")
+        report.already_ended += not tools.chat
+        return ids[:last]
+    if not any(text[slice(*offset)].strip() for offset in offsets):
+        raise RowError("its response has no tokens")
+    if tools.tokenizer.eos_token_id is None:
+        raise RowError("the chat template adds no end-of-turn token and the tokenizer has none")
+    report.appended_end += tools.chat
+    return [*ids, int(tools.tokenizer.eos_token_id)]
+
+
+def _truncate(tree: TokenTree, config: TokensConfig, num_bos: int, report: TokenReport) -> TokenTree | None:
+    """Make every response of the tree fit by the same rule; None when the tree must go."""
+    longest = max(map(len, tree.response_ids))
+    excess = len(tree.prompt_ids) + longest - config.max_tokens
+    if excess <= 0:
+        return tree
+    if config.truncation == "prompt_start" and excess < len(tree.prompt_ids) - num_bos:
+        report.prompts_cut += 1
+        return replace(tree, prompt_ids=tree.prompt_ids[:num_bos] + tree.prompt_ids[num_bos + excess :])
+    room = config.max_tokens - len(tree.prompt_ids)
+    if config.truncation == "response_end" and room >= 1:
+        return _cut_responses(tree, room, report)
+    return None
+
+
+def _cut_responses(tree: TokenTree, room: int, report: TokenReport) -> TokenTree | None:
+    """Cut every response to `room` tokens (no end token is forged), then merge what became equal."""
+    cut = [response[:room] for response in tree.response_ids]
+    report.responses_cut += sum(len(response) > room for response in tree.response_ids)
+    unique = list(dict.fromkeys(cut))
+    report.responses_merged += len(cut) - len(unique)
+    comparisons: list[Comparison] = []
+    for order, weight in tree.comparisons:
+        mapped = tuple(unique.index(cut[i]) for i in order)
+        if len(set(mapped)) == len(mapped):
+            comparisons.append(Comparison(mapped, weight))
+    report.comparisons_dropped += len(tree.comparisons) - len(comparisons)
+    if tree.comparisons and not comparisons:
+        return None
+    complete = tuple(any(len(r) <= room for r, c in zip(tree.response_ids, cut, strict=True) if c == u) for u in unique)
+    return replace(tree, response_ids=tuple(unique), complete=complete, comparisons=tuple(comparisons))
+
+
+def _drop(report: TokenReport, tree: PromptTree, reason: str) -> None:
+    report.trees_dropped += 1
+    report.dropped.append((tree.rows[0], reason))
