@@ -75,9 +75,8 @@ def evaluate(words: Words = None) -> None:
 @app.command()
 def sample(words: Words = None) -> None:
     """Sample responses to the prompts of a file, as JSON lines."""
-    from favor.eval.samples import SamplesConfig, write_samples
-
     from favor.config import load, split_arguments
+    from favor.eval.samples import SamplesConfig, write_samples
 
     config = load(SamplesConfig, *split_arguments(words or []))
     count = write_samples(config, _progress(_console()))
@@ -87,9 +86,8 @@ def sample(words: Words = None) -> None:
 @app.command()
 def lint(words: Words = None) -> None:
     """Look for faults in preference data; exit code 1 when there is an error among the findings."""
-    from favor.data.check import LintConfig, check
-
     from favor.config import load, split_arguments
+    from favor.data.check import LintConfig, check
 
     findings = check(load(LintConfig, *split_arguments(words or [])))
     for finding in findings:

@@ -99,6 +99,15 @@ def read(source: str, config: DataConfig, split: str) -> tuple[list[PromptTree],
     return trees, report
 
 
+def read_objects(source: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number, row) of a source whose rows need not be preferences. Raises DataError as `read` does."""
+    for number, row in _rows(source, split):
+        try:
+            yield number, _object(row)
+        except RowError as error:
+            raise DataError(f"{source}, row {number}: {error}; mend the row") from None
+
+
 @dataclass
 class _Growing:
     """A tree while its rows are still coming in."""

@@ -17,8 +17,14 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, Field, model_validator
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from favor.config import STRICT
@@ -86,20 +92,24 @@ class Policy:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """Token ids that end a turn: the tokenizer's and the generation config's."""
-        config = self.causal_lm.generation_config
-        ends = config.eos_token_id if config is not None else None
-        found = ends if isinstance(ends, list) else [ends]
-        return frozenset(int(x) for x in [*found, self.tokenizer.eos_token_id] if x is not None)
+        """Token ids that end a turn."""
+        return end_ids(self.tokenizer, self.causal_lm.generation_config)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter, of those that train."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
+def end_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> frozenset[int]:
+    """Token ids that end a turn: the tokenizer's end of sequence and those of the generation config."""
+    ends = generation.eos_token_id if generation is not None else None
+    found = ends if isinstance(ends, list) else [ends]
+    return frozenset(int(x) for x in [*found, tokenizer.eos_token_id] if x is not None)
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer alone (fast). Raises CheckpointError when the folder or id has none."""
-    with _readable(config.path):
+    with readable(config.path):
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -117,7 +127,7 @@ def load_policy(config: ModelConfig, seed: int = 0) -> Policy:
     """
     _check_path(config.path)
     tokenizer = load_tokenizer(config)
-    with _readable(config.path):
+    with readable(config.path):
         model = AutoModelForCausalLM.from_pretrained(
             config.path, revision=config.revision, dtype=torch.float32, trust_remote_code=config.trust_remote_code
         )
@@ -265,7 +275,8 @@ def _check_path(path: str) -> None:
 
 
 @contextlib.contextmanager
-def _readable(path: str) -> Generator[None]:
+def readable(path: str) -> Generator[None]:
+    """Turn what transformers raises for a missing or damaged model into a CheckpointError."""
     try:
         yield
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
@@ -273,8 +284,3 @@ def _readable(path: str) -> Generator[None]:
         raise CheckpointError(
             f"{path}: cannot be loaded as a causal language model ({first}); check model.path, or download it first"
         ) from None
-
-
-def clone_weights(policy: Policy) -> dict[str, Tensor]:
-    """The trainable weights by name, detached, on their device."""
-    return {name: parameter.detach() for name, parameter in policy.trainable().items()}

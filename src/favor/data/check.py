@@ -1,0 +1,58 @@
+"""`favor lint`: read preference files and report their faults, without a model.
+
+In: LintConfig. Out: findings. Next: lint.py.
+"""
+
+from pydantic import BaseModel
+
+from favor.config import STRICT
+from favor.data.lint import Finding, leaks, lint
+from favor.data.read import DataConfig, ReadReport, read
+from favor.data.types import PromptTree
+
+_LISTED = 10
+
+
+class LintConfig(BaseModel):
+    """A recipe for `favor lint`; a training recipe's [data] section serves as it is."""
+
+    model_config = STRICT
+    data: DataConfig
+
+
+def check(config: LintConfig) -> list[Finding]:
+    """Every finding of the training part, the held-out part, and between them. Raises DataError as read() does.
+
+    Bad rows are findings here, not errors: all of them are wanted at once.
+    """
+    data = config.data.model_copy(update={"bad_rows": "drop"})
+    trees, report = read(data.train, data, data.split)
+    found = [*_bad_rows(report), *_merged(report), *lint(trees)]
+    if data.eval is not None:
+        held_out, held_out_report = read(data.eval, data, data.eval_split)
+        found += [*_bad_rows(held_out_report), *lint(held_out), *leaks(trees, held_out)]
+    return [*found, _summary(trees, report)]
+
+
+def _bad_rows(report: ReadReport) -> list[Finding]:
+    listed = [
+        Finding("error", "bad row", f"{report.source}, row {row}: {reason}", (row,))
+        for row, reason in report.dropped[:_LISTED]
+    ]
+    more = len(report.dropped) - _LISTED
+    if more > 0:
+        rows = tuple(row for row, _ in report.dropped[_LISTED:])
+        listed.append(Finding("error", "bad row", f"{report.source}: and {more} more", rows))
+    return listed
+
+
+def _merged(report: ReadReport) -> list[Finding]:
+    if report.repeated_comparisons == 0:
+        return []
+    text = f"{report.repeated_comparisons} comparisons stand more than once; their weights add up"
+    return [Finding("warning", "repeated", text, ())]
+
+
+def _summary(trees: list[PromptTree], report: ReadReport) -> Finding:
+    text = f"{report.num_rows} rows, {len(trees)} prompts, {report.num_responses} responses, {report.num_comparisons} comparisons"
+    return Finding("note", "read", text, ())

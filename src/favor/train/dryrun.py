@@ -1,0 +1,87 @@
+"""`favor train --dry-run`: what a recipe would train, without loading weights or touching the run folder.
+
+In: TrainConfig. Out: a few lines of text. Next: preference.py.
+"""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from favor.data import pack
+from favor.data.read import DataConfig, ReadReport, read
+from favor.data.tokenize import TokenReport, tokenize
+from favor.data.types import TokenTree
+from favor.model.layout import config_obstacle
+from favor.model.load import ModelConfig, end_ids, load_tokenizer, readable
+from favor.train.data import summary
+from favor.train.loop import num_steps
+from favor.train.preference import TrainConfig
+
+_GIB = 1 << 30
+
+
+def describe(config: TrainConfig) -> str:
+    """Rows, trees, unique against naive tokens, steps, and a memory estimate. Raises what training would raise."""
+    trees, read_report, token_report = _trees(config.data, config)
+    architecture = _architecture(config.model)
+    longest = max(len(tree.prompt_ids) + max(map(len, tree.response_ids)) for tree in trees)
+    obstacle = config_obstacle(architecture.get_text_config().to_dict(), longest)
+    layout = "rows" if obstacle or config.model.layout == "rows" else "tree"
+    naive = sum(
+        len(tree.prompt_ids) + len(r)
+        for tree in trees
+        for c in tree.comparisons
+        for i in c.order
+        for r in [tree.response_ids[i]]
+    )
+    batches = [trees[i : i + config.train.batch_prompts] for i in range(0, len(trees), config.train.batch_prompts)]
+    unique = sum(pack.build(batch, layout).num_tokens for batch in batches)
+    steps = num_steps(config.train, len(trees))
+    lines = [
+        f"train: {summary(read_report.as_json(), token_report.as_json())}",
+        f"layout: {layout}" + (f" ({obstacle})" if obstacle else ""),
+        f"longest row: {longest} tokens",
+        f"tokens an epoch: {unique} computed against {naive} naive ({naive / unique:.2f} x)",
+        f"steps: {steps} of {config.train.batch_prompts} prompts",
+        _memory(config, architecture, trees),
+    ]
+    return "\n".join(lines)
+
+
+def _trees(data: DataConfig, config: TrainConfig) -> tuple[list[TokenTree], ReadReport, TokenReport]:
+    tokenizer = load_tokenizer(config.model)
+    texts, read_report = read(data.train, data, data.split)
+    trees, token_report = tokenize(texts, tokenizer, config.tokens, end_ids(tokenizer, None), data.bad_rows)
+    return trees, read_report, token_report
+
+
+def _architecture(model: ModelConfig) -> PreTrainedConfig:
+    with readable(model.path):
+        return AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+
+
+def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: list[TokenTree]) -> str:
+    """Weights, gradients and AdamW moments in float32, activations of one full pack, its logits; an estimate.
+
+    Per token and layer a transformer block keeps about 14 vectors of the hidden and 4 of the MLP width for its backward
+    (measured on Llama blocks, docs/log.md); recomputation keeps one hidden vector a layer.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    text = architecture.get_text_config()
+    hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
+    trained = total if config.model.lora is None else 0
+    state = 4 * total + 4 * trained * (3 if config.optim.name == "adamw" else 2)
+    if config.reference.mode == "live" or config.watch.kl_every:
+        state += 0 if config.model.lora else 4 * total
+    pack_tokens = max(config.train.max_tokens_per_pack, max(tree.num_tokens for tree in trees))
+    pack_tokens = min(pack_tokens, sum(tree.num_tokens for tree in trees))
+    width = text.to_dict().get("intermediate_size") or 4 * hidden
+    a_layer = hidden if config.model.gradient_checkpointing else 14 * hidden + 4 * width
+    activations = 4 * pack_tokens * layers * a_layer
+    logits = min(4 * pack_tokens * vocabulary, _GIB)
+    parts = {"weights, gradients, optimizer": state, "activations": activations, "logits": logits}
+    shown = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
+    return f"memory (estimate): {sum(parts.values()) / _GIB:.2f} GiB ({shown})"
