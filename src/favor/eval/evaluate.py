@@ -46,7 +46,7 @@ class EvalConfig(BaseModel):
     seed: int = Field(0, ge=0)
     sample: SampleConfig = SampleConfig()
     max_tokens_per_pack: int = Field(2048, ge=1)
-    max_prompts: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(None, ge=1)
     kl_samples: int = Field(64, ge=0)
     sample_prompts: int = Field(20, ge=0)
     samples_per_prompt: int = Field(1, ge=1)
@@ -97,7 +97,7 @@ def evaluate(
 def _subject(config: EvalConfig, say: Callable[[str], None]) -> Subject:
     recipe = _recipe(Path(config.run))
     model = ModelConfig.model_validate({**recipe["model"], "lora": None, "gradient_checkpointing": False})
-    data = DataConfig.model_validate(recipe["data"])
+    data = DataConfig.model_validate({**recipe["data"], "max_rows": config.max_rows})
     source = config.data or data.eval
     if source is None:
         raise ConfigError(f"{config.run}: the run had no data.eval; name held-out preferences with data=FILE")
@@ -106,7 +106,7 @@ def _subject(config: EvalConfig, say: Callable[[str], None]) -> Subject:
     texts, _ = read(source, data, data.eval_split)
     tokens = TokensConfig.model_validate(recipe.get("tokens", {}))
     trees, _ = tokenize(texts, policy.tokenizer, tokens, policy.end_ids, data.bad_rows)
-    trees = [tree for tree in trees if tree.comparisons][: config.max_prompts]
+    trees = [tree for tree in trees if tree.comparisons]
     if not trees:
         raise DataError(f"{source}: no comparison to evaluate on; give chosen and rejected, a ranking or scores")
     policy, why = settle(policy, model.layout, trees)
