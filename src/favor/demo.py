@@ -36,12 +36,12 @@ class DemoConfig(BaseModel):
     model_config = STRICT
     run: str | None = None
     seed: int = Field(0, ge=0)
-    pairs: int = Field(320, ge=1)
+    pairs: int = Field(280, ge=1)
     max_steps: int | None = Field(None, ge=1)
     sft_lr: float = Field(1e-4, gt=0)
-    lr: float = Field(2e-5, gt=0)
+    lr: float = Field(3e-5, gt=0)
     beta: float = Field(0.1, gt=0)
-    test_pairs: int = Field(128, ge=1)
+    test_pairs: int = Field(100, ge=1)
     prompts: int = Field(20, ge=1)
     samples_per_prompt: int = Field(4, ge=1)
 
@@ -82,8 +82,7 @@ def evaluate_run(
         max_rows=config.test_pairs,
         sample_prompts=config.prompts,
         samples_per_prompt=config.samples_per_prompt,
-        sample=SampleConfig(max_new_tokens=48, batch=40),
-        kl_samples=40,
+        sample=SampleConfig(max_new_tokens=40, batch=80),
     )
     return evaluate(settings, console.print, progress, ("sentiment", judge.score))
 
@@ -104,13 +103,11 @@ def _dpo_recipe(config: DemoConfig, root: Path, reviews: Path) -> TrainConfig:
         run=str(root / "dpo"),
         seed=config.seed,
         model=ModelConfig(path=str(RunFolder(root / "sft").model), dtype="float32"),
-        data=DataConfig(
-            train=str(reviews / "train.jsonl"), eval=str(reviews / "test.jsonl"), max_rows=config.pairs
-        ),
+        data=DataConfig(train=str(reviews / "train.jsonl"), eval=str(reviews / "test.jsonl"), max_rows=config.pairs),
         loss=LossConfig(name="sigmoid", beta=config.beta),
         optim=OptimConfig(lr=config.lr, warmup_steps=2),
         train=LoopConfig(batch_prompts=8, save_every=0, max_steps=config.max_steps),
-        watch=WatchConfig(kl_every=5, kl_prompts=8, kl_tokens=40),
+        watch=WatchConfig(kl_every=7, kl_prompts=8, kl_tokens=40),
     )
 
 

@@ -16,6 +16,9 @@ from favor.model.load import Policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, sample
 
+# Tokens scored at once; without gradients this bounds nothing but the memory of one forward.
+_BUDGET = 2048
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -37,19 +40,30 @@ def sampled_kl(
     prompts: Sequence[Sequence[int]],
     seed: int,
     config: SampleConfig,
-    budget: int = 2048,
 ) -> Divergence:
-    """KL(policy || reference) = E_{y~policy}[log pi(y|x) - log ref(y|x)], one sample per entry of `prompts`.
+    """Draw one response per entry of `prompts` from the policy and measure `kl_of_samples` on them."""
+    responses = sample(policy, prompts, [seed * 1_000_003 + i for i in range(len(prompts))], config)
+    return kl_of_samples(policy, reference, prompts, responses, config)
 
-    Unbiased for responses cut at max_new_tokens (temperature 1 only). `reference` gives log ref(y|x) of a batch.
+
+def kl_of_samples(
+    policy: Policy,
+    reference: Callable[[Batch], Tensor],
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[tuple[int, ...]],
+    config: SampleConfig,
+) -> Divergence:
+    """KL(policy || reference) = E_{y~policy}[log pi(y|x) - log ref(y|x)], from responses the policy sampled.
+
+    Unbiased for responses cut at max_new_tokens; the samples must be of the policy's own distribution
+    (temperature 1). `reference` gives log ref(y|x) of a batch.
     """
     assert config.temperature == 1.0, "the estimator is of the policy's own distribution"
-    responses = sample(policy, prompts, [seed * 1_000_003 + i for i in range(len(prompts))], config)
     trees = [
         TokenTree(tuple(prompt), (response,), (True,), (), first_response=i, row=0)
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
-    ratio = log_ratios(policy, reference, trees, budget)
+    ratio = log_ratios(policy, reference, trees)
     return Divergence(
         mean=float(ratio.mean()),
         se=float(ratio.std() / len(ratio) ** 0.5) if len(ratio) > 1 else float("nan"),
@@ -62,7 +76,7 @@ def log_ratios(policy: Policy, reference: Callable[[Batch], Tensor], trees: Sequ
     """Log pi(y|x) - log ref(y|x) of every response: float64 [responses], CPU, without gradients."""
     ratio = torch.zeros(sum(len(tree.response_ids) for tree in trees), dtype=torch.float64)
     with torch.no_grad():
-        for members in pack.plan([tree.num_tokens for tree in trees], budget):
+        for members in pack.plan([pack.computed_tokens(tree, policy.layout) for tree in trees], _BUDGET):
             batch = pack.build([trees[i] for i in members], policy.layout).to(policy.device)
             difference = response_logps(policy, batch) - reference(batch)
             ratio[batch.index_R.cpu() - trees[0].first_response] = difference.cpu()

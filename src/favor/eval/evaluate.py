@@ -20,7 +20,7 @@ from favor.data.read import DataConfig, read
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.data.types import Batch, PromptTree, TokenTree
 from favor.errors import CheckpointError, ConfigError, DataError
-from favor.eval.divergence import sampled_kl
+from favor.eval.divergence import kl_of_samples
 from favor.eval.intervals import bootstrap_difference, bootstrap_mean
 from favor.eval.margins import pair_figures
 from favor.model.layout import settle
@@ -47,9 +47,8 @@ class EvalConfig(BaseModel):
     sample: SampleConfig = SampleConfig()
     max_tokens_per_pack: int = Field(2048, ge=1)
     max_rows: int | None = Field(None, ge=1)
-    kl_samples: int = Field(64, ge=0)
     sample_prompts: int = Field(20, ge=0)
-    samples_per_prompt: int = Field(1, ge=1)
+    samples_per_prompt: int = Field(2, ge=1)
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,11 @@ def evaluate(
         config.max_tokens_per_pack,
         lambda done: progress("held-out pairs", done, total),
     )
-    figures: dict[str, Any] = {"beta": subject.beta, **pairs.as_json(config.seed), "kl": _kl(config, subject)}
+    figures: dict[str, Any] = {"beta": subject.beta, **pairs.as_json(config.seed), "kl": None}
     if config.sample_prompts:
-        records, score = _samples(config, subject, progress, scorer)
-        figures |= {"score": score} if score else {}
+        records, figures["kl"] = _samples(config, subject, progress)
+        if scorer:
+            figures["score"] = _score(records, scorer, config)
         write_text(folder.samples, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     write_json(folder.evaluation, figures)
     return figures
@@ -133,30 +133,27 @@ def _logps(policy: Policy) -> Callable[[Batch], Tensor]:
     return logps
 
 
-def _kl(config: EvalConfig, subject: Subject) -> dict[str, float] | None:
-    if config.kl_samples == 0:
-        return None
-    prompts = [subject.trees[i % len(subject.trees)].prompt_ids for i in range(config.kl_samples)]
-    settings = config.sample.model_copy(update={"temperature": 1.0})
-    reference = _logps(subject.reference)
-    return sampled_kl(subject.policy, reference, prompts, config.seed, settings, config.max_tokens_per_pack).as_json()
-
-
 def _samples(
-    config: EvalConfig, subject: Subject, progress: Callable[[str, int, int], None], scorer: tuple[str, Scorer] | None
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Samples of both models for the first held-out prompts, by the same random streams."""
+    config: EvalConfig, subject: Subject, progress: Callable[[str, int, int], None]
+) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
+    """Samples of both models for the first held-out prompts, by the same random streams, and KL from the policy's.
+
+    KL is None when the temperature is not 1: the samples are then not the policy's own distribution.
+    """
     trees, each = subject.trees[: config.sample_prompts], config.samples_per_prompt
     prompts = [tree.prompt_ids for tree in trees for _ in range(each)]
     seeds = [config.seed * 1_000_003 + i for i in range(len(prompts))]
     text_of = {tree.rows[0]: tree.prompt for tree in subject.texts}
     records: list[dict[str, Any]] = [{"prompt": text_of[tree.row]} for tree in trees]
+    kl = None
     for name, policy in (("reference", subject.reference), ("policy", subject.policy)):
         ids = sample(policy, prompts, seeds, config.sample, lambda done: progress("samples", done, 2 * len(prompts)))
         texts = policy.tokenizer.batch_decode([list(x) for x in ids], skip_special_tokens=True)
         for i, record in enumerate(records):
             record[name] = [text.strip() for text in texts[i * each : (i + 1) * each]]
-    return records, _score(records, scorer, config) if scorer else None
+        if name == "policy" and config.sample.temperature == 1.0:
+            kl = kl_of_samples(policy, _logps(subject.reference), prompts, ids, config.sample).as_json()
+    return records, kl
 
 
 def _score(records: list[dict[str, Any]], scorer: tuple[str, Scorer], config: EvalConfig) -> dict[str, Any]:

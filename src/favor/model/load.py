@@ -255,9 +255,10 @@ def _lora_layer() -> Any:
 def _checkpoint_layers(policy: Policy) -> None:
     """Recompute layers in the backward. Only the layers' own flag says `training`: dropout stays off."""
     model = policy.causal_lm
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if model.supports_gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
+    if not layers or not model.supports_gradient_checkpointing:
         raise ConfigError(
             f"model.gradient_checkpointing: {type(model).__name__} has no layers that can be recomputed; set it to false"
         )

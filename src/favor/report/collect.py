@@ -30,7 +30,9 @@ def collect(root: Path) -> RunRecord:
     """Read a run folder. Raises CheckpointError when it is none or a file of it is damaged."""
     folder = RunFolder(root)
     if not folder.config.exists():
-        raise CheckpointError(f"{root}: no run here (no config.toml); name a folder that favor train, sft or demo wrote")
+        raise CheckpointError(
+            f"{root}: no run here (no config.toml); name a folder that favor train, sft or demo wrote"
+        )
     metrics = read_jsonl(folder.metrics) if folder.metrics.exists() else []
     return RunRecord(
         name=root.name or str(root),
@@ -56,4 +58,6 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not JSON ({error.msg}); delete it and run the command that writes it again") from None
+        raise CheckpointError(
+            f"{path}: not JSON ({error.msg}); delete it and run the command that writes it again"
+        ) from None

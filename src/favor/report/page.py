@@ -34,9 +34,7 @@ CURVES = (
     Curve("Preference accuracy (training pairs)", "share", (("accuracy", "accuracy"),)),
     Curve("Margin of implicit rewards", "beta x nats", (("margin", "margin"),)),
     Curve("Implicit rewards", "beta x nats", (("reward_chosen", "chosen"), ("reward_rejected", "rejected"))),
-    Curve(
-        "Log-prob per token", "nats", (("logp_chosen_per_token", "chosen"), ("logp_rejected_per_token", "rejected"))
-    ),
+    Curve("Log-prob per token", "nats", (("logp_chosen_per_token", "chosen"), ("logp_rejected_per_token", "rejected"))),
     Curve("Chosen below reference", "share of pairs", (("chosen_below_reference", "chosen below"),)),
     Curve("Sampled KL(policy || reference)", "nats", (("kl", "KL"),)),
     Curve("Gradient norm", "before clipping", (("grad_norm", "norm"),)),
@@ -48,9 +46,9 @@ _COLOURS = ("#2f6f9f", "#c2603a", "#3f8f5f", "#8a5fa8", "#8c7a2f", "#555555")
 
 def write_page(runs: Sequence[RunRecord], path: Path) -> None:
     """Write the page for one run, or for several compared; whole or not at all."""
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("favor.report").joinpath("page.html.jinja").read_text("utf-8")
-    )
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(files("favor.report").joinpath("page.html.jinja").read_text("utf-8"))
     by_step, by_tokens = _plots(runs, "step"), _plots(runs, "tokens")
     page = template.render(
         runs=runs,
@@ -69,7 +67,9 @@ def write_page(runs: Sequence[RunRecord], path: Path) -> None:
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Nested records as (dotted key, text) rows; long lists are counted and opened."""
     if isinstance(value, dict):
-        return [row for key, inner in value.items() for row in flatten(inner, f"{prefix}.{key}" if prefix else str(key))]
+        return [
+            row for key, inner in value.items() for row in flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+        ]
     if isinstance(value, list):
         shown = "; ".join(" ".join(map(str, v.values() if isinstance(v, dict) else v)) for v in value[:5])
         return [(prefix, f"{len(value)}" + (f": {shown}" if value else "") + (" ..." if len(value) > 5 else ""))]
@@ -80,7 +80,11 @@ def _plots(runs: Sequence[RunRecord], over: str) -> list[Markup]:
     """The curves for which any run has figures, as HTML without the library."""
     figures = [_figure(runs, curve, over) for curve in CURVES]
     return [
-        Markup(to_html(figure, include_plotlyjs=False, full_html=False, config={"displayModeBar": False, "responsive": True}))  # noqa: S704
+        Markup(
+            to_html(
+                figure, include_plotlyjs=False, full_html=False, config={"displayModeBar": False, "responsive": True}
+            )
+        )  # noqa: S704
         for figure in figures
         if figure.data
     ]

@@ -22,7 +22,9 @@ def figure_rows(figures: Mapping[str, Any]) -> list[Row]:
                 _with_interval(figures["reference_accuracy"], figures["reference_accuracy_interval"], ".3f"),
             )
         )
-        rows.append(("implicit reward margin", _with_interval(figures["margin"], figures["margin_interval"], "+.3f"), "0"))
+        rows.append(
+            ("implicit reward margin", _with_interval(figures["margin"], figures["margin_interval"], "+.3f"), "0")
+        )
         rows.append(("held-out DPO loss (nats a pair)", f"{figures['loss']:.4f}", "0.6931"))
     if kl := figures.get("kl"):
         text = f"{kl['mean']:.2f} ± {kl['se']:.2f}"
@@ -35,7 +37,9 @@ def figure_rows(figures: Mapping[str, Any]) -> list[Row]:
                 _with_interval(score["reference"], score["reference_interval"], ".3f"),
             )
         )
-        rows.append((f"{score['name']} score, difference", _with_interval(score["difference"], score["interval"], "+.3f"), ""))
+        rows.append(
+            (f"{score['name']} score, difference", _with_interval(score["difference"], score["interval"], "+.3f"), "")
+        )
     return rows
 
 

@@ -1,0 +1,258 @@
+"""Log-probs and gradients do not depend on layout, packing, sharing, checkpointing, accumulation or adapters.
+
+The oracle is plain transformers: one unpadded forward per response, full logits (tests/oracles.py).
+"""
+
+import itertools
+import random
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import tiny
+from favor import losses
+from favor.data import pack
+from favor.dist.world import World
+from favor.losses import LossConfig
+from favor.model import attention
+from favor.model.layout import config_obstacle, settle
+from favor.model.load import LoraSettings, ModelConfig, as_reference, frozen_copy, make_policy
+from favor.model.logprobs import response_logps
+from favor.train.loop import micro_batches
+from favor.train.optim import OptimConfig, make_optimizer
+from favor.train.preference import make_objective
+from favor.train.step import Machine, step
+from oracles import plain_logps, tree
+
+
+def ids(count, rng):
+    return [rng.randrange(4, tiny.VOCAB) for _ in range(count)]
+
+
+def forest(seed=0):
+    """Depth 1 to 4, responses that open alike, one that is a prefix of another, two trees sharing a prompt's start."""
+    rng = random.Random(seed)
+    prompt, opening, middle = ids(9, rng), ids(4, rng), ids(3, rng)
+    first = [
+        ids(6, rng),
+        opening + ids(5, rng),
+        opening + middle + ids(2, rng),
+        opening + middle + ids(4, rng),
+        opening + middle,  # a prefix of the two before it
+    ]
+    second = [ids(1, rng), ids(7, rng)]
+    return [
+        tree(prompt, first, [(1, 0), (2, 3), (4, 0)], first=0),
+        tree(prompt[:5] + ids(3, rng), second, [(0, 1)], first=5),
+        tree(prompt + first[0], [ids(3, rng), ids(2, rng)], [(1, 0)], first=7),  # a later turn of the first
+        tree(ids(4, rng), [ids(3, rng), ids(5, rng), ids(2, rng)], [(2, 0, 1)], first=9),
+    ]
+
+
+def policy_of(model, **settings):
+    return make_policy(model, tiny.tokenizer(), ModelConfig(path="tiny", dtype="float32", device="cpu", **settings))
+
+
+def gradients(value, model):
+    """d(value . fixed coefficients) by parameter name."""
+    coefficient = torch.linspace(-1, 1, value.shape[0], dtype=torch.float64)
+    model.zero_grad()
+    (value * coefficient).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    scale = max(g.abs().max() for g in expected.values())
+    for name in expected:
+        assert (found[name] - expected[name]).abs().max() <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+@pytest.mark.parametrize("layout", ["tree", "rows"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_tree_equals_rows_equals_plain_transformers(family, layout, checkpointing):
+    model = tiny.model(family)
+    trees = forest()
+    plain = plain_logps(model, trees)
+    expected = gradients(plain, model)
+    policy = policy_of(model, gradient_checkpointing=checkpointing)
+    policy, _ = settle(policy, layout, trees)
+    assert policy.layout == layout
+    for variant in (policy, replace(policy, fast_head=None)):
+        found = response_logps(variant, pack.build(trees, layout))
+        assert_close(found, plain, rtol=1e-5, atol=1e-5)
+        assert_same_gradients(gradients(found, model), expected)
+
+
+def adapted(family, **settings):
+    """A LoRA policy whose adapters have moved; the same one at every call."""
+    policy = policy_of(tiny.model(family), lora=LoraSettings(rank=4), **settings)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in policy.trainable().items():
+            assert "lora_" in name
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_tree_equals_plain_and_adapter_off_is_the_base(family, checkpointing):
+    trees = forest()
+    base = plain_logps(tiny.model(family), trees).detach()
+    oracle = adapted(family)
+    plain = plain_logps(oracle.causal_lm, trees)
+    expected = gradients(plain, oracle.model)
+    policy, _ = settle(adapted(family, gradient_checkpointing=checkpointing), "tree", trees)
+    batch = pack.build(trees, "tree")
+    found = response_logps(policy, batch)
+    assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients(found, policy.model), expected)
+    with torch.no_grad(), as_reference(policy) as reference:
+        assert_close(response_logps(reference, batch), base, rtol=1e-5, atol=1e-5)
+    assert (found.detach() - base).abs().max() > 0.01
+
+
+def test_attention_kernels_agree_and_match_masked_softmax():
+    """The flash parts, the plain-torch parts and one masked softmax give the same output and gradients (GQA)."""
+    rng = random.Random(3)
+    nodes, packed, _, where = pack.radix([tuple(rng.randrange(2) for _ in range(n)) for n in (9, 7, 8, 6, 9, 3)])
+    count = len(packed)
+    q, k, v = (torch.randn(1, h, count, 16, requires_grad=True) for h in (4, 2, 2))
+    allowed = torch.zeros(count, count, dtype=torch.bool)
+    for path in where:
+        for place, index in enumerate(path):
+            allowed[index, path[: place + 1]] = True
+    scores = (q @ k.repeat_interleave(2, 1).mT * 0.25).masked_fill(~allowed, float("-inf"))
+    expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    weight = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    out, _ = attention.tree_attention(torch.nn.Identity(), q, k, v, None, tree_nodes=nodes, scaling=0.25)
+    assert_close(out.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad((out.transpose(1, 2) * weight).sum(), (q, k, v))
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for part in attention.parts(nodes):
+        rows, keys = slice(part.q0, part.q1), slice(part.k0, part.k1)
+        piece = (q.detach()[:, :, rows], k.detach()[:, :, keys], v.detach()[:, :, keys])
+        fast, fast_lse = attention._forward(*piece, part.causal, 0.25)
+        slow, slow_lse = attention.math_forward(*piece, part.causal, 0.25)
+        assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+        assert_close(fast_lse, slow_lse, rtol=1e-5, atol=1e-5)
+        upstream = torch.randn_like(fast)
+        for a, b in zip(
+            attention._backward(upstream, piece, (fast, fast_lse), part.causal, 0.25),
+            attention.math_backward(upstream, piece, (slow, slow_lse), part.causal, 0.25),
+            strict=True,
+        ):
+            assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_radix_holds_every_distinct_prefix_once():
+    rng = random.Random(1)
+    for _ in range(200):
+        paths = [tuple(rng.randrange(3) for _ in range(rng.randint(1, 9))) for _ in range(rng.randint(1, 9))]
+        nodes, packed, position, where = pack.radix(paths)
+        assert len(packed) == len({p[:i] for p in paths for i in range(1, len(p) + 1)})
+        for path, index in zip(paths, where, strict=True):
+            assert tuple(packed[index]) == path
+            assert position[index].tolist() == list(range(len(path)))
+        assert sum(stop - start for start, stop, _ in nodes) == len(packed)
+
+
+def test_plan_is_balanced_deterministic_and_keeps_the_budget():
+    rng = random.Random(2)
+    for budget, world in itertools.product((40, 100, 1000), (1, 2, 3)):
+        sizes = [rng.randint(1, 120) for _ in range(rng.randint(1, 30))]
+        bins = pack.plan(sizes, budget, world)
+        assert sorted(i for members in bins for i in members) == list(range(len(sizes)))
+        assert len(bins) % world == 0
+        assert all(len(m) <= 1 or sum(sizes[i] for i in m) <= budget for m in bins)
+        assert bins == pack.plan(list(sizes), budget, world)
+
+
+def updated_weights(trees, budget, loss, layout="tree", world_cut=1):
+    """Weights after one clipped AdamW step from the optimizer batch, cut as asked."""
+    model = tiny.model("llama")
+    policy, _ = settle(policy_of(model), layout, trees)
+    reference = frozen_copy(policy_of(tiny.model("llama", seed=5)))
+    reference, _ = settle(reference, "rows", trees)
+
+    def ref_logps(batch):
+        rows = pack.build(trees, "rows")
+        with torch.no_grad():
+            return response_logps(reference, rows)[batch.index_R]
+
+    parameters = policy.trainable()
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
+    machine = Machine(parameters, optimizer, 1e9, policy.device, World())
+    cut = micro_batches(trees, policy, budget, World())
+    done = step(machine, cut, make_objective(loss, policy, ref_logps))
+    return {name: p.detach().clone() for name, p in parameters.items()}, done, len(cut)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "cdpo", "ipo", "hinge", "plackett_luce"])
+def test_update_does_not_depend_on_the_cut(name):
+    """One pack, several packs, one tree a row, padded rows: the same update to 1e-5 of its size."""
+    loss, trees = LossConfig(name=name, beta=0.2), forest()
+    start = {n: p.detach().clone() for n, p in tiny.model("llama").named_parameters()}
+    whole, done, count = updated_weights(trees, 10_000, loss)
+    assert count == 1
+    moved = max((whole[n] - start[n]).abs().max() for n in start)
+    for budget, layout, at_least in ((60, "tree", 2), (1, "tree", 4), (10_000, "rows", 1), (1, "rows", 4)):
+        other, again, packs = updated_weights(trees, budget, loss, layout)
+        assert packs >= at_least
+        assert again.sums["loss"] == pytest.approx(done.sums["loss"], rel=1e-5)
+        assert again.grad_norm == pytest.approx(done.grad_norm, rel=1e-5)
+        for key in ("pairs", "correct", "margin", "chosen_below_reference"):
+            assert again.sums[key] == pytest.approx(done.sums[key], rel=1e-4)
+        for n in whole:
+            assert (other[n] - whole[n]).abs().max() <= 1e-5 * moved, n
+
+
+def test_first_loss_is_ln_2_and_margins_are_zero():
+    trees = forest()
+    policy, _ = settle(policy_of(tiny.model("llama")), "tree", trees)
+    reference = frozen_copy(policy)
+    batch = pack.build(trees, "tree")
+    with torch.no_grad():
+        ref = response_logps(reference, pack.build(trees, "tree"))
+    loss, stats = make_objective(LossConfig(), policy, lambda _: ref).loss(batch)
+    assert loss.item() / losses.total_weight(LossConfig(), batch) == pytest.approx(0.6931471805599453, abs=1e-6)
+    assert abs(stats["margin"].item()) < 1e-6
+    assert not any(p is q for p in policy.model.parameters() for q in reference.model.parameters())
+
+
+def test_optimizer_groups_decay_matrices_only():
+    policy = policy_of(tiny.model("llama"))
+    groups = make_optimizer(OptimConfig(weight_decay=0.1), policy.trainable()).param_groups
+    assert [(g["weight_decay"], {p.dim() for p in g["params"]}) for g in groups] == [(0.1, {2}), (0.0, {1})]
+
+
+def test_models_on_which_trees_would_be_wrong_fall_back():
+    assert config_obstacle({"layer_types": ["full_attention", "linear_attention"]}, 10) is not None
+    assert config_obstacle({"layer_types": ["sliding_attention"], "sliding_window": 8}, 10) is not None
+    assert config_obstacle({"layer_types": ["sliding_attention"], "sliding_window": 8}, 8) is None
+    assert config_obstacle({"sliding_window": 8, "use_sliding_window": False}, 10) is None
+    assert config_obstacle({"attn_logit_softcapping": 50.0}, 10) is not None
+    assert config_obstacle({}, 10) is None
+
+
+def test_fall_back_is_exact_and_said(tmp_path):
+    """Gemma 2 soft-caps its logits: rows are chosen, the reason is given, log-probs equal plain transformers."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    gemma = Gemma2Config(**tiny._GQA, head_dim=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
+    mamba = MambaConfig(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
+    for model, word in ((Gemma2ForCausalLM(gemma), "soft-caps"), (MambaForCausalLM(mamba), "plain path|does not run")):
+        trees = forest()
+        policy, why = settle(policy_of(model.eval()), "auto", trees)
+        assert policy.layout == "rows"
+        assert "FALL-BACK" in why
+        assert re.search(word, why), why

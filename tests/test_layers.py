@@ -1,0 +1,98 @@
+"""Imports go one way, one backward() exists, and the path of a preference stays short."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src/favor"
+# what each part may import, beside itself
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "run": {"errors"},
+    "data": {"errors", "config"},
+    "losses": {"errors", "config", "data.types"},
+    "model": {"errors", "config", "data.types", "data.pack"},
+    "dist": {"errors"},
+    "eval": {"errors", "config", "run", "data", "model", "losses", "dist"},
+    "train": {"errors", "config", "run", "data", "losses", "model", "dist", "eval.divergence"},
+    "report": {"errors", "run"},
+    "embedded": {"errors", "run"},
+    "demo": {"errors", "config", "run", "data", "losses", "model", "eval", "train", "report", "embedded"},
+    "cli": {"errors", "config", "run", "data", "model", "dist", "eval", "train", "report", "demo"},
+}
+PATH = (
+    "train/preference",
+    "data/types",
+    "data/read",
+    "data/tokenize",
+    "data/pack",
+    "data/loader",
+    "model/logprobs",
+    "losses/pairwise",
+    "train/step",
+)
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path):
+    """Modules of ours that a file imports, in functions too; type-checking blocks count."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "favor":
+            base = node.module.removeprefix("favor").lstrip(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}" if base else alias.name
+                is_module = (PACKAGE / inner.replace(".", "/")).with_suffix(".py").exists() or (
+                    PACKAGE / inner
+                ).is_dir()
+                yield inner if is_module else base
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("favor.") for a in node.names if a.name.startswith("favor."))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_follow_the_layers(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    if parts == ("__init__",):
+        return
+    allowed = ALLOWED[parts[0]] | {parts[0]}
+    for module in imported(path):
+        assert any(module == a or module.startswith(a + ".") for a in allowed), f"{path.name} may not import {module}"
+
+
+def test_one_backward():
+    calls = [path.name for path in FILES if ".backward()" in path.read_text("utf-8").replace("ONLY backward()", "")]
+    assert calls == ["step.py"]
+
+
+def test_files_are_short_and_the_path_is_readable():
+    for path in FILES:
+        assert len(path.read_text("utf-8").splitlines()) <= 400, path
+    assert len(PATH) <= 9
+    assert sum(len((PACKAGE / f"{name}.py").read_text("utf-8").splitlines()) for name in PATH) <= 2100
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert all(f"{name}.py" in readme for name in PATH)
+
+
+def test_functions_are_short():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                limit = 120 if node.name == "_loop" else 60
+                assert node.end_lineno - node.lineno < limit, f"{path.name}: {node.name}"
+
+
+def test_no_pickle_and_no_blanket_except():
+    for path in FILES:
+        text = path.read_text("utf-8")
+        assert "pickle" not in text
+        assert "torch.load" not in text
+        assert "except Exception" not in text
+        assert "except:" not in text
+
+
+def test_every_module_says_what_it_is():
+    for path in FILES:
+        assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), path

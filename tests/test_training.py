@@ -1,0 +1,269 @@
+"""Whole runs on a tiny model: resume bit for bit, stale references refused, saved models load and agree."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from favor.config import load
+from favor.dist.world import World
+from favor.errors import CheckpointError, ConfigError, NumericsError
+from favor.model.load import ModelConfig, load_policy
+from favor.run import RunFolder, read_jsonl
+from favor.train.checkpoint import checkpoints
+from favor.train.preference import TrainConfig, train
+from favor.train.session import Session, StoppedError, StopRequest
+from favor.train.sft import SftConfig, sft
+from oracles import plain_logps, tree
+from rich.console import Console
+
+
+@pytest.fixture(scope="module")
+def world_of_films(tmp_path_factory):
+    """A model folder and a preference file: prompts with several pairs, one ranking."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.save(folder / "model")
+    rng, words = random.Random(0), ["good", "bad", "warm", "funny", "film", "never", "stops", "maybe", "help"]
+
+    def say():
+        return " ".join(rng.choices(words, k=rng.randint(2, 9)))
+
+    rows = [{"prompt": f"Write about film {i % 9}.", "chosen": say(), "rejected": say()} for i in range(24)]
+    rows.append({"prompt": "Write about film 3.", "chosen": say(), "rejected": say(), "weight": 2.0})
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return folder
+
+
+def settings(inputs, run, *more):
+    return [
+        f"run={run}",
+        f"model.path={inputs / 'model'}",
+        "model.dtype=float32",
+        f"data.train={inputs / 'train.jsonl'}",
+        "train.batch_prompts=3",
+        "train.epochs=4",
+        "train.save_every=2",
+        "optim.lr=1e-3",
+        "optim.warmup_steps=2",
+        *more,
+    ]
+
+
+def open_session(root, stop=None):
+    return Session(RunFolder(root), World(), Console(quiet=True), stop or StopRequest())
+
+
+def run_train(words, stop=None):
+    train(load(TrainConfig, None, words), lambda root: open_session(root, stop))
+
+
+def curve(run):
+    """The last record of each step, without what depends on the clock."""
+    clock = {"seconds", "pairs_per_s", "tokens_per_s"}
+    steps = {r["step"]: r for r in read_jsonl(RunFolder(Path(run)).metrics) if r["kind"] == "step"}
+    return {step: {k: v for k, v in record.items() if k not in clock} for step, record in steps.items()}
+
+
+class StopAt(StopRequest):
+    """A stop signal that arrives while a given step is running."""
+
+    def __init__(self, step):
+        self._left = step
+
+    @property
+    def signal_number(self):
+        self._left -= 1
+        return signal.SIGTERM if self._left == 0 else None
+
+    @signal_number.setter
+    def signal_number(self, value):
+        pass
+
+
+def test_training_learns_the_training_pairs(world_of_films, tmp_path):
+    run_train(settings(world_of_films, tmp_path / "run"))
+    steps = curve(tmp_path / "run")
+    assert len(steps) == 12
+    assert steps[1]["loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
+    assert abs(steps[1]["margin"]) < 1e-6
+    assert steps[12]["loss"] < 0.4
+    assert steps[12]["accuracy"] > 0.9
+    assert sum(s["pairs"] for s in steps.values()) == 4 * 25
+    assert tomllib.loads((tmp_path / "run/config.toml").read_text())["loss"] == {"name": "sigmoid", "beta": 0.1}
+    report = json.loads((tmp_path / "run/data.json").read_text())
+    assert report["train"]["read"]["num_trees"] == 9
+
+
+def test_saved_model_loads_in_transformers_with_the_same_log_probs(world_of_films, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run_train(settings(world_of_films, tmp_path / "run"))
+    folder = tmp_path / "run/model"
+    trees = [tree([5, 6, 7], [[8, 9, 2], [10, 2]])]
+    ours = plain_logps(load_policy(ModelConfig(path=str(folder), dtype="float32")).causal_lm, trees)
+    theirs = plain_logps(AutoModelForCausalLM.from_pretrained(folder), trees)
+    start = plain_logps(tiny.model(), trees)
+    assert torch.equal(ours, theirs)
+    assert (ours - start).abs().max() > 0.01
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tiny.CHATML
+
+
+def test_lora_saves_an_adapter_that_peft_loads(world_of_films, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    run_train(settings(world_of_films, tmp_path / "run", "model.lora.rank=4", "optim.lr=1e-2", "reference.mode=live"))
+    steps = curve(tmp_path / "run")
+    assert steps[1]["loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
+    assert steps[12]["loss"] < 0.6
+    folder = tmp_path / "run/model"
+    assert (folder / "adapter_model.safetensors").exists()
+    trees = [tree([5, 6, 7], [[8, 9, 2], [10, 2]])]
+    theirs = plain_logps(AutoPeftModelForCausalLM.from_pretrained(folder).get_base_model(), trees)
+    merged = plain_logps(load_policy(ModelConfig(path=str(folder), dtype="float32")).causal_lm, trees)
+    assert torch.allclose(theirs, merged, atol=1e-4)
+    assert (theirs - plain_logps(tiny.model(), trees)).abs().max() > 0.01
+
+
+def test_live_and_stored_reference_give_the_same_curve(world_of_films, tmp_path):
+    run_train(settings(world_of_films, tmp_path / "stored"))
+    run_train(settings(world_of_films, tmp_path / "live", "reference.mode=live"))
+    stored, live = curve(tmp_path / "stored"), curve(tmp_path / "live")
+    for step in stored:
+        assert stored[step]["loss"] == pytest.approx(live[step]["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("model.lora.rank=4",), ("optim.name=rmsprop",)], ids=["adamw", "lora", "rmsprop"]
+)
+def test_stopped_run_resumes_bit_for_bit(world_of_films, tmp_path, more):
+    words = settings(world_of_films, tmp_path / "broken", *more)
+    with pytest.raises(StoppedError, match="stopped after step 5 of 12; continue with resume=true") as stopped:
+        run_train(words, StopAt(5))
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert [p.name for p in checkpoints(tmp_path / "broken/checkpoints")] == ["step-000004", "step-000005"]
+    run_train([*words, "resume=true"])
+    run_train(settings(world_of_films, tmp_path / "whole", *more))
+    assert curve(tmp_path / "broken") == curve(tmp_path / "whole")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_kill_9_at_a_random_step_and_resume(world_of_films, tmp_path):
+    """The process is killed without warning; the rest of the loss curve is equal bit for bit."""
+    words = settings(world_of_films, tmp_path / "killed", "train.epochs=80")
+    program = [sys.executable, "-c", "from favor.cli import main; main()", "train"]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    metrics = tmp_path / "killed/metrics.jsonl"
+    wanted = random.randrange(15, 60)
+    with subprocess.Popen([*program, *words], env=environment, stdout=subprocess.DEVNULL) as process:
+        while not metrics.exists() or metrics.read_text().count('"step"') < wanted:
+            assert process.poll() is None, "finished before it was killed"
+            time.sleep(0.001)
+        process.kill()
+    reached = max(curve(tmp_path / "killed"))
+    assert 10 < reached < 240
+    done = subprocess.run(
+        [*program, *words, "resume=true"], env=environment, capture_output=True, text=True, check=True
+    )
+    resumed = int(re.search(r"resumed after step (\d+)", done.stdout)[1])
+    assert reached - 3 <= resumed <= reached
+    whole = settings(world_of_films, tmp_path / "whole", "train.epochs=80")
+    subprocess.run([*program, *whole], env=environment, check=True, capture_output=True)
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+
+
+def test_reference_store_is_reused_over_losses_and_refused_when_stale(world_of_films, tmp_path):
+    store = f"reference.store={tmp_path / 'ref.safetensors'}"
+    run_train(settings(world_of_films, tmp_path / "a", store))
+    written = (tmp_path / "ref.safetensors").stat().st_mtime_ns
+    run_train(settings(world_of_films, tmp_path / "b", store, "loss.name=ipo", "loss.beta=0.5"))
+    assert (tmp_path / "ref.safetensors").stat().st_mtime_ns == written
+    assert curve(tmp_path / "b")[1]["loss"] == pytest.approx(1.0, abs=1e-4)
+    with pytest.raises(CheckpointError, match=r"ref\.safetensors: .* another token ids; delete it"):
+        run_train(settings(world_of_films, tmp_path / "c", store, "data.max_rows=20"))
+    with pytest.raises(CheckpointError, match="another weights"):
+        run_train(settings(world_of_films, tmp_path / "d", store, f"model.path={tmp_path / 'a/model'}"))
+    (tmp_path / "ref.safetensors").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match="not a readable reference store"):
+        run_train(settings(world_of_films, tmp_path / "e", store))
+
+
+def test_wrong_reference_is_caught_at_step_0(world_of_films, tmp_path, monkeypatch):
+    import favor.train.reference as module
+
+    honest = module.all_logps
+    monkeypatch.setattr(
+        module,
+        "all_logps",
+        lambda *args: (
+            honest(*args) + torch.randn(1, dtype=torch.float64).abs() * torch.arange(50)[: honest(*args).shape[0]]
+        ),
+    )
+    with pytest.raises(NumericsError, match="step 0: the loss is .* but must be 0.69314718"):
+        run_train(settings(world_of_films, tmp_path / "run"))
+
+
+def test_resume_needs_the_same_recipe(world_of_films, tmp_path):
+    words = settings(world_of_films, tmp_path / "run")
+    with pytest.raises(StoppedError):
+        run_train(words, StopAt(3))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run_train(words)
+    with pytest.raises(ConfigError, match=r"another recipe \(differs in: lr = 0.01"):
+        run_train([*words, "resume=true", "optim.lr=0.01"])
+    damaged = checkpoints(tmp_path / "run/checkpoints")[-1]
+    (damaged / "optimizer.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=f"{damaged.name}: damaged checkpoint"):
+        run_train([*words, "resume=true"])
+
+
+@pytest.mark.parametrize("name", ["cdpo", "ipo", "hinge", "plackett_luce"])
+def test_every_loss_trains(world_of_films, tmp_path, name):
+    run_train(settings(world_of_films, tmp_path / "run", f"loss.name={name}", "loss.beta=0.3"))
+    steps = curve(tmp_path / "run")
+    assert steps[12]["margin"] > 0.3
+    assert steps[12]["loss"] < steps[1]["loss"]
+
+
+def test_displacement_is_warned_of(world_of_films, tmp_path):
+    more = ("optim.lr=1e-2", "watch.displacement_threshold=0.05", "train.epochs=12")
+    run_train(settings(world_of_films, tmp_path / "run", *more))
+    events = [r for r in read_jsonl(tmp_path / "run/metrics.jsonl") if r.get("name") == "displacement"]
+    assert events
+    assert "less likely than under the reference" in events[0]["message"]
+
+
+def test_held_out_figures_and_kl_probe_while_training(world_of_films, tmp_path):
+    more = (
+        f"data.eval={world_of_films / 'train.jsonl'}",
+        "watch.eval_every=6",
+        "watch.kl_every=4",
+        "watch.kl_tokens=6",
+    )
+    run_train(settings(world_of_films, tmp_path / "run", *more))
+    records = read_jsonl(tmp_path / "run/metrics.jsonl")
+    evals = [r for r in records if r["kind"] == "eval"]
+    assert [r["step"] for r in evals] == [6, 12]
+    assert evals[1]["accuracy"] > 0.9
+    probed = [r["kl"] for r in records if r["kind"] == "step" and "kl" in r]
+    assert len(probed) == 9
+    assert probed[-1] > 0.1
+    assert any(r.get("name") == "reference" for r in records)
+    assert "leak" in (tmp_path / "run/data.json").read_text()
+
+
+def test_sft_raises_the_preferred_responses_only(world_of_films, tmp_path):
+    words = [w for w in settings(world_of_films, tmp_path / "run") if not w.startswith("reference")]
+    sft(load(SftConfig, None, words), open_session)
+    steps = curve(tmp_path / "run")
+    assert steps[12]["loss"] < 0.7 * steps[1]["loss"]
+    assert sorted(p.name for p in (tmp_path / "run/model").iterdir())[-1] == "tokenizer_config.json"
