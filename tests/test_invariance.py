@@ -9,10 +9,11 @@ import re
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
+from oracles import plain_logps, tree
 from torch.testing import assert_close
 
-import tiny
 from favor import losses
 from favor.data import pack
 from favor.dist.world import World
@@ -25,7 +26,6 @@ from favor.train.loop import micro_batches
 from favor.train.optim import OptimConfig, make_optimizer
 from favor.train.preference import make_objective
 from favor.train.step import Machine, step
-from oracles import plain_logps, tree
 
 
 def ids(count, rng):

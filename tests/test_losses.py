@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from oracles import tree
 
 import favor
 from favor import losses
 from favor.data.pack import build
 from favor.losses import LOSSES, LossConfig, pairwise
 from favor.losses.ranking import plackett_luce
-from oracles import tree
 
 D = torch.float64
 

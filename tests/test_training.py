@@ -12,9 +12,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
-
 import tiny
+import torch
+from oracles import plain_logps, tree
+from rich.console import Console
+
 from favor.config import load
 from favor.dist.world import World
 from favor.errors import CheckpointError, ConfigError, NumericsError
@@ -24,8 +26,6 @@ from favor.train.checkpoint import checkpoints
 from favor.train.preference import TrainConfig, train
 from favor.train.session import Session, StoppedError, StopRequest
 from favor.train.sft import SftConfig, sft
-from oracles import plain_logps, tree
-from rich.console import Console
 
 
 @pytest.fixture(scope="module")

@@ -60,11 +60,10 @@ def sft(words: Words = None) -> None:
 @app.command(name="eval")
 def evaluate(words: Words = None) -> None:
     """Held-out preference accuracy, margins, sampled KL and samples of a finished run."""
-    from favor.report.table import figures_table
-
     from favor.config import load, split_arguments
     from favor.eval.evaluate import EvalConfig
     from favor.eval.evaluate import evaluate as run
+    from favor.report.table import figures_table
 
     config = load(EvalConfig, *split_arguments(words or []))
     console = _console()
@@ -101,7 +100,6 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; several
     """Write report.html into the first run folder: curves, samples, numbers, settings."""
     from favor.report.collect import collect
     from favor.report.page import write_page
-
     from favor.run import RunFolder
 
     path = RunFolder(runs[0]).report
@@ -112,10 +110,9 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; several
 @app.command()
 def demo(words: Words = None) -> None:
     """The main job on the embedded model and data: SFT, DPO, evaluation, report."""
+    from favor.config import load, split_arguments
     from favor.demo import DemoConfig
     from favor.demo import demo as run
-
-    from favor.config import load, split_arguments
 
     config = load(DemoConfig, *split_arguments(words or []))
     console = _console()

@@ -74,16 +74,24 @@ def start(root: Path, config_text: str, *, resume: bool) -> RunFolder:
     to resume, or when the recipe differs from the one the run was started with.
     """
     folder = RunFolder(root)
-    if folder.config.exists():
-        if not resume:
-            raise ConfigError(f"{root}: already holds a run; continue it with resume=true or choose another run=FOLDER")
+    if resume:
+        if not folder.config.exists():
+            raise ConfigError(f"{root}: nothing to resume (no config.toml); start the run without resume=true")
         _same_recipe(folder.config, config_text)
         return folder
-    if resume:
-        raise ConfigError(f"{root}: nothing to resume (no config.toml); start the run without resume=true")
+    if _has_steps(folder):
+        raise ConfigError(f"{root}: already holds a run; continue it with resume=true or choose another run=FOLDER")
     make_folder(root)
+    folder.metrics.unlink(missing_ok=True)
     write_text(folder.config, config_text)
     return folder
+
+
+def _has_steps(folder: RunFolder) -> bool:
+    """Whether training got anywhere: a start that failed before its first step may be repeated."""
+    if folder.checkpoints.exists() or folder.model.exists():
+        return True
+    return folder.metrics.exists() and any(record.get("kind") == "step" for record in read_jsonl(folder.metrics))
 
 
 def make_folder(path: Path) -> None:

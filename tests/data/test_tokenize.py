@@ -3,8 +3,8 @@
 import re
 
 import pytest
-
 import tiny
+
 from favor.data.lint import lint, lint_tokens
 from favor.data.tokenize import TokensConfig, encode_prompt, tokenize
 from favor.data.types import Comparison, PromptTree

@@ -25,12 +25,15 @@ class TokensConfig(BaseModel):
     """Section [tokens]. max_tokens bounds prompt + response; `truncation` says what happens beyond it.
 
     template: chat (the tokenizer's), plain (text as it is), auto (chat when the tokenizer has a template).
+    special_text: rows that contain the text of a special token are refused as forgeries, or allowed (for text
+    to which a template has been applied already).
     """
 
     model_config = STRICT
     template: Literal["auto", "chat", "plain"] = "auto"
     max_tokens: int = Field(1024, ge=8)
     truncation: Literal["drop", "prompt_start", "response_end"] = "drop"
+    special_text: Literal["refuse", "allow"] = "refuse"
 
 
 @dataclass
@@ -129,7 +132,7 @@ def _tools(tokenizer: PreTrainedTokenizerBase, config: TokensConfig, end_ids: fr
     bos: tuple[int, ...] = ()
     if not chat and tokenizer.bos_token_id is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]:
         bos = (int(tokenizer.bos_token_id),)
-    special = tuple(text for text in tokenizer.all_special_tokens if text)
+    special = tuple(tokenizer.all_special_tokens) if config.special_text == "refuse" else ()
     return _Tools(tokenizer, chat, end_ids, bos, special)
 
 
@@ -248,7 +251,10 @@ def _refuse_special(text: Text, tools: _Tools) -> None:
     for content in contents:
         for special in tools.special:
             if special in content:
-                raise RowError(f"it contains the text of the special token {special}, which would be read as the token")
+                raise RowError(
+                    f"it contains the text of the special token {special}, which would be read as the token; "
+                    "if that is meant, set tokens.special_text=allow"
+                )
 
 
 def _assemble(

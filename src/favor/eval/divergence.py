@@ -72,7 +72,7 @@ def kl_of_samples(
     )
 
 
-def log_ratios(policy: Policy, reference: Callable[[Batch], Tensor], trees: Sequence[TokenTree], budget: int) -> Tensor:
+def log_ratios(policy: Policy, reference: Callable[[Batch], Tensor], trees: Sequence[TokenTree]) -> Tensor:
     """Log pi(y|x) - log ref(y|x) of every response: float64 [responses], CPU, without gradients."""
     ratio = torch.zeros(sum(len(tree.response_ids) for tree in trees), dtype=torch.float64)
     with torch.no_grad():

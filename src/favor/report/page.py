@@ -53,7 +53,7 @@ def write_page(runs: Sequence[RunRecord], path: Path) -> None:
     page = template.render(
         runs=runs,
         title=" / ".join(run.name for run in runs),
-        plotly=Markup(plotly.offline.get_plotlyjs()),  # noqa: S704 (the library's own text)
+        plotly=Markup(plotly.offline.get_plotlyjs()),
         by_step=by_step,
         by_tokens=by_tokens,
         figures=[(run.name, figure_rows(run.evaluation)) for run in runs if run.evaluation],
@@ -84,7 +84,7 @@ def _plots(runs: Sequence[RunRecord], over: str) -> list[Markup]:
             to_html(
                 figure, include_plotlyjs=False, full_html=False, config={"displayModeBar": False, "responsive": True}
             )
-        )  # noqa: S704
+        )
         for figure in figures
         if figure.data
     ]

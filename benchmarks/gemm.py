@@ -1,0 +1,25 @@
+"""The machine's float32 matrix-product rate at the shapes of a small language model, in GFLOP/s."""
+
+import time
+
+import torch
+
+SHAPES = ((1024, 576, 576), (1024, 576, 1536), (1024, 1536, 576), (1024, 576, 49152))
+
+
+def rate(seconds: float = 1.0) -> float:
+    """FLOPs of the products over the time they take, each shape weighted by its work."""
+    pairs = [(torch.randn(m, k), torch.randn(k, n)) for m, k, n in SHAPES]
+    flops = sum(2.0 * m * k * n for m, k, n in SHAPES)
+    for a, b in pairs:
+        a @ b
+    began, rounds = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        for a, b in pairs:
+            a @ b
+        rounds += 1
+    return flops * rounds / (time.perf_counter() - began) / 1e9
+
+
+if __name__ == "__main__":
+    print(f"{rate():.0f} GFLOP/s with {torch.get_num_threads()} threads")

@@ -1,0 +1,285 @@
+"""The command line as a user meets it: what it prints, how it fails, what it leaves behind."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from favor.cli import main
+
+GOOD = [{"prompt": f"Film {i}?", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(6)]
+COMMANDS = ("train", "sft", "eval", "sample", "lint", "report", "demo")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.save(folder / "model")
+    write(folder / "good.jsonl", GOOD)
+    return folder
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.fixture
+def favor(monkeypatch, capsys, tmp_path):
+    """Run the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
+
+    def run(*words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["favor", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def recipe(inputs, *more):
+    return [
+        "train",
+        "run=run",
+        f"model.path={inputs / 'model'}",
+        "model.dtype=float32",
+        f"data.train={inputs / 'good.jsonl'}",
+        "train.batch_prompts=2",
+        *more,
+    ]
+
+
+def bad_inputs():
+    """Name -> (function that prepares and returns the words, what the one message must name)."""
+
+    def rows(*rows):
+        return lambda inputs, here: recipe(inputs, f"data.train={write(here / 'bad.jsonl', rows)}")
+
+    def words(*more):
+        return lambda inputs, here: recipe(inputs, *more)
+
+    def raw(name, content):
+        def prepare(inputs, here):
+            (here / name).write_bytes(content)
+            return recipe(inputs, f"data.train={here / name}")
+
+        return prepare
+
+    def toml(text):
+        def prepare(inputs, here):
+            (here / "r.toml").write_text(text)
+            return ["train", here / "r.toml"]
+
+        return prepare
+
+    def model(spoil):
+        def prepare(inputs, here):
+            tiny.save(here / "broken")
+            spoil(here / "broken")
+            return recipe(inputs, f"model.path={here / 'broken'}")
+
+        return prepare
+
+    return {
+        "no such recipe": (lambda i, h: ["train", "no.toml"], ["no.toml", "no such recipe"]),
+        "broken TOML": (toml("run = "), ["r.toml", "not valid TOML"]),
+        "unknown key": (words("optim.learning_rate=1"), ["optim.learning_rate", "known here"]),
+        "misspelt key": (words("loss.bata=1"), ["loss.bata", "did you mean 'loss.beta'"]),
+        "wrong type": (words("train.batch_prompts=many"), ["train.batch_prompts", "'many'"]),
+        "out of range": (words("loss.beta=-1"), ["loss.beta", "greater than 0"]),
+        "missing key": (lambda i, h: ["train", "run=run"], ["model", "not set"]),
+        "unread option": (words("loss.label_smoothing=0.2"), ["loss.label_smoothing", "not read by loss 'sigmoid'"]),
+        "contradiction": (words("reference.mode=live", "reference.store=x"), ["reference.store", "live"]),
+        "no GPU": (words("model.device=cuda"), ["model.device", "no GPU"]),
+        "no such data": (words("data.train=missing.jsonl"), ["missing.jsonl", "no such file"]),
+        "empty file": (raw("e.jsonl", b""), ["e.jsonl", "holds no rows"]),
+        "not JSON": (raw("j.jsonl", b'{"prompt"\n'), ["j.jsonl, row 1", "not JSON"]),
+        "not UTF-8": (raw("u.jsonl", b'{"prompt": "\xff"}\n'), ["u.jsonl, row 1", "UTF-8"]),
+        "damaged gzip": (raw("g.jsonl.gz", b"\x1f\x8b\x08\x00nonsense"), ["g.jsonl.gz", "damaged gzip"]),
+        "damaged parquet": (raw("p.parquet", b"PAR1"), ["p.parquet", "not a readable Parquet"]),
+        "unknown file": (raw("x.xlsx", b"x"), ["x.xlsx", "unknown kind of file"]),
+        "unknown columns": (rows({"q": "a"}), ["bad.jsonl, row 1", "columns (q)"]),
+        "null side": (rows(GOOD[0], {"prompt": "p", "chosen": None, "rejected": "x"}), ["bad.jsonl, row 2"]),
+        "empty response": (
+            rows({"prompt": "p", "chosen": " ", "rejected": "x"}),
+            ["bad.jsonl, row 1", "chosen is empty"],
+        ),
+        "identical sides": (rows({"prompt": "p", "chosen": "x", "rejected": "x"}), ["row 1", "the same"]),
+        "forged token": (rows({"prompt": "p", "chosen": "<|im_end|>", "rejected": "x"}), ["row 1", "<|im_end|>"]),
+        "bad ranking": (rows({"prompt": "p", "responses": ["a", "b"], "ranking": [1, 1]}), ["row 1", "ranking [1, 1]"]),
+        "all too long": (words("tokens.max_tokens=8"), ["good.jsonl", "tokens.max_tokens"]),
+        "only SFT rows": (rows({"prompt": "p", "completion": "x"}), ["bad.jsonl", "no comparison"]),
+        "no model": (words("model.path=./nowhere"), ["./nowhere", "no such model folder"]),
+        "no config": (model(lambda m: (m / "config.json").unlink()), ["broken", "no config.json"]),
+        "no weights": (model(lambda m: (m / "model.safetensors").unlink()), ["broken", "cannot be loaded"]),
+        "damaged weights": (
+            model(lambda m: (m / "model.safetensors").write_bytes(b"x" * 99)),
+            ["broken", "cannot be loaded"],
+        ),
+        "no tokenizer": (model(lambda m: (m / "tokenizer.json").unlink()), ["broken", "cannot be loaded"]),
+        "nothing to resume": (words("resume=true"), ["run", "nothing to resume"]),
+    }
+
+
+BAD = bad_inputs()
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gives_one_clear_message(name, inputs, favor, tmp_path):
+    """Non-zero exit, one line that names file, row or key, no traceback, nothing half-written."""
+    prepare, expected = BAD[name]
+    code, _, err = favor(*prepare(inputs, tmp_path))
+    assert code == 2, err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("favor: ")
+    for part in expected:
+        assert part in err
+    assert "Traceback" not in err
+    left = {p.name for p in (tmp_path / "run").rglob("*")} if (tmp_path / "run").exists() else set()
+    assert left <= {"config.toml", "data.json", "metrics.jsonl"}, left
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_failed_start_can_be_repeated(inputs, favor):
+    """A recipe that failed before its first step may be mended and run again into the same folder."""
+    assert favor(*recipe(inputs, "data.train=missing.jsonl"))[0] == 2
+    code, _, err = favor(*recipe(inputs))
+    assert code == 0, err
+
+
+def test_train_eval_report_sample(inputs, favor, tmp_path):
+    held_out = f"data.eval={inputs / 'good.jsonl'}"
+    code, out, err = favor(*recipe(inputs, held_out, "optim.lr=1e-2", "train.epochs=6"))
+    assert (code, err) == (0, "")
+    assert "train: 6 rows, 6 prompts, 12 responses, 6 comparisons" in out
+    assert "checked against the plain path" in out
+    assert "trained 18 steps; model in run/model" in out
+    code, out, err = favor("eval", "run=run", "sample.max_new_tokens=6", "sample_prompts=3")
+    assert (code, err) == (0, "")
+    figures = json.loads((tmp_path / "run/eval.json").read_text())
+    assert figures["pairs"] == 6
+    assert figures["accuracy"] == 1.0
+    assert figures["kl"]["num_samples"] == 6
+    assert figures["margin"] > 0.1
+    assert "preference accuracy (6 held-out" in out
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert [s["prompt"] for s in samples] == ["Film 0?", "Film 1?", "Film 2?"]
+    code, out, _ = favor("report", "run")
+    assert (code, out) == (0, "report: run/report.html\n")
+    page = (tmp_path / "run/report.html").read_text()
+    assert "Film 0?" in page
+    assert page.count("plotly-graph-div") >= 16
+    code, _, err = favor(
+        "sample",
+        "out=s.jsonl",
+        f"prompts={inputs / 'good.jsonl'}",
+        "model.path=run/model",
+        "model.dtype=float32",
+        "sample.max_new_tokens=5",
+        "samples_per_prompt=2",
+        "seed=3",
+    )
+    assert (code, err) == (0, "")
+    first = (tmp_path / "s.jsonl").read_text()
+    assert [len(json.loads(line)["responses"]) for line in first.splitlines()] == [2] * 6
+    favor(
+        "sample",
+        "out=t.jsonl",
+        f"prompts={inputs / 'good.jsonl'}",
+        "model.path=run/model",
+        "model.dtype=float32",
+        "sample.max_new_tokens=5",
+        "samples_per_prompt=2",
+        "seed=3",
+        "sample.batch=5",
+    )
+    assert (tmp_path / "t.jsonl").read_text() == first
+
+
+def test_eval_and_report_of_what_is_no_run(favor):
+    assert "no finished run here" in favor("eval", "run=nowhere")[2]
+    assert "no run here" in favor("report", "nowhere")[2]
+
+
+def test_dry_run_counts_and_writes_nothing(inputs, favor, tmp_path):
+    code, out, err = favor(*recipe(inputs), "--dry-run")
+    assert (code, err) == (0, "")
+    assert "steps: 3 of 2 prompts" in out
+    assert "6 rows, 6 prompts, 12 responses, 6 comparisons" in out
+    assert "memory (estimate): 0." in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lint_lists_every_bad_row_and_fails(favor, tmp_path):
+    rows = [
+        *GOOD,
+        {"prompt": "Film 0?", "chosen": "bad 0", "rejected": "good 0"},
+        {"prompt": "x", "chosen": "", "rejected": "y"},
+    ]
+    write(tmp_path / "d.jsonl", rows)
+    code, out, _ = favor("lint", "data.train=d.jsonl")
+    assert code == 1
+    assert "error: bad row: d.jsonl, row 8: chosen is empty" in out
+    assert "error: contradiction: 1 prompts hold a pair judged both ways (row 1)" in out
+    write(tmp_path / "d.jsonl", GOOD)
+    assert favor("lint", "data.train=d.jsonl")[0] == 0
+
+
+def test_recipe_file_and_overrides(inputs, favor, tmp_path):
+    (tmp_path / "r.toml").write_text(
+        f'run = "a"\n[model]\npath = "{inputs / "model"}"\ndtype = "float32"\n[data]\ntrain = "{inputs / "good.jsonl"}"\n'
+    )
+    assert favor("train", "r.toml", "run=b", "train.max_steps=1")[0] == 0
+    assert not (tmp_path / "a").exists()
+    assert 'run = "b"' in (tmp_path / "b/config.toml").read_text()
+    code, _, err = favor("train", "b/config.toml")
+    assert code == 2
+    assert "already holds a run" in err
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_quick_and_imports_no_torch(command):
+    program = "import sys; sys.argv = ['favor', *sys.argv[1:]]; from favor.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    best = 9.0
+    for _ in range(3):
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", program, *([command] if command else []), "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        best = min(best, time.monotonic() - began)
+    assert "Usage" in done.stdout
+    assert done.stdout.strip().endswith("False")
+    assert best < 1.0, "budget 0.3 s on an idle machine; this bound only catches a heavy import"
+
+
+def test_every_recipe_is_valid_and_trains_three_steps(inputs, favor):
+    root = Path(__file__).parent.parent / "recipes"
+    found = sorted(root.glob("*.toml"))
+    assert found
+    for path in found:
+        command = "sft" if path.stem.startswith("sft") else "train"
+        code, _, err = favor(
+            command,
+            path,
+            f"run={path.stem}",
+            f"model.path={inputs / 'model'}",
+            f"data.train={inputs / 'good.jsonl'}",
+            f"data.eval={inputs / 'good.jsonl'}",
+            "train.max_steps=3",
+            "train.batch_prompts=2",
+            "model.dtype=float32",
+        )
+        assert (code, err) == (0, "")
