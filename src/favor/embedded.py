@@ -176,7 +176,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # the weights are expanded to float32 now; what still marks the model as quantised makes save_pretrained refuse
-    del model.config.quantization_config, model.hf_quantizer
+    del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+    del model.hf_quantizer
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     with atomic_folder(folder) as aside:
         model.save_pretrained(aside)

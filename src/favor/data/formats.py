@@ -5,7 +5,7 @@ In: a row as a dict. Out: a Judgment: the prompt, its responses and their orders
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from favor.data.types import Message, Text
@@ -201,10 +201,11 @@ def _by_scores(scores: Any, count: int) -> tuple[tuple[int, ...], ...]:
         raise RowError(f"scores must be a list of {count} numbers, one per response")
     if not all(isinstance(s, int | float) and not isinstance(s, bool) and math.isfinite(s) for s in scores):
         raise RowError(f"scores {scores!r} must be finite numbers")
-    by_score: Sequence[int] = sorted(range(count), key=lambda i: (-scores[i], i))
-    if len(set(scores)) == count:
+    numbers = [float(s) for s in scores]
+    by_score = sorted(range(count), key=lambda i: (-numbers[i], i))
+    if len(set(numbers)) == count:
         return (tuple(by_score),)
-    better = tuple((i, j) for i in by_score for j in by_score if scores[i] > scores[j])
+    better = tuple((i, j) for i in by_score for j in by_score if numbers[i] > numbers[j])
     if not better:
         raise RowError("all scores are equal, so there is no preference")
     return better

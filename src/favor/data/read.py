@@ -31,7 +31,7 @@ class DataConfig(BaseModel):
     format: Literal["auto", "pairs", "ranked", "sft"] = "auto"
     split: str = "train"
     eval_split: str = "test"
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
     bad_rows: Literal["error", "drop"] = "error"
 
 
@@ -236,8 +236,9 @@ def _parquet(path: Path) -> Numbered:
         raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from None
 
 
-def _load_dataset(source: str, split: str) -> Iterable[dict[str, Any]]:
+def _load_dataset(source: str, split: str) -> Iterable[Any]:
     import datasets
+    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -247,7 +248,7 @@ def _load_dataset(source: str, split: str) -> Iterable[dict[str, Any]]:
         return datasets.load_dataset(source, split=split)
     except KeyError:
         raise DataError(f"{source}: has no split '{split}'; name one with data.split or data.eval_split") from None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
+    except (OSError, ValueError, DatasetsError, HfHubHTTPError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{source}: no such file, and not to be had as a hub data set ({first}); check the name, "

@@ -31,7 +31,7 @@ class TokensConfig(BaseModel):
 
     model_config = STRICT
     template: Literal["auto", "chat", "plain"] = "auto"
-    max_tokens: int = Field(1024, ge=8)
+    max_tokens: int = Field(default=1024, ge=8)
     truncation: Literal["drop", "prompt_start", "response_end"] = "drop"
     special_text: Literal["refuse", "allow"] = "refuse"
 
@@ -64,6 +64,7 @@ class _Tools(NamedTuple):
     end_ids: frozenset[int]
     bos: tuple[int, ...]
     special: tuple[str, ...]
+    eos: int | None
 
 
 class _Rendered(NamedTuple):
@@ -125,15 +126,16 @@ def _tools(tokenizer: PreTrainedTokenizerBase, config: TokensConfig, end_ids: fr
         raise ConfigError(
             "tokens.template is 'chat', but this tokenizer has no chat template; set tokens.template=plain"
         )
-    if not chat and tokenizer.eos_token_id is None:
+    eos, first = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if not chat and not isinstance(eos, int):
         raise ConfigError(
             "this tokenizer has no end-of-sequence token, so plain responses could not end; use a chat template"
         )
     bos: tuple[int, ...] = ()
-    if not chat and tokenizer.bos_token_id is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]:
-        bos = (int(tokenizer.bos_token_id),)
+    if not chat and isinstance(first, int) and tokenizer("x").input_ids[:1] == [first]:
+        bos = (first,)
     special = tuple(tokenizer.all_special_tokens) if config.special_text == "refuse" else ()
-    return _Tools(tokenizer, chat, end_ids, bos, special)
+    return _Tools(tokenizer, chat, end_ids, bos, special, eos if isinstance(eos, int) else None)
 
 
 def _encoded(
@@ -296,10 +298,10 @@ def _end_turn(
         return ids[:last]
     if not any(text[slice(*offset)].strip() for offset in offsets):
         raise RowError("its response has no tokens")
-    if tools.tokenizer.eos_token_id is None:
+    if tools.eos is None:
         raise RowError("the chat template adds no end-of-turn token and the tokenizer has none")
     report.appended_end += tools.chat
-    return [*ids, int(tools.tokenizer.eos_token_id)]
+    return [*ids, tools.eos]
 
 
 def _truncate(tree: TokenTree, config: TokensConfig, num_bos: int, report: TokenReport) -> TokenTree | None:

@@ -8,7 +8,7 @@ Shape legend, used as name suffixes everywhere:
   R responses     P pairs     Q rankings       K longest ranking        V vocabulary
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -117,4 +117,4 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Batch(**{**vars(self), **moved})
+        return replace(self, **moved)  # pyright: ignore[reportArgumentType] (tensor fields only)

@@ -19,6 +19,15 @@ def sum_(tensor: Tensor, members: World) -> Tensor:
     return tensor
 
 
+def largest(number: int, members: World, device: torch.device) -> int:
+    """The largest of the ranks' numbers, so that all of them decide alike."""
+    if members.size == 1:
+        return number
+    tensor = torch.tensor([number], device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 def sum_gradients_(parameters: Iterable[nn.Parameter], members: World) -> None:
     """Sum gradients over ranks, in place. A parameter this rank did not touch counts as zero.
 

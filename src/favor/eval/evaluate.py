@@ -42,13 +42,13 @@ class EvalConfig(BaseModel):
     run: str
     reference: str | None = None
     data: str | None = None
-    beta: float | None = Field(None, gt=0)
-    seed: int = Field(0, ge=0)
+    beta: float | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0)
     sample: SampleConfig = SampleConfig()
-    max_tokens_per_pack: int = Field(2048, ge=1)
-    max_rows: int | None = Field(None, ge=1)
-    sample_prompts: int = Field(20, ge=0)
-    samples_per_prompt: int = Field(2, ge=1)
+    max_tokens_per_pack: int = Field(default=2048, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
+    sample_prompts: int = Field(default=20, ge=0)
+    samples_per_prompt: int = Field(default=2, ge=1)
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ class SamplesConfig(BaseModel):
     model: ModelConfig
     tokens: TokensConfig = TokensConfig()
     sample: SampleConfig = SampleConfig()
-    samples_per_prompt: int = Field(1, ge=1)
-    max_prompts: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    samples_per_prompt: int = Field(default=1, ge=1)
+    max_prompts: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
 
 
 def write_samples(config: SamplesConfig, progress: Callable[[str, int, int], None]) -> int:

@@ -38,8 +38,8 @@ class LossConfig(BaseModel):
 
     model_config = STRICT
     name: LossName = "sigmoid"
-    beta: float = Field(0.1, gt=0)
-    label_smoothing: float = Field(0.1, ge=0, lt=0.5)
+    beta: float = Field(default=0.1, gt=0)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=0.5)
     length_normalized: bool = False
 
     @model_validator(mode="after")

@@ -140,12 +140,12 @@ def math_backward(
     q, k, v = qkv
     out, lse = merged
     groups = (k.shape[1], q.shape[1] // k.shape[1])
-    split = lambda x: x.float().unflatten(1, groups)  # noqa: E731
-    probs = torch.exp(_scores(q, k, causal, scale) - split(lse).unsqueeze(-1))
-    grad_f, delta = split(grad), split((grad.float() * out.float()).sum(-1)).unsqueeze(-1)
+    probs = torch.exp(_scores(q, k, causal, scale) - lse.unflatten(1, groups).unsqueeze(-1))
+    grad_f = grad.float().unflatten(1, groups)
+    delta = (grad.float() * out.float()).sum(-1).unflatten(1, groups).unsqueeze(-1)
     grad_scores = probs * (torch.einsum("bgrqd,bgkd->bgrqk", grad_f, v.float()) - delta) * scale
     dq = torch.einsum("bgrqk,bgkd->bgrqd", grad_scores, k.float()).flatten(1, 2)
-    dk = torch.einsum("bgrqk,bgrqd->bgkd", grad_scores, split(q))
+    dk = torch.einsum("bgrqk,bgrqd->bgkd", grad_scores, q.float().unflatten(1, groups))
     dv = torch.einsum("bgrqk,bgrqd->bgkd", probs, grad_f)
     return dq, dk, dv
 

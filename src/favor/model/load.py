@@ -36,8 +36,8 @@ class LoraSettings(BaseModel):
     """Train low-rank adapters; the model without them is the reference."""
 
     model_config = STRICT
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
     targets: str | tuple[str, ...] = "all-linear"
 
 
@@ -88,7 +88,8 @@ class Policy:
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model, adapters inside."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        model: Any = self.model
+        return model.get_base_model() if self.lora else model
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -104,7 +105,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | N
     """Token ids that end a turn: the tokenizer's end of sequence and those of the generation config."""
     ends = generation.eos_token_id if generation is not None else None
     found = ends if isinstance(ends, list) else [ends]
-    return frozenset(int(x) for x in [*found, tokenizer.eos_token_id] if x is not None)
+    return frozenset(x for x in [*found, tokenizer.eos_token_id] if isinstance(x, int))
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -141,7 +142,7 @@ def make_policy(
     model = _merge_adapter(model)
     device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else _plain(config.device))
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
-    plain_attention = model.config._attn_implementation or "eager"
+    plain_attention = _attention_name(model)
     trained = _with_lora(model, config.lora, seed) if config.lora else model
     head = model.get_output_embeddings()
     policy = Policy(
@@ -180,7 +181,7 @@ def as_reference(policy: Policy) -> Generator[Policy]:
 def plain_attention(policy: Policy) -> Generator[None]:
     """The model's own attention for the time of the block (generation, the self-check's plain path)."""
     model = policy.causal_lm
-    before = model.config._attn_implementation
+    before = _attention_name(model)
     model.set_attn_implementation(policy.plain_attention)
     try:
         yield
@@ -205,6 +206,11 @@ def fast_bfloat16(device: torch.device) -> bool:
     flags = Path("/proc/cpuinfo")
     text = flags.read_text("utf-8") if flags.exists() else ""
     return "amx_bf16" in text or "avx512_bf16" in text
+
+
+def _attention_name(model: PreTrainedModel) -> str:
+    # the only place where transformers keeps the name in force
+    return model.config._attn_implementation or "eager"  # pyright: ignore[reportPrivateUsage]
 
 
 def _compute_dtype(asked: str, device: torch.device) -> torch.dtype:

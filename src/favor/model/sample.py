@@ -19,9 +19,9 @@ class SampleConfig(BaseModel):
     """Section [sample]. Sampling is from the model's own distribution unless temperature says otherwise."""
 
     model_config = STRICT
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    batch: int = Field(32, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    batch: int = Field(default=32, ge=1)
 
 
 def sample(
@@ -74,7 +74,7 @@ class _PerPromptNoise(LogitsProcessor):
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self._temperature = temperature
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 (transformers' signature)
         noise = torch.stack(
             [torch.empty_like(scores[0]).exponential_(generator=generator) for generator in self._generators]
         )

@@ -108,7 +108,7 @@ def _figure(runs: Sequence[RunRecord], curve: Curve, over: str) -> go.Figure:
         height=280,
         margin={"l": 54, "r": 12, "t": 40, "b": 44},
         template="plotly_white",
-        showlegend=len(figure.data) > 1,
+        showlegend=len(list(figure.data)) > 1,
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1.0, "xanchor": "right"},
         xaxis_title="step" if over == "step" else "unique tokens",
         yaxis_title=curve.unit,

@@ -70,8 +70,9 @@ def checkpoints(folder: Path) -> list[Path]:
 def load(
     path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, expected: TrainingState
 ) -> TrainingState:
-    """Put weights and optimizer state back in place. Raises CheckpointError when the checkpoint is damaged or
-    belongs to another reference or other data.
+    """Put weights and optimizer state back in place.
+
+    Raises CheckpointError when the checkpoint is damaged or belongs to another reference or other data.
     """
     try:
         state = TrainingState.model_validate_json((path / "state.json").read_text("utf-8"))

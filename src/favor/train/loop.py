@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from favor.config import STRICT
 from favor.data import pack
 from favor.data.types import Batch, TokenTree
+from favor.dist.reduce import largest
 from favor.dist.world import World, barrier
 from favor.model.load import Policy
 from favor.train import checkpoint
@@ -22,13 +23,13 @@ class LoopConfig(BaseModel):
     """Section [train]: sizes and cadences. A prompt brings all its comparisons into the same optimizer batch."""
 
     model_config = STRICT
-    batch_prompts: int = Field(16, ge=1)
-    max_tokens_per_pack: int = Field(1024, ge=1)
-    epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1)
+    batch_prompts: int = Field(default=16, ge=1)
+    max_tokens_per_pack: int = Field(default=1024, ge=1)
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     shuffle: bool = True
-    save_every: int = Field(50, ge=0)
-    keep_checkpoints: int = Field(2, ge=1)
+    save_every: int = Field(default=50, ge=0)
+    keep_checkpoints: int = Field(default=2, ge=1)
 
 
 def num_steps(config: LoopConfig, num_trees: int) -> int:
@@ -66,14 +67,14 @@ def save_or_stop(
     session: Session,
 ) -> None:
     """Save when it is due; on a stop signal save and raise StoppedError."""
-    number = session.stop.signal_number
+    number = largest(session.stop.signal_number or 0, session.world, policy.device)
     due = loop.save_every > 0 and state.step % loop.save_every == 0 and state.step < total
-    if due or number is not None:
+    if due or number:
         if session.world.is_main:
             folder = session.folder.checkpoints
             checkpoint.save(folder, policy.trainable(), optimizer, state, loop.keep_checkpoints)
         barrier(session.world)
-    if number is not None:
+    if number:
         raise StoppedError(f"stopped after step {state.step} of {total}; continue with resume=true", number)
 
 

@@ -20,13 +20,13 @@ class OptimConfig(BaseModel):
 
     model_config = STRICT
     name: Literal["adamw", "rmsprop"] = "adamw"
-    lr: float = Field(5e-6, gt=0)
+    lr: float = Field(default=5e-6, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    clip: float = Field(1.0, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    clip: float = Field(default=1.0, gt=0)
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:

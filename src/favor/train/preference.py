@@ -54,11 +54,11 @@ class WatchConfig(BaseModel):
     """Section [watch]: what is measured while training. 0 switches a cadence off."""
 
     model_config = STRICT
-    eval_every: int = Field(0, ge=0)
-    kl_every: int = Field(0, ge=0)
-    kl_prompts: int = Field(16, ge=2)
-    kl_tokens: int = Field(48, ge=1)
-    displacement_threshold: float = Field(0.75, gt=0, le=1)
+    eval_every: int = Field(default=0, ge=0)
+    kl_every: int = Field(default=0, ge=0)
+    kl_prompts: int = Field(default=16, ge=2)
+    kl_tokens: int = Field(default=48, ge=1)
+    displacement_threshold: float = Field(default=0.75, gt=0, le=1)
 
 
 class TrainConfig(BaseModel):
@@ -66,7 +66,7 @@ class TrainConfig(BaseModel):
 
     model_config = STRICT
     run: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     resume: bool = False
     model: ModelConfig
     data: DataConfig
@@ -283,14 +283,15 @@ def _evaluate(
 ) -> None:
     """Held-out loss, accuracy and margin, by the training objective without gradients."""
     objective = make_objective(config.loss, policy, references["eval"].logps)
-    sums = dict.fromkeys(("loss", *STATS), 0.0)
+    sums: dict[str, float] = dict.fromkeys(("loss", *STATS), 0.0)
     weight = 0.0
     with torch.no_grad():
         for batch in micro_batches(splits.eval, policy, config.train.max_tokens_per_pack, World()):
             loss, stats = objective.loss(batch.to(policy.device))
             weight += objective.count(batch)
-            for name, value in {"loss": loss, **stats}.items():
-                sums[name] += float(value)
+            sums["loss"] += float(loss)
+            for name in STATS:
+                sums[name] += float(stats[name])
     pairs = sums["pairs"]
     record = {"loss": sums["loss"] / weight, "accuracy": sums["correct"] / pairs, "margin": sums["margin"] / pairs}
     session.record({"kind": "eval", "step": at_step, **record})

@@ -68,7 +68,7 @@ def stop_signals() -> Generator[StopRequest]:
         yield request
         return
 
-    def handler(number: int, frame: FrameType | None) -> None:
+    def handler(number: int, _frame: FrameType | None) -> None:
         if request.signal_number is not None:
             raise KeyboardInterrupt
         request.signal_number = number

