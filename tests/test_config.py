@@ -28,7 +28,7 @@ def test_overrides_win_and_sections_merge(tmp_path):
     ("word", "message"),
     [
         ("optim.lrr=1", "did you mean 'optim.lr'"),
-        ("trian.epochs=2", "did you mean 'train.epochs'"),
+        ("trian.epochs=2", "unknown key 'trian'; did you mean 'train'"),
         ("beta=0.1", "did you mean 'loss.beta'"),
         ("loss.name=dpo", r"'loss.name' is 'dpo'.*'sigmoid'"),
         ("=3", "expected section.key=value"),

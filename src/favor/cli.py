@@ -181,3 +181,7 @@ def _progress(console: "Console") -> Callable[[str, int, int], None]:
             console.print(f"{label} {done_of[label]}/{total}", end=end)
 
     return advance
+
+
+if __name__ == "__main__":
+    main()

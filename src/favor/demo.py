@@ -36,12 +36,12 @@ class DemoConfig(BaseModel):
     model_config = STRICT
     run: str | None = None
     seed: int = Field(default=0, ge=0)
-    pairs: int = Field(default=280, ge=1)
+    pairs: int = Field(default=240, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     sft_lr: float = Field(default=1e-4, gt=0)
     lr: float = Field(default=3e-5, gt=0)
     beta: float = Field(default=0.1, gt=0)
-    test_pairs: int = Field(default=100, ge=1)
+    test_pairs: int = Field(default=80, ge=1)
     prompts: int = Field(default=20, ge=1)
     samples_per_prompt: int = Field(default=4, ge=1)
 

@@ -98,9 +98,9 @@ def test_transcript_keeps_every_turn():
     ("row", "message"),
     [
         ("text", "expected an object"),
-        ({"question": "p", "answer": "a"}, r"its columns \(answer, question\) are of no known format"),
-        ({"prompt": "p", "chosen": "a"}, "its columns"),
-        ({"prompt": "p", "chosen": "a", "rejected": None}, "its columns"),
+        ({"question": "p", "answer": "a"}, "column 'chosen' is missing or null"),
+        ({"prompt": "p", "chosen": "a"}, "column 'rejected' is missing or null"),
+        ({"prompt": "p", "chosen": "a", "rejected": None}, "column 'rejected' is missing or null"),
         ({"prompt": "p", "chosen": "", "rejected": "b"}, "chosen is empty"),
         ({"prompt": "p", "chosen": "a", "rejected": "  \n"}, "rejected is empty"),
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "prompt is empty"),
@@ -123,12 +123,18 @@ def test_transcript_keeps_every_turn():
     ],
 )
 def test_bad_row_is_named_and_can_be_dropped(tmp_path, row, message):
-    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    ranked = "responses" in row
+    good = {"prompt": "p", "responses": ["a", "b"], "ranking": [0, 1]} if ranked else {"prompt": "p", "chosen": "a", "rejected": "b"}
     with pytest.raises(DataError, match=rf"rows\.jsonl, row 2: .*{message}.*data\.bad_rows=drop"):
         load(tmp_path, good, row)
     (tree,), report = load(tmp_path, good, row, bad_rows="drop")
     assert tree.rows == (1,)
     assert [number for number, _ in report.dropped] == [2]
+
+
+def test_unknown_columns_are_listed(tmp_path):
+    with pytest.raises(DataError, match=r"row 1: its columns \(answer, question\) are of no known format; expected prompt"):
+        load(tmp_path, {"question": "p", "answer": "a"})
 
 
 def test_files_of_every_kind_give_the_same_trees(tmp_path):
