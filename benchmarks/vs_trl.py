@@ -53,8 +53,9 @@ def main() -> None:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         contenders = {"favor": lambda: favor(args, data, model, per_prompt, Path(work))}
         for per_device in args.per_device:
-            for precompute in (True, False):
-                name = f"TRL, {per_device} pairs a pass, {'stored' if precompute else 'live'} reference"
+            for reference in args.reference:
+                precompute = reference == "stored"
+                name = f"TRL, {per_device} pairs a pass, {reference} reference"
                 contenders[name] = lambda p=per_device, r=precompute: trl(args, data, model, p, r, Path(work))
         runs: dict[str, list[Run]] = defaultdict(list)
         for repeat in range(args.repeats):
@@ -77,6 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--per-device", type=int, nargs="+", default=[2], help="TRL's per-device batch sizes to try")
+    parser.add_argument("--reference", nargs="+", choices=["stored", "live"], default=["stored", "live"], help="TRL's")
     parser.add_argument("--budget", type=int, default=1024, help="favor's train.max_tokens_per_pack")
     parser.add_argument("--max-tokens", type=int, default=512, help="longer rows are left out for both")
     parser.add_argument("--lr", type=float, default=1e-6)

@@ -171,7 +171,7 @@ def test_train_eval_report_sample(inputs, favor, tmp_path):
     assert figures["accuracy"] == 1.0
     assert figures["kl"]["num_samples"] == 6
     assert figures["margin"] > 0.1
-    assert "preference accuracy (6 held-out" in out
+    assert "preference accuracy" in out
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert [s["prompt"] for s in samples] == ["Film 0?", "Film 1?", "Film 2?"]
     code, out, _ = favor("report", "run")

@@ -11,15 +11,29 @@ NEEDED = ["run=r", "model.path=m", "data.train=d.jsonl"]
 
 
 def test_dump_and_load_give_an_equal_record(tmp_path):
-    words = [*NEEDED, "loss.name=cdpo", "loss.label_smoothing=0.2", "model.lora.rank=4", "optim.betas=[0.8, 0.9]", "seed=7"]
+    words = [
+        *NEEDED,
+        "loss.name=cdpo",
+        "loss.label_smoothing=0.2",
+        "model.lora.rank=4",
+        "optim.betas=[0.8, 0.9]",
+        "seed=7",
+    ]
     config = load(TrainConfig, None, words)
     (tmp_path / "r.toml").write_text(dump(config))
     assert load(TrainConfig, tmp_path / "r.toml") == config
-    assert (config.loss.label_smoothing, config.model.lora.rank, config.optim.betas, config.seed) == (0.2, 4, (0.8, 0.9), 7)
+    assert (config.loss.label_smoothing, config.model.lora.rank, config.optim.betas, config.seed) == (
+        0.2,
+        4,
+        (0.8, 0.9),
+        7,
+    )
 
 
 def test_overrides_win_and_sections_merge(tmp_path):
-    (tmp_path / "r.toml").write_text('run = "a"\n[model]\npath = "m"\n[data]\ntrain = "x"\n[optim]\nlr = 1e-3\nclip = 2.0\n')
+    (tmp_path / "r.toml").write_text(
+        'run = "a"\n[model]\npath = "m"\n[data]\ntrain = "x"\n[optim]\nlr = 1e-3\nclip = 2.0\n'
+    )
     config = load(TrainConfig, tmp_path / "r.toml", ["optim.lr=2e-3", "run=b"])
     assert (config.run, config.optim.lr, config.optim.clip) == ("b", 2e-3, 2.0)
 

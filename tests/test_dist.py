@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-
 import tiny
 
 
@@ -19,14 +18,30 @@ def test_two_ranks_follow_one_rank(tmp_path):
     rows = [{"prompt": f"Film {i % 4}?", "chosen": f"good {i} film", "rejected": f"bad {i}"} for i in range(10)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [
-        "train", f"model.path={tmp_path / 'model'}", "model.dtype=float32", f"data.train={tmp_path / 'train.jsonl'}",
-        "train.batch_prompts=3", "train.epochs=3", "train.max_tokens_per_pack=60", "train.save_every=2", "optim.lr=1e-3",
+        "train",
+        f"model.path={tmp_path / 'model'}",
+        "model.dtype=float32",
+        f"data.train={tmp_path / 'train.jsonl'}",
+        "train.batch_prompts=3",
+        "train.epochs=3",
+        "train.max_tokens_per_pack=60",
+        "train.save_every=2",
+        "optim.lr=1e-3",
     ]
     program = tmp_path / "favor_main.py"
     program.write_text("from favor.cli import main\nmain()\n")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     one = [sys.executable, str(program), *words, f"run={tmp_path / 'one'}"]
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(program), *words, f"run={tmp_path / 'two'}"]
+    two = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=29517",
+        str(program),
+        *words,
+        f"run={tmp_path / 'two'}",
+    ]
     for command in (one, two):
         subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=200)
 

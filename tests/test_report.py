@@ -20,28 +20,57 @@ def a_run(root, *, steps=12, evil="<script>alert(1)</script>"):
     append(folder.metrics, {"kind": "event", "step": 0, "name": "self_check", "message": "layout: prompt trees"})
     for step in range(1, steps + 1):
         numbers = {
-            "loss": 0.7 - step / 50, "accuracy": 0.5 + step / 40, "margin": step / 20, "reward_chosen": step / 40,
-            "reward_rejected": -step / 40, "logp_chosen_per_token": -3.0, "logp_rejected_per_token": -3.5,
-            "chosen_below_reference": 0.2, "grad_norm": 2.0, "lr": 1e-5, "unique_tokens": 500, "tokens_per_s": 180.0,
+            "loss": 0.7 - step / 50,
+            "accuracy": 0.5 + step / 40,
+            "margin": step / 20,
+            "reward_chosen": step / 40,
+            "reward_rejected": -step / 40,
+            "logp_chosen_per_token": -3.0,
+            "logp_rejected_per_token": -3.5,
+            "chosen_below_reference": 0.2,
+            "grad_norm": 2.0,
+            "lr": 1e-5,
+            "unique_tokens": 500,
+            "tokens_per_s": 180.0,
             "kl": float(step // 4),
         }
         append(folder.metrics, {"kind": "step", "step": step, **numbers})
-    append(folder.metrics, {"kind": "event", "step": 9, "name": "displacement", "message": "warning: 80% of the last pairs"})
-    write_json(folder.data_report, {"train": {"read": {"num_rows": 7, "dropped": [[3, "chosen is empty"]]}}, "lint": []})
+    append(
+        folder.metrics,
+        {"kind": "event", "step": 9, "name": "displacement", "message": "warning: 80% of the last pairs"},
+    )
+    write_json(
+        folder.data_report, {"train": {"read": {"num_rows": 7, "dropped": [[3, "chosen is empty"]]}}, "lint": []}
+    )
     write_json(
         folder.evaluation,
         {
-            "pairs": 100, "accuracy": 0.8, "accuracy_interval": [0.7, 0.9], "reference_accuracy": 0.5,
-            "reference_accuracy_interval": [0.4, 0.6], "margin": 0.25, "margin_interval": [0.2, 0.3], "loss": 0.59,
+            "pairs": 100,
+            "accuracy": 0.8,
+            "accuracy_interval": [0.7, 0.9],
+            "reference_accuracy": 0.5,
+            "reference_accuracy_interval": [0.4, 0.6],
+            "margin": 0.25,
+            "margin_interval": [0.2, 0.3],
+            "loss": 0.59,
             "kl": {"mean": 1.13, "se": 0.27, "num_samples": 40, "max_new_tokens": 40},
             "score": {
-                "name": "sentiment", "reference": 0.592, "reference_interval": [0.5, 0.6], "policy": 0.702,
-                "policy_interval": [0.6, 0.8], "difference": 0.11, "interval": [0.054, 0.166], "num_prompts": 20,
+                "name": "sentiment",
+                "reference": 0.592,
+                "reference_interval": [0.5, 0.6],
+                "policy": 0.702,
+                "policy_interval": [0.6, 0.8],
+                "difference": 0.11,
+                "interval": [0.054, 0.166],
+                "num_prompts": 20,
                 "samples_per_prompt": 4,
             },
         },
     )
-    append(folder.samples, {"prompt": evil, "reference": ["plain"], "policy": [evil], "reference_scores": [0.25], "policy_scores": [0.75]})
+    append(
+        folder.samples,
+        {"prompt": evil, "reference": ["plain"], "policy": [evil], "reference_scores": [0.25], "policy_scores": [0.75]},
+    )
     return root
 
 
@@ -49,12 +78,19 @@ def test_page_shows_everything_and_escapes_it(tmp_path):
     run = a_run(tmp_path / "run")
     write_page([collect(run)], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    for text in ("0.800 [0.700, 0.900]", "1.13 ± 0.27", "+0.110 [+0.054, +0.166]", "layout: prompt trees", "chosen is empty", "0.75"):
+    for text in (
+        "0.800 [0.700, 0.900]",
+        "1.13 ± 0.27",
+        "+0.110 [+0.054, +0.166]",
+        "layout: prompt trees",
+        "chosen is empty",
+        "0.75",
+    ):
         assert text in page
     assert "<script>alert(1)</script>" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert 'class="warn">warning: 80%' in page
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     assert page.count('class="plotly-graph-div"') == 20
 
 
@@ -84,7 +120,11 @@ def test_bare_run_and_comparison(tmp_path):
 
 
 def test_flatten():
-    assert flatten({"a": {"b": 1, "c": [[1, "x"], [2, "y"]]}, "d": []}) == [("a.b", "1"), ("a.c", "2: 1 x; 2 y"), ("d", "0")]
+    assert flatten({"a": {"b": 1, "c": [[1, "x"], [2, "y"]]}, "d": []}) == [
+        ("a.b", "1"),
+        ("a.c", "2: 1 x; 2 y"),
+        ("d", "0"),
+    ]
 
 
 @pytest.mark.slow
@@ -93,11 +133,22 @@ def test_browser_draws_every_plot_without_an_error(tmp_path):
     if browser is None:
         pytest.skip("no Chromium on this machine")
     write_page([collect(a_run(tmp_path / "run"))], tmp_path / "page.html")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     done = subprocess.run(
-        [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--window-size=390,3000",
-         "--virtual-time-budget=5000", "--dump-dom", Path(tmp_path / "page.html").as_uri()],
-        capture_output=True, text=True, check=True, timeout=120,
+        [
+            browser,
+            *flags,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            "--window-size=390,3000",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            Path(tmp_path / "page.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     assert "CONSOLE" not in done.stderr
     assert done.stdout.count('class="main-svg"') >= 20

