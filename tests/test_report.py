@@ -133,7 +133,16 @@ def test_browser_draws_every_plot_without_an_error(tmp_path):
     if browser is None:
         pytest.skip("no Chromium on this machine")
     write_page([collect(a_run(tmp_path / "run"))], tmp_path / "page.html")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
     done = subprocess.run(
         [
             browser,

@@ -36,7 +36,7 @@ class DemoConfig(BaseModel):
     model_config = STRICT
     run: str | None = None
     seed: int = Field(default=0, ge=0)
-    pairs: int = Field(default=240, ge=1)
+    pairs: int = Field(default=200, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     sft_lr: float = Field(default=1e-4, gt=0)
     lr: float = Field(default=3e-5, gt=0)
@@ -107,7 +107,7 @@ def _dpo_recipe(config: DemoConfig, root: Path, reviews: Path) -> TrainConfig:
         loss=LossConfig(name="sigmoid", beta=config.beta),
         optim=OptimConfig(lr=config.lr, warmup_steps=2),
         train=LoopConfig(batch_prompts=8, save_every=0, max_steps=config.max_steps),
-        watch=WatchConfig(kl_every=7, kl_prompts=8, kl_tokens=40),
+        watch=WatchConfig(kl_every=10, kl_prompts=8, kl_tokens=40),
     )
 
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 
 from rich.console import Console
@@ -42,7 +42,6 @@ class Session:
     world: World
     console: Console
     stop: StopRequest
-    started: float = field(default_factory=time.monotonic)
 
     def say(self, text: str) -> None:
         """One line for the user."""
