@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, how it fails, what it leaves behind."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -233,6 +234,9 @@ def test_lint_lists_every_bad_row_and_fails(favor, tmp_path):
     assert "error: contradiction: 1 prompts hold a pair judged both ways (row 1)" in out
     write(tmp_path / "d.jsonl", GOOD)
     assert favor("lint", "data.train=d.jsonl")[0] == 0
+    (tmp_path / "r.toml").write_text('run = "r"\n[model]\npath = "m"\n[data]\ntrain = "d.jsonl"\n')
+    assert favor("lint", "r.toml")[0] == 0
+    assert "data.trian" in favor("lint", "r.toml", "data.trian=x")[2]
 
 
 def test_recipe_file_and_overrides(inputs, favor, tmp_path):
@@ -263,6 +267,25 @@ def test_help_is_quick_and_imports_no_torch(command):
     assert "Usage" in done.stdout
     assert done.stdout.strip().endswith("False")
     assert best < 1.0, "budget 0.3 s on an idle machine; this bound only catches a heavy import"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint_and_says_so(inputs, tmp_path, number):
+    """A real signal to a real process: one clear line, exit code 128 + signal, and the run resumes."""
+    words = [f"run={tmp_path / 'run'}", *recipe(inputs)[2:], "train.epochs=4000"]
+    program = [sys.executable, "-c", "from favor.cli import main; main()", "train", *words]
+    metrics = tmp_path / "run/metrics.jsonl"
+    with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not metrics.exists() or '"kind": "step"' not in metrics.read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "continue with resume=true" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    (saved,) = (tmp_path / "run/checkpoints").iterdir()
+    assert {p.name for p in saved.iterdir()} == {"policy.safetensors", "optimizer.safetensors", "state.json"}
 
 
 def test_every_recipe_is_valid_and_trains_three_steps(inputs, favor):

@@ -3,9 +3,8 @@
 In: LintConfig. Out: findings. Next: lint.py.
 """
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
-from favor.config import STRICT
 from favor.data.lint import Finding, leaks, lint
 from favor.data.read import DataConfig, ReadReport, read
 from favor.data.types import PromptTree
@@ -14,9 +13,9 @@ _LISTED = 10
 
 
 class LintConfig(BaseModel):
-    """A recipe for `favor lint`; a training recipe's [data] section serves as it is."""
+    """A recipe for `favor lint`: the section [data]. A whole training recipe serves too; its other sections are not looked at."""
 
-    model_config = STRICT
+    model_config = ConfigDict(frozen=True, extra="ignore")
     data: DataConfig
 
 

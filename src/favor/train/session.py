@@ -5,6 +5,7 @@ In: a run folder and a World. Out: a Session whose parts the loops call. Next: p
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Generator, Mapping
@@ -71,6 +72,7 @@ def stop_signals() -> Generator[StopRequest]:
         if request.signal_number is not None:
             raise KeyboardInterrupt
         request.signal_number = number
+        print("favor: stopping after this step, with a checkpoint (once more: at once)", file=sys.stderr)
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
