@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="pairs an optimizer step")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--per-device", type=int, nargs="+", default=[2], help="TRL's per-device batch sizes to try")
+    parser.add_argument("--per-device", type=int, nargs="+", default=[1], help="TRL's per-device batch sizes to try")
     parser.add_argument("--reference", nargs="+", choices=["stored", "live"], default=["stored", "live"], help="TRL's")
     parser.add_argument("--budget", type=int, default=1024, help="favor's train.max_tokens_per_pack")
     parser.add_argument("--max-tokens", type=int, default=512, help="longer rows are left out for both")

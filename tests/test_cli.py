@@ -207,6 +207,14 @@ def test_train_eval_report_sample(inputs, favor, tmp_path):
     assert (tmp_path / "t.jsonl").read_text() == first
 
 
+@pytest.mark.parametrize("words", [["--bogus"], ["bogus"], ["train", "--bogus"], ["report"]])
+def test_words_that_mean_nothing(favor, words):
+    code, _, err = favor(*words)
+    assert code == 2
+    assert "Traceback" not in err
+    assert "bogus" in err or "Missing argument" in err
+
+
 def test_eval_and_report_of_what_is_no_run(favor):
     assert "no finished run here" in favor("eval", "run=nowhere")[2]
     assert "no run here" in favor("report", "nowhere")[2]

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 
 if TYPE_CHECKING:
@@ -126,12 +125,9 @@ def main() -> None:
 
     _quiet()
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        app()
     except FavorError as error:
         print(f"favor: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("favor: stopped at once; nothing was saved since the last checkpoint", file=sys.stderr)
