@@ -12,7 +12,7 @@ from favor import embedded
 from favor.embedded import Quote, Wheel, cache_folder, fetch, pairs, read_quotes, split_films, title
 from favor.errors import DataError
 from favor.eval.intervals import bootstrap_difference, bootstrap_mean
-from favor.eval.sentiment import train_judge
+from favor.scoring.classifier import train_judge
 
 CSV = (
     "category,text,movie_name,has_plot_and_reviews\n"

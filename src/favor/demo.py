@@ -15,7 +15,6 @@ from favor.config import STRICT
 from favor.data.read import DataConfig
 from favor.embedded import cache_folder, model_folder, review_files
 from favor.eval.evaluate import EvalConfig, evaluate
-from favor.eval.sentiment import train_judge
 from favor.losses import LossConfig
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
@@ -23,6 +22,7 @@ from favor.report.collect import collect
 from favor.report.page import write_page
 from favor.report.table import figures_table
 from favor.run import RunFolder, make_folder
+from favor.scoring.classifier import train_judge
 from favor.train.loop import LoopConfig
 from favor.train.optim import OptimConfig
 from favor.train.preference import TrainConfig, WatchConfig, train

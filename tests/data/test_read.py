@@ -7,6 +7,7 @@ import pytest
 
 from favor.data.formats import RowError, transcript
 from favor.data.read import DataConfig, read
+from favor.data.types import Comparison
 from favor.errors import DataError
 
 USER = {"role": "user", "content": "hi"}
@@ -38,7 +39,7 @@ def load(tmp_path, *rows, name="rows.jsonl", **settings):
 )
 def test_pairs(tmp_path, row, prompt, responses):
     (tree,), report = load(tmp_path, row)
-    assert (tree.prompt, tree.responses, tree.comparisons) == (prompt, responses, (((0, 1), 1.0),))
+    assert (tree.prompt, tree.responses, tree.comparisons) == (prompt, responses, (Comparison((0, 1)),))
     assert (report.format, report.num_rows, report.num_comparisons) == ("pairs", 1, 1)
 
 
@@ -69,7 +70,7 @@ def test_rows_of_one_prompt_become_one_tree(tmp_path):
     ]
     (p, q), report = load(tmp_path, *rows)
     assert p.responses == ("a", "b", "c")
-    assert p.comparisons == (((0, 1), 3.5), ((2, 0), 1.0))
+    assert p.comparisons == (Comparison((0, 1), 3.5), Comparison((2, 0)))
     assert p.rows == (1, 3, 4)
     assert q.rows == (2,)
     assert (report.merged_prompts, report.merged_responses, report.repeated_comparisons) == (2, 3, 1)

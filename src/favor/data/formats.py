@@ -18,13 +18,18 @@ class RowError(Exception):
 
 
 class Judgment(NamedTuple):
-    """One row: `orders` index `responses`, best first; no orders in plain SFT data."""
+    """One row: `orders` index `responses`, best first; no orders in plain SFT data.
+
+    `ties` are pairs judged equally good. `scores` (one per response, or none) say by how much one is better.
+    """
 
     prompt: Text
     responses: tuple[Text, ...]
     orders: tuple[tuple[int, ...], ...]
     weight: float = 1.0
     tools: tuple[dict[str, Any], ...] | None = None
+    ties: tuple[tuple[int, int], ...] = ()
+    scores: tuple[float, ...] = ()
 
 
 def recognise(row: dict[str, Any]) -> str:
@@ -43,7 +48,10 @@ def recognise(row: dict[str, Any]) -> str:
 
 
 def pairs(row: dict[str, Any]) -> Judgment:
-    """`prompt, chosen, rejected` as text or messages; without prompt: full message lists or HH transcripts."""
+    """`prompt, chosen, rejected` as text or messages; without prompt: full message lists or HH transcripts.
+
+    `margin` says by how much chosen is better (a score difference); `tie = true` that neither is.
+    """
     chosen, rejected = _need(row, "chosen"), _need(row, "rejected")
     if "prompt" in row:
         prompt = _text(row["prompt"], "prompt")
@@ -59,7 +67,10 @@ def pairs(row: dict[str, Any]) -> Judgment:
         prompt, responses = _common_prompt(_messages(chosen, "chosen"), _messages(rejected, "rejected"))
     if responses[0] == responses[1]:
         raise RowError("chosen and rejected are the same")
-    return Judgment(prompt, responses, ((0, 1),), _weight(row), _tools(row))
+    if _is_tie(row):
+        return Judgment(prompt, responses, (), _weight(row), _tools(row), ties=((0, 1),))
+    scores = (_margin(row), 0.0) if "margin" in row else ()
+    return Judgment(prompt, responses, ((0, 1),), _weight(row), _tools(row), scores=scores)
 
 
 def ranked(row: dict[str, Any]) -> Judgment:
@@ -73,10 +84,11 @@ def ranked(row: dict[str, Any]) -> Judgment:
         raise RowError("two of its responses are the same")
     if isinstance(prompt, tuple):
         responses = tuple(r if isinstance(r, tuple) else _assistant(r) for r in responses)
-    orders = (
-        _by_ranking(row["ranking"], len(responses)) if "ranking" in row else _by_scores(row["scores"], len(responses))
-    )
-    return Judgment(prompt, responses, orders, _weight(row), _tools(row))
+    if "ranking" in row:
+        return Judgment(prompt, responses, _by_ranking(row["ranking"], len(responses)), _weight(row), _tools(row))
+    orders, scores = _by_scores(row["scores"], len(responses)), tuple(float(s) for s in row["scores"])
+    ties = tuple((i, j) for i in range(len(scores)) for j in range(i + 1, len(scores)) if scores[i] == scores[j])
+    return Judgment(prompt, responses, orders, _weight(row), _tools(row), ties, scores)
 
 
 def sft(row: dict[str, Any]) -> Judgment:
@@ -216,6 +228,20 @@ def _weight(row: dict[str, Any]) -> float:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise RowError(f"weight is {weight!r}, expected a positive number")
     return float(weight)
+
+
+def _margin(row: dict[str, Any]) -> float:
+    margin = row["margin"]
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
+        raise RowError(f"margin is {margin!r}, expected a number from 0 up: by how much chosen is better")
+    return float(margin)
+
+
+def _is_tie(row: dict[str, Any]) -> bool:
+    tie = row.get("tie", False)
+    if not isinstance(tie, bool):
+        raise RowError(f"tie is {tie!r}, expected true or false")
+    return tie
 
 
 def _tools(row: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:

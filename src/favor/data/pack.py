@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from favor.data.types import Batch, Layout, Node, TokenTree
+from favor.data.types import Batch, Comparison, Layout, Node, TokenTree
 
 
 def plan(sizes: Sequence[int], budget: int, world: int = 1) -> list[list[int]]:
@@ -155,33 +155,39 @@ def _scored(
         "member_edge_M": edge_M,
         "member_response_M": np.repeat(np.arange(len(paths)), length_R),
         "length_R": length_R,
+        "last_R": np.array([w[-1] for w in where], np.int64),
     }
     return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
 
 def _comparisons(trees: Sequence[TokenTree]) -> dict[str, torch.Tensor]:
-    """Comparisons as index tensors: every pair a ranking implies, and the rankings themselves."""
-    orders: list[tuple[int, ...]] = []
-    weights: list[float] = []
+    """Comparisons as index tensors: every pair a ranking implies, the rankings themselves, and the ties."""
+    rankings: list[Comparison] = []
+    ties: list[Comparison] = []
     index: list[int] = []
     for tree in trees:
         offset = len(index)
         index.extend(range(tree.first_response, tree.first_response + len(tree.response_ids)))
-        orders.extend(tuple(offset + r for r in comparison.order) for comparison in tree.comparisons)
-        weights.extend(comparison.weight for comparison in tree.comparisons)
-    longest = max(map(len, orders), default=2)
-    pairs = [(order[i], order[j], w) for order, w in zip(orders, weights, strict=True) for i, j in _implied(len(order))]
+        rankings.extend(c._replace(order=tuple(offset + r for r in c.order)) for c in tree.comparisons)
+        ties.extend(c._replace(order=tuple(offset + r for r in c.order)) for c in tree.ties)
+    longest = max((len(c.order) for c in rankings), default=2)
+    pairs = [pair for ranking in rankings for pair in _implied(ranking)]
+    orders = [c.order + (-1,) * (longest - len(c.order)) for c in rankings]
     return {
         "index_R": torch.tensor(index, dtype=torch.int64),
         "chosen_P": torch.tensor([p[0] for p in pairs], dtype=torch.int64),
         "rejected_P": torch.tensor([p[1] for p in pairs], dtype=torch.int64),
         "weight_P": torch.tensor([p[2] for p in pairs], dtype=torch.float32),
-        "ranking_QK": torch.tensor([o + (-1,) * (longest - len(o)) for o in orders], dtype=torch.int64).view(
-            -1, longest
-        ),
-        "weight_Q": torch.tensor(weights, dtype=torch.float32),
+        "margin_P": torch.tensor([p[3] for p in pairs], dtype=torch.float32),
+        "ranking_QK": torch.tensor(orders, dtype=torch.int64).view(-1, longest),
+        "weight_Q": torch.tensor([c.weight for c in rankings], dtype=torch.float32),
+        "tie_U2": torch.tensor([c.order for c in ties], dtype=torch.int64).view(-1, 2),
+        "weight_U": torch.tensor([c.weight for c in ties], dtype=torch.float32),
     }
 
 
-def _implied(length: int) -> list[tuple[int, int]]:
-    return [(i, j) for i in range(length) for j in range(i + 1, length)]
+def _implied(ranking: Comparison) -> list[tuple[int, int, float, float]]:
+    """(better, worse, weight, margin) of every pair that a ranking implies; the margin is 0 where nothing is known."""
+    order, weight, gaps = ranking
+    count = len(order)
+    return [(order[i], order[j], weight, sum(gaps[i:j], 0.0)) for i in range(count) for j in range(i + 1, count)]

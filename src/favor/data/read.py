@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,7 @@ class ReadReport:
     num_trees: int
     num_responses: int
     num_comparisons: int
+    num_ties: int
     merged_prompts: int
     merged_responses: int
     repeated_comparisons: int
@@ -91,6 +93,7 @@ def read(source: str, config: DataConfig, split: str) -> tuple[list[PromptTree],
         num_trees=len(trees),
         num_responses=sum(len(tree.responses) for tree in trees),
         num_comparisons=sum(len(tree.comparisons) for tree in trees),
+        num_ties=sum(len(tree.ties) for tree in trees),
         merged_prompts=num_rows - len(dropped) - len(trees),
         merged_responses=sum(tree.merged for tree in growing.values()),
         repeated_comparisons=repeated,
@@ -116,6 +119,8 @@ class _Growing:
     tools: tuple[dict[str, Any], ...] | None
     responses: dict[str, Text] = field(default_factory=dict[str, Text])
     weights: dict[tuple[int, ...], float] = field(default_factory=dict[tuple[int, ...], float])
+    gaps: dict[tuple[int, ...], tuple[float, ...]] = field(default_factory=dict[tuple[int, ...], tuple[float, ...]])
+    ties: dict[tuple[int, ...], float] = field(default_factory=dict[tuple[int, ...], float])
     rows: list[int] = field(default_factory=list[int])
     merged: int = 0
 
@@ -133,12 +138,19 @@ class _Growing:
             mine = tuple(index[i] for i in order)
             repeated += mine in self.weights
             self.weights[mine] = self.weights.get(mine, 0.0) + judgment.weight
+            if judgment.scores:
+                by_rank = [judgment.scores[i] for i in order]
+                self.gaps[mine] = tuple(better - worse for better, worse in pairwise(by_rank))
+        for tie in judgment.ties:
+            tied = tuple(sorted(index[i] for i in tie))
+            self.ties[tied] = self.ties.get(tied, 0.0) + judgment.weight
         return repeated
 
     def finish(self, source: str) -> PromptTree:
-        comparisons = tuple(Comparison(order, weight) for order, weight in self.weights.items())
+        comparisons = tuple(Comparison(order, w, self.gaps.get(order, ())) for order, w in self.weights.items())
         responses = tuple(self.responses.values())
-        return PromptTree(self.prompt, responses, comparisons, tuple(self.rows), source, self.tools)
+        ties = tuple(Comparison(members, weight) for members, weight in self.ties.items())
+        return PromptTree(self.prompt, responses, comparisons, tuple(self.rows), source, self.tools, ties)
 
 
 def _key(value: Any) -> str:

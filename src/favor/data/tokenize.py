@@ -281,6 +281,7 @@ def _assemble(
         comparisons=tree.comparisons,
         first_response=0,
         row=tree.rows[0],
+        ties=tree.ties,
     )
 
 
@@ -325,16 +326,19 @@ def _cut_responses(tree: TokenTree, room: int, report: TokenReport) -> TokenTree
     report.responses_cut += sum(len(response) > room for response in tree.response_ids)
     unique = list(dict.fromkeys(cut))
     report.responses_merged += len(cut) - len(unique)
-    comparisons: list[Comparison] = []
-    for order, weight in tree.comparisons:
-        mapped = tuple(unique.index(cut[i]) for i in order)
-        if len(set(mapped)) == len(mapped):
-            comparisons.append(Comparison(mapped, weight))
-    report.comparisons_dropped += len(tree.comparisons) - len(comparisons)
+    index = [unique.index(response) for response in cut]
+    comparisons, ties = _mapped(tree.comparisons, index), _mapped(tree.ties, index)
+    report.comparisons_dropped += len(tree.comparisons) + len(tree.ties) - len(comparisons) - len(ties)
     if tree.comparisons and not comparisons:
         return None
     complete = tuple(any(len(r) <= room for r, c in zip(tree.response_ids, cut, strict=True) if c == u) for u in unique)
-    return replace(tree, response_ids=tuple(unique), complete=complete, comparisons=tuple(comparisons))
+    return replace(tree, response_ids=tuple(unique), complete=complete, comparisons=comparisons, ties=ties)
+
+
+def _mapped(comparisons: Sequence[Comparison], index: Sequence[int]) -> tuple[Comparison, ...]:
+    """Comparisons among merged responses; those whose members became equal are left out."""
+    mapped = [comparison._replace(order=tuple(index[i] for i in comparison.order)) for comparison in comparisons]
+    return tuple(comparison for comparison in mapped if len(set(comparison.order)) == len(comparison.order))
 
 
 def _drop(report: TokenReport, tree: PromptTree, reason: str) -> None:

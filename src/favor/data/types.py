@@ -5,7 +5,7 @@ In: nothing. Out: PromptTree (text), TokenTree (ids), Batch (tensors). Next: dat
 Shape legend, used as name suffixes everywhere:
   B rows of a padded batch (1 when packed)     T tokens of a row        N positions whose logits are needed
   E scored tokens (each once)                  M (response, scored token) memberships
-  R responses     P pairs     Q rankings       K longest ranking        V vocabulary
+  R responses     P pairs     Q rankings       K longest ranking        U ties      V vocabulary
 """
 
 from dataclasses import dataclass, replace
@@ -23,10 +23,12 @@ class Comparison(NamedTuple):
     """Responses in order of preference, best first; a pair is the ranking with two members.
 
     order: indices into the tree's responses. weight: how much this comparison counts (1 = one judgment).
+    gaps: by how much each member is better than the next, where the data says so (a margin, a score difference).
     """
 
     order: tuple[int, ...]
     weight: float = 1.0
+    gaps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class PromptTree:
     """One prompt, its unique responses and the comparisons among them, as text or chat messages.
 
     `prompt` is plain text or messages; every response is plain text or the messages that follow the
-    prompt. `tools` goes to the chat template. `rows` are the 1-based row numbers of `source` merged here.
+    prompt. `ties` are judgments that two responses are equally good. `tools` goes to the chat template.
+    `rows` are the 1-based row numbers of `source` merged here.
     """
 
     prompt: Text
@@ -43,6 +46,7 @@ class PromptTree:
     rows: tuple[int, ...]
     source: str
     tools: tuple[dict[str, Any], ...] | None = None
+    ties: tuple[Comparison, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class TokenTree:
     comparisons: tuple[Comparison, ...]
     first_response: int
     row: int
+    ties: tuple[Comparison, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -82,8 +87,9 @@ class Batch:
     padded rows, whose `mask_BT` (bool) marks real tokens. head_N int64 are flat indices into B*T of the
     positions whose next-token logits are needed; edge_head_E int64 indexes head_N and edge_target_E
     int64 is the token scored there. member_edge_M / member_response_M int64 say which scored tokens make up
-    which response. chosen_P / rejected_P int64 index R, weight_P float32. ranking_QK int64, best
-    first, padded with -1; weight_Q float32. index_R int64 is the data-set-wide response index.
+    which response; last_R int64 is the flat index of each response's last token. chosen_P / rejected_P
+    int64 index R, weight_P and margin_P float32. ranking_QK int64, best first, padded with -1; weight_Q float32.
+    tie_U2 int64 indexes R, weight_U float32. index_R int64 is the data-set-wide response index.
     """
 
     ids_BT: Tensor
@@ -96,12 +102,16 @@ class Batch:
     member_edge_M: Tensor
     member_response_M: Tensor
     length_R: Tensor
+    last_R: Tensor
     index_R: Tensor
     chosen_P: Tensor
     rejected_P: Tensor
     weight_P: Tensor
+    margin_P: Tensor
     ranking_QK: Tensor
     weight_Q: Tensor
+    tie_U2: Tensor
+    weight_U: Tensor
     num_naive_tokens: int
 
     @property

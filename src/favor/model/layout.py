@@ -4,20 +4,21 @@ In: a Policy and a few token trees. Out: the Policy with its layout settled, and
 Next: attention.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from favor.data.pack import build
-from favor.data.types import TokenTree
+from favor.data.types import Batch, TokenTree
 from favor.errors import ConfigError, NumericsError
 from favor.model import attention
 from favor.model.load import Policy, plain_attention
 from favor.model.logprobs import response_logps
 
+Measure: TypeAlias = Callable[[Policy, Batch], Tensor]
 # Layer types of transformers' configs in which a token sees its whole past through softmax attention.
 _TREE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Largest difference between the two paths that rounding explains, in nats per token.
@@ -26,8 +27,12 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _CHECK_TOKENS = 192
 
 
-def settle(policy: Policy, asked: str, trees: Sequence[TokenTree]) -> tuple[Policy, str]:
+def settle(
+    policy: Policy, asked: str, trees: Sequence[TokenTree], measure: Measure = response_logps
+) -> tuple[Policy, str]:
     """Choose trees where they are exact, else one row per response; returns the policy and the reason.
+
+    `measure` is what both ways must agree on: log-probs, or a reward model's scores.
 
     Raises ConfigError when `layout = "tree"` was asked of a model that cannot, NumericsError when even
     the row path differs from plain transformers.
@@ -37,7 +42,7 @@ def settle(policy: Policy, asked: str, trees: Sequence[TokenTree]) -> tuple[Poli
     longest = max(len(tree.prompt_ids) + max(map(len, tree.response_ids)) for tree in trees)
     obstacle = config_obstacle(policy.causal_lm.config.get_text_config().to_dict(), longest)
     if obstacle is None:
-        policy, obstacle = _try(policy, _sample(trees))
+        policy, obstacle = _try(policy, _sample(trees), measure)
     if obstacle is None:
         return policy, "prompt trees, checked against the plain path on this model"
     if asked == "tree":
@@ -64,11 +69,11 @@ def config_obstacle(config: dict[str, Any], longest_path: int) -> str | None:
     return None
 
 
-def _try(policy: Policy, trees: Sequence[TokenTree]) -> tuple[Policy, str | None]:
+def _try(policy: Policy, trees: Sequence[TokenTree], measure: Measure) -> tuple[Policy, str | None]:
     """Compute a tiny forest both ways; the fast head is given up first, then trees."""
     attention.register()
     with plain_attention(policy), torch.no_grad():
-        plain_R = _plain_logps(policy, trees)
+        plain_R = _plain(policy, trees, measure)
     length_R = build(trees, "rows").length_R.to(policy.device)
     worst = 0.0
     for candidate in (policy, replace(policy, fast_head=None)):
@@ -76,7 +81,7 @@ def _try(policy: Policy, trees: Sequence[TokenTree]) -> tuple[Policy, str | None
         try:
             candidate.causal_lm.set_attn_implementation(attention.NAME)
             with torch.no_grad():
-                tree_R = response_logps(candidate, build(trees, "tree").to(policy.device))
+                tree_R = measure(candidate, build(trees, "tree").to(policy.device))
         except (ConfigError, KeyError, ValueError, RuntimeError, TypeError) as error:
             return policy, f"{type(policy.causal_lm).__name__} does not run with tree attention ({error})"
         worst = float(((tree_R - plain_R).abs() / length_R).max())
@@ -85,10 +90,10 @@ def _try(policy: Policy, trees: Sequence[TokenTree]) -> tuple[Policy, str | None
     return policy, f"the self-check found log-probs {worst:.2g} nats per token off the plain path"
 
 
-def _plain_logps(policy: Policy, trees: Sequence[TokenTree]) -> Tensor:
+def _plain(policy: Policy, trees: Sequence[TokenTree], measure: Measure) -> Tensor:
     """Padded rows with the model's own attention and head."""
     rows = build(trees, "rows").to(policy.device)
-    full = response_logps(replace(policy, layout="rows", fast_head=None), rows)
+    full = measure(replace(policy, layout="rows", fast_head=None), rows)
     if not bool(torch.isfinite(full).all()):
         raise NumericsError(
             f"{policy.source}: its log-probs are not finite; the weights are damaged or overflow this dtype"

@@ -126,7 +126,7 @@ def load_policy(config: ModelConfig, seed: int = 0) -> Policy:
 
     Raises CheckpointError for a missing or unreadable model, ConfigError for settings that cannot work.
     """
-    _check_path(config.path)
+    check_path(config.path)
     tokenizer = load_tokenizer(config)
     with readable(config.path):
         model = AutoModelForCausalLM.from_pretrained(
@@ -227,8 +227,10 @@ def _plain(device: str) -> str:
 
 def _with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+    # SEQ_CLS also trains and saves the scalar head
+    task = "SEQ_CLS" if "ForSequenceClassification" in type(model).__name__ else "CAUSAL_LM"
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+        r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0, task_type=task
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -272,7 +274,8 @@ def _checkpoint_layers(policy: Policy) -> None:
         layer.training = True
 
 
-def _check_path(path: str) -> None:
+def check_path(path: str) -> None:
+    """Raises CheckpointError when `path` is a folder without a model, or no folder and no hub id."""
     folder = Path(path)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():

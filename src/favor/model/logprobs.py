@@ -32,17 +32,30 @@ def response_logps(policy: Policy, batch: Batch) -> Tensor:
 
 def scored_logps(policy: Policy, batch: Batch) -> Tensor:
     """Log-probability of every scored token, each once: float32 [E], nats."""
-    inputs = _inputs(batch)
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.compute_dtype == torch.bfloat16):
-        if policy.fast_head is None:
-            logits_NV = _full_head(policy, batch, inputs)
-            return logits_NV.float().log_softmax(-1)[batch.edge_head_E, batch.edge_target_E]
-        hidden_BTH = policy.backbone(**inputs).last_hidden_state
-        hidden_NH = hidden_BTH.flatten(0, 1)[batch.head_N]
+    if policy.fast_head is None:
+        with _precision(policy):
+            logits_NV = _full_head(policy, batch, _inputs(batch))
+        return logits_NV.float().log_softmax(-1)[batch.edge_head_E, batch.edge_target_E]
+    return logps_of_states(policy, batch, head_states(policy, batch, batch.head_N))
+
+
+def head_states(policy: Policy, batch: Batch, flat_index: Tensor) -> Tensor:
+    """The backbone's last hidden states at flat positions of the batch: [positions, hidden], in the compute dtype."""
+    with _precision(policy):
+        return policy.backbone(**_inputs(batch)).last_hidden_state.flatten(0, 1)[flat_index]
+
+
+def logps_of_states(policy: Policy, batch: Batch, hidden_NH: Tensor) -> Tensor:
+    """Log-probability of every scored token from the states at head_N, through the linear head: float32 [E], nats."""
+    assert policy.fast_head is not None
     weight_VH, bias_V = policy.fast_head.weight, policy.fast_head.bias
     logp_E = _ScoredHead.apply(hidden_NH, weight_VH, bias_V, batch.edge_head_E, batch.edge_target_E)
     assert isinstance(logp_E, Tensor)
     return logp_E
+
+
+def _precision(policy: Policy) -> torch.autocast:
+    return torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.compute_dtype == torch.bfloat16)
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class TrainingState(BaseModel):
     seconds: float = 0.0
     reference: str = ""
     data: str = ""
+    kl_coef: float | None = None
 
     def after_step(self, place: LoaderState, seconds: float) -> "TrainingState":
         """The state one step later; `place` is where the loader then stands."""

@@ -35,7 +35,7 @@ class Splits:
     def identity(self) -> str:
         """A hash of every token id and comparison."""
         content = [
-            [tree.prompt_ids, tree.response_ids, tree.comparisons]
+            [tree.prompt_ids, tree.response_ids, tree.comparisons, tree.ties]
             for trees in (self.train, self.eval)
             for tree in trees
         ]
@@ -77,6 +77,8 @@ def load_splits(
 def summary(read_report: Mapping[str, object], token_report: Mapping[str, object]) -> str:
     """One line: what was read, and everything that was cut or dropped."""
     shown = [f"{read_report[key]} {label}" for key, label in _READ.items()]
+    if read_report.get("num_ties"):
+        shown.append(f"{read_report['num_ties']} ties (read by `favor reward` only)")
     shown += [f"{token_report[key]} {label}" for key, label in _TOKENS.items() if token_report.get(key)]
     dropped = read_report.get("dropped")
     if isinstance(dropped, list) and dropped:

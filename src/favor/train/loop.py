@@ -5,7 +5,6 @@ In: the state after a step. Out: checkpoints, the final model, a clean stop. Nex
 
 from collections.abc import Sequence
 
-import torch
 from pydantic import BaseModel, Field
 
 from favor.config import STRICT
@@ -17,6 +16,7 @@ from favor.model.load import Policy
 from favor.train import checkpoint
 from favor.train.checkpoint import TrainingState
 from favor.train.session import Session, StoppedError
+from favor.train.step import Machine
 
 
 class LoopConfig(BaseModel):
@@ -45,34 +45,25 @@ def micro_batches(trees: Sequence[TokenTree], policy: Policy, budget: int, world
     return [pack.build([trees[i] for i in members], policy.layout) for members in bins if members]
 
 
-def resume(
-    policy: Policy, optimizer: torch.optim.Optimizer, expected: TrainingState, session: Session
-) -> TrainingState:
+def resume(machine: Machine, expected: TrainingState, session: Session) -> TrainingState:
     """Continue from the newest checkpoint, or from the start when a run stopped before its first one."""
     found = checkpoint.checkpoints(session.folder.checkpoints)
     if not found:
         session.event(0, "resume", "resume: no checkpoint yet, starting from the first step")
         return expected
-    state = checkpoint.load(found[-1], policy.trainable(), optimizer, expected)
+    state = checkpoint.load(found[-1], machine.parameters, machine.optimizer, expected)
     session.event(state.step, "resume", f"resumed after step {state.step} from {found[-1]}")
     return state
 
 
-def save_or_stop(
-    loop: LoopConfig,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    state: TrainingState,
-    total: int,
-    session: Session,
-) -> None:
+def save_or_stop(loop: LoopConfig, machine: Machine, state: TrainingState, total: int, session: Session) -> None:
     """Save when it is due; on a stop signal save and raise StoppedError."""
-    number = largest(session.stop.signal_number or 0, session.world, policy.device)
+    number = largest(session.stop.signal_number or 0, session.world, machine.device)
     due = loop.save_every > 0 and state.step % loop.save_every == 0 and state.step < total
     if due or number:
         if session.world.is_main:
             folder = session.folder.checkpoints
-            checkpoint.save(folder, policy.trainable(), optimizer, state, loop.keep_checkpoints)
+            checkpoint.save(folder, machine.parameters, machine.optimizer, state, loop.keep_checkpoints)
         barrier(session.world)
     if number:
         raise StoppedError(f"stopped after step {state.step} of {total}; continue with resume=true", number)

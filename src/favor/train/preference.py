@@ -160,9 +160,9 @@ def _loop(
     parameters = policy.trainable()
     optimizer = make_optimizer(config.optim, parameters)
     state = TrainingState(reference=references["train"].identity, data=splits.identity)
-    if config.resume:
-        state = resume(policy, optimizer, state, session)
     machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world)
+    if config.resume:
+        state = resume(machine, state, session)
     objective = make_objective(config.loss, policy, references["train"].logps)
     total = num_steps(loop, len(splits.train))
     order = Order(len(splits.train), loop.batch_prompts, config.seed, loop.shuffle)
@@ -192,7 +192,7 @@ def _loop(
             _watch_displacement(session, below, done, state.step, watch.displacement_threshold)
             if watch.eval_every and state.step % watch.eval_every == 0:
                 _evaluate(config, policy, splits, references, state.step, session)
-            save_or_stop(loop, policy, optimizer, state, total, session)
+            save_or_stop(loop, machine, state, total, session)
     finish(policy, state, session)
 
 

@@ -66,7 +66,9 @@ def preferred_only(trees: Sequence[TokenTree]) -> list[TokenTree]:
         responses = tuple(tree.response_ids[i] for i in best)
         if responses:
             complete = tuple(tree.complete[i] for i in best)
-            kept.append(replace(tree, response_ids=responses, complete=complete, comparisons=(), first_response=count))
+            kept.append(
+                replace(tree, response_ids=responses, complete=complete, comparisons=(), ties=(), first_response=count)
+            )
             count += len(responses)
     return kept
 
@@ -85,9 +87,9 @@ def _loop(config: SftConfig, policy: Policy, trees: list[TokenTree], data: str, 
     loop, parameters = config.train, policy.trainable()
     optimizer = make_optimizer(config.optim, parameters)
     state = TrainingState(data=data)
-    if config.resume:
-        state = resume(policy, optimizer, state, session)
     machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world)
+    if config.resume:
+        state = resume(machine, state, session)
     objective, total = make_objective(policy), num_steps(loop, len(trees))
     order = Order(len(trees), loop.batch_prompts, config.seed, loop.shuffle)
     began = time.monotonic() - state.seconds
@@ -113,5 +115,5 @@ def _loop(config: SftConfig, policy: Policy, trees: list[TokenTree], data: str, 
             }
             session.record({"kind": "step", "step": state.step, "epoch": state.epochs(order.num_trees), **record})
             bar.advance(1, f"loss {record['loss']:.4f}  unique tok/s {record['tokens_per_s']:.0f}")
-            save_or_stop(loop, policy, optimizer, state, total, session)
+            save_or_stop(loop, machine, state, total, session)
     finish(policy, state, session)

@@ -1,6 +1,6 @@
 """A judge of film reviews: TF-IDF and logistic regression, trained on films that nothing else uses.
 
-In: quotes with their verdicts. Out: P(fresh) of any text. Next: ../demo.py.
+In: quotes with their verdicts. Out: P(fresh) of any text. Next: source.py.
 """
 
 import json

@@ -1,0 +1,66 @@
+"""The prompts of any file that favor reads: what sampling, PPO and win rates start from.
+
+In: a source of rows. Out: distinct prompts in order of appearance, with their row numbers. Next: tokenize.py.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from favor.data.formats import FORMATS, RowError, recognise
+from favor.data.read import read_objects
+from favor.data.tokenize import TokensConfig, encode_prompt
+from favor.data.types import Text
+from favor.errors import DataError
+
+NumberedPrompts = list[tuple[int, Text]]
+
+
+def read_prompts(source: str, split: str, limit: int | None = None) -> NumberedPrompts:
+    """(row number, prompt) of every distinct prompt; a row needs a prompt column, or be of a preference format.
+
+    Raises DataError for a row without a usable prompt, and when there is none at all.
+    """
+    seen: dict[str, tuple[int, Text]] = {}
+    for number, row in read_objects(source, split):
+        try:
+            prompt = _prompt(row)
+        except RowError as error:
+            raise DataError(
+                f"{source}, row {number}: no prompt (text or messages): {error}; every row needs one"
+            ) from None
+        seen.setdefault(json.dumps(prompt, sort_keys=True), (number, prompt))
+        if limit is not None and len(seen) >= limit:
+            break
+    if not seen:
+        raise DataError(f"{source}: nothing to use: it holds no rows")
+    return list(seen.values())
+
+
+def encode_prompts(
+    source: str, prompts: NumberedPrompts, tokenizer: PreTrainedTokenizerBase, tokens: TokensConfig
+) -> list[tuple[int, ...]]:
+    """Token ids of each prompt. Raises DataError naming the row of one that cannot be rendered."""
+    found: list[tuple[int, ...]] = []
+    for number, prompt in prompts:
+        try:
+            found.append(encode_prompt(prompt, tokenizer, tokens))
+        except RowError as error:
+            raise DataError(f"{source}, row {number}: {error}; mend the row") from None
+    return found
+
+
+def sample_seeds(seed: int, groups: Sequence[int], each: int) -> list[int]:
+    """One seed per sample: of the run's seed, the prompt's place and the sample's number alone."""
+    return [((seed * 1_000_003 + group) * 1009 + k) % (1 << 62) for group in groups for k in range(each)]
+
+
+def _prompt(row: dict[str, Any]) -> Text:
+    prompt = row.get("prompt")
+    if prompt is None:
+        return FORMATS[recognise(row)](row).prompt
+    if not prompt or not isinstance(prompt, str | list):
+        raise RowError(f"found {type(prompt).__name__} {prompt!r:.60}")
+    return prompt if isinstance(prompt, str) else tuple(prompt)
