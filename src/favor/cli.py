@@ -57,6 +57,37 @@ def sft(words: Words = None) -> None:
     _in_session(lambda open_session: run(config, open_session))
 
 
+@app.command()
+def reward(words: Words = None) -> None:
+    """Train a reward model on preferences (Bradley-Terry), with held-out accuracy and calibration."""
+    from favor.config import load, split_arguments
+    from favor.train.reward import RewardTrainConfig, train_reward
+
+    config = load(RewardTrainConfig, *split_arguments(words or []))
+    _in_session(lambda open_session: train_reward(config, open_session))
+
+
+@app.command()
+def ppo(words: Words = None) -> None:
+    """Train on a reward by PPO (or RLOO, GRPO): the system that DPO is compared with."""
+    from favor.config import load, split_arguments
+    from favor.train.ppo import PpoConfig, train_ppo
+
+    config = load(PpoConfig, *split_arguments(words or []))
+    _in_session(lambda open_session: train_ppo(config, open_session))
+
+
+@app.command()
+def frontier(words: Words = None) -> None:
+    """Reward against KL of DPO, IPO, KTO, PPO and the baselines on one task: the paper's experiment."""
+    from favor.config import load, split_arguments
+    from favor.frontier.recipe import FrontierConfig
+    from favor.frontier.run import frontier as run
+
+    config = load(FrontierConfig, *split_arguments(words or []))
+    _in_session(lambda open_session: run(config, open_session))
+
+
 @app.command(name="eval")
 def evaluate(words: Words = None) -> None:
     """Held-out preference accuracy, margins, sampled KL and samples of a finished run."""
@@ -134,7 +165,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def _in_session(run: "Callable[[Callable[[Path], Session]], None]") -> None:
+def _in_session(run: "Callable[[Callable[[Path], Session]], object]") -> None:
     """Call `run` with a way to open its session, inside the process group and the signal handlers."""
     from favor.dist.world import world
     from favor.model.load import memory_settings

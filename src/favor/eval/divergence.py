@@ -14,7 +14,7 @@ from favor.data import pack
 from favor.data.types import Batch, TokenTree
 from favor.model.load import Policy
 from favor.model.logprobs import response_logps
-from favor.model.sample import SampleConfig, sample
+from favor.model.sample import SampleConfig
 
 # Tokens scored at once; without gradients this bounds nothing but the memory of one forward.
 _BUDGET = 2048
@@ -32,18 +32,6 @@ class Divergence:
     def as_json(self) -> dict[str, float]:
         """For eval.json and metrics."""
         return asdict(self)
-
-
-def sampled_kl(
-    policy: Policy,
-    reference: Callable[[Batch], Tensor],
-    prompts: Sequence[Sequence[int]],
-    seed: int,
-    config: SampleConfig,
-) -> Divergence:
-    """Draw one response per entry of `prompts` from the policy and measure `kl_of_samples` on them."""
-    responses = sample(policy, prompts, [seed * 1_000_003 + i for i in range(len(prompts))], config)
-    return kl_of_samples(policy, reference, prompts, responses, config)
 
 
 def kl_of_samples(

@@ -21,7 +21,6 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -94,16 +93,18 @@ class Policy:
     @property
     def end_ids(self) -> frozenset[int]:
         """Token ids that end a turn."""
-        return end_ids(self.tokenizer, self.causal_lm.generation_config)
+        model = self.causal_lm
+        # a reward model keeps its base's ends in its config
+        described = model.generation_config if model.can_generate() else model.config.get_text_config()
+        return end_ids(self.tokenizer, described.eos_token_id)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter, of those that train."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def end_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> frozenset[int]:
+def end_ids(tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None) -> frozenset[int]:
     """Token ids that end a turn: the tokenizer's end of sequence and those of the generation config."""
-    ends = generation.eos_token_id if generation is not None else None
     found = ends if isinstance(ends, list) else [ends]
     return frozenset(x for x in [*found, tokenizer.eos_token_id] if isinstance(x, int))
 

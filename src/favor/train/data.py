@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from favor.data import lint
 from favor.data.read import DataConfig, read
 from favor.data.tokenize import TokensConfig, tokenize
-from favor.data.types import PromptTree, TokenTree
+from favor.data.types import PromptTree, Text, TokenTree
 from favor.errors import DataError
 from favor.model.load import Policy
 from favor.run import write_json
@@ -20,10 +20,14 @@ from favor.train.session import Session
 
 @dataclass(frozen=True)
 class Splits:
-    """Token trees of the training part and of the held-out part (empty when the recipe names none)."""
+    """Token trees of the training part and of the held-out part (empty when the recipe names none).
+
+    prompts: part -> row -> the prompt as text.
+    """
 
     train: list[TokenTree]
     eval: list[TokenTree]
+    prompts: Mapping[str, Mapping[int, Text]]
 
     @property
     def by_name(self) -> dict[str, Sequence[TokenTree]]:
@@ -71,7 +75,8 @@ def load_splits(
     if session.world.is_main:
         lines = [{"severity": f.severity, "name": f.name, "message": f.message} for f in findings]
         write_json(session.folder.data_report, {**reports, "lint": lines})
-    return Splits(trees["train"], trees["eval"])
+    prompts = {name: {tree.rows[0]: tree.prompt for tree in found} for name, found in texts.items()}
+    return Splits(trees["train"], trees["eval"], prompts)
 
 
 def summary(read_report: Mapping[str, object], token_report: Mapping[str, object]) -> str:

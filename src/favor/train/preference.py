@@ -7,10 +7,11 @@ data/read -> data/tokenize -> data/pack -> data/loader -> model/logprobs -> loss
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from favor import losses
@@ -20,15 +21,17 @@ from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
+from favor.dist.reduce import sum_
 from favor.dist.world import World
 from favor.errors import ConfigError, NumericsError
-from favor.eval.divergence import sampled_kl
+from favor.eval.divergence import kl_of_samples
 from favor.losses import LossConfig
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
-from favor.model.sample import SampleConfig
+from favor.model.sample import SampleConfig, sample
 from favor.run import start
+from favor.scoring.source import RewardConfig, Scorer, make_scorer
 from favor.train import reference
 from favor.train.checkpoint import TrainingState
 from favor.train.data import Splits, load_splits
@@ -62,7 +65,7 @@ class WatchConfig(BaseModel):
 
 
 class TrainConfig(BaseModel):
-    """A recipe for `favor train`."""
+    """A recipe for `favor train`. [reward], if there, scores the samples of the KL probe; it trains nothing."""
 
     model_config = STRICT
     run: str
@@ -76,6 +79,13 @@ class TrainConfig(BaseModel):
     reference: ReferenceConfig = ReferenceConfig()
     train: LoopConfig = LoopConfig()
     watch: WatchConfig = WatchConfig()
+    reward: RewardConfig | None = None
+
+    @model_validator(mode="after")
+    def _reward_is_read(self) -> "TrainConfig":
+        if self.reward is not None and not self.watch.kl_every:
+            raise ValueError("[reward] scores the samples of the KL probe; set watch.kl_every, or remove it")
+        return self
 
 
 def train(config: TrainConfig, open_session: Callable[[Path], Session]) -> None:
@@ -86,16 +96,28 @@ def train(config: TrainConfig, open_session: Callable[[Path], Session]) -> None:
     splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=True)
     policy, why = settle(policy, config.model.layout, splits.train)
     session.event(0, "self_check", f"layout: {why}")
-    references, probe = _references(config, policy, splits, session)
-    _loop(config, policy, splits, references, probe, session)
+    references, alive = _references(config, policy, splits, session)
+    scorer = make_scorer(config.reward) if config.reward else None
+    _loop(config, policy, splits, Beside(references, alive, scorer), session)
 
 
-def make_objective(config: LossConfig, policy: Policy, ref_logps: Callable[[Batch], Tensor]) -> Objective:
-    """The loss of a batch, summed over its comparisons, with the statistics of its pairs."""
+@dataclass(frozen=True)
+class Beside:
+    """What stands beside the policy: the reference of every split, a live one where it is needed, a scorer of probes."""
+
+    references: Mapping[str, Reference]
+    alive: Callable[[Batch], Tensor] | None
+    scorer: Scorer | None
+
+
+def make_objective(
+    config: LossConfig, policy: Policy, ref_logps: Callable[[Batch], Tensor], zero: float = 0.0
+) -> Objective:
+    """The loss of a batch, summed over its comparisons, with the statistics of its pairs. zero: KTO's z0."""
 
     def loss(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         pi_R, ref_R = response_logps(policy, batch), ref_logps(batch)
-        item, weight = losses.per_comparison(config, pi_R - ref_R, batch)
+        item, weight = losses.per_comparison(config, pi_R - ref_R, batch, zero)
         return (item * weight).sum(), pair_stats(pi_R.detach(), ref_R, batch, config.beta)
 
     return Objective(loss, lambda batch: losses.total_weight(config, batch), STATS)
@@ -121,17 +143,17 @@ def pair_stats(pi_R: Tensor, ref_R: Tensor, batch: Batch, beta: float) -> dict[s
 def _references(
     config: TrainConfig, policy: Policy, splits: Splits, session: Session
 ) -> tuple[dict[str, Reference], Callable[[Batch], Tensor] | None]:
-    """The reference of every split, and the live one that the KL probe needs (None when it is off)."""
+    """The reference of every split, and the live one that the KL probe and KTO's z0 need (else None)."""
     parts = splits.by_name if config.watch.eval_every else {"train": splits.train}
     identity = reference.fingerprint(policy, config.tokens, parts)
-    probed = config.watch.kl_every > 0
-    alive = reference.live(policy, identity["weights"]) if config.reference.mode == "live" or probed else None
-    probe = alive.logps if alive is not None and probed else None
+    asked = config.watch.kl_every > 0 or losses.LOSSES[config.loss.name].needs_zero
+    alive = reference.live(policy, identity["weights"]) if config.reference.mode == "live" or asked else None
+    needed = alive.logps if alive is not None and asked else None
     if config.reference.mode == "live":
         if config.reference.store is not None:
             raise ConfigError("reference.store is set but reference.mode is 'live', which stores nothing; remove one")
         assert alive is not None
-        return dict.fromkeys(parts, alive), probe
+        return dict.fromkeys(parts, alive), needed
     path = Path(config.reference.store) if config.reference.store else session.folder.reference
     began, found = time.monotonic(), path.exists()
 
@@ -144,26 +166,24 @@ def _references(
     seconds = time.monotonic() - began
     message = f"reference: {'reused' if found else 'stored in'} {path} ({seconds:.1f} s)"
     session.event(0, "reference", message, seconds=seconds)
-    return stored, probe
+    return stored, needed
 
 
 def _loop(
     config: TrainConfig,
     policy: Policy,
     splits: Splits,
-    references: Mapping[str, Reference],
-    probe: Callable[[Batch], Tensor] | None,
+    beside: Beside,
     session: Session,
 ) -> None:
     """Optimizer steps from the newest checkpoint to the end, then the final model."""
-    loop, watch = config.train, config.watch
+    loop, watch, references = config.train, config.watch, beside.references
     parameters = policy.trainable()
     optimizer = make_optimizer(config.optim, parameters)
     state = TrainingState(reference=references["train"].identity, data=splits.identity)
     machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world)
     if config.resume:
         state = resume(machine, state, session)
-    objective = make_objective(config.loss, policy, references["train"].logps)
     total = num_steps(loop, len(splits.train))
     order = Order(len(splits.train), loop.batch_prompts, config.seed, loop.shuffle)
     below: deque[tuple[float, float]] = deque(maxlen=max(1, 64 // loop.batch_prompts))
@@ -179,13 +199,14 @@ def _loop(
             rate = learning_rate(config.optim, state.step, total)
             set_learning_rate(optimizer, rate)
             cut = micro_batches(trees, policy, loop.max_tokens_per_pack, session.world)
-            done = step(machine, cut, objective)
+            zero = _zero(config, policy, beside.alive, trees, session.world)
+            done = step(machine, cut, make_objective(config.loss, policy, references["train"].logps, zero))
             if state.step == 0:
                 _check_first_loss(config, policy, trees, done)
             now = time.monotonic()
             state = state.after_step(place, now - began)
-            if probe is not None and state.step % watch.kl_every == 0:
-                kl = _probe(config, policy, probe, splits)
+            if watch.kl_every and state.step % watch.kl_every == 0:
+                kl = _probe(config, policy, beside, splits)
             record = _step_record(done, state, order, cut, now - step_began)
             session.record(record | {"lr": rate} | kl)
             bar.advance(1, figures(record | kl))
@@ -240,18 +261,54 @@ def figures(record: Mapping[str, object]) -> str:
         "accuracy": ("acc", ".2f"),
         "margin": ("margin", "+.3f"),
         "kl": ("KL", ".2f"),
+        "reward": ("reward", ".3f"),
         "pairs_per_s": ("pairs/s", ".2f"),
         "tokens_per_s": ("unique tok/s", ".0f"),
     }
     return "  ".join(f"{label} {record[key]:{spec}}" for key, (label, spec) in shown.items() if key in record)
 
 
-def _probe(config: TrainConfig, policy: Policy, probe: Callable[[Batch], Tensor], splits: Splits) -> dict[str, float]:
-    """Sampled KL on the first prompts of the held-out part (of the training part when there is none)."""
-    trees = (splits.eval or splits.train)[: config.watch.kl_prompts]
+def _zero(
+    config: TrainConfig,
+    policy: Policy,
+    alive: Callable[[Batch], Tensor] | None,
+    trees: Sequence[TokenTree],
+    world: World,
+) -> float:
+    """KTO's z0 = max(0, mean of log pi(y'|x) - log ref(y'|x)), y' a response to the next prompt of the optimizer batch.
+
+    0 for other losses, and for a batch of one prompt, which has no mismatched response.
+    """
+    if not losses.LOSSES[config.loss.name].needs_zero or len(trees) < 2:
+        return 0.0
+    assert alive is not None
+    strangers = [
+        replace(tree, response_ids=trees[i - 1].response_ids[:1], complete=(True,), comparisons=(), ties=())
+        for i, tree in enumerate(trees)
+    ]
+    ratio = torch.zeros(1, dtype=torch.float64, device=policy.device)
+    with torch.no_grad():
+        for cut in micro_batches(strangers, policy, config.train.max_tokens_per_pack, world):
+            batch = cut.to(policy.device)
+            ratio += (response_logps(policy, batch) - alive(batch)).sum()
+    return max(0.0, float(sum_(ratio, world)) / len(trees))
+
+
+def _probe(config: TrainConfig, policy: Policy, beside: Beside, splits: Splits) -> dict[str, float]:
+    """Sampled KL, and the samples' score, on the first prompts of the held-out part (of the training part without one)."""
+    assert beside.alive is not None
+    name = "eval" if splits.eval else "train"
+    trees = splits.by_name[name][: config.watch.kl_prompts]
     settings = SampleConfig(max_new_tokens=config.watch.kl_tokens)
-    kl = sampled_kl(policy, probe, [tree.prompt_ids for tree in trees], config.seed, settings)
-    return {"kl": kl.mean, "kl_se": kl.se}
+    prompts = [tree.prompt_ids for tree in trees]
+    ids = sample(policy, prompts, [config.seed * 1_000_003 + i for i in range(len(prompts))], settings)
+    kl = kl_of_samples(policy, beside.alive, prompts, ids, settings)
+    found = {"kl": kl.mean, "kl_se": kl.se}
+    if beside.scorer is not None:
+        texts = [t.strip() for t in policy.tokenizer.batch_decode([list(i) for i in ids], skip_special_tokens=True)]
+        scores = beside.scorer([splits.prompts[name][tree.row] for tree in trees], texts)
+        found["reward"] = sum(scores) / len(scores)
+    return found
 
 
 def _watch_displacement(

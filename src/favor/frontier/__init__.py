@@ -1,0 +1,1 @@
+"""The paper's controlled experiment as one command: reward against KL, DPO beside RLHF and the baselines."""

@@ -1,0 +1,230 @@
+"""One point: train (or sample) a policy at one strength and seed, and judge it on held-out prompts.
+
+In: a Point and the shared parts. Out: point.json, and the run's metrics; the model is not kept. Next: summary.py.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from favor.data.prompts import NumberedPrompts, encode_prompts, read_prompts, sample_seeds
+from favor.data.read import DataConfig
+from favor.data.types import Batch, TokenTree
+from favor.errors import NumericsError
+from favor.eval.divergence import log_ratios
+from favor.frontier.prepare import OpenSession, Places, Task, start_model, training_prompts
+from favor.frontier.recipe import FrontierConfig, Point
+from favor.losses import LossConfig, LossName
+from favor.model.layout import settle
+from favor.model.load import ModelConfig, Policy, load_policy
+from favor.model.logprobs import response_logps
+from favor.model.sample import SampleConfig, sample
+from favor.run import RunFolder, make_folder, read_jsonl, write_json, write_text
+from favor.scoring.source import RewardConfig, Scorer, make_scorer
+from favor.train.loop import LoopConfig
+from favor.train.optim import OptimConfig
+from favor.train.ppo import PpoConfig, PpoSettings, PromptsConfig, train_ppo
+from favor.train.preference import TrainConfig, WatchConfig, train
+from favor.train.reference import ReferenceConfig
+
+_LOSS: dict[str, LossName] = {
+    "dpo": "sigmoid",
+    "ipo": "ipo",
+    "kto": "kto",
+    "unlikelihood": "unlikelihood",
+    "preferred_ft": "preferred_ft",
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The held-out prompts, the reference and the ground truth, loaded once per process."""
+
+    reference: Policy
+    scorer: Scorer
+    prompts: NumberedPrompts
+    ids: list[tuple[int, ...]]
+
+
+def make_bench(config: FrontierConfig, task: Task, places: Places) -> Bench:
+    """Load what every point is judged by."""
+    reference = load_policy(ModelConfig(path=str(start_model(task, places)), dtype="float32"))
+    prompts = read_prompts(task.eval_prompts, "train", config.evaluate.prompts)
+    ids = encode_prompts(task.eval_prompts, prompts, reference.tokenizer, task.tokens)
+    return Bench(reference, make_scorer(task.reward), prompts, ids)
+
+
+def run_point(
+    config: FrontierConfig, task: Task, places: Places, point: Point, bench: Bench, open_session: OpenSession
+) -> None:
+    """Compute a point unless its point.json is there; one that was interrupted starts anew."""
+    root = places.point(point.name)
+    if (root / "point.json").exists():
+        return
+    shutil.rmtree(root, ignore_errors=True)
+    make_folder(root)
+    began = time.monotonic()
+    if point.method == "start":
+        found = {"status": "ok"} | measure(config, bench.reference, bench, point.seed)
+    elif point.method == "best_of_n":
+        found = _best_of_n(config, task, places, point, bench)
+    else:
+        status = _train(config, task, places, point, root, open_session)
+        model = RunFolder(root).model
+        found = {"status": status}
+        if model.exists():
+            policy = load_policy(ModelConfig(path=str(model), dtype="float32"))
+            found |= measure(config, policy, bench, point.seed)
+            shutil.rmtree(model)
+    found |= {"method": point.method, "strength": point.strength, "seed": point.seed}
+    shutil.rmtree(RunFolder(root).checkpoints, ignore_errors=True)
+    RunFolder(root).reference.unlink(missing_ok=True)
+    write_json(root / "point.json", found | {"seconds": time.monotonic() - began})
+
+
+def measure(config: FrontierConfig, policy: Policy, bench: Bench, seed: int) -> dict[str, Any]:
+    """Sample the held-out prompts; reward, log pi - log ref, and length of every sample, by the same streams at every point."""
+    each = config.evaluate.samples
+    settings = SampleConfig(max_new_tokens=config.evaluate.max_new_tokens, batch=128)
+    ids = [i for i in bench.ids for _ in range(each)]
+    out = sample(policy, ids, sample_seeds(1_000 + seed, list(range(len(bench.ids))), each), settings)
+    trees = [
+        TokenTree(prompt, tuple(out[k * each : (k + 1) * each]), (True,) * each, (), first_response=k * each, row=k)
+        for k, prompt in enumerate(bench.ids)
+    ]
+    settled, _ = settle(policy, "auto", trees[:4])
+    base, _ = settle(bench.reference, settled.layout, trees[:4])
+
+    def reference(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return response_logps(base, batch)
+
+    kl = log_ratios(settled, reference, trees).tolist()
+    return _scored(bench, out, kl, each, policy)
+
+
+def _scored(bench: Bench, out: Sequence[tuple[int, ...]], kl: list[float], each: int, policy: Policy) -> dict[str, Any]:
+    texts = [t.strip() for t in policy.tokenizer.batch_decode([list(i) for i in out], skip_special_tokens=True)]
+    prompts = [text for _, text in bench.prompts for _ in range(each)]
+    reward = bench.scorer(prompts, texts)
+    shown = [{"prompt": prompts[i], "text": texts[i], "reward": reward[i]} for i in range(0, 6 * each, each)]
+    return {
+        "reward": reward,
+        "kl": kl,
+        "length": [len(response) for response in out],
+        "ended": sum(response[-1] in policy.end_ids for response in out) / len(out),
+        "prompt": [i for i in range(len(bench.prompts)) for _ in range(each)],
+        "samples": shown[: len(bench.prompts)],
+    }
+
+
+def _best_of_n(config: FrontierConfig, task: Task, places: Places, point: Point, bench: Bench) -> dict[str, Any]:
+    """The learnt reward's favourite of N samples of the start. KL <= log N - (N-1)/N (Beirami et al. 2024, arXiv 2401.01879)."""
+    count, each = int(point.strength), config.evaluate.samples
+    settings = SampleConfig(max_new_tokens=config.evaluate.max_new_tokens, batch=128)
+    ids = [i for i in bench.ids for _ in range(each * count)]
+    seeds = sample_seeds(1_000 + point.seed, list(range(len(bench.ids))), each * count)
+    out = sample(bench.reference, ids, seeds, settings)
+    texts = [
+        t.strip() for t in bench.reference.tokenizer.batch_decode([list(i) for i in out], skip_special_tokens=True)
+    ]
+    learnt = make_scorer(_learnt_reward(task, places, point.seed))
+    scores = learnt([text for _, text in bench.prompts for _ in range(each * count)], texts)
+    best = [max(range(k, k + count), key=scores.__getitem__) for k in range(0, len(out), count)]
+    bound = log(count) - (count - 1) / count
+    return {"status": "ok"} | _scored(bench, [out[i] for i in best], [bound] * len(best), each, bench.reference)
+
+
+def _train(
+    config: FrontierConfig, task: Task, places: Places, point: Point, root: Path, open_session: OpenSession
+) -> str:
+    """Train the point's policy; "ok", or what stopped it."""
+    recipes: dict[str, Callable[[], None]] = {
+        "ppo": lambda: train_ppo(_ppo_recipe(config, task, places, point, root), open_session),
+        "ppo_true": lambda: train_ppo(_ppo_recipe(config, task, places, point, root), open_session),
+    }
+    run = recipes.get(point.method, lambda: train(_preference_recipe(config, task, places, point, root), open_session))
+    try:
+        run()
+    except NumericsError as error:
+        return str(error)
+    return "ok"
+
+
+def _preference_recipe(config: FrontierConfig, task: Task, places: Places, point: Point, root: Path) -> TrainConfig:
+    sizes, name = config.offline, _LOSS[point.method]
+    options = {"unlikelihood": {"alpha": point.strength}, "preferred_ft": {}}.get(name, {"beta": point.strength})
+    epochs = int(point.strength) if name == "preferred_ft" else sizes.epochs
+    probed = point.method == "dpo" and sizes.probe_every > 0
+    return TrainConfig(
+        run=str(root),
+        seed=point.seed,
+        model=ModelConfig(path=str(start_model(task, places)), dtype="float32"),
+        data=DataConfig(train=str(places.preferences(point.seed))),
+        tokens=task.tokens,
+        loss=LossConfig.model_validate({"name": name, **options}),
+        optim=OptimConfig(lr=sizes.lr, warmup_steps=2),
+        reference=ReferenceConfig(mode="stored"),
+        train=LoopConfig(batch_prompts=sizes.batch_prompts, epochs=epochs, max_tokens_per_pack=2048, save_every=0),
+        watch=WatchConfig(
+            kl_every=sizes.probe_every if probed else 0, kl_prompts=32, kl_tokens=config.evaluate.max_new_tokens
+        ),
+        reward=task.reward if probed else None,
+    )
+
+
+def _ppo_recipe(config: FrontierConfig, task: Task, places: Places, point: Point, root: Path) -> PpoConfig:
+    sizes = config.ppo
+    prompts = root / "prompts.jsonl"
+    chosen = training_prompts(config, task, point.seed)
+    write_text(prompts, "".join(json.dumps({"prompt": text}) + "\n" for _, text in chosen))
+    return PpoConfig(
+        run=str(root),
+        seed=point.seed,
+        model=ModelConfig(path=str(start_model(task, places)), dtype="float32"),
+        data=PromptsConfig(train=str(prompts)),
+        tokens=task.tokens,
+        reward=_learnt_reward(task, places, point.seed) if point.method == "ppo" else task.reward,
+        ppo=PpoSettings(
+            samples_per_prompt=sizes.answers,
+            updates=sizes.updates,
+            target_kl=point.strength,
+            kl_horizon=500,
+            explosion_kl=sizes.explosion_kl,
+        ),
+        sample=SampleConfig(max_new_tokens=config.evaluate.max_new_tokens, batch=128),
+        optim=OptimConfig(lr=sizes.lr, schedule="constant"),
+        train=LoopConfig(
+            batch_prompts=sizes.batch_prompts,
+            epochs=1_000,
+            max_steps=sizes.rollouts,
+            max_tokens_per_pack=2048,
+            save_every=max(1, sizes.rollouts // 4),
+            keep_checkpoints=1,
+        ),
+    )
+
+
+def _learnt_reward(task: Task, places: Places, seed: int) -> RewardConfig:
+    return RewardConfig(kind="model", path=str(RunFolder(places.reward(seed)).model), tokens=task.tokens)
+
+
+def curve(root: Path) -> list[dict[str, float]]:
+    """KL and reward over a point's training: one record per probe (DPO) or rollout (PPO)."""
+    path = RunFolder(root).metrics
+    records = read_jsonl(path) if path.exists() else []
+    found: list[dict[str, float]] = []
+    for record in records:
+        if record.get("kind") == "step" and "kl" in record and "reward" in record:
+            value = {name: record[name] for name in ("step", "kl", "reward", "seconds")}
+            if not found or value["kl"] != found[-1]["kl"]:
+                found.append(value)
+    return found

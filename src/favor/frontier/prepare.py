@@ -1,0 +1,175 @@
+"""What all points share: the start (SFT), and for every seed preferences sampled from it and a reward model.
+
+In: FrontierConfig. Out: files and folders below the run; what is there already is kept. Next: point.py.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from favor.data.prompts import NumberedPrompts, encode_prompts, read_prompts, sample_seeds
+from favor.data.read import DataConfig
+from favor.data.tokenize import TokensConfig
+from favor.embedded import cache_folder, frontier_files, model_folder, review_files
+from favor.frontier.recipe import FrontierConfig
+from favor.model.load import ModelConfig, load_policy
+from favor.model.sample import SampleConfig, sample
+from favor.model.shrink import shrink
+from favor.run import RunFolder, make_folder, write_text
+from favor.scoring.source import RewardConfig, make_scorer
+from favor.train.loop import LoopConfig
+from favor.train.optim import OptimConfig
+from favor.train.reward import RewardTrainConfig, train_reward
+from favor.train.session import Session
+from favor.train.sft import SftConfig, sft
+
+OpenSession = Callable[[Path], Session]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the picture is about, settled: files, the model before SFT, the ground-truth reward."""
+
+    model: Path
+    prompts: str
+    eval_prompts: str
+    sft: str | None
+    reward: RewardConfig
+    tokens: TokensConfig
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the shared parts lie."""
+
+    root: Path
+
+    @property
+    def start(self) -> Path:
+        """The run folder of the SFT; its model is every method's start and reference."""
+        return self.root / "sft"
+
+    def preferences(self, seed: int) -> Path:
+        """Ranked answers of the start, labelled by the ground truth."""
+        return self.root / f"seed-{seed}" / "preferences.jsonl"
+
+    def reward(self, seed: int) -> Path:
+        """The run folder of the learnt reward."""
+        return self.root / f"seed-{seed}" / "reward"
+
+    def point(self, name: str) -> Path:
+        """The run folder of a point."""
+        return self.root / "points" / name
+
+
+def settle_task(config: FrontierConfig, root: Path, say: Callable[[str], None]) -> Task:
+    """The recipe's own task, or the embedded one: fetched, and its model cut to size, once."""
+    if (own := config.task) is not None:
+        return Task(Path(own.model), own.prompts, own.eval_prompts, own.sft, own.reward, own.tokens)
+    cache = cache_folder()
+    full, reviews, files = model_folder(cache, say), review_files(cache, say), frontier_files(cache, say)
+    small = root / "base"
+    if not small.exists():
+        rows = [json.loads(line) for name in ("sft", "eval") for line in _lines(files / f"{name}.jsonl")]
+        texts = [row["prompt"] + row.get("completion", "") for row in rows]
+        size = shrink(full, texts, config.layers, small)
+        say(f"start: layers {list(config.layers)} of SmolLM2-135M-Instruct, {size} tokens of its vocabulary")
+    return Task(
+        model=small,
+        prompts=str(files / "sft.jsonl"),
+        eval_prompts=str(files / "eval.jsonl"),
+        sft=str(files / "sft.jsonl"),
+        reward=RewardConfig(kind="classifier", path=str(reviews / "classifier.jsonl")),
+        tokens=TokensConfig(template="plain"),
+    )
+
+
+def start_model(task: Task, places: Places) -> Path:
+    """The folder of the policy that everything starts from."""
+    return task.model if task.sft is None else RunFolder(places.start).model
+
+
+def fine_tune(config: FrontierConfig, task: Task, places: Places, open_session: OpenSession) -> None:
+    """SFT, unless it is there or there is nothing to fine-tune on."""
+    if task.sft is None or RunFolder(places.start).model.exists():
+        return
+    recipe = SftConfig(
+        run=str(places.start),
+        resume=RunFolder(places.start).config.exists(),
+        model=ModelConfig(path=str(task.model), dtype="float32"),
+        data=DataConfig(train=task.sft, max_rows=config.sft.max_rows),
+        tokens=task.tokens,
+        optim=OptimConfig(lr=config.sft.lr, schedule="cosine", warmup_steps=5),
+        train=LoopConfig(
+            batch_prompts=config.sft.batch_prompts,
+            epochs=config.sft.epochs,
+            max_tokens_per_pack=2048,
+            save_every=50,
+            keep_checkpoints=1,
+        ),
+    )
+    sft(recipe, open_session)
+
+
+def label(config: FrontierConfig, task: Task, places: Places, seed: int) -> None:
+    """Sample answers of the start and let the ground truth score them: {"prompt", "responses", "scores"} a line."""
+    path = places.preferences(seed)
+    if path.exists():
+        return
+    make_folder(path.parent)
+    policy = load_policy(ModelConfig(path=str(start_model(task, places)), dtype="float32"))
+    prompts = training_prompts(config, task, seed)
+    each = config.offline.answers
+    ids = encode_prompts(task.prompts, prompts, policy.tokenizer, task.tokens)
+    seeds = sample_seeds(seed, list(range(len(prompts))), each)
+    settings = SampleConfig(max_new_tokens=config.evaluate.max_new_tokens, batch=128)
+    out = sample(policy, [i for i in ids for _ in range(each)], seeds, settings)
+    texts = [t.strip() for t in policy.tokenizer.batch_decode([list(i) for i in out], skip_special_tokens=True)]
+    scores = make_scorer(task.reward)([text for _, text in prompts for _ in range(each)], texts)
+    lines: list[str] = []
+    for i, (_, prompt) in enumerate(prompts):
+        kept = dict(zip(texts[i * each : (i + 1) * each], scores[i * each : (i + 1) * each], strict=True))
+        kept = {text: score for text, score in kept.items() if text}
+        if len(set(kept.values())) > 1:
+            lines.append(json.dumps({"prompt": prompt, "responses": list(kept), "scores": list(kept.values())}))
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def learn_reward(config: FrontierConfig, task: Task, places: Places, seed: int, open_session: OpenSession) -> None:
+    """The Bradley-Terry reward model of RLHF, from the same preferences that DPO sees."""
+    root = places.reward(seed)
+    if RunFolder(root).model.exists() and RunFolder(root).evaluation.exists():
+        return
+    others = [s for s in config.seeds if s != seed]
+    recipe = RewardTrainConfig(
+        run=str(root),
+        seed=seed,
+        model=ModelConfig(path=str(start_model(task, places)), dtype="float32"),
+        # another seed's answers are new to it: they measure accuracy and calibration
+        data=DataConfig(
+            train=str(places.preferences(seed)), eval=str(places.preferences(others[0])) if others else None
+        ),
+        tokens=task.tokens,
+        optim=OptimConfig(lr=config.offline.reward_lr, warmup_steps=2),
+        train=LoopConfig(
+            batch_prompts=config.offline.batch_prompts,
+            epochs=config.offline.epochs,
+            max_tokens_per_pack=2048,
+            save_every=0,
+        ),
+    )
+    train_reward(recipe, open_session)
+
+
+def training_prompts(config: FrontierConfig, task: Task, seed: int) -> NumberedPrompts:
+    """`offline.prompts` prompts of the training file; every seed draws its own."""
+    import numpy as np
+
+    found = read_prompts(task.prompts, "train")
+    order = np.random.default_rng([seed, 7]).permutation(len(found))
+    return [found[i] for i in order[: config.offline.prompts]]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8").splitlines()

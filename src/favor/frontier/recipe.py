@@ -1,0 +1,154 @@
+"""The recipe of `favor frontier`, and the points it asks for.
+
+In: TOML. Out: FrontierConfig and its list of Points. Next: prepare.py.
+"""
+
+import os
+from dataclasses import dataclass
+
+from pydantic import BaseModel, Field, model_validator
+
+from favor.config import STRICT
+from favor.data.tokenize import TokensConfig
+from favor.scoring.source import RewardConfig
+
+Strengths = tuple[float, ...]
+
+
+class TaskConfig(BaseModel):
+    """Section [task]: your own model, prompts and ground-truth reward in place of the embedded task.
+
+    model: where all methods start from. prompts, eval_prompts: files whose prompts train and test. sft: rows to
+    fine-tune the model on first (left out: the model is taken as it is). reward: the ground truth.
+    """
+
+    model_config = STRICT
+    model: str
+    prompts: str
+    eval_prompts: str
+    reward: RewardConfig
+    sft: str | None = None
+    tokens: TokensConfig = TokensConfig()
+
+
+class SftSizes(BaseModel):
+    """Section [sft]."""
+
+    model_config = STRICT
+    lr: float = Field(default=1e-3, gt=0)
+    epochs: int = Field(default=2, ge=1)
+    batch_prompts: int = Field(default=3, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
+
+
+class OfflineSizes(BaseModel):
+    """Section [offline]: preferences, the reward model and the methods that train on them.
+
+    `prompts` get `answers` answers each from the SFT model; the ground truth ranks them (4 answers give 6 pairs).
+    """
+
+    model_config = STRICT
+    prompts: int = Field(default=96, ge=2)
+    answers: int = Field(default=4, ge=2)
+    epochs: int = Field(default=2, ge=1)
+    lr: float = Field(default=1e-4, gt=0)
+    reward_lr: float = Field(default=1e-4, gt=0)
+    batch_prompts: int = Field(default=8, ge=2)
+    probe_every: int = Field(default=4, ge=0)
+
+
+class PpoSizes(BaseModel):
+    """Section [ppo]: rollouts of batch_prompts x answers samples."""
+
+    model_config = STRICT
+    rollouts: int = Field(default=20, ge=1)
+    batch_prompts: int = Field(default=16, ge=1)
+    answers: int = Field(default=4, ge=1)
+    updates: int = Field(default=2, ge=1)
+    lr: float = Field(default=1e-4, gt=0)
+    explosion_kl: float = Field(default=100.0, gt=0)
+
+
+class EvaluateSizes(BaseModel):
+    """Section [evaluate]: every point is judged on the same held-out prompts by the ground-truth reward."""
+
+    model_config = STRICT
+    prompts: int = Field(default=64, ge=2)
+    samples: int = Field(default=2, ge=1)
+    max_new_tokens: int = Field(default=24, ge=1)
+
+
+class MethodStrengths(BaseModel):
+    """Section [methods]: the strengths of each; an empty list leaves a method out.
+
+    dpo, ipo, kto: beta. ppo (learnt reward) and ppo_true (ground truth): target KL, nats a response. unlikelihood:
+    alpha. preferred_ft: epochs. best_of_n: N, chosen by the learnt reward.
+    """
+
+    model_config = STRICT
+    dpo: Strengths = (0.05, 0.2, 1.0)
+    ipo: Strengths = (0.05, 0.2, 1.0)
+    kto: Strengths = (0.05, 0.2, 1.0)
+    ppo: Strengths = (3.0, 6.0, 12.0)
+    ppo_true: Strengths = (3.0, 6.0, 12.0)
+    unlikelihood: Strengths = (0.1, 0.5, 1.0)
+    preferred_ft: Strengths = (1, 2, 4)
+    best_of_n: Strengths = (2, 4, 8, 16)
+
+
+class FrontierConfig(BaseModel):
+    """A recipe for `favor frontier`. Without [task] it is the embedded one: film reviews, sentiment as ground truth.
+
+    jobs: points computed at once, each with its share of the cores. layers: which of the embedded model's layers
+    the small model of the embedded task keeps.
+    """
+
+    model_config = STRICT
+    run: str = "runs/frontier"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    jobs: int = Field(default=2, ge=1)
+    layers: tuple[int, ...] = (0, 1, 2)
+    task: TaskConfig | None = None
+    sft: SftSizes = SftSizes()
+    offline: OfflineSizes = OfflineSizes()
+    ppo: PpoSizes = PpoSizes()
+    evaluate: EvaluateSizes = EvaluateSizes()
+    methods: MethodStrengths = MethodStrengths()
+
+    @model_validator(mode="after")
+    def _whole(self) -> "FrontierConfig":
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds must be distinct, and at least one")
+        if not points(self):
+            raise ValueError("[methods] asks for no point at all")
+        for name in ("preferred_ft", "best_of_n"):
+            if any(s < 1 or s != int(s) for s in vars(self.methods)[name]):
+                raise ValueError(f"methods.{name} are whole numbers from 1 up")
+        if self.task is not None and "layers" in self.model_fields_set:
+            raise ValueError("layers cuts the embedded model; with [task] it is not read, remove it")
+        return self
+
+
+@dataclass(frozen=True)
+class Point:
+    """One trained (or sampled) policy of the picture."""
+
+    method: str
+    strength: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Folder name."""
+        return f"{self.method}-{self.strength:g}-seed{self.seed}"
+
+
+def points(config: FrontierConfig) -> list[Point]:
+    """Every point but the start, seeds outermost so that an unfinished picture has whole seeds."""
+    grid = config.methods.model_dump()
+    return [Point(m, float(s), seed) for seed in config.seeds for m, strengths in grid.items() for s in strengths]
+
+
+def threads(config: FrontierConfig) -> int:
+    """Threads of one job."""
+    return max(1, (os.cpu_count() or 1) // config.jobs)

@@ -1,0 +1,95 @@
+"""`favor frontier`: the shared parts, then every point in a few processes, then the picture. Resumable point by point.
+
+In: FrontierConfig. Out: frontier.json in the run folder. Next: recipe.py.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from favor.config import dump, load
+from favor.dist.world import World
+from favor.frontier.point import make_bench, run_point
+from favor.frontier.prepare import Places, Task, fine_tune, label, learn_reward, settle_task
+from favor.frontier.recipe import FrontierConfig, Point, points, threads
+from favor.frontier.summary import summarise
+from favor.model.load import memory_settings
+from favor.run import RunFolder, append, start, write_json
+from favor.train.session import Session, StoppedError, StopRequest
+
+
+def frontier(config: FrontierConfig, open_session: Callable[[Path], Session]) -> dict[str, Any]:
+    """Run what is missing and return the content of frontier.json. Raises the errors of every part.
+
+    The same command continues an unfinished picture; another recipe needs another run folder.
+    """
+    folder = RunFolder(Path(config.run))
+    start(folder.root, dump(config), resume=folder.config.exists())
+    session = open_session(folder.root)
+    places, began = Places(folder.root), time.monotonic()
+    task = settle_task(config, folder.root, session.say)
+    fine_tune(config, task, places, open_session)
+    starts = [Point("start", 0, seed) for seed in config.seeds]
+    with _Pool(config, task, session) as pool:
+        # a reward model is measured on another seed's preferences, so these come first
+        pool.run("label", starts)
+        pool.run("reward", starts)
+        pool.run("point", [*starts, *points(config)])
+    found = summarise(config, places)
+    append(folder.root / "timing.jsonl", {"seconds": time.monotonic() - began, "finished": found["finished"]})
+    write_json(folder.frontier, found)
+    return found
+
+
+def work(recipe: Path, task: Task, kind: str, point: Point) -> str:
+    """One job, in a process of its own: a seed's preferences, its learnt reward, or a point."""
+    memory_settings()
+    config = load(FrontierConfig, recipe)
+    torch.set_num_threads(threads(config))
+    places = Places(recipe.parent)
+
+    def open_session(root: Path) -> Session:
+        log = Console(file=(root / "log.txt").open("a", encoding="utf-8"), width=160)
+        return Session(RunFolder(root), World(), log, StopRequest())
+
+    if kind == "label":
+        label(config, task, places, point.seed)
+    elif kind == "reward":
+        learn_reward(config, task, places, point.seed, open_session)
+    else:
+        run_point(config, task, places, point, make_bench(config, task, places), open_session)
+    return point.name
+
+
+class _Pool:
+    """A few processes that work through jobs, with a line for each that ends; a stop signal lets none start."""
+
+    def __init__(self, config: FrontierConfig, task: Task, session: Session) -> None:
+        self._recipe, self._task, self._session = Path(config.run) / "config.toml", task, session
+        # a forked process would inherit torch's threads in an unusable state
+        self._pool = ProcessPoolExecutor(config.jobs, mp_context=multiprocessing.get_context("spawn"))
+
+    def __enter__(self) -> "_Pool":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, kind: str, jobs: Sequence[Point]) -> None:
+        """Finish all jobs of a kind. Raises the first job's error, or StoppedError after a stop signal."""
+        began = time.monotonic()
+        open_jobs = {self._pool.submit(work, self._recipe, self._task, kind, point) for point in jobs}
+        while open_jobs:
+            done, open_jobs = wait(open_jobs, timeout=1.0, return_when=FIRST_COMPLETED)
+            for job in done:
+                spent, left = time.monotonic() - began, len(open_jobs)
+                self._session.say(f"{kind} {len(jobs) - left}/{len(jobs)}  {job.result()}  {spent:.0f} s")
+            if (number := self._session.stop.signal_number) is not None:
+                self._pool.shutdown(wait=True, cancel_futures=True)
+                raise StoppedError("stopped; the same command goes on with the points that are missing", number)
