@@ -16,8 +16,9 @@ ALLOWED = {
     "losses": {"errors", "config", "data.types"},
     "model": {"errors", "config", "data.types", "data.pack"},
     "dist": {"errors"},
+    "server": {"errors", "config"},
     "scoring": {"errors", "config", "run", "data", "model"},
-    "eval": {"errors", "config", "run", "data", "model", "losses", "dist", "scoring"},
+    "eval": {"errors", "config", "run", "data", "model", "losses", "dist", "scoring", "server"},
     "train": {
         "errors",
         "config",
@@ -33,7 +34,8 @@ ALLOWED = {
     "report": {"errors", "run"},
     "embedded": {"errors", "run"},
     "demo": {"errors", "config", "run", "data", "losses", "model", "scoring", "eval", "train", "report", "embedded"},
-    "cli": {"errors", "config", "run", "data", "model", "dist", "scoring", "eval", "train", "report", "demo"},
+    "loop": {"errors", "config", "run", "data", "losses", "model", "scoring", "eval", "train"},
+    "cli": {"errors", "config", "run", "data", "model", "dist", "scoring", "eval", "train", "report", "demo", "loop"},
 }
 PATH = (
     "train/preference",

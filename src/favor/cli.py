@@ -75,7 +75,8 @@ def evaluate(words: Words = None) -> None:
 def sample(words: Words = None) -> None:
     """Sample responses to the prompts of a file, as JSON lines."""
     from favor.config import load, split_arguments
-    from favor.eval.samples import SamplesConfig, write_samples
+    from favor.eval.engines import SamplesConfig
+    from favor.eval.samples import write_samples
 
     config = load(SamplesConfig, *split_arguments(words or []))
     count = write_samples(config, _progress(_console()))
