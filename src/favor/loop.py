@@ -7,7 +7,7 @@ the model of round N, which is its reference too. Next: eval/prefer.py.
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, Field, model_validator
@@ -61,15 +61,31 @@ class LoopRunConfig(BaseModel):
         return self
 
 
+@dataclass(frozen=True)
 class RoundFolder:
     """Where a round keeps things."""
 
-    def __init__(self, run: str, number: int) -> None:
-        self.root = Path(run) / f"round-{number}"
-        self.prompts = self.root / "prompts.jsonl"
-        self.preferences = self.root / "preferences.jsonl"
-        self.figures = self.root / "figures.json"
-        self.train = RunFolder(self.root / "train")
+    root: Path
+
+    @property
+    def prompts(self) -> Path:
+        """The prompts of this round (JSONL)."""
+        return self.root / "prompts.jsonl"
+
+    @property
+    def preferences(self) -> Path:
+        """Rankings of the current model's samples (JSONL)."""
+        return self.root / "preferences.jsonl"
+
+    @property
+    def figures(self) -> Path:
+        """What became of the samples (JSON); its presence says that the preferences are done."""
+        return self.root / "figures.json"
+
+    @property
+    def train(self) -> RunFolder:
+        """The round's training run."""
+        return RunFolder(self.root / "train")
 
 
 def loop(config: LoopRunConfig, open_session: Callable[[Path], Session], progress: Progress) -> None:
@@ -83,18 +99,18 @@ def loop(config: LoopRunConfig, open_session: Callable[[Path], Session], progres
         raise ConfigError("favor loop runs in one process; start it without torchrun")
     prompts = read_prompts(config.prompts, config.split)
     for number in range(1, config.rounds + 1):
-        place = RoundFolder(config.run, number)
+        place = _folder(config, number)
         if not place.train.model.exists():
             session.say(f"round {number} of {config.rounds}")
             _round(config, number, prompts, session, progress)
             _train(config, number, open_session)
         # written from the rounds' own figures, so that a kill between two files loses none
         _record(config, number)
-    session.say(f"{config.rounds} rounds done; model in {RoundFolder(config.run, config.rounds).train.model}")
+    session.say(f"{config.rounds} rounds done; model in {_folder(config, config.rounds).train.model}")
 
 
 def _start(config: LoopRunConfig) -> RunFolder:
-    if not config.resume and RoundFolder(config.run, 1).root.exists():
+    if not config.resume and _folder(config, 1).root.exists():
         raise ConfigError(
             f"{config.run}: already holds a run; continue it with resume=true or choose another run=FOLDER"
         )
@@ -103,7 +119,7 @@ def _start(config: LoopRunConfig) -> RunFolder:
 
 def _round(config: LoopRunConfig, number: int, prompts: NumberedPrompts, session: Session, progress: Progress) -> None:
     """The round's prompts, and preferences among samples of the current model."""
-    place = RoundFolder(config.run, number)
+    place = _folder(config, number)
     if place.figures.exists():
         return
     make_folder(place.root)
@@ -125,15 +141,19 @@ def _round(config: LoopRunConfig, number: int, prompts: NumberedPrompts, session
 
 def _train(config: LoopRunConfig, number: int, open_session: Callable[[Path], Session]) -> None:
     """The round's training: continued from its newest checkpoint, or begun anew when there is none."""
-    folder = RoundFolder(config.run, number).train
+    folder = _folder(config, number).train
     resume = bool(checkpoints(folder.checkpoints))
     if not resume and folder.root.exists():
         shutil.rmtree(folder.root)
     train(_train_recipe(config, number).model_copy(update={"resume": resume}), open_session)
 
 
+def _folder(config: LoopRunConfig, number: int) -> RoundFolder:
+    return RoundFolder(Path(config.run) / f"round-{number}")
+
+
 def _record(config: LoopRunConfig, number: int) -> None:
-    figures = [json.loads(RoundFolder(config.run, r).figures.read_text("utf-8")) for r in range(1, number + 1)]
+    figures = [json.loads(_folder(config, r).figures.read_text("utf-8")) for r in range(1, number + 1)]
     write_text(Path(config.run) / "rounds.jsonl", "".join(json.dumps(each) + "\n" for each in figures))
 
 
@@ -142,12 +162,12 @@ def _model(config: LoopRunConfig, number: int) -> ModelConfig:
     if number == 1:
         return config.model
     return config.model.model_copy(
-        update={"path": str(RoundFolder(config.run, number - 1).train.model), "revision": None}
+        update={"path": str(_folder(config, number - 1).train.model), "revision": None}
     )
 
 
 def _prefer_recipe(config: LoopRunConfig, number: int) -> PreferConfig:
-    place = RoundFolder(config.run, number)
+    place = _folder(config, number)
     return PreferConfig(
         out=str(place.preferences),
         prompts=str(place.prompts),
@@ -162,7 +182,7 @@ def _prefer_recipe(config: LoopRunConfig, number: int) -> PreferConfig:
 
 
 def _train_recipe(config: LoopRunConfig, number: int) -> TrainConfig:
-    place = RoundFolder(config.run, number)
+    place = _folder(config, number)
     return TrainConfig(
         run=str(place.train.root),
         seed=config.seed + number,
