@@ -101,9 +101,7 @@ def test_a_good_answer_and_what_was_asked(serve, monkeypatch):
     assert server.headers[0]["Authorization"] == "Bearer secret"
     plain = serve((200, {}, json.dumps({"choices": [{"text": " on"}]})))
     assert complete(settings(plain), "go", max_tokens=9, temperature=0.5, seed=None) == " on"
-    assert plain.requests == [
-        ("/v1/completions", {"model": "m", "max_tokens": 9, "temperature": 0.5, "prompt": "go"})
-    ]
+    assert plain.requests == [("/v1/completions", {"model": "m", "max_tokens": 9, "temperature": 0.5, "prompt": "go"})]
     assert "Authorization" not in plain.headers[0]
 
 
@@ -183,7 +181,7 @@ def test_settings_that_cannot_work(serve, monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(ConfigError, match=r"NO_SUCH_KEY.*no such environment variable"):
         ask(settings(serve(reply("")), api_key_env="NO_SUCH_KEY"))
-    for url in ("localhost:8000/v1", "http://localhost:8000", "ftp://x/v1", "http://[/v1"):
+    for url in ("localhost:8000/v1", "http://localhost:8000", "ftp://x/v1", "http://x:port/v1"):
         with pytest.raises(ConfigError, match="url"):
             load(ServerConfig, None, [f"url={url}", "model=m"])
 
@@ -248,9 +246,9 @@ def test_a_server_that_dies_costs_nothing(serve, tmp_path):
     up = serve(script=echo)
     unbroken = tmp_path / "unbroken.jsonl"
     assert run_sample([*sample_words(tmp_path, up, "samples_per_prompt=2"), f"out={unbroken}"]) == 26
-    alive = {"yes": True}
+    state = {"down": True}
     server = serve(
-        script=lambda number, path, body: echo(number, path, body) if number < 9 or not alive["yes"] else None
+        script=lambda number, path, body: echo(number, path, body) if number < 9 or not state["down"] else None
     )
     words = sample_words(tmp_path, server, "samples_per_prompt=2")
     with pytest.raises(ServerError, match=r"after 2 attempts.*run the same command again"):
@@ -263,7 +261,7 @@ def test_a_server_that_dies_costs_nothing(serve, tmp_path):
     with partial_file.open("a") as file:
         file.write('[25, "torn by a ki')
     server.requests.clear()
-    alive["yes"] = False
+    state["down"] = False
     assert run_sample([*words, "server.concurrency=4", "server.timeout_s=9"]) == 26
     assert len(server.requests) == 26 - 9
     assert not [request for request in server.requests if request in answered]

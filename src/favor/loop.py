@@ -161,9 +161,7 @@ def _model(config: LoopRunConfig, number: int) -> ModelConfig:
     """What round `number` starts from."""
     if number == 1:
         return config.model
-    return config.model.model_copy(
-        update={"path": str(_folder(config, number - 1).train.model), "revision": None}
-    )
+    return config.model.model_copy(update={"path": str(_folder(config, number - 1).train.model), "revision": None})
 
 
 def _prefer_recipe(config: LoopRunConfig, number: int) -> PreferConfig:
