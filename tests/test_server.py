@@ -1,12 +1,19 @@
 """The client against real HTTP: what is retried, what is not, and that nothing is lost when a server dies."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx2
 import pytest
+import tiny
+from transformers.utils.import_utils import is_serve_available
 
 from favor.config import load
 from favor.errors import ConfigError, ServerError
@@ -312,3 +319,50 @@ def test_options_that_the_engine_does_not_read(serve, tmp_path):
         run_sample(["out=o", "prompts=p", "engine=openai"])
     with pytest.raises(ConfigError, match="server is not read by engine 'vllm'"):
         run_sample(sample_words(tmp_path, server, "engine=vllm", "model.path=x"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_serve_available(), reason="transformers serve needs fastapi, uvicorn and openai")
+def test_a_real_server(tmp_path, monkeypatch):
+    """The protocol as somebody else understands it: chat and plain text against `transformers serve`."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    tiny.save(tmp_path / "model")
+    write_prompts(tmp_path, [{"prompt": "a film"}, {"prompt": "another"}])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = "from transformers.cli.transformers import main; main()"
+    words = ["serve", str(tmp_path / "model"), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            _wait_until_up(f"http://127.0.0.1:{port}/health", process)
+            for template in ("chat", "plain"):
+                again = [
+                    f"out={tmp_path / template}.jsonl",
+                    f"prompts={tmp_path / 'prompts.jsonl'}",
+                    "engine=openai",
+                    f"server.url=http://127.0.0.1:{port}/v1",
+                    f"server.model={tmp_path / 'model'}",
+                    f"tokens.template={template}",
+                    "sample.max_new_tokens=4",
+                ]
+                assert run_sample(again) == 2
+                assert len((tmp_path / f"{template}.jsonl").read_bytes().splitlines()) == 2
+        finally:
+            process.terminate()
+
+
+def _wait_until_up(url, process):
+    for _ in range(600):
+        assert process.poll() is None, "transformers serve ended by itself"
+        try:
+            if httpx2.get(url).status_code == 200:
+                return
+        except httpx2.TransportError:
+            time.sleep(0.1)
+    raise AssertionError("transformers serve did not come up")
