@@ -296,6 +296,8 @@ def test_each_round_starts_from_the_last(inputs, unbroken):
     assert f'path = "{unbroken / "round-1/train/model"}"' in second.read_text()
     asked = [[row["prompt"] for row in rows_of(unbroken / f"round-{n}/prompts.jsonl")] for n in (1, 2)]
     assert asked == [PROMPTS[:3], [*PROMPTS[3:], PROMPTS[0]]]
+    resolved = load(LoopRunConfig, unbroken / "config.toml")
+    assert resolved == load(LoopRunConfig, None, loop_words(inputs, unbroken))
     with pytest.raises(ConfigError, match="already holds a run; continue it with resume=true"):
         run_loop(loop_words(inputs, unbroken))
 
