@@ -13,7 +13,7 @@ import tiny
 from favor.cli import main
 
 GOOD = [{"prompt": f"Film {i}?", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(6)]
-COMMANDS = ("train", "sft", "eval", "sample", "lint", "report", "demo")
+COMMANDS = ("train", "sft", "eval", "sample", "prefer", "loop", "lint", "report", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -296,21 +296,27 @@ def test_a_signal_saves_a_checkpoint_and_says_so(inputs, tmp_path, number):
     assert {p.name for p in saved.iterdir()} == {"policy.safetensors", "optimizer.safetensors", "state.json"}
 
 
-def test_every_recipe_is_valid_and_trains_three_steps(inputs, favor):
+def recipe_words(name, inputs, here):
+    """What a recipe needs to run on the tiny model: (command, settings)."""
+    model = [f"model.path={inputs / 'model'}", "model.dtype=float32"]
+    if name in ("prefer", "loop"):
+        (here / "length.py").write_text("def score(prompts, responses):\n    return [len(r) for r in responses]\n")
+        drawn = [f"prompts={inputs / 'good.jsonl'}", "sample.max_new_tokens=5"]
+        reward = ["reward.kind=callable", f"reward.path={here / 'length.py'}:score"]
+        rounds = ["run=loop", "rounds=2", "prompts_per_round=3", "train.max_steps=3", "train.batch_prompts=1"]
+        return name, [*model, *drawn, *reward, *(rounds if name == "loop" else ["out=preferences.jsonl"])]
+    data = [f"data.train={inputs / 'good.jsonl'}", f"data.eval={inputs / 'good.jsonl'}"]
+    steps = [f"run={name}", "train.max_steps=3", "train.batch_prompts=2"]
+    return "sft" if name.startswith("sft") else "train", [*model, *data, *steps]
+
+
+def test_every_recipe_is_valid_and_trains_three_steps(inputs, favor, tmp_path):
     root = Path(__file__).parent.parent / "recipes"
     found = sorted(root.glob("*.toml"))
     assert found
     for path in found:
-        command = "sft" if path.stem.startswith("sft") else "train"
-        code, _, err = favor(
-            command,
-            path,
-            f"run={path.stem}",
-            f"model.path={inputs / 'model'}",
-            f"data.train={inputs / 'good.jsonl'}",
-            f"data.eval={inputs / 'good.jsonl'}",
-            "train.max_steps=3",
-            "train.batch_prompts=2",
-            "model.dtype=float32",
-        )
-        assert (code, err) == (0, "")
+        command, words = recipe_words(path.stem, inputs, tmp_path)
+        code, out, err = favor(command, path, *words)
+        assert (code, err) == (0, ""), path
+        if command == "prefer":
+            assert "6 of 6 prompts with" in out

@@ -104,13 +104,38 @@ def evaluate(words: Words = None) -> None:
 
 @app.command()
 def sample(words: Words = None) -> None:
-    """Sample responses to the prompts of a file, as JSON lines."""
+    """Sample responses to the prompts of a file, as JSON lines; the same command again continues a stopped run."""
     from favor.config import load, split_arguments
-    from favor.eval.samples import SamplesConfig, write_samples
+    from favor.eval.engines import SamplesConfig
+    from favor.eval.samples import write_samples
 
     config = load(SamplesConfig, *split_arguments(words or []))
     count = write_samples(config, _progress(_console()))
     _print(f"{count} samples in {config.out}")
+
+
+@app.command()
+def prefer(words: Words = None) -> None:
+    """Make preferences: sample several responses per prompt and rank them by a reward."""
+    from favor.config import load, split_arguments
+    from favor.eval.prefer import PreferConfig
+    from favor.eval.prefer import prefer as run
+
+    config = load(PreferConfig, *split_arguments(words or []))
+    report = run(config, _progress(_console()))
+    _print(f"{report}; preferences in {config.out}")
+
+
+@app.command()
+def loop(words: Words = None) -> None:
+    """Online preference learning: in rounds, sample from the model, rank by a reward, train, go on from there."""
+    from favor.config import load, split_arguments
+    from favor.loop import LoopRunConfig
+    from favor.loop import loop as run
+
+    config = load(LoopRunConfig, *split_arguments(words or []))
+    progress = _progress(_console())
+    _in_session(lambda open_session: run(config, open_session, progress))
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """The errors favor raises for people.
 
-In: nothing. Out: one base class and four kinds; the CLI turns each into one line. Next: config.py.
+In: nothing. Out: one base class and five kinds; the CLI turns each into one line. Next: config.py.
 """
 
 
@@ -24,3 +24,7 @@ class CheckpointError(FavorError):
 
 class NumericsError(FavorError):
     """A number that must hold does not: a failed self-check, a loss that is not finite."""
+
+
+class ServerError(FavorError):
+    """A model server refused a request, or gave no usable reply however often it was asked."""

@@ -186,8 +186,13 @@ def _render(tree: PromptTree, tools: _Tools) -> _Rendered:
 
 def _render_prompt(prompt: Text, tool_list: tuple[dict[str, Any], ...] | None, tools: _Tools) -> str:
     if not tools.chat:
-        return prompt if isinstance(prompt, str) else _plain(prompt) + "\n\nAssistant:"
+        return plain_prompt(prompt)
     return _apply(tools, _as_messages(prompt, "user"), tool_list, generation=True)
+
+
+def plain_prompt(prompt: Text) -> str:
+    """A prompt where no chat template is used: text as it is, messages as a transcript. Raises RowError."""
+    return prompt if isinstance(prompt, str) else _plain(prompt) + "\n\nAssistant:"
 
 
 def _render_full(tree: PromptTree, response: Text, prompt: str, tools: _Tools) -> str:

@@ -43,7 +43,8 @@ class RewardConfig(BaseModel):
         unread = sorted(self.model_fields_set & {"beta", "reference"})
         if unread and self.kind != "implicit":
             raise ValueError(f"reward.{unread[0]} is read by kind 'implicit' only; remove it")
-        if "tokens" in self.model_fields_set and self.kind in ("classifier", "callable"):
+        # by value, because a run's resolved recipe names the default too
+        if self.tokens != TokensConfig(max_tokens=4096) and self.kind in ("classifier", "callable"):
             raise ValueError(f"reward.tokens is not read by kind '{self.kind}', which scores text; remove it")
         return self
 

@@ -1,0 +1,66 @@
+"""The unfinished part of a long job, so that a killed one continues: `<out>.partial`, JSON lines.
+
+In: a path and a fingerprint of everything that determines the texts. Out: what was kept, and a way to keep more.
+The first line is the fingerprint; every other is [index, text]. Next: samples.py.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from favor.errors import ConfigError
+from favor.run import write_text
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Texts kept so far lie in `path`; `found` are those of earlier runs."""
+
+    path: Path
+    found: dict[int, str]
+
+    def keep(self, texts: Mapping[int, str]) -> None:
+        """Append texts in one write, so that a kill loses at most what was not handed over yet."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(_line([index, text]) for index, text in texts.items()))
+
+
+def open_partial(out: Path, fingerprint: str) -> Partial:
+    """Continue the partial file of `out`, or start one.
+
+    Raises ConfigError when there is one with another fingerprint, when it is no such file, or cannot be written.
+    """
+    path = out.with_name(out.name + ".partial")
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        found = _texts(path, lines, fingerprint) if any(lines) else {}
+        # written anew, because a kill may have torn the last line
+        write_text(path, _line({"fingerprint": fingerprint}) + "".join(_line([i, text]) for i, text in found.items()))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another out=FILE") from None
+    return Partial(path, found)
+
+
+def _texts(path: Path, lines: list[bytes], fingerprint: str) -> dict[int, str]:
+    try:
+        first = json.loads(lines[0])
+        # what follows the last line break is torn, or nothing
+        kept = [json.loads(line) for line in lines[1:-1]]
+        found = {int(index): str(text) for index, text in kept}
+        same = first["fingerprint"] == fingerprint
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{path}: damaged, or no partial file of ours; delete it or choose another out=FILE"
+        ) from None
+    if not same:
+        raise ConfigError(
+            f"{path}: was begun with other settings, prompts or weights; run with those again to continue, "
+            "or delete it, or choose another out=FILE"
+        )
+    return found
+
+
+def _line(value: object) -> str:
+    # ASCII only: no line break inside a text can be taken for the end of a line
+    return json.dumps(value) + "\n"

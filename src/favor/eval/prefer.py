@@ -1,0 +1,125 @@
+"""`favor prefer`: preferences from samples: draw several responses per prompt, score them, write rankings.
+
+In: PreferConfig. Out: rows {"prompt", "responses", "scores"} that `favor train` reads, and what was left out. Next: samples.py.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pydantic import BaseModel, Field, model_validator
+
+from favor.config import STRICT
+from favor.data.tokenize import TokensConfig
+from favor.errors import DataError
+from favor.eval.engines import Engine, SamplesConfig, check_engine
+from favor.eval.samples import Drawn, Progress, draw_all, score, write_rows
+from favor.model.load import ModelConfig
+from favor.model.sample import SampleConfig
+from favor.scoring.source import RewardConfig
+from favor.server import ServerConfig
+
+
+class PreferConfig(BaseModel):
+    """A recipe for `favor prefer`. Engines and sampling are those of `favor sample`; [reward] says what is better."""
+
+    model_config = STRICT
+    out: str
+    prompts: str
+    split: str = "train"
+    engine: Engine = "transformers"
+    model: ModelConfig | None = None
+    server: ServerConfig | None = None
+    tokens: TokensConfig = TokensConfig()
+    sample: SampleConfig = SampleConfig()
+    samples_per_prompt: int = Field(default=4, ge=2, le=1000)
+    reward: RewardConfig
+    max_prompts: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _every_option_is_read(self) -> "PreferConfig":
+        check_engine(self.engine, self.model, self.server, self.model_dump(exclude_unset=True))
+        return self
+
+
+@dataclass(frozen=True)
+class Preferred:
+    """What became of the samples. `comparisons` counts the pairs of a prompt whose scores differ.
+
+    `duplicates` and `blank` are samples left out; `all_equal` and `all_tied` are prompts left out because nothing
+    distinguishes their responses. `mean_score` is over all samples but the blank.
+    """
+
+    prompts: int
+    samples: int
+    rows: int
+    comparisons: int
+    duplicates: int
+    blank: int
+    all_equal: int
+    all_tied: int
+    mean_score: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows} of {self.prompts} prompts with {self.comparisons} comparisons, mean score {self.mean_score:.4g}; "
+            f"left out: {self.all_equal} prompts whose responses are all equal, {self.all_tied} whose scores all tie, "
+            f"{self.duplicates} duplicate and {self.blank} blank of {self.samples} samples"
+        )
+
+
+def prefer(config: PreferConfig, progress: Progress) -> Preferred:
+    """Sample, score and write. Raises what `favor sample` raises, and DataError when no prompt has a preference.
+
+    Samples of a run that failed or was stopped are kept and continued; they are then scored again.
+    """
+    found = draw_all(_sampling(config), progress)
+    told = [Drawn(each.prompt, [text for text in each.texts if text.strip()]) for each in found]
+    if not any(each.texts for each in told):
+        raise DataError(f"{config.prompts}: every sample is blank; look at the model and the chat template")
+    scores = score(told, config.reward)
+    pairs = [_distinct(each.texts, mine) for each, mine in zip(told, scores, strict=True)]
+    rows = [_row(each, kept) for each, kept in zip(told, pairs, strict=True) if len(set(kept.values())) > 1]
+    num_told = sum(len(each.texts) for each in told)
+    report = Preferred(
+        prompts=len(found),
+        samples=sum(len(each.texts) for each in found),
+        rows=len(rows),
+        comparisons=sum(_comparisons(row["scores"]) for row in rows),
+        duplicates=num_told - sum(map(len, pairs)),
+        blank=sum(len(each.texts) for each in found) - num_told,
+        all_equal=sum(len(kept) < 2 for kept in pairs),
+        all_tied=sum(len(kept) > 1 and len(set(kept.values())) == 1 for kept in pairs),
+        mean_score=fmean(x for mine in scores for x in mine),
+    )
+    if not rows:
+        raise DataError(
+            f"{config.out}: not written, no prompt has a preference ({report}); the samples are kept: use a reward that "
+            "tells them apart, or draw more samples, longer ones or at a higher temperature"
+        )
+    write_rows(Path(config.out), rows)
+    return report
+
+
+def _sampling(config: PreferConfig) -> SamplesConfig:
+    """The same recipe without its reward: what is to be drawn."""
+    given = config.model_dump(exclude={"reward"}, exclude_unset=True)
+    return SamplesConfig.model_validate(given | {"samples_per_prompt": config.samples_per_prompt})
+
+
+def _distinct(texts: list[str], scores: list[float]) -> dict[str, float]:
+    """Response -> score, the first of those that differ in nothing but the white space around them."""
+    kept: dict[str, tuple[str, float]] = {}
+    for text, value in zip(texts, scores, strict=True):
+        kept.setdefault(text.strip(), (text, value))
+    return dict(kept.values())
+
+
+def _row(found: Drawn, kept: dict[str, float]) -> dict[str, Any]:
+    return {"prompt": found.prompt, "responses": list(kept), "scores": list(kept.values())}
+
+
+def _comparisons(scores: list[float]) -> int:
+    return sum(a > b for a in scores for b in scores)

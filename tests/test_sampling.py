@@ -1,0 +1,340 @@
+"""Sampling, best of N, preferences from samples and the online loop, on a tiny model."""
+
+import json
+import sys
+import types
+
+import pytest
+import tiny
+from rich.console import Console
+
+from favor.config import load
+from favor.data.read import DataConfig, read
+from favor.dist.world import World
+from favor.errors import ConfigError, DataError
+from favor.eval import engines
+from favor.eval.engines import SamplesConfig
+from favor.eval.prefer import PreferConfig, prefer
+from favor.eval.samples import write_samples
+from favor.loop import LoopRunConfig, loop
+from favor.run import RunFolder, read_jsonl
+from favor.train.session import Session, StoppedError, StopRequest
+
+PROMPTS = ["Write about a film.", "A film", "Never?", [{"role": "user", "content": "Good or bad?"}], "Maybe the end."]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sampling")
+    tiny.save(folder / "model")
+    rows = [{"prompt": prompt} for prompt in [*PROMPTS, PROMPTS[0]]]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(
+        "def length(prompts, responses):\n    return [len(r) for r in responses]\n"
+        "def same(prompts, responses):\n    return [1.0 for r in responses]\n"
+    )
+    return folder
+
+
+def quiet(label, done, total):
+    pass
+
+
+def words(inputs, out, *more):
+    return [
+        f"out={out}",
+        f"prompts={inputs / 'prompts.jsonl'}",
+        f"model.path={inputs / 'model'}",
+        "model.dtype=float32",
+        "sample.max_new_tokens=6",
+        "sample.batch=3",
+        *more,
+    ]
+
+
+def by_length(inputs, name="length"):
+    return ["reward.kind=callable", f"reward.path={inputs / 'reward.py'}:{name}"]
+
+
+def run_sample(words, progress=quiet):
+    return write_samples(load(SamplesConfig, None, words), progress)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+class Killed(BaseException):
+    """As abrupt as a signal."""
+
+
+def kill_after(chunks):
+    calls = []
+
+    def progress(label, done, total):
+        calls.append(done)
+        if len(calls) == chunks:
+            raise Killed
+
+    return progress
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_killed_run_continues_to_the_same_file(inputs, tmp_path, chunks, monkeypatch):
+    run_sample(words(inputs, tmp_path / "whole.jsonl", "samples_per_prompt=2"))
+    again = words(inputs, tmp_path / "cut.jsonl", "samples_per_prompt=2")
+    with pytest.raises(Killed):
+        run_sample(again, kill_after(chunks))
+    assert not (tmp_path / "cut.jsonl").exists()
+    assert len((tmp_path / "cut.jsonl.partial").read_text().splitlines()) == 1 + 3 * chunks
+    drawn = []
+    monkeypatch.setattr(engines, "sample", lambda *a, real=engines.sample: drawn.extend(a[1]) or real(*a))
+    assert run_sample(again) == 10
+    assert len(drawn) == 10 - 3 * chunks
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.jsonl", "whole.jsonl"]
+    assert [row["prompt"] for row in rows_of(tmp_path / "cut.jsonl")] == PROMPTS
+
+
+def test_samples_are_of_seed_and_place_alone(inputs, tmp_path):
+    run_sample(words(inputs, tmp_path / "a.jsonl"))
+    run_sample(words(inputs, tmp_path / "b.jsonl", "max_prompts=2", "sample.batch=1"))
+    a, b = rows_of(tmp_path / "a.jsonl"), rows_of(tmp_path / "b.jsonl")
+    assert a[:2] == b
+    run_sample(words(inputs, tmp_path / "a.jsonl", "seed=1"))
+    assert rows_of(tmp_path / "a.jsonl") != a
+
+
+def test_other_weights_do_not_continue(inputs, tmp_path):
+    tiny.save(tmp_path / "model")
+    again = [*words(inputs, tmp_path / "s.jsonl"), f"model.path={tmp_path / 'model'}"]
+    with pytest.raises(Killed):
+        run_sample(again, kill_after(1))
+    tiny.model(seed=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="other settings, prompts or weights"):
+        run_sample(again)
+
+
+def test_bad_places_are_refused_before_the_work(inputs, tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        run_sample(words(inputs, tmp_path / "nowhere/s.jsonl"))
+    with pytest.raises(ConfigError, match="is a folder"):
+        run_sample(words(inputs, tmp_path))
+    with pytest.raises(ConfigError, match=r"tokens.max_tokens is not read"):
+        run_sample(words(inputs, tmp_path / "s.jsonl", "tokens.max_tokens=99"))
+
+
+def test_best_of_keeps_the_highest_score(inputs, tmp_path):
+    best, every = tmp_path / "best.jsonl", tmp_path / "all.jsonl"
+    count = run_sample(words(inputs, best, "samples_per_prompt=2", "best_of=3", "sample.batch=99", *by_length(inputs)))
+    assert count == 10
+    run_sample(words(inputs, every, "samples_per_prompt=6", "sample.batch=99"))
+    for kept, drawn in zip(rows_of(best), rows_of(every), strict=True):
+        groups = drawn["responses"][:3], drawn["responses"][3:]
+        assert kept["responses"] == [max(group, key=len) for group in groups]
+        assert kept["scores"] == [max(map(len, group)) for group in groups]
+    run_sample(words(inputs, tmp_path / "tied.jsonl", "best_of=3", "sample.batch=99", *by_length(inputs, "same")))
+    run_sample(words(inputs, tmp_path / "three.jsonl", "samples_per_prompt=3", "sample.batch=99"))
+    tied, three = rows_of(tmp_path / "tied.jsonl"), rows_of(tmp_path / "three.jsonl")
+    assert [row["responses"][0] for row in tied] == [row["responses"][0] for row in three]
+
+
+def test_preferences_are_rankings_by_score(inputs, tmp_path):
+    out = tmp_path / "preferences.jsonl"
+    config = load(PreferConfig, None, words(inputs, out, "samples_per_prompt=5", *by_length(inputs)))
+    report = prefer(config, quiet)
+    rows = rows_of(out)
+    assert report.rows == len(rows)
+    assert (report.prompts, report.samples) == (5, 25)
+    trees, told = read(str(out), DataConfig(train=str(out)), "train")
+    assert told.format == "ranked"
+    pairs = 0
+    for row, tree in zip(rows, trees, strict=True):
+        assert row["scores"] == [len(response) for response in row["responses"]]
+        assert len({r.strip() for r in row["responses"]}) == len(row["responses"]) > 1
+        for comparison in tree.comparisons:
+            scores = [row["scores"][i] for i in comparison.order]
+            assert scores == sorted(scores, reverse=True)
+            pairs += len(scores) * (len(scores) - 1) // 2
+    assert pairs == report.comparisons > 0
+    first = out.read_bytes()
+    prefer(config, quiet)
+    assert out.read_bytes() == first
+
+
+def test_what_holds_no_preference_is_left_out_and_counted(inputs, tmp_path, monkeypatch):
+    texts = [
+        *("a", "bb", "a ", "ccc"),  # one duplicate
+        *("x", "x", "x", "x"),  # all equal
+        *("x", "y", "z", " "),  # all tied, one blank
+        *("", "  ", "", ""),  # all blank
+        *("long", "s", "t", "u"),
+    ]
+    monkeypatch.setattr(
+        "favor.eval.samples.draw", lambda config, jobs, keep: keep({job.index: texts[job.index] for job in jobs})
+    )
+    config = load(PreferConfig, None, words(inputs, tmp_path / "p.jsonl", *by_length(inputs)))
+    report = prefer(config, quiet)
+    assert (report.rows, report.all_equal, report.all_tied, report.blank) == (2, 2, 1, 5)
+    assert report.duplicates == 1 + 3
+    assert report.comparisons == 3 + 3
+    assert rows_of(tmp_path / "p.jsonl")[0] == {
+        "prompt": PROMPTS[0],
+        "responses": ["a", "bb", "ccc"],
+        "scores": [1, 2, 3],
+    }
+    assert "2 of 5 prompts with 6 comparisons" in str(report)
+    config = load(PreferConfig, None, words(inputs, tmp_path / "q.jsonl", *by_length(inputs, "same")))
+    with pytest.raises(DataError, match=r"q.jsonl: not written, no prompt has a preference.*samples are kept"):
+        prefer(config, quiet)
+    assert [p.name for p in tmp_path.glob("q.*")] == ["q.jsonl.partial"]
+    # another reward, the same samples
+    monkeypatch.setattr("favor.eval.samples.draw", None)
+    config = load(PreferConfig, None, words(inputs, tmp_path / "q.jsonl", *by_length(inputs)))
+    assert prefer(config, quiet) == report
+
+
+def fake_vllm(seen):
+    """What vLLM's offline interface takes and gives, as far as it is used."""
+
+    class SamplingParams:
+        def __init__(self, *, seed, temperature, max_tokens):
+            self.settings = (seed, temperature, max_tokens)
+
+    class LLM:
+        def __init__(self, *, model, revision, dtype, trust_remote_code):
+            seen["model"] = (model, revision, dtype, trust_remote_code)
+
+        def generate(self, prompts, sampling_params, use_tqdm):
+            seen["prompts"] = [prompt["prompt_token_ids"] for prompt in prompts]
+            seen["params"] = [params.settings for params in sampling_params]
+            letters = tiny.tokenizer().convert_tokens_to_ids(list("abcdefghij"))
+            ids = [[letter, 2] for letter in letters[: len(prompts)]]
+            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=x)]) for x in ids]
+
+    module = types.ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, SamplingParams
+    return module
+
+
+def vllm_words(inputs, out, *more):
+    return [*[w for w in words(inputs, out) if "batch" not in w], "engine=vllm", *more]
+
+
+def test_vllm_is_given_ids_seeds_and_limits(inputs, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setitem(sys.modules, "vllm", fake_vllm(seen))
+    assert run_sample(vllm_words(inputs, tmp_path / "v.jsonl", "samples_per_prompt=2", "sample.temperature=0.7")) == 10
+    assert seen["model"] == (str(inputs / "model"), None, "float32", False)
+    tokenizer = tiny.tokenizer()
+    expected = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for prompt in PROMPTS
+    ]
+    assert seen["prompts"] == [ids for ids in expected for _ in range(2)]
+    assert len({seed for seed, _, _ in seen["params"]}) == 10
+    assert {(temperature, limit) for _, temperature, limit in seen["params"]} == {(0.7, 6)}
+    responses = [r for row in rows_of(tmp_path / "v.jsonl") for r in row["responses"]]
+    assert responses == list("abcdefghij")
+
+
+def test_vllm_that_is_missing_or_cannot(inputs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match=r'pip install "favor\[vllm\]"'):
+        run_sample(vllm_words(inputs, tmp_path / "v.jsonl"))
+    monkeypatch.setitem(sys.modules, "vllm", fake_vllm({}))
+    for word in ("sample.batch=3", "model.layout=rows", "model.device=cpu"):
+        with pytest.raises(ConfigError, match=f"{word.split('=')[0]} is not read by engine 'vllm'"):
+            run_sample(vllm_words(inputs, tmp_path / "v.jsonl", word))
+
+
+def loop_words(inputs, run, *more):
+    return [
+        *[w for w in words(inputs, "") if not w.startswith("out=")],
+        f"run={run}",
+        "rounds=2",
+        "prompts_per_round=3",
+        "train.batch_prompts=1",
+        "train.save_every=1",
+        "optim.lr=1e-3",
+        *by_length(inputs),
+        *more,
+    ]
+
+
+def run_loop(words, progress=quiet, stop_at=None):
+    """Run; `stop_at` asks for a stop as soon as a training run has taken its first step."""
+
+    def open_session(root):
+        stop = StopRequest(15 if stop_at is not None and root.name == "train" and stop_at in str(root) else None)
+        return Session(RunFolder(root), World(), Console(quiet=True), stop)
+
+    loop(load(LoopRunConfig, None, words), open_session, progress)
+
+
+@pytest.fixture(scope="module")
+def unbroken(inputs, tmp_path_factory):
+    run = tmp_path_factory.mktemp("loop") / "run"
+    run_loop(loop_words(inputs, run))
+    return run
+
+
+def weights(run):
+    return (run / "round-2/train/model/model.safetensors").read_bytes()
+
+
+def test_each_round_starts_from_the_last(inputs, unbroken):
+    rounds = read_jsonl(unbroken / "rounds.jsonl")
+    assert [r["round"] for r in rounds] == [1, 2]
+    assert all(r["comparisons"] > 0 and r["mean_score"] > 0 for r in rounds)
+    first, second = (unbroken / f"round-{n}/train/config.toml" for n in (1, 2))
+    assert f'path = "{inputs / "model"}"' in first.read_text()
+    assert f'path = "{unbroken / "round-1/train/model"}"' in second.read_text()
+    asked = [[row["prompt"] for row in rows_of(unbroken / f"round-{n}/prompts.jsonl")] for n in (1, 2)]
+    assert asked == [PROMPTS[:3], [*PROMPTS[3:], PROMPTS[0]]]
+    resolved = load(LoopRunConfig, unbroken / "config.toml")
+    assert resolved == load(LoopRunConfig, None, loop_words(inputs, unbroken))
+    with pytest.raises(ConfigError, match="already holds a run; continue it with resume=true"):
+        run_loop(loop_words(inputs, unbroken))
+
+
+def test_a_killed_loop_continues_to_the_same_model(inputs, unbroken, tmp_path):
+    """Killed while sampling, stopped in training, killed in round 2, its training folder without a checkpoint."""
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        run_loop(loop_words(inputs, run), kill_after(2))
+    again = loop_words(inputs, run, "resume=true")
+    with pytest.raises(StoppedError, match="resume=true"):
+        run_loop(again, stop_at="round-1")
+    assert (run / "round-1/train/checkpoints").exists()
+    first = (run / "round-1/preferences.jsonl").read_bytes()
+    with pytest.raises(Killed):
+        run_loop(again, lambda label, done, total: kill_after(1)(label, done, total))
+    assert len(read_jsonl(run / "rounds.jsonl")) == 1
+    (run / "round-2/train").mkdir()
+    (run / "round-2/train/metrics.jsonl").write_text('{"kind": "step", "step": 1}\n')
+    labels = set()
+    run_loop(again, lambda label, done, total: labels.add(label))
+    assert labels == {"round 2: samples"}
+    assert (run / "round-1/preferences.jsonl").read_bytes() == first
+    assert (run / "rounds.jsonl").read_bytes() == (unbroken / "rounds.jsonl").read_bytes()
+    assert weights(run) == weights(unbroken)
+    with pytest.raises(ConfigError, match="another recipe"):
+        run_loop(loop_words(inputs, run, "resume=true", "rounds=3"))
+
+
+def test_a_signal_while_sampling_stops_the_loop(inputs, tmp_path):
+    stop = StopRequest(2)
+    config = load(LoopRunConfig, None, loop_words(inputs, tmp_path / "run"))
+    with pytest.raises(StoppedError, match="while sampling round 1"):
+        loop(config, lambda root: Session(RunFolder(root), World(), Console(quiet=True), stop), quiet)
+    assert (tmp_path / "run/round-1/preferences.jsonl.partial").exists()
+
+
+def test_adapters_are_refused(inputs, tmp_path):
+    with pytest.raises(ConfigError, match=r"model.lora"):
+        load(LoopRunConfig, None, loop_words(inputs, tmp_path / "run", "model.lora.rank=4"))
