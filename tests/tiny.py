@@ -98,3 +98,22 @@ def save(folder, family="llama", template=CHATML):
     model(family).save_pretrained(folder)
     tokenizer(template).save_pretrained(folder)
     return folder
+
+
+def word_tokenizer(words):
+    """One token a word: <pad> 0, <s> 1, </s> 2 (end), then the words; for models whose whole distribution is looked at."""
+    from tokenizers.pre_tokenizers import Whitespace
+
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *words])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    raw.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def save_words(folder, words, seed=0):
+    """A small Llama over a handful of words."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(**(_GQA | {"vocab_size": 3 + len(words)}), tie_word_embeddings=False)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    word_tokenizer(words).save_pretrained(folder)
+    return folder

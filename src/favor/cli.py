@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -78,14 +78,39 @@ def ppo(words: Words = None) -> None:
 
 
 @app.command()
+def score(words: Words = None) -> None:
+    """Score a file's responses by any reward; on preferences, its accuracy and calibration."""
+    from favor.config import load, split_arguments
+    from favor.eval.score import ScoreConfig
+    from favor.eval.score import score as run
+    from favor.report.table import figures_table
+
+    config = load(ScoreConfig, *split_arguments(words or []))
+    console = _console()
+    figures = run(config, _progress(console))
+    if figures is not None:
+        console.print(figures_table(figures))
+    _print(f"scores in {config.out}")
+
+
+@app.command()
 def frontier(words: Words = None) -> None:
     """Reward against KL of DPO, IPO, KTO, PPO and the baselines on one task: the paper's experiment."""
     from favor.config import load, split_arguments
     from favor.frontier.recipe import FrontierConfig
     from favor.frontier.run import frontier as run
+    from favor.report.collect import collect
+    from favor.report.frontier import frontier_table
+    from favor.report.page import write_page
+    from favor.run import RunFolder
 
     config = load(FrontierConfig, *split_arguments(words or []))
-    _in_session(lambda open_session: run(config, open_session))
+    found: list[dict[str, Any]] = []
+    _in_session(lambda open_session: found.append(run(config, open_session)))
+    _console().print(frontier_table(found[0]))
+    page = RunFolder(Path(config.run)).report
+    write_page([collect(Path(config.run))], page)
+    _print(f"report: {page}")
 
 
 @app.command(name="eval")

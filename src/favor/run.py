@@ -67,6 +67,16 @@ class RunFolder:
         return self.root / "frontier.json"
 
     @property
+    def winrate(self) -> Path:
+        """Win rate with intervals and biases (JSON), written by `favor winrate`."""
+        return self.root / "winrate.json"
+
+    @property
+    def winrate_samples(self) -> Path:
+        """Judged responses side by side (JSONL)."""
+        return self.root / "winrate-samples.jsonl"
+
+    @property
     def report(self) -> Path:
         """The static page."""
         return self.root / "report.html"

@@ -24,15 +24,16 @@ class RunRecord:
     samples: tuple[dict[str, Any], ...]
     data: dict[str, Any]
     config: str
+    frontier: dict[str, Any]
+    winrate: dict[str, Any]
+    winrate_samples: tuple[dict[str, Any], ...]
 
 
 def collect(root: Path) -> RunRecord:
     """Read a run folder. Raises CheckpointError when it is none or a file of it is damaged."""
     folder = RunFolder(root)
     if not folder.config.exists():
-        raise CheckpointError(
-            f"{root}: no run here (no config.toml); name a folder that favor train, sft or demo wrote"
-        )
+        raise CheckpointError(f"{root}: no run here (no config.toml); name a run folder that favor wrote")
     metrics = read_jsonl(folder.metrics) if folder.metrics.exists() else []
     return RunRecord(
         name=root.name or str(root),
@@ -43,6 +44,9 @@ def collect(root: Path) -> RunRecord:
         samples=tuple(read_jsonl(folder.samples)) if folder.samples.exists() else (),
         data=_json(folder.data_report),
         config=folder.config.read_text("utf-8"),
+        frontier=_json(folder.frontier),
+        winrate=_json(folder.winrate),
+        winrate_samples=tuple(read_jsonl(folder.winrate_samples)) if folder.winrate_samples.exists() else (),
     )
 
 

@@ -16,7 +16,9 @@ from markupsafe import Markup
 from plotly.io import to_html
 
 from favor.report.collect import RunRecord
+from favor.report.frontier import frontier_figures, frontier_rows
 from favor.report.table import figure_rows
+from favor.report.winrate import winrate_rows
 from favor.run import write_text
 
 
@@ -37,6 +39,17 @@ CURVES = (
     Curve("Log-prob per token", "nats", (("logp_chosen_per_token", "chosen"), ("logp_rejected_per_token", "rejected"))),
     Curve("Chosen below reference", "share of pairs", (("chosen_below_reference", "chosen below"),)),
     Curve("Sampled KL(policy || reference)", "nats", (("kl", "KL"),)),
+    Curve("Reward of samples", "score", (("reward", "reward"),)),
+    Curve("Reward less KL penalty", "score", (("objective", "objective"),)),
+    Curve("KL coefficient", "", (("kl_coef", "coefficient"),)),
+    Curve("Reward gap (chosen - rejected)", "score", (("gap", "gap"),)),
+    Curve("Scores", "score", (("score_chosen", "chosen"), ("score_rejected", "rejected"))),
+    Curve("Value loss", "", (("value_loss", "value loss"),)),
+    Curve("Clipped ratios", "share of tokens", (("clipped", "clipped"),)),
+    Curve("KL of one update", "nats a token", (("update_kl", "update KL"),)),
+    Curve("Entropy", "nats a token", (("entropy", "entropy"),)),
+    Curve("Response length", "tokens", (("length", "length"),)),
+    Curve("Ended with an end token", "share", (("ended", "ended"),)),
     Curve("Gradient norm", "before clipping", (("grad_norm", "norm"),)),
     Curve("Learning rate", "", (("lr", "rate"),)),
     Curve("Speed", "unique tokens a second", (("tokens_per_s", "tokens/s"),)),
@@ -49,11 +62,17 @@ def write_page(runs: Sequence[RunRecord], path: Path) -> None:
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(files("favor.report").joinpath("page.html.jinja").read_text("utf-8"))
+    frontiers = [(run.name, frontier_rows(run.frontier)) for run in runs if run.frontier]
     by_step, by_tokens = _plots(runs, "step"), _plots(runs, "tokens")
     page = template.render(
         runs=runs,
         title=" / ".join(run.name for run in runs),
         plotly=Markup(plotly.offline.get_plotlyjs()),
+        frontiers=frontiers,
+        frontier_plots=[_html(f) for run in runs if run.frontier for f in frontier_figures(run.frontier)],
+        calibrations=[_html(f) for f in (_calibration(runs),) if f.data],
+        winrates=[(run.name, winrate_rows(run.winrate)) for run in runs if run.winrate],
+        judged=[(run.name, run.winrate_samples) for run in runs if run.winrate_samples],
         by_step=by_step,
         by_tokens=by_tokens,
         figures=[(run.name, figure_rows(run.evaluation)) for run in runs if run.evaluation],
@@ -79,15 +98,39 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 def _plots(runs: Sequence[RunRecord], over: str) -> list[Markup]:
     """The curves for which any run has figures, as HTML without the library."""
     figures = [_figure(runs, curve, over) for curve in CURVES]
-    return [
-        Markup(
-            to_html(
-                figure, include_plotlyjs=False, full_html=False, config={"displayModeBar": False, "responsive": True}
+    return [_html(figure) for figure in figures if figure.data]
+
+
+def _html(figure: go.Figure) -> Markup:
+    settings = {"displayModeBar": False, "responsive": True}
+    return Markup(to_html(figure, include_plotlyjs=False, full_html=False, config=settings))
+
+
+def _calibration(runs: Sequence[RunRecord]) -> go.Figure:
+    """Predicted p*(winner) against the share predicted rightly, with the diagonal of perfect calibration."""
+    figure = go.Figure()
+    for number, run in enumerate(runs):
+        if calibration := run.evaluation.get("calibration"):
+            curve = calibration["curve"]
+            figure.add_scatter(
+                x=[part["predicted"] for part in curve],
+                y=[part["observed"] for part in curve],
+                text=[f"{part['num_pairs']} pairs" for part in curve],
+                name=run.name,
+                mode="lines+markers",
+                line={"color": _COLOURS[number % len(_COLOURS)]},
             )
-        )
-        for figure in figures
-        if figure.data
-    ]
+    if figure.data:
+        figure.add_scatter(x=[0.5, 1], y=[0.5, 1], name="perfect", mode="lines", line={"dash": "dot", "color": "#999"})
+    figure.update_layout(
+        title={"text": "Calibration of the reward", "font": {"size": 15}},
+        height=320,
+        margin={"l": 54, "r": 12, "t": 40, "b": 44},
+        template="plotly_white",
+        xaxis_title="predicted p*(winner)",
+        yaxis_title="share predicted rightly",
+    )
+    return figure
 
 
 def _figure(runs: Sequence[RunRecord], curve: Curve, over: str) -> go.Figure:

@@ -26,6 +26,16 @@ def figure_rows(figures: Mapping[str, Any]) -> list[Row]:
             ("implicit reward margin", _with_interval(figures["margin"], figures["margin_interval"], "+.3f"), "0")
         )
         rows.append(("held-out DPO loss (nats a pair)", f"{figures['loss']:.4f}", "0.6931"))
+    if calibration := figures.get("calibration"):
+        rows.append(
+            (
+                f"reward accuracy ({calibration['pairs']} held-out pairs)",
+                _with_interval(calibration["accuracy"], calibration["accuracy_interval"], ".3f"),
+                "",
+            )
+        )
+        rows.append(("Bradley-Terry loss (nats a pair); ln 2 knows nothing", f"{calibration['loss']:.4f}", "0.6931"))
+        rows.append(("calibration error (ECE)", f"{calibration['ece']:.3f}", ""))
     if kl := figures.get("kl"):
         text = f"{kl['mean']:.2f} ± {kl['se']:.2f}"
         rows.append((f"KL(policy || reference), nats ({kl['num_samples']} samples, ± s.e.)", text, "0"))
