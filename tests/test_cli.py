@@ -13,7 +13,7 @@ import tiny
 from favor.cli import main
 
 GOOD = [{"prompt": f"Film {i}?", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(6)]
-COMMANDS = ("train", "sft", "eval", "sample", "lint", "report", "demo")
+COMMANDS = ("train", "sft", "eval", "winrate", "sample", "lint", "report", "demo")
 
 
 @pytest.fixture(scope="module")

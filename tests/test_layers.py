@@ -17,7 +17,7 @@ ALLOWED = {
     "model": {"errors", "config", "data.types", "data.pack"},
     "dist": {"errors"},
     "scoring": {"errors", "config", "run", "data", "model"},
-    "eval": {"errors", "config", "run", "data", "model", "losses", "dist", "scoring"},
+    "eval": {"errors", "config", "run", "data", "model", "losses", "dist", "scoring", "server"},
     "train": {
         "errors",
         "config",

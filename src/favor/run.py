@@ -62,6 +62,30 @@ class RunFolder:
         return self.root / "samples.jsonl"
 
     @property
+    def winrate(self) -> Path:
+        """Win rates (JSON), written by `favor winrate`."""
+        return self.root / "winrate.json"
+
+    @property
+    def winrate_samples(self) -> Path:
+        """Responses of both sides beside each other, with the judge's verdict (JSONL)."""
+        return self.root / "winrate-samples.jsonl"
+
+    @property
+    def winrate_settings(self) -> Path:
+        """What the responses of both sides were made with (JSON)."""
+        return self.root / "winrate-settings.json"
+
+    @property
+    def judgments(self) -> Path:
+        """One line per judged (prompt, first, second)."""
+        return self.root / "judgments.jsonl"
+
+    def responses(self, side: str) -> Path:
+        """Responses sampled for side `a` or `b` of a win rate (JSONL)."""
+        return self.root / f"responses-{side}.jsonl"
+
+    @property
     def report(self) -> Path:
         """The static page."""
         return self.root / "report.html"
