@@ -188,7 +188,7 @@ def _settings(config: WinrateConfig, side: SideConfig) -> dict[str, Any]:
         "split": config.split,
         "seed": config.seed,
         "samples_per_prompt": config.samples_per_prompt,
-        "tokens": config.tokens.model_dump(mode="json"),
+        "tokens": config.tokens.model_dump(mode="json", include={"template", "special_text"}),
         "sample": config.sample.model_dump(mode="json", exclude={"batch"}),
     }
 
