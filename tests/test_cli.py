@@ -13,7 +13,8 @@ import tiny
 from favor.cli import main
 
 GOOD = [{"prompt": f"Film {i}?", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(6)]
-COMMANDS = ("train", "sft", "eval", "sample", "prefer", "loop", "lint", "report", "demo")
+COMMANDS = ("train", "sft", "reward", "ppo", "eval", "score", "winrate", "sample", "prefer", "loop", "frontier", "lint")
+COMMANDS += ("report", "demo")
 
 
 @pytest.fixture(scope="module")

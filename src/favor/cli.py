@@ -128,6 +128,19 @@ def evaluate(words: Words = None) -> None:
 
 
 @app.command()
+def winrate(words: Words = None) -> None:
+    """Two models, or files of responses, compared by a judge: win rates with position and length taken out."""
+    from favor.config import load, split_arguments
+    from favor.eval.winrate import WinrateConfig
+    from favor.eval.winrate import winrate as run
+    from favor.report.winrate import winrate_table
+
+    config = load(WinrateConfig, *split_arguments(words or []))
+    console = _console()
+    console.print(winrate_table(run(config, console.print, _progress(console))))
+
+
+@app.command()
 def sample(words: Words = None) -> None:
     """Sample responses to the prompts of a file, as JSON lines; the same command again continues a stopped run."""
     from favor.config import load, split_arguments

@@ -68,13 +68,27 @@ class RunFolder:
 
     @property
     def winrate(self) -> Path:
-        """Win rate with intervals and biases (JSON), written by `favor winrate`."""
+        """Win rates (JSON), written by `favor winrate`."""
         return self.root / "winrate.json"
 
     @property
     def winrate_samples(self) -> Path:
-        """Judged responses side by side (JSONL)."""
+        """Responses of both sides beside each other, with the judge's verdict (JSONL)."""
         return self.root / "winrate-samples.jsonl"
+
+    @property
+    def winrate_settings(self) -> Path:
+        """What the responses of both sides were made with (JSON)."""
+        return self.root / "winrate-settings.json"
+
+    @property
+    def judgments(self) -> Path:
+        """One line per judged (prompt, first, second)."""
+        return self.root / "judgments.jsonl"
+
+    def responses(self, side: str) -> Path:
+        """Responses sampled for side `a` or `b` of a win rate (JSONL)."""
+        return self.root / f"responses-{side}.jsonl"
 
     @property
     def report(self) -> Path:
@@ -141,7 +155,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
     Raises CheckpointError when any earlier line is not JSON.
     """
-    lines = path.read_text("utf-8").splitlines()
+    # not splitlines: a text may hold U+2028, which JSON leaves as it is
+    lines = path.read_text("utf-8").removesuffix("\n").split("\n")
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:

@@ -1,0 +1,96 @@
+"""Verdicts that were paid for are kept: an append-only file, one line per judged (prompt, first, second).
+
+In: a JudgeConfig and duels. Out: a verdict per duel; only those not in the file are judged. Next: judges.py.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from favor.data.types import Text
+from favor.eval.judges import Duel, JudgeConfig, make_judge, settings_that_count
+from favor.eval.winstats import Verdict
+from favor.run import append, read_jsonl, write_text
+
+# what decides the behaviour of a model folder, a run folder or a judge's file
+_ENDINGS = (".safetensors", ".json", ".jinja", ".toml")
+
+
+def judge_all(
+    config: JudgeConfig,
+    duels: Sequence[Duel],
+    path: Path,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None],
+) -> list[Verdict]:
+    """A verdict for every duel, from the file `path` where it is there; new ones are added to it one by one.
+
+    The judge is loaded only when something is missing. What it raises comes through; the verdicts so far are kept.
+    """
+    settings = identity(config)
+    keys = [key_of(settings, duel) for duel in duels]
+    mend(path)
+    known: dict[str, Verdict] = {r["key"]: r["verdict"] for r in read_jsonl(path)} if path.exists() else {}
+    missing = {key: duel for key, duel in zip(keys, duels, strict=True) if key not in known}
+    say(f"judgments: {len(missing)} to make, {len(set(keys)) - len(missing)} kept in {path}")
+    names = list(missing)
+
+    def done(index: int, verdict: Verdict) -> None:
+        known[names[index]] = verdict
+        append(path, {"key": names[index], "verdict": verdict})
+        progress(1, len(names))
+
+    if missing:
+        make_judge(config)(list(missing.values()), done)
+    return [known[key] for key in keys]
+
+
+def key_of(settings: dict[str, Any], duel: Duel) -> str:
+    """SHA-256 over the judge's settings and the texts in their order."""
+    return _sha(json.dumps([settings, duel], sort_keys=True).encode())
+
+
+def identity(config: JudgeConfig) -> dict[str, Any]:
+    """The judge's settings with the content of the files they name: an edited judge is another judge."""
+    model = config.model.path if config.model else None
+    reward = (config.reward.path, config.reward.reference) if config.reward else ()
+    return settings_that_count(config) | {"content": [content(path) for path in (config.path, model, *reward) if path]}
+
+
+def text_key(prompt: Text) -> str:
+    """Equal for equal prompts, be they text or a single user turn."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return json.dumps(turns, sort_keys=True)
+
+
+def content(path: str) -> str | None:
+    """SHA-256 of what a path names: a file, `file.py:function`, a model or run folder; None for what is not here (a hub id)."""
+    place = Path(path)
+    if not place.exists() and ".py:" in path:
+        place = Path(path.rpartition(":")[0])
+    if place.is_dir():
+        files = [file for folder in (place, place / "model") for file in sorted(folder.glob("*"))]
+        files = [file for file in files if file.is_file() and file.name.endswith(_ENDINGS)]
+        return _sha(json.dumps([[str(file.relative_to(place)), _file_sha(file)] for file in files]).encode())
+    return _file_sha(place) if place.is_file() else None
+
+
+def mend(path: Path) -> None:
+    """Cut off a torn last line (a killed writer), so that the next line does not continue it."""
+    if not path.exists():
+        return
+    raw = path.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if whole != raw:
+        write_text(path, whole.decode("utf-8"))
+
+
+def _file_sha(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,174 @@
+"""Win rates from verdicts in both orders: position bias measured, response length controlled for.
+
+In: pairs of responses with two verdicts each. Out: WinFigures. No torch here. Next: winrate.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+
+from favor.errors import DataError
+from favor.eval.intervals import Array, Interval, bootstrap_mean
+
+# "A" is the response shown first, "B" the one shown second
+Verdict: TypeAlias = Literal["A", "B", "tie", "invalid"]
+_SCORE: dict[str, float] = {"A": 1.0, "tie": 0.5, "B": 0.0}
+# inverse strength of the ridge, in pairs: it moves nothing but keeps a separable fit finite
+_C = 100.0
+# resamples of the length-controlled rate, each of which is a fit
+_RESAMPLES = 300
+
+
+class JudgedPair(NamedTuple):
+    """Responses a and b to one prompt. `a_first` and `b_first` are the verdicts in the two orders; lengths in characters."""
+
+    prompt: int
+    a_first: Verdict
+    b_first: Verdict
+    length_a: int
+    length_b: int
+
+    @property
+    def outcome(self) -> float | None:
+        """1 when a wins in both orders, 0 when b does, the mean of the two orders between; None when a verdict is invalid."""
+        if "invalid" in (self.a_first, self.b_first):
+            return None
+        return (_SCORE[self.a_first] + 1 - _SCORE[self.b_first]) / 2
+
+    @property
+    def consistent(self) -> bool:
+        """Whether both orders say the same about a and b."""
+        return _SCORE[self.a_first] == 1 - _SCORE[self.b_first]
+
+
+@dataclass(frozen=True)
+class WinFigures:
+    """Win rate of a over b with what it rests on; intervals are 95 % percentile bootstraps over prompts.
+
+    Counts are of pairs: `pairs` = wins + ties + losses had a verdict in both orders, `invalid` had not and are left out.
+    `position_bias` is None when no verdict was decisive; the length-controlled rate is None when all length differences
+    are the same and not zero, because length and quality cannot be told apart then.
+    """
+
+    pairs: int
+    prompts: int
+    win_rate: float
+    win_rate_interval: tuple[float, float]
+    lc_win_rate: float | None
+    lc_win_rate_interval: tuple[float, float] | None
+    wins: int
+    ties: int
+    losses: int
+    invalid: int
+    invalid_verdicts: int
+    consistency: float
+    position_bias: float | None
+    position_bias_interval: tuple[float, float] | None
+    decisive_verdicts: int
+    length_effect: float | None
+    longer_a: float
+    mean_length_a: float
+    mean_length_b: float
+    length_unit: str = "characters"
+
+    def as_json(self) -> dict[str, Any]:
+        """For winrate.json."""
+        return asdict(self)
+
+
+class LengthControlled(NamedTuple):
+    """Win rate at equal lengths with its interval, and the coefficient of the length term."""
+
+    rate: Interval
+    effect: float
+
+
+def win_figures(pairs: Sequence[JudgedPair], seed: int) -> WinFigures:
+    """All figures of the pairs judged in both orders. Raises DataError when there is none."""
+    valid = [pair for pair in pairs if pair.outcome is not None]
+    if not valid:
+        raise DataError(
+            f"no figures: none of the {len(pairs)} pairs has a usable verdict in both orders; see judge.kind"
+        )
+    outcome = np.array([pair.outcome for pair in valid], np.float64)
+    prompt = np.array([pair.prompt for pair in valid], np.int64)
+    length_a, length_b = (np.array([pair[i] for pair in valid], np.float64) for i in (3, 4))
+    rate = bootstrap_mean(outcome, seed, clusters=prompt)
+    bias, decisive = position_bias(valid, seed)
+    controlled = length_controlled(outcome, length_a - length_b, prompt, seed)
+    return WinFigures(
+        pairs=len(valid),
+        prompts=len(np.unique(prompt)),
+        win_rate=rate.mean,
+        win_rate_interval=(rate.low, rate.high),
+        lc_win_rate=controlled.rate.mean if controlled else None,
+        lc_win_rate_interval=(controlled.rate.low, controlled.rate.high) if controlled else None,
+        wins=int((outcome > 0.5).sum()),
+        ties=int((outcome == 0.5).sum()),
+        losses=int((outcome < 0.5).sum()),
+        invalid=len(pairs) - len(valid),
+        invalid_verdicts=sum((pair.a_first == "invalid") + (pair.b_first == "invalid") for pair in pairs),
+        consistency=sum(pair.consistent for pair in valid) / len(valid),
+        position_bias=bias.mean if bias else None,
+        position_bias_interval=(bias.low, bias.high) if bias else None,
+        decisive_verdicts=decisive,
+        length_effect=controlled.effect if controlled else None,
+        longer_a=float((np.sign(length_a - length_b) + 1).mean() / 2),
+        mean_length_a=float(length_a.mean()),
+        mean_length_b=float(length_b.mean()),
+    )
+
+
+def position_bias(pairs: Sequence[JudgedPair], seed: int) -> tuple[Interval | None, int]:
+    """Share of decisive verdicts that go to the response shown first, minus 1/2, and how many verdicts were decisive.
+
+    Every pair is judged in both orders, so a judge that looks at quality alone gives 0 whatever the responses.
+    """
+    decisive = [(v == "A", pair.prompt) for pair in pairs for v in (pair.a_first, pair.b_first) if v in ("A", "B")]
+    if not decisive:
+        return None, 0
+    first, prompt = np.array(decisive).T
+    share = bootstrap_mean(first.astype(np.float64), seed, clusters=prompt.astype(np.int64))
+    return Interval(share.mean - 0.5, share.low - 0.5, share.high - 0.5), len(decisive)
+
+
+def length_controlled(
+    outcome: Array, difference: Array, prompt: NDArray[np.int64], seed: int
+) -> LengthControlled | None:
+    """Logistic regression of the outcome on tanh(difference / std), read off at difference 0; None when it says nothing.
+
+    P(a wins) = sigmoid(quality + effect * tanh((len_a - len_b) / std)), std of the length differences; the rate is
+    sigmoid(quality). Length-controlled AlpacaEval 2.0 for one pair of models: Dubois et al. 2024, arXiv 2404.04475.
+    """
+    spread = float(difference.std())
+    if spread == 0 and difference.any():
+        return None
+    scaled = np.tanh(difference / spread) if spread else np.zeros_like(difference)
+    quality, effect = _fit(outcome, scaled, np.ones_like(outcome))
+    groups = np.unique(prompt, return_inverse=True)[1]
+    num_groups = int(groups.max()) + 1
+    random = np.random.default_rng(seed)
+    # a resample of prompts is a weight per prompt: how often it was drawn
+    counts = (
+        np.bincount(random.integers(num_groups, size=num_groups), minlength=num_groups) for _ in range(_RESAMPLES)
+    )
+    rates = [_sigmoid(_fit(outcome, scaled, count[groups].astype(np.float64))[0]) for count in counts]
+    low, high = np.quantile(rates, [0.025, 0.975])
+    return LengthControlled(Interval(_sigmoid(quality), float(low), float(high)), effect)
+
+
+def _fit(outcome: Array, scaled: Array, weight: Array) -> tuple[float, float]:
+    """(intercept, slope) by maximum likelihood with a light ridge on both; an outcome y is y of a win and 1 - y of a loss."""
+    features = np.stack([np.ones_like(scaled), scaled], axis=1)
+    model = LogisticRegression(C=_C, fit_intercept=False, solver="newton-cholesky", max_iter=1000, tol=1e-6)
+    won = np.repeat([1, 0], len(outcome))
+    model.fit(np.tile(features, (2, 1)), won, np.concatenate([weight * outcome, weight * (1 - outcome)]))
+    return float(model.coef_[0, 0]), float(model.coef_[0, 1])
+
+
+def _sigmoid(x: float) -> float:
+    return float(1 / (1 + np.exp(-x)))
