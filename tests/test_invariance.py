@@ -196,7 +196,7 @@ def updated_weights(trees, budget, loss, layout="tree", world_cut=1):
     return {name: p.detach().clone() for name, p in parameters.items()}, done, len(cut)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "cdpo", "ipo", "hinge", "plackett_luce"])
+@pytest.mark.parametrize("name", ["sigmoid", "cdpo", "ipo", "hinge", "plackett_luce", "kto"])
 def test_update_does_not_depend_on_the_cut(name):
     """One pack, several packs, one tree a row, padded rows: the same update to 1e-5 of its size."""
     loss, trees = LossConfig(name=name, beta=0.2), forest()

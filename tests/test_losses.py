@@ -120,7 +120,7 @@ def test_plackett_luce_is_minus_log_of_successive_choices():
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_closed_form_at_the_reference(name):
     """At pi = ref the loss is the declared closed form: ln 2, 1/(4 beta^2), 1, ln K!."""
-    config = LossConfig(name=name, beta=0.3)
+    config = LossConfig.model_validate({"name": name} | ({"beta": 0.3} if "beta" in LOSSES[name].options else {}))
     batch = build(
         [tree([5, 6], [[7, 2], [8, 2], [9, 9, 2]], [(2, 0, 1)]), tree([5], [[7, 2], [9, 2]], [(1, 0)])], "tree"
     )
@@ -133,6 +133,9 @@ def test_closed_form_at_the_reference(name):
         "ipo": 1 / 0.36,
         "hinge": 1.0,
         "plackett_luce": math.log(2),
+        "kto": 0.5,
+        "unlikelihood": 0.0,
+        "preferred_ft": 0.0,
     }
     assert item[-1].item() == pytest.approx(expected[name], abs=1e-12)
     if name == "plackett_luce":
@@ -145,6 +148,35 @@ def test_length_normalised_ipo():
     ratio = torch.tensor([0.9, -0.4], dtype=D)
     item, _ = losses.per_comparison(LossConfig(name="ipo", beta=0.1, length_normalized=True), ratio, batch)
     assert item.item() == pytest.approx((0.9 / 3 + 0.4 / 2 - 5) ** 2)
+
+
+def test_kto_by_its_equation():
+    """w_D (1 - s(beta (r_w - z0))) and w_U (1 - s(beta (z0 - r_l))), halved; z0 carries no gradient."""
+    ratio = torch.tensor([0.9, -0.4], dtype=D, requires_grad=True)
+    pairs = build([tree([5], [[7, 2], [9, 2]], [(0, 1)])], "tree")
+    config = LossConfig(name="kto", beta=0.5, desirable_weight=1.2, undesirable_weight=0.8)
+    item, _ = losses.per_comparison(config, ratio, pairs, 0.3)
+
+    def s(x):
+        return 1 / (1 + math.exp(-x))
+
+    assert item.item() == pytest.approx((1.2 * (1 - s(0.5 * 0.6)) + 0.8 * (1 - s(0.5 * 0.7))) / 2)
+    (gradient,) = torch.autograd.grad(item.sum(), ratio)
+    expected = [-1.2 * 0.25 * s(0.3) * s(-0.3), 0.8 * 0.25 * s(0.35) * s(-0.35)]
+    assert gradient.tolist() == pytest.approx(expected)
+
+
+def test_unlikelihood_and_preferred_ft_have_the_gradients_of_likelihoods():
+    """d/d(log pi): -1 on the chosen, +alpha on the rejected; preferred-FT leaves the rejected alone."""
+    pairs = build([tree([5], [[7, 2], [9, 2]], [(0, 1)])], "tree")
+    for config, expected in (
+        (LossConfig(name="unlikelihood", alpha=0.3), [-1.0, 0.3]),
+        (LossConfig(name="preferred_ft"), [-1.0, 0.0]),
+    ):
+        ratio = torch.tensor([0.9, -0.4], dtype=D, requires_grad=True)
+        item, _ = losses.per_comparison(config, ratio, pairs)
+        assert item.item() == pytest.approx(expected[0] * 0.9 + expected[1] * -0.4)
+        assert torch.autograd.grad(item.sum(), ratio)[0].tolist() == pytest.approx(expected)
 
 
 def test_unread_option_is_refused():

@@ -14,6 +14,7 @@ from favor.dist.world import World
 from favor.errors import ConfigError, DataError
 from favor.eval import engines
 from favor.eval.engines import SamplesConfig
+from favor.eval.partial import Sampled
 from favor.eval.prefer import PreferConfig, prefer
 from favor.eval.samples import write_samples
 from favor.loop import LoopRunConfig, loop
@@ -171,7 +172,8 @@ def test_what_holds_no_preference_is_left_out_and_counted(inputs, tmp_path, monk
         *("long", "s", "t", "u"),
     ]
     monkeypatch.setattr(
-        "favor.eval.samples.draw", lambda config, jobs, keep: keep({job.index: texts[job.index] for job in jobs})
+        "favor.eval.samples.draw",
+        lambda config, jobs, keep: keep({job.index: Sampled(texts[job.index], True) for job in jobs}),
     )
     config = load(PreferConfig, None, words(inputs, tmp_path / "p.jsonl", *by_length(inputs)))
     report = prefer(config, quiet)
@@ -209,8 +211,9 @@ def fake_vllm(seen):
             seen["prompts"] = [prompt["prompt_token_ids"] for prompt in prompts]
             seen["params"] = [params.settings for params in sampling_params]
             letters = tiny.tokenizer().convert_tokens_to_ids(list("abcdefghij"))
-            ids = [[letter, 2] for letter in letters[: len(prompts)]]
-            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=x)]) for x in ids]
+            ids = [[letter, 2] if i else [letter] for i, letter in enumerate(letters[: len(prompts)])]
+            one = [types.SimpleNamespace(token_ids=x, finish_reason="stop" if x[-1] == 2 else "length") for x in ids]
+            return [types.SimpleNamespace(outputs=[x]) for x in one]
 
     module = types.ModuleType("vllm")
     module.LLM, module.SamplingParams = LLM, SamplingParams

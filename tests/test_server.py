@@ -94,7 +94,7 @@ def settings(server, **more):
 
 
 def ask(config, **more):
-    return chat(config, [{"role": "user", "content": "hello"}], max_tokens=9, temperature=0.5, seed=4, **more)
+    return chat(config, [{"role": "user", "content": "hello"}], max_tokens=9, temperature=0.5, seed=4, **more).text
 
 
 def test_a_good_answer_and_what_was_asked(serve, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_good_answer_and_what_was_asked(serve, monkeypatch):
     ]
     assert server.headers[0]["Authorization"] == "Bearer secret"
     plain = serve((200, {}, json.dumps({"choices": [{"text": " on"}]})))
-    assert complete(settings(plain), "go", max_tokens=9, temperature=0.5, seed=None) == " on"
+    assert complete(settings(plain), "go", max_tokens=9, temperature=0.5, seed=None).text == " on"
     assert plain.requests == [("/v1/completions", {"model": "m", "max_tokens": 9, "temperature": 0.5, "prompt": "go"})]
     assert "Authorization" not in plain.headers[0]
 

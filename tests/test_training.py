@@ -246,7 +246,7 @@ def test_resume_needs_the_same_recipe(world_of_films, tmp_path):
         run_train([*words, "resume=true"])
 
 
-@pytest.mark.parametrize("name", ["cdpo", "ipo", "hinge", "plackett_luce"])
+@pytest.mark.parametrize("name", ["cdpo", "ipo", "hinge", "plackett_luce", "kto"])
 def test_every_loss_trains(world_of_films, tmp_path, name):
     run_train(settings(world_of_films, tmp_path / "run", f"loss.name={name}", "loss.beta=0.3"))
     steps = curve(tmp_path / "run")

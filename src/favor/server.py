@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import httpx2
 from pydantic import BaseModel, Field, field_validator
@@ -52,6 +52,13 @@ class ServerConfig(BaseModel):
         return url.rstrip("/")
 
 
+class Reply(NamedTuple):
+    """What a server said, and whether it came to its end rather than to max_tokens."""
+
+    text: str
+    ended: bool
+
+
 class _RefusedError(Exception):
     """An attempt that may be repeated: what happened, and how long the server asks us to wait."""
 
@@ -69,7 +76,7 @@ def chat(
     temperature: float,
     seed: int | None,
     accept: Callable[[str], bool] = lambda text: True,
-) -> str:
+) -> Reply:
     """The reply to a conversation. A reply that `accept` refuses is asked for again, with the next seed.
 
     Raises ServerError when the server refuses the request or no attempt succeeds, ConfigError without the key.
@@ -78,7 +85,7 @@ def chat(
     return _ask(config, "/chat/completions", body, seed, accept)
 
 
-def complete(config: ServerConfig, prompt: str, *, max_tokens: int, temperature: float, seed: int | None) -> str:
+def complete(config: ServerConfig, prompt: str, *, max_tokens: int, temperature: float, seed: int | None) -> Reply:
     """The continuation of a plain text. Raises what `chat` raises."""
     body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature}
     return _ask(config, "/completions", body, seed, lambda text: True)
@@ -117,7 +124,7 @@ def parallel(config: ServerConfig, jobs: Sequence[Callable[[], T]], done: Callab
 
 def _ask(
     config: ServerConfig, path: str, body: Mapping[str, Any], seed: int | None, accept: Callable[[str], bool]
-) -> str:
+) -> Reply:
     """Attempts until one succeeds."""
     url, headers, refused = config.url + path, _headers(config), 0
     # plain http needs no certificates, and loading them costs more than a request
@@ -137,7 +144,7 @@ def _ask(
     )
 
 
-def _attempt(client: httpx2.Client, url: str, body: Mapping[str, Any], accept: Callable[[str], bool]) -> str:
+def _attempt(client: httpx2.Client, url: str, body: Mapping[str, Any], accept: Callable[[str], bool]) -> Reply:
     """One request. Raises _RefusedError when it is worth repeating, ServerError when it is not."""
     try:
         response = client.post(url, json=body)
@@ -151,24 +158,26 @@ def _attempt(client: httpx2.Client, url: str, body: Mapping[str, Any], accept: C
             f"{url}: status {status} after 1 attempt: {excerpt}; mend [server] (url, model, api_key_env) or the request, "
             "then run the same command again: what is done is kept"
         )
-    text = _reply(response)
-    if not accept(text):
-        raise _RefusedError(f"a reply that cannot be used: {text[:200]!r}", by_caller=True)
-    return text
+    reply = _reply(response)
+    if not accept(reply.text):
+        raise _RefusedError(f"a reply that cannot be used: {reply.text[:200]!r}", by_caller=True)
+    return reply
 
 
-def _reply(response: httpx2.Response) -> str:
-    """The text of the first choice, of either kind of request."""
+def _reply(response: httpx2.Response) -> Reply:
+    """The text of the first choice, of either kind of request. A server that does not say why it stopped came to an end."""
+    ended = True
     try:
         body = json.loads(response.content)
         choice = body["choices"][0]
         text = choice["message"]["content"] if "message" in choice else choice["text"]
+        ended = choice.get("finish_reason") != "length"
     except (ValueError, KeyError, IndexError, TypeError):
         text = None
     if not isinstance(text, str):
         raise _RefusedError(f"a body without choices[0] text: {response.text[:200]!r}")
     # half a surrogate pair is JSON but no text that a file can hold
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return Reply(text.encode("utf-8", "replace").decode("utf-8"), ended)
 
 
 def _headers(config: ServerConfig) -> dict[str, str]:

@@ -20,7 +20,8 @@ class RowError(Exception):
 class Judgment(NamedTuple):
     """One row: `orders` index `responses`, best first; no orders in plain SFT data.
 
-    `ties` are pairs judged equally good. `scores` (one per response, or none) say by how much one is better.
+    `ties` are pairs judged equally good. `scores` (one per response, or none) say by how much one is better. `cut`
+    are responses that stop before their end, as samples at a length limit do: they get no end-of-turn token.
     """
 
     prompt: Text
@@ -30,6 +31,7 @@ class Judgment(NamedTuple):
     tools: tuple[dict[str, Any], ...] | None = None
     ties: tuple[tuple[int, int], ...] = ()
     scores: tuple[float, ...] = ()
+    cut: tuple[int, ...] = ()
 
 
 def recognise(row: dict[str, Any]) -> str:
@@ -74,7 +76,10 @@ def pairs(row: dict[str, Any]) -> Judgment:
 
 
 def ranked(row: dict[str, Any]) -> Judgment:
-    """`prompt, responses` with `ranking` (indices, best first) or `scores` (higher is better; ties give no order)."""
+    """`prompt, responses` with `ranking` (indices, best first) or `scores` (higher is better; ties give no order).
+
+    `ended` (one true or false per response) says which came to their end; without it all did.
+    """
     prompt = _text(_need(row, "prompt"), "prompt")
     values = _need(row, "responses")
     if not isinstance(values, list) or len(values) < 2:
@@ -84,11 +89,13 @@ def ranked(row: dict[str, Any]) -> Judgment:
         raise RowError("two of its responses are the same")
     if isinstance(prompt, tuple):
         responses = tuple(r if isinstance(r, tuple) else _assistant(r) for r in responses)
+    cut = _cut(row, len(responses))
     if "ranking" in row:
-        return Judgment(prompt, responses, _by_ranking(row["ranking"], len(responses)), _weight(row), _tools(row))
+        orders = _by_ranking(row["ranking"], len(responses))
+        return Judgment(prompt, responses, orders, _weight(row), _tools(row), cut=cut)
     orders, scores = _by_scores(row["scores"], len(responses)), tuple(float(s) for s in row["scores"])
     ties = tuple((i, j) for i in range(len(scores)) for j in range(i + 1, len(scores)) if scores[i] == scores[j])
-    return Judgment(prompt, responses, orders, _weight(row), _tools(row), ties, scores)
+    return Judgment(prompt, responses, orders, _weight(row), _tools(row), ties, scores, cut)
 
 
 def sft(row: dict[str, Any]) -> Judgment:
@@ -235,6 +242,13 @@ def _margin(row: dict[str, Any]) -> float:
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
         raise RowError(f"margin is {margin!r}, expected a number from 0 up: by how much chosen is better")
     return float(margin)
+
+
+def _cut(row: dict[str, Any], count: int) -> tuple[int, ...]:
+    ended = row.get("ended", [True] * count)
+    if not isinstance(ended, list) or len(ended) != count or not all(isinstance(x, bool) for x in ended):
+        raise RowError(f"ended must be a list of {count} true or false, one per response")
+    return tuple(i for i, whole in enumerate(ended) if not whole)
 
 
 def _is_tie(row: dict[str, Any]) -> bool:

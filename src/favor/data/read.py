@@ -121,6 +121,7 @@ class _Growing:
     weights: dict[tuple[int, ...], float] = field(default_factory=dict[tuple[int, ...], float])
     gaps: dict[tuple[int, ...], tuple[float, ...]] = field(default_factory=dict[tuple[int, ...], tuple[float, ...]])
     ties: dict[tuple[int, ...], float] = field(default_factory=dict[tuple[int, ...], float])
+    cut: set[int] = field(default_factory=set[int])
     rows: list[int] = field(default_factory=list[int])
     merged: int = 0
 
@@ -128,11 +129,13 @@ class _Growing:
         """Add a row; returns how many of its comparisons were there already (their weights add up)."""
         self.rows.append(row)
         index: list[int] = []
-        for response in judgment.responses:
-            key = _key(response)
+        for i, response in enumerate(judgment.responses):
+            # the same words with and without their end are two responses
+            key = _key([response, i in judgment.cut])
             self.merged += key in self.responses
             self.responses.setdefault(key, response)
             index.append(list(self.responses).index(key))
+        self.cut.update(index[i] for i in judgment.cut)
         repeated = 0
         for order in judgment.orders:
             mine = tuple(index[i] for i in order)
@@ -150,7 +153,9 @@ class _Growing:
         comparisons = tuple(Comparison(order, w, self.gaps.get(order, ())) for order, w in self.weights.items())
         responses = tuple(self.responses.values())
         ties = tuple(Comparison(members, weight) for members, weight in self.ties.items())
-        return PromptTree(self.prompt, responses, comparisons, tuple(self.rows), source, self.tools, ties)
+        return PromptTree(
+            self.prompt, responses, comparisons, tuple(self.rows), source, self.tools, ties, tuple(sorted(self.cut))
+        )
 
 
 def _key(value: Any) -> str:

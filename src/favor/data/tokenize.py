@@ -274,15 +274,17 @@ def _assemble(
 ) -> TokenTree:
     """Cut every full sequence at the boundary and end its turn."""
     responses: list[tuple[int, ...]] = []
-    for text, (ids, offsets) in zip(rendered.full, full, strict=True):
+    for i, (text, (ids, offsets)) in enumerate(zip(rendered.full, full, strict=True)):
         if ids[: len(prompt_ids)] != prompt_ids:
             raise RowError("a token would straddle the boundary between prompt and response, so neither has exact ids")
         body = ids[len(prompt_ids) :]
-        responses.append(tuple(_end_turn(text, body, offsets[len(prompt_ids) :], tools, report)))
+        closed = _end_turn(text, body, offsets[len(prompt_ids) :], tools, report)
+        # a response that was cut must not learn to end where it was cut
+        responses.append(tuple(closed[:-1] if i in tree.cut else closed))
     return TokenTree(
         prompt_ids=tools.bos + tuple(prompt_ids),
         response_ids=tuple(responses),
-        complete=(True,) * len(responses),
+        complete=tuple(i not in tree.cut for i in range(len(responses))),
         comparisons=tree.comparisons,
         first_response=0,
         row=tree.rows[0],
@@ -336,7 +338,8 @@ def _cut_responses(tree: TokenTree, room: int, report: TokenReport) -> TokenTree
     report.comparisons_dropped += len(tree.comparisons) + len(tree.ties) - len(comparisons) - len(ties)
     if tree.comparisons and not comparisons:
         return None
-    complete = tuple(any(len(r) <= room for r, c in zip(tree.response_ids, cut, strict=True) if c == u) for u in unique)
+    whole = [len(r) <= room and done for r, done in zip(tree.response_ids, tree.complete, strict=True)]
+    complete = tuple(any(w for w, c in zip(whole, cut, strict=True) if c == u) for u in unique)
     return replace(tree, response_ids=tuple(unique), complete=complete, comparisons=comparisons, ties=ties)
 
 

@@ -36,7 +36,8 @@ class PromptTree:
     """One prompt, its unique responses and the comparisons among them, as text or chat messages.
 
     `prompt` is plain text or messages; every response is plain text or the messages that follow the
-    prompt. `ties` are judgments that two responses are equally good. `tools` goes to the chat template.
+    prompt. `ties` are judgments that two responses are equally good, `cut` the
+    responses that stop before their end. `tools` goes to the chat template.
     `rows` are the 1-based row numbers of `source` merged here.
     """
 
@@ -47,6 +48,7 @@ class PromptTree:
     source: str
     tools: tuple[dict[str, Any], ...] | None = None
     ties: tuple[Comparison, ...] = ()
+    cut: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ from favor.data.prompts import encode_prompts
 from favor.data.tokenize import TokensConfig, plain_prompt
 from favor.data.types import Text
 from favor.errors import ConfigError, DataError
+from favor.eval.partial import Sampled
 from favor.model.load import ModelConfig, check_path, load_policy, load_tokenizer, readable
 from favor.model.sample import SampleConfig, sample
 from favor.scoring.source import RewardConfig
-from favor.server import ServerConfig, chat, complete, parallel
+from favor.server import Reply, ServerConfig, chat, complete, parallel
 
 Engine = Literal["transformers", "vllm", "openai"]
-Keep: TypeAlias = Callable[[Mapping[int, str]], None]
+Keep: TypeAlias = Callable[[Mapping[int, Sampled]], None]
 # Samples that vLLM is given at once: many, because it schedules them itself, yet a kill loses no more than these.
 _VLLM_CHUNK = 1024
 # Servers keep seeds in 32 bits; the prime below 2^31 leaves neighbours distinct.
@@ -116,7 +117,8 @@ def _transformers(config: SamplesConfig, jobs: Sequence[Job], keep: Keep) -> Non
     for chunk in _chunks(order, config.sample.batch):
         out = sample(policy, [ids[job.row] for job in chunk], [job.seed for job in chunk], config.sample)
         texts = policy.tokenizer.batch_decode([list(x) for x in out], skip_special_tokens=True)
-        keep({job.index: text for job, text in zip(chunk, texts, strict=True)})
+        ended = [x[-1] in policy.end_ids for x in out]
+        keep({job.index: Sampled(text, done) for job, text, done in zip(chunk, texts, ended, strict=True)})
 
 
 def _vllm(config: SamplesConfig, jobs: Sequence[Job], keep: Keep) -> None:
@@ -139,7 +141,8 @@ def _vllm(config: SamplesConfig, jobs: Sequence[Job], keep: Keep) -> None:
         params = [vllm.SamplingParams(seed=job.seed, **settings) for job in chunk]
         out = llm.generate(prompts, params, use_tqdm=False)
         texts = tokenizer.batch_decode([list(x.outputs[0].token_ids) for x in out], skip_special_tokens=True)
-        keep({job.index: text for job, text in zip(chunk, texts, strict=True)})
+        ended = [x.outputs[0].finish_reason != "length" for x in out]
+        keep({job.index: Sampled(text, done) for job, text, done in zip(chunk, texts, ended, strict=True)})
 
 
 def _import_vllm() -> Any:
@@ -155,10 +158,10 @@ def _import_vllm() -> Any:
 def _openai(config: SamplesConfig, jobs: Sequence[Job], keep: Keep) -> None:
     assert config.server is not None
     requests = [partial(_request, config, config.server, job) for job in jobs]
-    parallel(config.server, requests, lambda i, text: keep({jobs[i].index: text}))
+    parallel(config.server, requests, lambda i, reply: keep({jobs[i].index: Sampled(reply.text, reply.ended)}))
 
 
-def _request(config: SamplesConfig, server: ServerConfig, job: Job) -> str:
+def _request(config: SamplesConfig, server: ServerConfig, job: Job) -> Reply:
     limit, temperature, seed = config.sample.max_new_tokens, config.sample.temperature, job.seed % _SEEDS
     if config.tokens.template == "plain":
         try:

@@ -268,7 +268,7 @@ def _openai(config: JudgeConfig) -> Judge:
         for attempt in range(config.attempts):
             # the same question at temperature 0 would get the same unreadable reply again
             temperature, seed = (1.0, attempt) if attempt else (config.temperature, 0)
-            reply = chat(server, messages, max_tokens=config.max_reply_tokens, temperature=temperature, seed=seed)
+            reply = chat(server, messages, max_tokens=config.max_reply_tokens, temperature=temperature, seed=seed).text
             verdict = read_verdict(reply, config.prompt)
             if verdict != "invalid":
                 return verdict

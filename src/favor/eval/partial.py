@@ -1,16 +1,24 @@
 """The unfinished part of a long job, so that a killed one continues: `<out>.partial`, JSON lines.
 
 In: a path and a fingerprint of everything that determines the texts. Out: what was kept, and a way to keep more.
-The first line is the fingerprint; every other is [index, text]. Next: samples.py.
+The first line is the fingerprint; every other is [index, text, ended]. Next: samples.py.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from favor.errors import ConfigError
 from favor.run import write_text
+
+
+class Sampled(NamedTuple):
+    """One sample; `ended` says that it came to its end token rather than to the length limit."""
+
+    text: str
+    ended: bool
 
 
 @dataclass(frozen=True)
@@ -18,12 +26,12 @@ class Partial:
     """Texts kept so far lie in `path`; `found` are those of earlier runs."""
 
     path: Path
-    found: dict[int, str]
+    found: dict[int, Sampled]
 
-    def keep(self, texts: Mapping[int, str]) -> None:
+    def keep(self, texts: Mapping[int, Sampled]) -> None:
         """Append texts in one write, so that a kill loses at most what was not handed over yet."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(_line([index, text]) for index, text in texts.items()))
+            file.write("".join(_line([index, *one]) for index, one in texts.items()))
 
 
 def open_partial(out: Path, fingerprint: str) -> Partial:
@@ -36,18 +44,18 @@ def open_partial(out: Path, fingerprint: str) -> Partial:
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         found = _texts(path, lines, fingerprint) if any(lines) else {}
         # written anew, because a kill may have torn the last line
-        write_text(path, _line({"fingerprint": fingerprint}) + "".join(_line([i, text]) for i, text in found.items()))
+        write_text(path, _line({"fingerprint": fingerprint}) + "".join(_line([i, *one]) for i, one in found.items()))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another out=FILE") from None
     return Partial(path, found)
 
 
-def _texts(path: Path, lines: list[bytes], fingerprint: str) -> dict[int, str]:
+def _texts(path: Path, lines: list[bytes], fingerprint: str) -> dict[int, Sampled]:
     try:
         first = json.loads(lines[0])
         # what follows the last line break is torn, or nothing
         kept = [json.loads(line) for line in lines[1:-1]]
-        found = {int(index): str(text) for index, text in kept}
+        found = {int(index): Sampled(str(text), bool(ended)) for index, text, ended in kept}
         same = first["fingerprint"] == fingerprint
     except (ValueError, KeyError, TypeError):
         raise ConfigError(

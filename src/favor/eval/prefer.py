@@ -1,6 +1,7 @@
 """`favor prefer`: preferences from samples: draw several responses per prompt, score them, write rankings.
 
-In: PreferConfig. Out: rows {"prompt", "responses", "scores"} that `favor train` reads, and what was left out. Next: samples.py.
+In: PreferConfig. Out: rows that `favor train` reads as rankings ("prompt", "responses", "scores",
+"ended"), and what was left out. Next: samples.py.
 """
 
 from dataclasses import dataclass
@@ -76,22 +77,32 @@ def prefer(config: PreferConfig, progress: Progress) -> Preferred:
     Samples of a run that failed or was stopped are kept and continued; they are then scored again.
     """
     found = draw_all(_sampling(config), progress)
-    told = [Drawn(each.prompt, [text for text in each.texts if text.strip()]) for each in found]
+    told = [_not_blank(each) for each in found]
     if not any(each.texts for each in told):
         raise DataError(f"{config.prompts}: every sample is blank; look at the model and the chat template")
     scores = score(told, config.reward)
-    pairs = [_distinct(each.texts, mine) for each, mine in zip(told, scores, strict=True)]
-    rows = [_row(each, kept) for each, kept in zip(told, pairs, strict=True) if len(set(kept.values())) > 1]
+    kept = [_distinct(each, mine) for each, mine in zip(told, scores, strict=True)]
+    pairs = [{each.texts[i]: mine[i] for i in places} for each, mine, places in zip(told, scores, kept, strict=True)]
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": each.prompt,
+            "responses": list(values),
+            "scores": list(values.values()),
+            "ended": [each.ended[i] for i in places],
+        }
+        for each, places, values in zip(told, kept, pairs, strict=True)
+        if len(set(values.values())) > 1
+    ]
     num_told = sum(len(each.texts) for each in told)
     report = Preferred(
         prompts=len(found),
         samples=sum(len(each.texts) for each in found),
         rows=len(rows),
-        comparisons=sum(_comparisons(row["scores"]) for row in rows),
+        comparisons=sum(_comparisons(list(values.values())) for values in pairs),
         duplicates=num_told - sum(map(len, pairs)),
         blank=sum(len(each.texts) for each in found) - num_told,
-        all_equal=sum(len(kept) < 2 for kept in pairs),
-        all_tied=sum(len(kept) > 1 and len(set(kept.values())) == 1 for kept in pairs),
+        all_equal=sum(len(values) < 2 for values in pairs),
+        all_tied=sum(len(values) > 1 and len(set(values.values())) == 1 for values in pairs),
         mean_score=fmean(x for mine in scores for x in mine),
     )
     if not rows:
@@ -109,16 +120,18 @@ def _sampling(config: PreferConfig) -> SamplesConfig:
     return SamplesConfig.model_validate(given | {"samples_per_prompt": config.samples_per_prompt})
 
 
-def _distinct(texts: list[str], scores: list[float]) -> dict[str, float]:
-    """Response -> score, the first of those that differ in nothing but the white space around them."""
-    kept: dict[str, tuple[str, float]] = {}
-    for text, value in zip(texts, scores, strict=True):
-        kept.setdefault(text.strip(), (text, value))
-    return dict(kept.values())
+def _not_blank(found: Drawn) -> Drawn:
+    told = [i for i, text in enumerate(found.texts) if text.strip()]
+    return Drawn(found.prompt, [found.texts[i] for i in told], [found.ended[i] for i in told])
 
 
-def _row(found: Drawn, kept: dict[str, float]) -> dict[str, Any]:
-    return {"prompt": found.prompt, "responses": list(kept), "scores": list(kept.values())}
+def _distinct(found: Drawn, scores: list[float]) -> list[int]:
+    """Places of the responses, the first of those that differ in nothing but the white space around them."""
+    assert len(scores) == len(found.texts)
+    first: dict[str, int] = {}
+    for place, text in enumerate(found.texts):
+        first.setdefault(text.strip(), place)
+    return list(first.values())
 
 
 def _comparisons(scores: list[float]) -> int:

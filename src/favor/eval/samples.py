@@ -1,6 +1,6 @@
 """`favor sample`: responses to the prompts of a file, as JSON lines; a killed run continues where it stopped.
 
-In: SamplesConfig. Out: one line per prompt: {"prompt", "responses"[, "scores"]}; the file appears when all is done.
+In: SamplesConfig. Out: one line per prompt: {"prompt", "responses", "ended"[, "scores"]}; the file appears when all is done.
 Next: engines.py.
 """
 
@@ -14,7 +14,7 @@ from favor.data.prompts import NumberedPrompts, read_prompts, sample_seeds
 from favor.data.types import Text
 from favor.errors import ConfigError
 from favor.eval.engines import Job, SamplesConfig, draw
-from favor.eval.partial import open_partial
+from favor.eval.partial import Sampled, open_partial
 from favor.run import write_text
 from favor.scoring.source import RewardConfig, make_scorer
 
@@ -28,10 +28,11 @@ _NO_PART: dict[str, Any] = {
 
 
 class Drawn(NamedTuple):
-    """A prompt and everything that was sampled for it."""
+    """A prompt and everything that was sampled for it; `ended` says which samples came to their end."""
 
     prompt: Text
     texts: list[str]
+    ended: list[bool]
 
 
 def write_samples(config: SamplesConfig, progress: Progress) -> int:
@@ -42,7 +43,9 @@ def write_samples(config: SamplesConfig, progress: Progress) -> int:
     """
     found = draw_all(config, progress)
     if config.reward is None:
-        rows: list[dict[str, Any]] = [{"prompt": each.prompt, "responses": each.texts} for each in found]
+        rows: list[dict[str, Any]] = [
+            {"prompt": each.prompt, "responses": each.texts, "ended": each.ended} for each in found
+        ]
     else:
         assert config.best_of is not None
         scores = score(found, config.reward)
@@ -60,7 +63,7 @@ def draw_all(config: SamplesConfig, progress: Progress) -> list[Drawn]:
     seeds = sample_seeds(config.seed, range(len(prompts)), each)
     jobs = [Job(i, *prompts[i // each], seed) for i, seed in enumerate(seeds) if i not in texts]
 
-    def keep(new: Mapping[int, str]) -> None:
+    def keep(new: Mapping[int, Sampled]) -> None:
         kept.keep(new)
         texts.update(new)
         progress("samples", len(new), len(seeds))
@@ -69,7 +72,11 @@ def draw_all(config: SamplesConfig, progress: Progress) -> list[Drawn]:
         if texts:
             progress("samples", len(texts), len(seeds))
         draw(config, jobs, keep)
-    return [Drawn(prompt, [texts[i * each + k] for k in range(each)]) for i, (_, prompt) in enumerate(prompts)]
+    groups = [[texts[i * each + k] for k in range(each)] for i in range(len(prompts))]
+    return [
+        Drawn(prompt, [one.text for one in group], [one.ended for one in group])
+        for (_, prompt), group in zip(prompts, groups, strict=True)
+    ]
 
 
 def score(found: Sequence[Drawn], reward: RewardConfig) -> list[list[float]]:
@@ -93,6 +100,7 @@ def _best(found: Drawn, scores: Sequence[float], best_of: int) -> dict[str, Any]
         "prompt": found.prompt,
         "responses": [found.texts[i] for i in best],
         "scores": [scores[i] for i in best],
+        "ended": [found.ended[i] for i in best],
     }
 
 

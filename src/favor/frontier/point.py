@@ -20,7 +20,7 @@ from favor.data.read import DataConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import NumericsError
 from favor.eval.divergence import log_ratios
-from favor.frontier.prepare import OpenSession, Places, Task, start_model, training_prompts
+from favor.frontier.prepare import OpenSession, Places, Task, learnt_reward, start_model, training_prompts
 from favor.frontier.recipe import FrontierConfig, Point
 from favor.losses import LossConfig, LossName
 from favor.model.layout import settle
@@ -28,7 +28,7 @@ from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, sample
 from favor.run import RunFolder, make_folder, read_jsonl, write_json, write_text
-from favor.scoring.source import RewardConfig, Scorer, make_scorer
+from favor.scoring.source import Scorer, make_scorer
 from favor.train.loop import LoopConfig
 from favor.train.optim import OptimConfig
 from favor.train.ppo import PpoConfig, PpoSettings, PromptsConfig, train_ppo
@@ -86,7 +86,6 @@ def run_point(
             shutil.rmtree(model)
     found |= {"method": point.method, "strength": point.strength, "seed": point.seed}
     shutil.rmtree(RunFolder(root).checkpoints, ignore_errors=True)
-    RunFolder(root).reference.unlink(missing_ok=True)
     write_json(root / "point.json", found | {"seconds": time.monotonic() - began})
 
 
@@ -136,7 +135,7 @@ def _best_of_n(config: FrontierConfig, task: Task, places: Places, point: Point,
     texts = [
         t.strip() for t in bench.reference.tokenizer.batch_decode([list(i) for i in out], skip_special_tokens=True)
     ]
-    learnt = make_scorer(_learnt_reward(task, places, point.seed))
+    learnt = make_scorer(learnt_reward(task, places, point.seed))
     scores = learnt([text for _, text in bench.prompts for _ in range(each * count)], texts)
     best = [max(range(k, k + count), key=scores.__getitem__) for k in range(0, len(out), count)]
     bound = log(count) - (count - 1) / count
@@ -172,7 +171,7 @@ def _preference_recipe(config: FrontierConfig, task: Task, places: Places, point
         tokens=task.tokens,
         loss=LossConfig.model_validate({"name": name, **options}),
         optim=OptimConfig(lr=sizes.lr, warmup_steps=2),
-        reference=ReferenceConfig(mode="stored"),
+        reference=ReferenceConfig(store=str(places.reference(point.seed))),
         train=LoopConfig(batch_prompts=sizes.batch_prompts, epochs=epochs, max_tokens_per_pack=2048, save_every=0),
         watch=WatchConfig(
             kl_every=sizes.probe_every if probed else 0, kl_prompts=32, kl_tokens=config.evaluate.max_new_tokens
@@ -192,12 +191,14 @@ def _ppo_recipe(config: FrontierConfig, task: Task, places: Places, point: Point
         model=ModelConfig(path=str(start_model(task, places)), dtype="float32"),
         data=PromptsConfig(train=str(prompts)),
         tokens=task.tokens,
-        reward=_learnt_reward(task, places, point.seed) if point.method == "ppo" else task.reward,
+        reward=learnt_reward(task, places, point.seed) if point.method == "ppo" else task.reward,
         ppo=PpoSettings(
             samples_per_prompt=sizes.answers,
             updates=sizes.updates,
             target_kl=point.strength,
-            kl_horizon=500,
+            kl_coef=sizes.kl_coef,
+            kl_horizon=sizes.kl_horizon,
+            reward_scale=json.loads(places.scales(point.seed).read_text("utf-8"))[point.method],
             explosion_kl=sizes.explosion_kl,
         ),
         sample=SampleConfig(max_new_tokens=config.evaluate.max_new_tokens, batch=128),
@@ -211,10 +212,6 @@ def _ppo_recipe(config: FrontierConfig, task: Task, places: Places, point: Point
             keep_checkpoints=1,
         ),
     )
-
-
-def _learnt_reward(task: Task, places: Places, seed: int) -> RewardConfig:
-    return RewardConfig(kind="model", path=str(RunFolder(places.reward(seed)).model), tokens=task.tokens)
 
 
 def curve(root: Path) -> list[dict[str, float]]:

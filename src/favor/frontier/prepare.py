@@ -4,20 +4,27 @@ In: FrontierConfig. Out: files and folders below the run; what is there already 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import pstdev
+
+from torch import Tensor
 
 from favor.data.prompts import NumberedPrompts, encode_prompts, read_prompts, sample_seeds
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
+from favor.data.types import TokenTree
 from favor.embedded import cache_folder, frontier_files, model_folder, review_files
 from favor.frontier.recipe import FrontierConfig
+from favor.model.layout import settle
 from favor.model.load import ModelConfig, load_policy
 from favor.model.sample import SampleConfig, sample
 from favor.model.shrink import shrink
-from favor.run import RunFolder, make_folder, write_text
+from favor.run import RunFolder, make_folder, write_json, write_text
 from favor.scoring.source import RewardConfig, make_scorer
+from favor.train import reference
+from favor.train.data import load_splits
 from favor.train.loop import LoopConfig
 from favor.train.optim import OptimConfig
 from favor.train.reward import RewardTrainConfig, train_reward
@@ -53,6 +60,14 @@ class Places:
     def preferences(self, seed: int) -> Path:
         """Ranked answers of the start, labelled by the ground truth."""
         return self.root / f"seed-{seed}" / "preferences.jsonl"
+
+    def reference(self, seed: int) -> Path:
+        """The start's log-probs of these answers, which every method of the seed reads."""
+        return self.root / f"seed-{seed}" / "reference.safetensors"
+
+    def scales(self, seed: int) -> Path:
+        """What brings each PPO reward to standard deviation 1 on the start's answers (JSON)."""
+        return self.root / f"seed-{seed}" / "scales.json"
 
     def reward(self, seed: int) -> Path:
         """The run folder of the learnt reward."""
@@ -113,7 +128,7 @@ def fine_tune(config: FrontierConfig, task: Task, places: Places, open_session: 
 
 
 def label(config: FrontierConfig, task: Task, places: Places, seed: int) -> None:
-    """Sample answers of the start and let the ground truth score them: {"prompt", "responses", "scores"} a line."""
+    """Sample answers of the start and let the ground truth score them, with which of them came to their end."""
     path = places.preferences(seed)
     if path.exists():
         return
@@ -129,11 +144,31 @@ def label(config: FrontierConfig, task: Task, places: Places, seed: int) -> None
     scores = make_scorer(task.reward)([text for _, text in prompts for _ in range(each)], texts)
     lines: list[str] = []
     for i, (_, prompt) in enumerate(prompts):
-        kept = dict(zip(texts[i * each : (i + 1) * each], scores[i * each : (i + 1) * each], strict=True))
-        kept = {text: score for text, score in kept.items() if text}
-        if len(set(kept.values())) > 1:
-            lines.append(json.dumps({"prompt": prompt, "responses": list(kept), "scores": list(kept.values())}))
+        mine = range(i * each, (i + 1) * each)
+        kept = {texts[k]: k for k in mine if texts[k]}
+        if len({scores[k] for k in kept.values()}) > 1:
+            ended = [out[k][-1] in policy.end_ids for k in kept.values()]
+            values = [scores[k] for k in kept.values()]
+            lines.append(json.dumps({"prompt": prompt, "responses": list(kept), "scores": values, "ended": ended}))
     write_text(path, "\n".join(lines) + "\n")
+
+
+def store_reference(task: Task, places: Places, seed: int, open_session: OpenSession) -> None:
+    """Log-probs of the seed's answers under the start, once for all its points."""
+    path = places.reference(seed)
+    if path.exists():
+        return
+    session = open_session(path.parent)
+    policy = load_policy(ModelConfig(path=str(start_model(task, places)), dtype="float32"))
+    data = DataConfig(train=str(places.preferences(seed)))
+    splits = load_splits(data, task.tokens, policy, session, need_comparisons=True)
+    policy, _ = settle(policy, "auto", splits.train)
+
+    def build(trees: Sequence[TokenTree]) -> Tensor:
+        return reference.all_logps(policy, trees, 2048, session.world, lambda done: None)
+
+    identity = reference.fingerprint(policy, task.tokens, {"train": splits.train})
+    reference.stored(policy, {"train": splits.train}, identity, path, build, session.world)
 
 
 def learn_reward(config: FrontierConfig, task: Task, places: Places, seed: int, open_session: OpenSession) -> None:
@@ -154,12 +189,31 @@ def learn_reward(config: FrontierConfig, task: Task, places: Places, seed: int, 
         optim=OptimConfig(lr=config.offline.reward_lr, warmup_steps=2),
         train=LoopConfig(
             batch_prompts=config.offline.batch_prompts,
-            epochs=config.offline.epochs,
+            epochs=config.offline.reward_epochs,
             max_tokens_per_pack=2048,
             save_every=0,
         ),
     )
     train_reward(recipe, open_session)
+
+
+def scale_rewards(task: Task, places: Places, seed: int) -> None:
+    """Write 1/(standard deviation) of either reward on the start's answers, so that one KL coefficient suits both."""
+    path = places.scales(seed)
+    if path.exists():
+        return
+    rows = [json.loads(line) for line in _lines(places.preferences(seed))]
+    learnt = make_scorer(learnt_reward(task, places, seed))
+    prompts = [row["prompt"] for row in rows for _ in row["responses"]]
+    scores = learnt(prompts, [text for row in rows for text in row["responses"]])
+    true = [score for row in rows for score in row["scores"]]
+    # a reward that says nothing keeps its scale
+    write_json(path, {"ppo": 1 / (pstdev(scores) or 1.0), "ppo_true": 1 / (pstdev(true) or 1.0)})
+
+
+def learnt_reward(task: Task, places: Places, seed: int) -> RewardConfig:
+    """The seed's reward model as a [reward]."""
+    return RewardConfig(kind="model", path=str(RunFolder(places.reward(seed)).model), tokens=task.tokens)
 
 
 def training_prompts(config: FrontierConfig, task: Task, seed: int) -> NumberedPrompts:

@@ -48,24 +48,30 @@ class OfflineSizes(BaseModel):
     """
 
     model_config = STRICT
-    prompts: int = Field(default=96, ge=2)
+    prompts: int = Field(default=224, ge=2)
     answers: int = Field(default=4, ge=2)
     epochs: int = Field(default=2, ge=1)
-    lr: float = Field(default=1e-4, gt=0)
-    reward_lr: float = Field(default=1e-4, gt=0)
+    lr: float = Field(default=2e-4, gt=0)
+    reward_epochs: int = Field(default=2, ge=1)
+    reward_lr: float = Field(default=3e-4, gt=0)
     batch_prompts: int = Field(default=8, ge=2)
-    probe_every: int = Field(default=4, ge=0)
+    probe_every: int = Field(default=7, ge=0)
 
 
 class PpoSizes(BaseModel):
-    """Section [ppo]: rollouts of batch_prompts x answers samples."""
+    """Section [ppo]: rollouts of batch_prompts x answers samples; kl_coef is the adaptive coefficient's start.
+
+    Scores are brought to standard deviation 1 on the start's answers, so one coefficient suits either reward.
+    """
 
     model_config = STRICT
-    rollouts: int = Field(default=20, ge=1)
+    rollouts: int = Field(default=14, ge=1)
     batch_prompts: int = Field(default=16, ge=1)
     answers: int = Field(default=4, ge=1)
     updates: int = Field(default=2, ge=1)
-    lr: float = Field(default=1e-4, gt=0)
+    lr: float = Field(default=2e-4, gt=0)
+    kl_coef: float = Field(default=0.2, ge=0)
+    kl_horizon: int = Field(default=128, ge=1)
     explosion_kl: float = Field(default=100.0, gt=0)
 
 
@@ -86,13 +92,13 @@ class MethodStrengths(BaseModel):
     """
 
     model_config = STRICT
-    dpo: Strengths = (0.05, 0.2, 1.0)
-    ipo: Strengths = (0.05, 0.2, 1.0)
-    kto: Strengths = (0.05, 0.2, 1.0)
+    dpo: Strengths = (0.03, 0.1, 0.5)
+    ipo: Strengths = (0.03, 0.1, 0.5)
+    kto: Strengths = (0.03, 0.1, 0.5)
     ppo: Strengths = (3.0, 6.0, 12.0)
     ppo_true: Strengths = (3.0, 6.0, 12.0)
     unlikelihood: Strengths = (0.1, 0.5, 1.0)
-    preferred_ft: Strengths = (1, 2, 4)
+    preferred_ft: Strengths = (1, 2, 3)
     best_of_n: Strengths = (2, 4, 8, 16)
 
 

@@ -16,7 +16,16 @@ from rich.console import Console
 from favor.config import dump, load
 from favor.dist.world import World
 from favor.frontier.point import make_bench, run_point
-from favor.frontier.prepare import Places, Task, fine_tune, label, learn_reward, settle_task
+from favor.frontier.prepare import (
+    Places,
+    Task,
+    fine_tune,
+    label,
+    learn_reward,
+    scale_rewards,
+    settle_task,
+    store_reference,
+)
 from favor.frontier.recipe import FrontierConfig, Point, points, threads
 from favor.frontier.summary import summarise
 from favor.model.load import memory_settings
@@ -61,7 +70,9 @@ def work(recipe: Path, task: Task, kind: str, point: Point) -> str:
     if kind == "label":
         label(config, task, places, point.seed)
     elif kind == "reward":
+        store_reference(task, places, point.seed, open_session)
         learn_reward(config, task, places, point.seed, open_session)
+        scale_rewards(task, places, point.seed)
     else:
         run_point(config, task, places, point, make_bench(config, task, places), open_session)
     return point.name

@@ -1,0 +1,163 @@
+"""The frontier: its statistics by planted cases, the shrunken model, and a whole small picture that resumes."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from favor.config import load
+from favor.dist.world import World
+from favor.errors import ConfigError
+from favor.frontier.recipe import FrontierConfig, points
+from favor.frontier.run import frontier
+from favor.frontier.summary import Cell, _drawn, _draws, dominance, envelope
+from favor.model.shrink import shrink
+from favor.report.collect import collect
+from favor.report.frontier import frontier_rows
+from favor.report.page import write_page
+from favor.run import RunFolder
+from favor.train.session import Session, StoppedError, StopRequest
+
+
+def open_session(root, stop=None):
+    return Session(RunFolder(root), World(), Console(quiet=True), stop or StopRequest())
+
+
+def test_envelope_is_the_best_reward_so_far():
+    kl, reward = np.array([4.0, 0.0, 2.0]), np.array([0.4, 0.5, 0.9])
+    # the point at KL 4 is worse than what KL 2 already reached
+    np.testing.assert_allclose(envelope(kl, reward, np.array([0.0, 1.0, 2.0, 3.0, 4.0])), [0.5, 0.7, 0.9, 0.9, 0.9])
+
+
+def planted(level, noise, seed, kl=(2.0, 5.0)):
+    rng = np.random.default_rng(seed)
+    return [Cell(k, level * k / kl[-1] + rng.normal(0, noise, (3, 40)), k + rng.normal(0, 0.1, (3, 40))) for k in kl]
+
+
+def test_dominance_is_found_where_it_is_and_only_there():
+    draws = _draws(3, 40)
+    start = [Cell(0, np.random.default_rng(9).normal(0, 0.2, (3, 40)), np.zeros((3, 40)))]
+    better, worse, same = planted(1.0, 0.2, 1), planted(0.4, 0.2, 2), planted(0.4, 0.2, 3, (1.5, 4.0, 5.5))
+    same = [Cell(c.strength, c.reward_SP - c.reward_SP.mean() + 0.4 * c.kl_SP.mean() / 5, c.kl_SP) for c in same]
+    found = dominance(
+        {name: _drawn(start + cells, draws) for name, cells in {"a": better, "b": worse, "c": same}.items()}
+    )
+    verdict = {(d["a"], d["b"]): d for d in found}
+    assert verdict["a", "b"]["wins"] == "a"
+    # mean over 0..5 of (1.0 - 0.4) k / 5
+    assert verdict["a", "b"]["difference"] == pytest.approx(0.3, abs=0.05)
+    assert verdict["a", "c"]["wins"] == "a"
+    assert verdict["b", "c"]["wins"] == "neither"
+
+
+def test_points_and_refusals():
+    config = FrontierConfig()
+    found = points(config)
+    assert len(found) == len({p.name for p in found}) == 3 * sum(map(len, config.methods.model_dump().values()))
+    for words, message in (
+        (["methods.best_of_n=[1.5]"], "whole numbers"),
+        (["seeds=[1, 1]"], "distinct"),
+        ([f"methods.{name}=[]" for name in config.methods.model_dump()], "no point"),
+        (["methods.dopo=[1]"], "did you mean 'methods.dpo'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(FrontierConfig, None, words)
+
+
+def test_shrunken_model_splits_the_texts_alike_and_computes_the_kept_layer(tmp_path):
+    tiny.save(tmp_path / "full")
+    texts = ["A warm, funny film", "maybe not"]
+    size = shrink(tmp_path / "full", texts, [0], tmp_path / "small")
+    full, small = (AutoTokenizer.from_pretrained(tmp_path / n) for n in ("full", "small"))
+    assert size == len(small) < len(full)
+    for text in texts:
+        assert small.tokenize(text) == full.tokenize(text)
+    assert small.decode(small("any other words: ü").input_ids) == "any other words: ü"
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / n).eval() for n in ("full", "small")]
+    models[0].model.layers = models[0].model.layers[:1]
+    models[0].config.num_hidden_layers = 1
+    kept = full.convert_tokens_to_ids(small.convert_ids_to_tokens(list(range(size))))
+    with torch.no_grad():
+        first = models[0](torch.tensor([full(texts[0]).input_ids])).logits[..., kept]
+        second = models[1](torch.tensor([small(texts[0]).input_ids])).logits
+    torch.testing.assert_close(first, second)
+    assert models[1].generation_config.eos_token_id == small.eos_token_id
+    with pytest.raises(ConfigError, match="cannot be cut"):
+        shrink(tmp_path / "full", texts, [7], tmp_path / "none")
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frontier")
+    tiny.save(folder / "model")
+    for name in ("prompts", "eval"):
+        rows = [{"prompt": f"{name} {i}:"} for i in range(6)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "reward.py").write_text("def vowels(p, r):\n    return [sum(c in 'aeiou' for c in x) / 8 for x in r]\n")
+    return folder
+
+
+def recipe(task, run):
+    return load(
+        FrontierConfig,
+        None,
+        [
+            f"run={run}",
+            "seeds=[0, 1]",
+            f"task.model={task / 'model'}",
+            f"task.prompts={task / 'prompts.jsonl'}",
+            f"task.eval_prompts={task / 'eval.jsonl'}",
+            "task.reward.kind=callable",
+            f"task.reward.path={task / 'reward.py'}:vowels",
+            "offline.prompts=6",
+            "offline.batch_prompts=3",
+            "offline.probe_every=1",
+            "ppo.rollouts=2",
+            "ppo.batch_prompts=3",
+            "evaluate.prompts=4",
+            "evaluate.max_new_tokens=6",
+            *(f"methods.{name}=[0.5]" for name in ("dpo", "ipo", "kto", "unlikelihood")),
+            *(f"methods.{name}=[2]" for name in ("ppo", "ppo_true", "preferred_ft", "best_of_n")),
+        ],
+    )
+
+
+def test_a_whole_picture_and_its_resumption(task, tmp_path):
+    config = recipe(task, tmp_path / "run")
+    found = frontier(config, open_session)
+    assert found["finished"] == found["wanted"] == 16
+    assert set(found["points"]) == {"start", *config.methods.model_dump()}
+    (start,) = found["points"]["start"]
+    assert start["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert found["points"]["best_of_n"][0]["kl"]["mean"] == pytest.approx(np.log(2) - 0.5)
+    assert len(found["dominance"]) == 8 * 7 / 2
+    assert {c["method"] for c in found["stability"]} == {"dpo", "ppo", "ppo_true"}
+    assert not list((tmp_path / "run").glob("points/*/model"))
+    # a point that is missing is computed again, to the same figures; the others are left alone
+    paths = {p.parent.name: p for p in (tmp_path / "run").glob("points/*/point.json")}
+    before = {name: (p.stat().st_mtime_ns, p.read_text()) for name, p in paths.items()}
+    paths["dpo-0.5-seed1"].unlink()
+    again = frontier(config, open_session)
+    assert again["points"] == found["points"]
+    changed = [name for name, p in paths.items() if p.stat().st_mtime_ns != before[name][0]]
+    assert changed == ["dpo-0.5-seed1"]
+    rows = frontier_rows(again)
+    assert len(rows.points) == 9
+    write_page([collect(tmp_path / "run")], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "Who dominates whom" in page
+    assert "PPO, learnt reward" in page
+    assert page.count('class="plotly-graph-div"') == 3
+    with pytest.raises(ConfigError, match="another recipe"):
+        frontier(config.model_copy(update={"jobs": 1}), open_session)
+
+
+def test_a_stop_signal_keeps_what_is_done(task, tmp_path):
+    stop = StopRequest(15)
+    with pytest.raises(StoppedError, match="the same command goes on"):
+        frontier(recipe(task, tmp_path / "run"), lambda root: open_session(root, stop))
+    assert not (tmp_path / "run" / "frontier.json").exists()
