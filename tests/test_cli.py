@@ -25,6 +25,9 @@ def inputs(tmp_path_factory):
     return folder
 
 
+CALLABLE = ("reward.kind=callable", "reward.path=length.py:score")
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
@@ -58,6 +61,16 @@ def recipe(inputs, *more):
         "train.batch_prompts=2",
         *more,
     ]
+
+
+def ppo(*more):
+    """`favor ppo` on good data, with what is given on top."""
+
+    def prepare(inputs, here):
+        (here / "length.py").write_text("def score(prompts, responses):\n    return [len(r) for r in responses]\n")
+        return ["ppo", *recipe(inputs)[1:], *more]
+
+    return prepare
 
 
 def bad_inputs():
@@ -129,6 +142,30 @@ def bad_inputs():
         ),
         "no tokenizer": (model(lambda m: (m / "tokenizer.json").unlink()), ["broken", "cannot be loaded"]),
         "nothing to resume": (words("resume=true"), ["run", "nothing to resume"]),
+        "ppo without a reward": (ppo(), ["'reward' is not set"]),
+        "ppo with an unread option": (ppo(*CALLABLE, "ppo.advantage=rloo", "ppo.lam=0.9"), ["ppo.lam is not read"]),
+        "ppo with no such reward model": (ppo("reward.kind=model", "reward.path=./gone"), ["./gone", "no such model"]),
+        "ppo without prompts": (
+            lambda i, h: [*ppo(*CALLABLE)(i, h), f"data.train={write(h / 'n.jsonl', [{'q': 1}])}"],
+            ["n.jsonl, row 1", "no prompt"],
+        ),
+        "reward without comparisons": (
+            lambda i, h: ["reward", *rows({"prompt": "p", "completion": "x"})(i, h)[1:]],
+            ["bad.jsonl", "no comparison"],
+        ),
+        "bad ended": (
+            rows({"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "ended": [True]}),
+            ["row 1", "ended must be a list of 2"],
+        ),
+        "bad margin": (rows({"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1}), ["row 1", "margin is -1"]),
+        "frontier of nothing": (
+            lambda i, h: ["frontier", "run=run", "seeds=[]"],
+            ["seeds must be distinct, and at least one"],
+        ),
+        "score of no such file": (
+            lambda i, h: ["score", "out=o.jsonl", "data=gone.jsonl", *CALLABLE],
+            ["gone.jsonl", "no such file"],
+        ),
     }
 
 
@@ -306,9 +343,31 @@ def recipe_words(name, inputs, here):
         reward = ["reward.kind=callable", f"reward.path={here / 'length.py'}:score"]
         rounds = ["run=loop", "rounds=2", "prompts_per_round=3", "train.max_steps=3", "train.batch_prompts=1"]
         return name, [*model, *drawn, *reward, *(rounds if name == "loop" else ["out=preferences.jsonl"])]
+    if name in ("ppo", "winrate", "frontier"):
+        return name, rlhf_words(name, inputs, here)
     data = [f"data.train={inputs / 'good.jsonl'}", f"data.eval={inputs / 'good.jsonl'}"]
     steps = [f"run={name}", "train.max_steps=3", "train.batch_prompts=2"]
-    return "sft" if name.startswith("sft") else "train", [*model, *data, *steps]
+    return name if name in ("sft", "reward") else "train", [*model, *data, *steps]
+
+
+def rlhf_words(name, inputs, here):
+    """The recipes that need a scorer: a callable, or the reward model that the recipe `reward` trained just before."""
+    (here / "length.py").write_text("def score(prompts, responses):\n    return [len(r) for r in responses]\n")
+    model, data = str(inputs / "model"), str(inputs / "good.jsonl")
+    if name == "frontier":
+        task = [f"task.model={model}", f"task.prompts={data}", f"task.eval_prompts={data}"]
+        task += [
+            f"task.reward.kind={CALLABLE[0].split('=')[1]}",
+            "task.reward.path=" + str(here / "length.py") + ":score",
+        ]
+        sizes = ["run=frontier", "seeds=[0]", "jobs=1", "offline.prompts=4", "evaluate.prompts=3", "ppo.rollouts=3"]
+        left_out = [f"methods.{m}=[]" for m in ("ipo", "kto", "ppo", "unlikelihood", "preferred_ft", "best_of_n")]
+        return [*task, *sizes, *left_out, "methods.dpo=[0.1]", "methods.ppo_true=[3]", "evaluate.max_new_tokens=4"]
+    if name == "winrate":
+        sides = [f"{side}.model={model}" for side in ("a", "b")]
+        return ["run=winrate", *sides, f"prompts={data}", "sample.max_new_tokens=4", "judge.reward.path=reward/model"]
+    steps = ["run=ppo", "train.max_steps=3", "train.batch_prompts=2", "sample.max_new_tokens=4", "model.dtype=float32"]
+    return [f"model.path={model}", f"data.train={data}", *steps, *CALLABLE]
 
 
 def test_every_recipe_is_valid_and_trains_three_steps(inputs, favor, tmp_path):

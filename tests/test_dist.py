@@ -8,21 +8,32 @@ import sys
 import pytest
 import tiny
 
+PPO = [
+    "ppo",
+    "reward.kind=callable",
+    "sample.max_new_tokens=6",
+    "ppo.samples_per_prompt=3",
+    "train.max_steps=4",
+    "train.batch_prompts=3",
+]
+
 
 @pytest.mark.dist
-def test_two_ranks_follow_one_rank(tmp_path):
+@pytest.mark.parametrize("command", ["train", "ppo"])
+def test_two_ranks_follow_one_rank(tmp_path, command):
     """torchrun with two gloo processes: the curve and the final weights of a single process, to 1e-5."""
     from safetensors.torch import load_file
 
     tiny.save(tmp_path / "model")
     rows = [{"prompt": f"Film {i % 4}?", "chosen": f"good {i} film", "rejected": f"bad {i}"} for i in range(10)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "length.py").write_text("def score(prompts, responses):\n    return [len(r) / 9 for r in responses]\n")
     words = [
-        "train",
+        *([*PPO, f"reward.path={tmp_path / 'length.py'}:score"] if command == "ppo" else ["train"]),
         f"model.path={tmp_path / 'model'}",
         "model.dtype=float32",
         f"data.train={tmp_path / 'train.jsonl'}",
-        "train.batch_prompts=3",
+        *([] if command == "ppo" else ["train.batch_prompts=3"]),
         "train.epochs=3",
         "train.max_tokens_per_pack=60",
         "train.save_every=2",
@@ -37,7 +48,7 @@ def test_two_ranks_follow_one_rank(tmp_path):
         "-m",
         "torch.distributed.run",
         "--nproc-per-node=2",
-        "--master-port=29517",
+        f"--master-port={29517 + (command == 'ppo')}",
         str(program),
         *words,
         f"run={tmp_path / 'two'}",
@@ -50,9 +61,11 @@ def test_two_ranks_follow_one_rank(tmp_path):
         return [r for r in records if r["kind"] == "step"]
 
     first, second = curve("one"), curve("two")
-    assert len(first) == len(second) == 6
+    assert len(first) == len(second) == (4 if command == "ppo" else 6)
     for a, b in zip(first, second, strict=True):
-        assert a["pairs"] == b["pairs"]
+        for key in ("pairs", "reward", "ended"):
+            assert a.get(key) == b.get(key)
+        assert a.get("kl", 0) == pytest.approx(b.get("kl", 0), abs=1e-4)
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
     weights = [load_file(tmp_path / run / "model/model.safetensors") for run in ("one", "two")]

@@ -14,8 +14,8 @@ from favor.dist.world import World
 from favor.errors import ConfigError
 from favor.frontier.recipe import FrontierConfig, points
 from favor.frontier.run import frontier
+from favor.frontier.shrink import shrink
 from favor.frontier.summary import Cell, _drawn, _draws, dominance, envelope
-from favor.model.shrink import shrink
 from favor.report.collect import collect
 from favor.report.frontier import frontier_rows
 from favor.report.page import write_page

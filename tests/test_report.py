@@ -74,6 +74,79 @@ def a_run(root, *, steps=12, evil="<script>alert(1)</script>"):
     return root
 
 
+def a_picture(root, evil="<script>alert(1)</script>"):
+    """A run folder as frontier, winrate and reward leave it, all in one."""
+    a_run(root, steps=6)
+    folder = RunFolder(root)
+
+    def value(mean):
+        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "seeds": [mean, mean]}
+
+    methods = ("start", "dpo", "ppo", "ppo_true", "best_of_n")
+    curve = [{"step": s, "kl": s / 2, "reward": 0.5 + s / 20, "seconds": s} for s in (1, 2, 3)]
+    write_json(
+        folder.frontier,
+        {
+            "points": {m: [{"strength": s, "kl": value(s), "reward": value(s / 9)} for s in (1, 3)] for m in methods},
+            "dominance": [{"a": "dpo", "b": "ppo", "difference": 0.12, "low": 0.01, "high": 0.2, "wins": "dpo"}],
+            "stability": [{"method": m, "strength": 3, "seed": 0, "curve": curve} for m in ("dpo", "ppo")],
+            "stopped": [{"point": "ppo-3-seed0", "why": f"KL explosion {evil}"}],
+            "samples": [],
+            "seconds": {"dpo": 1.0},
+            "finished": 8,
+            "wanted": 8,
+            "num_prompts": 4,
+            "samples_per_prompt": 2,
+            "seeds": [0, 1],
+        },
+    )
+    curve = [{"num_pairs": 5, "predicted": p, "observed": p - 0.1} for p in (0.6, 0.9)]
+    found = {"pairs": 10, "accuracy": 0.7, "accuracy_interval": [0.6, 0.8], "loss": 0.6, "ece": 0.1, "curve": curve}
+    write_json(folder.evaluation, {"calibration": found})
+    write_json(
+        folder.winrate,
+        {
+            **{"win_rate": 0.61, "win_rate_interval": [0.5, 0.7], "lc_win_rate": None, "lc_win_rate_interval": None},
+            **{
+                "wins": 3,
+                "ties": 1,
+                "losses": 2,
+                "pairs": 6,
+                "prompts": 6,
+                "consistency": 0.9,
+                "length_unit": "characters",
+            },
+            **{"position_bias": 0.02, "position_bias_interval": [-0.1, 0.1], "mean_length_a": 5, "mean_length_b": 6},
+            **{"longer_a": 0.4, "invalid": 1, "invalid_verdicts": 1, "left_out": {"only_in_a": 2}},
+            **{"a": evil, "b": "sft", "judge": "callable"},
+        },
+    )
+    append(folder.winrate_samples, {"prompt": evil, "a": evil, "b": "plain", "verdict": 0.5})
+    return root
+
+
+def test_frontier_winrate_and_calibration_are_shown_and_escaped(tmp_path):
+    write_page([collect(a_picture(tmp_path / "run"))], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    for text in (
+        "DPO against PPO, learnt reward",
+        "+0.120 [+0.010, +0.200]",
+        "DPO dominates",
+        "target KL 3",
+        "3.00 [2.90, 3.10]",
+        "0.610 [0.500, 0.700]",
+        "not to be had",
+        "calibration error (ECE)",
+        "0.700 [0.600, 0.800]",
+        "ppo-3-seed0 stopped early",
+        "a (0.50)",
+    ):
+        assert text in page, text
+    assert "<script>alert(1)</script>" not in page
+    # three plots of the frontier, one calibration curve, ten curves twice
+    assert page.count('class="plotly-graph-div"') == 3 + 1 + 20
+
+
 def test_page_shows_everything_and_escapes_it(tmp_path):
     run = a_run(tmp_path / "run")
     write_page([collect(run)], tmp_path / "page.html")
@@ -132,7 +205,7 @@ def test_browser_draws_every_plot_without_an_error(tmp_path):
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("no Chromium on this machine")
-    write_page([collect(a_run(tmp_path / "run"))], tmp_path / "page.html")
+    write_page([collect(a_picture(tmp_path / "run"))], tmp_path / "page.html")
     flags = [
         "--headless",
         "--no-sandbox",
@@ -160,4 +233,4 @@ def test_browser_draws_every_plot_without_an_error(tmp_path):
         timeout=120,
     )
     assert "CONSOLE" not in done.stderr
-    assert done.stdout.count('class="main-svg"') >= 20
+    assert done.stdout.count('class="main-svg"') >= 24

@@ -184,6 +184,7 @@ def test_what_holds_no_preference_is_left_out_and_counted(inputs, tmp_path, monk
         "prompt": PROMPTS[0],
         "responses": ["a", "bb", "ccc"],
         "scores": [1, 2, 3],
+        "ended": [True, True, True],
     }
     assert "2 of 5 prompts with 6 comparisons" in str(report)
     config = load(PreferConfig, None, words(inputs, tmp_path / "q.jsonl", *by_length(inputs, "same")))

@@ -86,7 +86,7 @@ def evaluate(
     )
     figures: dict[str, Any] = {"beta": subject.beta, **pairs.as_json(config.seed), "kl": None}
     if config.sample_prompts:
-        records, figures["kl"] = _samples(config, subject, progress)
+        records, figures["kl"], figures["length"] = _samples(config, subject, progress)
         if scorer:
             figures["score"] = _score(records, scorer, config)
         write_text(folder.samples, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
@@ -135,8 +135,8 @@ def _logps(policy: Policy) -> Callable[[Batch], Tensor]:
 
 def _samples(
     config: EvalConfig, subject: Subject, progress: Callable[[str, int, int], None]
-) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
-    """Samples of both models for the first held-out prompts, by the same random streams, and KL from the policy's.
+) -> tuple[list[dict[str, Any]], dict[str, float] | None, dict[str, float]]:
+    """Samples of both models for the first held-out prompts, by the same random streams, KL from the policy's, mean lengths.
 
     KL is None when the temperature is not 1: the samples are then not the policy's own distribution.
     """
@@ -145,15 +145,16 @@ def _samples(
     seeds = [config.seed * 1_000_003 + i for i in range(len(prompts))]
     text_of = {tree.rows[0]: tree.prompt for tree in subject.texts}
     records: list[dict[str, Any]] = [{"prompt": text_of[tree.row]} for tree in trees]
-    kl = None
+    kl, lengths = None, dict[str, float]()
     for name, policy in (("reference", subject.reference), ("policy", subject.policy)):
         ids = sample(policy, prompts, seeds, config.sample, lambda done: progress("samples", done, 2 * len(prompts)))
+        lengths[name] = sum(map(len, ids)) / len(ids)
         texts = policy.tokenizer.batch_decode([list(x) for x in ids], skip_special_tokens=True)
         for i, record in enumerate(records):
             record[name] = [text.strip() for text in texts[i * each : (i + 1) * each]]
         if name == "policy" and config.sample.temperature == 1.0:
             kl = kl_of_samples(policy, _logps(subject.reference), prompts, ids, config.sample).as_json()
-    return records, kl
+    return records, kl, lengths
 
 
 def _score(records: list[dict[str, Any]], scorer: tuple[str, Scorer], config: EvalConfig) -> dict[str, Any]:

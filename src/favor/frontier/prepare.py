@@ -17,10 +17,10 @@ from favor.data.tokenize import TokensConfig
 from favor.data.types import TokenTree
 from favor.embedded import cache_folder, frontier_files, model_folder, review_files
 from favor.frontier.recipe import FrontierConfig
+from favor.frontier.shrink import shrink
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, load_policy
 from favor.model.sample import SampleConfig, sample
-from favor.model.shrink import shrink
 from favor.run import RunFolder, make_folder, write_json, write_text
 from favor.scoring.source import RewardConfig, make_scorer
 from favor.train import reference

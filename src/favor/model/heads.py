@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from favor.data.types import Batch
 from favor.errors import CheckpointError, ConfigError
-from favor.model.load import ModelConfig, Policy, check_path, load_tokenizer, make_policy, readable
+from favor.model.load import ModelConfig, Policy, check_path, load_tokenizer, make_policy, merge_adapter, readable
 from favor.model.logprobs import head_states, logps_of_states, scored_logps
 
 
@@ -36,11 +36,13 @@ def load_scalar_model(config: ModelConfig, seed: int = 0) -> Policy:
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
-    if not isinstance(vars(model).get("_modules", {}).get("score"), nn.Linear):
+    fresh = "score.weight" in info["missing_keys"]
+    plain = merge_adapter(model, config.lora, config.path)
+    if not isinstance(dict(plain.named_children()).get("score"), nn.Linear):
         raise CheckpointError(f"{config.path}: {type(model).__name__} keeps no linear layer named 'score'")
-    if "score.weight" in info["missing_keys"]:
-        nn.init.zeros_(model.score.weight)
-    policy = make_policy(model, tokenizer, config, seed)
+    if fresh:
+        nn.init.zeros_(plain.get_submodule("score").weight)  # pyright: ignore[reportArgumentType]
+    policy = make_policy(plain, tokenizer, config, seed)
     _pad_without_end(policy, tokenizer)
     return policy
 
@@ -100,15 +102,15 @@ def _values(critic: Critic, states_NH: Tensor, batch: Batch) -> Tensor:
 
 
 def _pad_without_end(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-    ends = policy.end_ids
-    pad = tokenizer.pad_token_id
-    if not isinstance(pad, int) or pad in ends:
-        candidates = [tokenizer.unk_token_id, tokenizer.bos_token_id, *reversed(tokenizer.all_special_ids)]
-        pad = next((i for i in candidates if isinstance(i, int) and i not in ends), None)
-        if pad is None:
-            raise ConfigError(
-                f"{policy.source}: every special token of its tokenizer ends a turn, so none can pad; add a pad token"
-            )
-        tokenizer.pad_token_id = pad
-    policy.causal_lm.config.get_text_config().pad_token_id = pad
-    policy.causal_lm.config.pad_token_id = pad
+    config = policy.causal_lm.config
+    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
+    # some tokenizers bring a padding token that the model has no embedding for
+    fitting = [i for i in candidates if isinstance(i, int) and i < config.get_text_config().vocab_size]
+    pad = next((i for i in fitting if i not in policy.end_ids), None)
+    if pad is None:
+        raise ConfigError(
+            f"{policy.source}: every special token of its tokenizer ends a turn, so none can pad; add a pad token"
+        )
+    tokenizer.pad_token_id = pad
+    config.get_text_config().pad_token_id = pad
+    config.pad_token_id = pad

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from pydantic import BaseModel, Field, model_validator
 from safetensors import SafetensorError
 from torch import nn
@@ -140,7 +142,7 @@ def make_policy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: int = 0
 ) -> Policy:
     """Wrap a model already in memory (the tests' and notebooks' way in)."""
-    model = _merge_adapter(model)
+    model = merge_adapter(model, config.lora, config.path)
     device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else _plain(config.device))
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
     plain_attention = _attention_name(model)
@@ -241,24 +243,26 @@ def _with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Pef
             raise ConfigError(f"model.lora.targets = {settings.targets!r}: {error}") from None
 
 
-def _merge_adapter(model: Any) -> PreTrainedModel:
+def merge_adapter(model: Any, lora: LoraSettings | None, path: str) -> PreTrainedModel:
     """A folder that held an adapter arrives with it injected: fold it in, so that it belongs to the reference."""
     if not model._hf_peft_config_loaded:
         return model
+    if lora is not None:
+        # peft would save the new adapter as one on the hub or base model, without the adapter in between
+        raise ConfigError(
+            f"{path}: holds an adapter, and new adapters on it could not be loaded without it; "
+            "remove [model.lora] to train in full, or merge it into its model first (peft's merge_and_unload)"
+        )
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, _lora_layer()):
-                child.merge()
+            if isinstance(child, LoraLayer):
+                child.merge()  # pyright: ignore[reportCallIssue]
                 setattr(module, name, child.get_base_layer())
+            elif isinstance(child, ModulesToSaveWrapper):
+                setattr(module, name, child.modules_to_save[child.active_adapters[0]])
     del model.peft_config
     model._hf_peft_config_loaded = False
     return model.requires_grad_(True)
-
-
-def _lora_layer() -> Any:
-    from peft.tuners.lora import LoraLayer
-
-    return LoraLayer
 
 
 def _checkpoint_layers(policy: Policy) -> None:

@@ -39,6 +39,8 @@ def figure_rows(figures: Mapping[str, Any]) -> list[Row]:
     if kl := figures.get("kl"):
         text = f"{kl['mean']:.2f} ± {kl['se']:.2f}"
         rows.append((f"KL(policy || reference), nats ({kl['num_samples']} samples, ± s.e.)", text, "0"))
+    if length := figures.get("length"):
+        rows.append(("mean length of samples, tokens", f"{length['policy']:.1f}", f"{length['reference']:.1f}"))
     if score := figures.get("score"):
         rows.append(
             (

@@ -1,7 +1,7 @@
 """A small model cut out of a larger one: some of its layers, and only the tokens that given texts use.
 
 In: a model folder with a byte-level BPE tokenizer, and texts. Out: a smaller model folder that splits these texts into
-the same pieces; it wants fine-tuning before it says anything. Next: ../frontier.py.
+the same pieces; it wants fine-tuning before it says anything. Next: prepare.py.
 """
 
 import json
