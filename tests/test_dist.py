@@ -53,8 +53,8 @@ def test_two_ranks_follow_one_rank(tmp_path, command):
         *words,
         f"run={tmp_path / 'two'}",
     ]
-    for command in (one, two):
-        subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=200)
+    for line in (one, two):
+        subprocess.run(line, env=environment, check=True, capture_output=True, text=True, timeout=200)
 
     def curve(run):
         records = map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())

@@ -114,14 +114,14 @@ def _scored(bench: Bench, out: Sequence[tuple[int, ...]], kl: list[float], each:
     texts = [t.strip() for t in policy.tokenizer.batch_decode([list(i) for i in out], skip_special_tokens=True)]
     prompts = [text for _, text in bench.prompts for _ in range(each)]
     reward = bench.scorer(prompts, texts)
-    shown = [{"prompt": prompts[i], "text": texts[i], "reward": reward[i]} for i in range(0, 6 * each, each)]
+    shown = [{"prompt": prompts[i], "text": texts[i], "reward": reward[i]} for i in range(0, len(texts), each)]
     return {
         "reward": reward,
         "kl": kl,
         "length": [len(response) for response in out],
         "ended": sum(response[-1] in policy.end_ids for response in out) / len(out),
         "prompt": [i for i in range(len(bench.prompts)) for _ in range(each)],
-        "samples": shown[: len(bench.prompts)],
+        "samples": shown[:6],
     }
 
 

@@ -130,7 +130,8 @@ class FrontierConfig(BaseModel):
         for name in ("preferred_ft", "best_of_n"):
             if any(s < 1 or s != int(s) for s in vars(self.methods)[name]):
                 raise ValueError(f"methods.{name} are whole numbers from 1 up")
-        if self.task is not None and "layers" in self.model_fields_set:
+        # by value: the resolved recipe names every key
+        if self.task is not None and self.layers != type(self).model_fields["layers"].default:
             raise ValueError("layers cuts the embedded model; with [task] it is not read, remove it")
         return self
 
