@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo frontier test test-all check bench clean
 
 demo: .venv/.ready
 	$(BIN)/favor demo
+
+frontier: .venv/.ready
+	$(BIN)/favor frontier recipes/frontier.toml
 
 test: .venv/.ready
 	$(BIN)/pytest -m "not slow"

@@ -26,7 +26,7 @@ from favor.eval.margins import pair_figures
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
-from favor.model.sample import SampleConfig, sample
+from favor.model.sample import SampleConfig, decode, sample
 from favor.run import RunFolder, write_json, write_text
 
 Scorer = Callable[[Sequence[str]], Sequence[float]]
@@ -149,9 +149,9 @@ def _samples(
     for name, policy in (("reference", subject.reference), ("policy", subject.policy)):
         ids = sample(policy, prompts, seeds, config.sample, lambda done: progress("samples", done, 2 * len(prompts)))
         lengths[name] = sum(map(len, ids)) / len(ids)
-        texts = policy.tokenizer.batch_decode([list(x) for x in ids], skip_special_tokens=True)
+        texts = decode(policy, ids)
         for i, record in enumerate(records):
-            record[name] = [text.strip() for text in texts[i * each : (i + 1) * each]]
+            record[name] = texts[i * each : (i + 1) * each]
         if name == "policy" and config.sample.temperature == 1.0:
             kl = kl_of_samples(policy, _logps(subject.reference), prompts, ids, config.sample).as_json()
     return records, kl, lengths

@@ -26,7 +26,7 @@ from favor.losses import LossConfig, LossName
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
-from favor.model.sample import SampleConfig, sample
+from favor.model.sample import SampleConfig, decode, sample
 from favor.run import RunFolder, make_folder, read_jsonl, write_json, write_text
 from favor.scoring.source import Scorer, make_scorer
 from favor.train.loop import LoopConfig
@@ -111,7 +111,7 @@ def measure(config: FrontierConfig, policy: Policy, bench: Bench, seed: int) -> 
 
 
 def _scored(bench: Bench, out: Sequence[tuple[int, ...]], kl: list[float], each: int, policy: Policy) -> dict[str, Any]:
-    texts = [t.strip() for t in policy.tokenizer.batch_decode([list(i) for i in out], skip_special_tokens=True)]
+    texts = decode(policy, out)
     prompts = [text for _, text in bench.prompts for _ in range(each)]
     reward = bench.scorer(prompts, texts)
     shown = [{"prompt": prompts[i], "text": texts[i], "reward": reward[i]} for i in range(0, len(texts), each)]
@@ -132,9 +132,7 @@ def _best_of_n(config: FrontierConfig, task: Task, places: Places, point: Point,
     ids = [i for i in bench.ids for _ in range(each * count)]
     seeds = sample_seeds(1_000 + point.seed, list(range(len(bench.ids))), each * count)
     out = sample(bench.reference, ids, seeds, settings)
-    texts = [
-        t.strip() for t in bench.reference.tokenizer.batch_decode([list(i) for i in out], skip_special_tokens=True)
-    ]
+    texts = decode(bench.reference, out)
     learnt = make_scorer(learnt_reward(task, places, point.seed))
     scores = learnt([text for _, text in bench.prompts for _ in range(each * count)], texts)
     best = [max(range(k, k + count), key=scores.__getitem__) for k in range(0, len(out), count)]

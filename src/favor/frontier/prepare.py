@@ -20,7 +20,7 @@ from favor.frontier.recipe import FrontierConfig
 from favor.frontier.shrink import shrink
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, load_policy
-from favor.model.sample import SampleConfig, sample
+from favor.model.sample import SampleConfig, decode, sample
 from favor.run import RunFolder, make_folder, write_json, write_text
 from favor.scoring.source import RewardConfig, make_scorer
 from favor.train import reference
@@ -140,7 +140,7 @@ def label(config: FrontierConfig, task: Task, places: Places, seed: int) -> None
     seeds = sample_seeds(seed, list(range(len(prompts))), each)
     settings = SampleConfig(max_new_tokens=config.evaluate.max_new_tokens, batch=128)
     out = sample(policy, [i for i in ids for _ in range(each)], seeds, settings)
-    texts = [t.strip() for t in policy.tokenizer.batch_decode([list(i) for i in out], skip_special_tokens=True)]
+    texts = decode(policy, out)
     scores = make_scorer(task.reward)([text for _, text in prompts for _ in range(each)], texts)
     lines: list[str] = []
     for i, (_, prompt) in enumerate(prompts):

@@ -47,6 +47,12 @@ def sample(
     return results
 
 
+def decode(policy: Policy, responses: Sequence[Sequence[int]]) -> list[str]:
+    """Sampled ids as text, without special tokens and the white space around it."""
+    texts = policy.tokenizer.batch_decode([list(ids) for ids in responses], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
 def _sample_batch(
     policy: Policy, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: SampleConfig
 ) -> list[tuple[int, ...]]:

@@ -29,7 +29,7 @@ from favor.losses import LossConfig
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
-from favor.model.sample import SampleConfig, sample
+from favor.model.sample import SampleConfig, decode, sample
 from favor.run import start
 from favor.scoring.source import RewardConfig, Scorer, make_scorer
 from favor.train import reference
@@ -305,7 +305,7 @@ def _probe(config: TrainConfig, policy: Policy, beside: Beside, splits: Splits) 
     kl = kl_of_samples(policy, beside.alive, prompts, ids, settings)
     found = {"kl": kl.mean, "kl_se": kl.se}
     if beside.scorer is not None:
-        texts = [t.strip() for t in policy.tokenizer.batch_decode([list(i) for i in ids], skip_special_tokens=True)]
+        texts = decode(policy, ids)
         scores = beside.scorer([splits.prompts[name][tree.row] for tree in trees], texts)
         found["reward"] = sum(scores) / len(scores)
     return found

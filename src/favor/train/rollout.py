@@ -16,7 +16,7 @@ from favor.dist.world import World
 from favor.model.heads import Critic, logps_and_values
 from favor.model.load import Policy
 from favor.model.logprobs import scored_logps
-from favor.model.sample import SampleConfig, sample
+from favor.model.sample import SampleConfig, decode, sample
 from favor.scoring.source import Scorer
 from favor.train.loop import micro_batches
 from favor.train.reference import frozen
@@ -66,9 +66,7 @@ def collect(
     """Sample `each` responses per prompt, split over ranks, and measure them. Seeds depend on prompt and `seed` alone."""
     trees = _sampled(actors.policy, prompts, each, seed, config, world)
     responses = [response for tree in trees for response in tree.response_ids]
-    texts = [
-        t.strip() for t in actors.policy.tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
-    ]
+    texts = decode(actors.policy, responses)
     length_R = torch.tensor([len(r) for r in responses])
     mask_RT = torch.arange(int(length_R.max()))[None] < length_R[:, None]
     arrays = _measured(actors, trees, mask_RT.shape, budget, world)
