@@ -8,6 +8,7 @@ import pytest
 
 from favor.errors import CheckpointError
 from favor.report.collect import collect
+from favor.report.frontier import frontier_figure, widest_kl
 from favor.report.page import flatten, write_page
 from favor.run import RunFolder, append, write_json
 
@@ -91,8 +92,11 @@ def a_picture(root, evil="<script>alert(1)</script>"):
             "dominance": [{"a": "dpo", "b": "ppo", "difference": 0.12, "low": 0.01, "high": 0.2, "wins": "dpo"}],
             "stability": [{"method": m, "strength": 3, "seed": 0, "curve": curve} for m in ("dpo", "ppo")],
             "stopped": [{"point": "ppo-3-seed0", "why": f"KL explosion {evil}"}],
-            "samples": [],
-            "seconds": {"dpo": 1.0},
+            "samples": [
+                {"method": "dpo", "strength": s, "samples": [{"prompt": evil, "text": f"dpo at {s}", "reward": 0.875}]}
+                for s in (1, 2, 3)
+            ],
+            "seconds": {"dpo": 8.0},
             "finished": 8,
             "wanted": 8,
             "num_prompts": 4,
@@ -140,11 +144,36 @@ def test_frontier_winrate_and_calibration_are_shown_and_escaped(tmp_path):
         "0.700 [0.600, 0.800]",
         "ppo-3-seed0 stopped early",
         "a (0.50)",
+        "Seconds a point, training and measuring: DPO 2;",
+        '<span class="score">0.88</span>dpo at 2',
     ):
         assert text in page, text
+    assert "dpo at 1" not in page
     assert "<script>alert(1)</script>" not in page
-    # three plots of the frontier, one calibration curve, ten curves twice
-    assert page.count('class="plotly-graph-div"') == 3 + 1 + 20
+    # the frontier, KL and reward of two methods, one calibration curve, ten curves twice
+    assert page.count('class="plotly-graph-div"') == 1 + 4 + 1 + 20
+
+
+def test_a_method_that_broke_down_does_not_squash_the_frontier():
+    def at(kl):
+        return {
+            "strength": 1,
+            "kl": {"mean": kl, "low": kl - 1, "high": kl + 1},
+            "reward": dict.fromkeys(("mean", "low", "high"), 0.5),
+        }
+
+    points = {
+        "start": [at(0)],
+        "dpo": [at(4), at(15)],
+        "kto": [at(13)],
+        "ppo": [at(6)],
+        "unlikelihood": [at(2), at(106)],
+    }
+    assert widest_kl(points) == 16
+    figure = frontier_figure({"points": points})
+    assert figure.layout.xaxis.range[1] == pytest.approx(16.8)
+    assert "Unlikelihood alpha 1 (KL 106, reward 0.50)" in figure.layout.xaxis.title.text
+    assert "beyond" not in frontier_figure({"points": points | {"unlikelihood": [at(2)]}}).layout.xaxis.title.text
 
 
 def test_page_shows_everything_and_escapes_it(tmp_path):

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 from rich.table import Table
 
 LABELS = {
@@ -73,8 +72,16 @@ def frontier_rows(found: Mapping[str, Any]) -> FrontierRows:
         "at equal KL is higher over the range both reach, by an interval that leaves out 0",
         "Best-of-N's KL is its bound log N - (N-1)/N, not a measurement",
     ]
+    took = ", ".join(
+        f"{LABELS[m]} {s / _runs(found, m):.0f}" for m, s in found["seconds"].items() if found["points"].get(m)
+    )
+    notes += [f"Seconds a point, training and measuring: {took}; the learnt rewards of PPO and Best-of-N come on top"]
     notes += [f"{item['point']} stopped early: {item['why']}" for item in found["stopped"]]
     return FrontierRows(points, dominance, notes)
+
+
+def _runs(found: Mapping[str, Any], method: str) -> int:
+    return len(found["points"][method]) * len(found["seeds"])
 
 
 def frontier_table(found: Mapping[str, Any]) -> Table:
@@ -85,19 +92,10 @@ def frontier_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def frontier_figures(found: Mapping[str, Any]) -> list[go.Figure]:
-    """Reward against KL with intervals both ways, and KL and reward over training for DPO and PPO."""
-    figures = [_reward_against_kl(found["points"])]
-    if found["stability"]:
-        figures += [
-            _stability(found["stability"], key, unit) for key, unit in (("kl", "KL, nats"), ("reward", "reward"))
-        ]
-    return figures
-
-
-def _reward_against_kl(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> go.Figure:
+def frontier_figure(found: Mapping[str, Any]) -> go.Figure:
+    """Reward against KL, with intervals both ways. Points far to the right of all others are named, not drawn to scale."""
     figure = go.Figure()
-    for method, members in points.items():
+    for method, members in found["points"].items():
         ordered = sorted(members, key=lambda p: p["kl"]["mean"])
         figure.add_scatter(
             x=[p["kl"]["mean"] for p in ordered],
@@ -110,30 +108,79 @@ def _reward_against_kl(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> go.
             line={"color": _COLOURS[method], "width": 2},
             marker={"size": 8},
         )
-    figure.update_layout(xaxis_title="sampled KL(policy || SFT), nats a response", yaxis_title="ground-truth reward")
-    return _styled(figure, "Reward against KL: up and to the left is better", 460)
+    shown = widest_kl(found["points"])
+    far = [
+        f"{LABELS[method]} {_strength(method, p['strength'])} (KL {p['kl']['mean']:.0f}, reward {p['reward']['mean']:.2f})"
+        for method, members in found["points"].items()
+        for p in members
+        if p["kl"]["mean"] > shown
+    ]
+    axis = "sampled KL(policy || SFT), nats a response"
+    if far:
+        axis += f"<br>beyond the right edge: {', '.join(far)}; double-click shows all"
+    figure.update_layout(
+        xaxis={"title": axis, "range": [-0.02 * shown, 1.05 * shown]}, yaxis_title="ground-truth reward"
+    )
+    return _styled(figure, "Reward against KL: up and to the left is better", 480)
 
 
-def _stability(curves: Sequence[Mapping[str, Any]], key: str, unit: str) -> go.Figure:
-    """One small plot a method; every line is a run (strength and seed), over the share of its training."""
+def widest_kl(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+    """The largest interval end among points whose KL is at most 3 times the median of the methods' largest ones.
+
+    A method that broke down would otherwise squash all others.
+    """
+    largest = sorted(max(p["kl"]["mean"] for p in members) for members in points.values() if members)
+    limit = 3 * largest[len(largest) // 2] if largest else 0.0
+    ends = [p["kl"]["high"] for members in points.values() for p in members if p["kl"]["mean"] <= limit]
+    return max(ends, default=0.0) or 1.0
+
+
+def stability_figures(found: Mapping[str, Any]) -> list[go.Figure]:
+    """KL and reward over training, a small plot a method: every line is a run (strength and seed)."""
+    curves = found["stability"]
+    top = max((r["kl"] for curve in curves for r in curve["curve"]), default=0.0)
     methods = list(dict.fromkeys(curve["method"] for curve in curves))
-    figure = make_subplots(1, len(methods), shared_yaxes=True, subplot_titles=[LABELS[m] for m in methods])
+    figures = [_stability(curves, method, "kl", f"KL over training: {LABELS[method]}") for method in methods]
+    for figure in figures:
+        figure.update_yaxes(title_text="KL, nats", range=[min(0.0, -0.05 * top), 1.05 * top])
+    for method in methods:
+        figure = _stability(curves, method, "reward", f"Reward over training: {LABELS[method]}")
+        # PPO's own reward has no fixed scale, so it shares no axis with the ground truth
+        title = "learnt reward (its own scale)" if method == "ppo" else "ground-truth reward"
+        figure.update_yaxes(title_text=title, range=None if method == "ppo" else [0, 1])
+        figures.append(figure)
+    return figures
+
+
+def _stability(curves: Sequence[Mapping[str, Any]], method: str, key: str, title: str) -> go.Figure:
+    figure = go.Figure()
     for curve in curves:
-        records = curve["curve"]
-        last = records[-1]["step"]
-        figure.add_scatter(
-            x=[r["step"] / last for r in records],
-            y=[r[key] for r in records],
-            name=f"{_strength(curve['method'], curve['strength'])}, seed {curve['seed']}",
-            mode="lines",
-            line={"color": _COLOURS[curve["method"]], "width": 1},
-            showlegend=False,
-            row=1,
-            col=methods.index(curve["method"]) + 1,
-        )
+        if curve["method"] == method:
+            records = curve["curve"]
+            figure.add_scatter(
+                x=[r["step"] / records[-1]["step"] for r in records],
+                y=[r[key] for r in records],
+                name=f"{_strength(method, curve['strength'])}, seed {curve['seed']}",
+                mode="lines",
+                line={"color": _COLOURS[method], "width": 1},
+                showlegend=False,
+            )
     figure.update_xaxes(title_text="share of training", range=[0, 1])
-    figure.update_yaxes(title_text=unit, col=1)
-    return _styled(figure, f"Stability: {unit} over training, every run", 320)
+    return _styled(figure, title, 260)
+
+
+def samples_side_by_side(found: Mapping[str, Any], prompts: int = 4) -> list[tuple[str, list[tuple[str, float, str]]]]:
+    """Per held-out prompt: (method and strength, reward, sample) of every method at its middle strength, first seed."""
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for item in sorted(found["samples"], key=lambda item: item["strength"]):
+        by_method.setdefault(item["method"], []).append(item)
+    middle = [by_method[method][len(by_method[method]) // 2] for method in LABELS if method in by_method]
+    rows: dict[str, list[tuple[str, float, str]]] = {}
+    for item in middle:
+        label = f"{LABELS[item['method']]} {_strength(item['method'], item['strength'])}".strip()
+        for sample in item["samples"][:prompts]:
+            rows.setdefault(sample["prompt"], []).append((label, sample["reward"], sample["text"]))
+    return list(rows.items())
 
 
 def _styled(figure: go.Figure, title: str, height: int) -> go.Figure:

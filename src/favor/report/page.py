@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.io import to_html
 
 from favor.report.collect import RunRecord
-from favor.report.frontier import frontier_figures, frontier_rows
+from favor.report.frontier import frontier_figure, frontier_rows, samples_side_by_side, stability_figures
 from favor.report.table import figure_rows
 from favor.report.winrate import winrate_rows
 from favor.run import write_text
@@ -62,14 +62,12 @@ def write_page(runs: Sequence[RunRecord], path: Path) -> None:
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(files("favor.report").joinpath("page.html.jinja").read_text("utf-8"))
-    frontiers = [(run.name, frontier_rows(run.frontier)) for run in runs if run.frontier]
     by_step, by_tokens = _plots(runs, "step"), _plots(runs, "tokens")
     page = template.render(
         runs=runs,
         title=" / ".join(run.name for run in runs),
         plotly=Markup(plotly.offline.get_plotlyjs()),
-        frontiers=frontiers,
-        frontier_plots=[_html(f) for run in runs if run.frontier for f in frontier_figures(run.frontier)],
+        frontiers=[_frontier(run) for run in runs if run.frontier],
         calibrations=[_html(f) for f in (_calibration(runs),) if f.data],
         winrates=[(run.name, winrate_rows(run.winrate)) for run in runs if run.winrate],
         judged=[(run.name, run.winrate_samples) for run in runs if run.winrate_samples],
@@ -81,6 +79,16 @@ def write_page(runs: Sequence[RunRecord], path: Path) -> None:
         samples=[(run.name, [_sides(sample) for sample in run.samples]) for run in runs if run.samples],
     )
     write_text(path, page)
+
+
+def _frontier(run: RunRecord) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "rows": frontier_rows(run.frontier),
+        "plot": _html(frontier_figure(run.frontier)),
+        "stability": [_html(figure) for figure in stability_figures(run.frontier)],
+        "samples": samples_side_by_side(run.frontier),
+    }
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
