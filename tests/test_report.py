@@ -8,7 +8,7 @@ import pytest
 
 from favor.errors import CheckpointError
 from favor.report.collect import collect
-from favor.report.frontier import frontier_figure, widest_kl
+from favor.report.frontier import frontier_figure, frontier_rows, widest_kl
 from favor.report.page import flatten, write_page
 from favor.run import RunFolder, append, write_json
 
@@ -172,8 +172,11 @@ def test_a_method_that_broke_down_does_not_squash_the_frontier():
     assert widest_kl(points) == 16
     figure = frontier_figure({"points": points})
     assert figure.layout.xaxis.range[1] == pytest.approx(16.8)
-    assert "Unlikelihood alpha 1 (KL 106, reward 0.50)" in figure.layout.xaxis.title.text
-    assert "beyond" not in frontier_figure({"points": points | {"unlikelihood": [at(2)]}}).layout.xaxis.title.text
+    found = {"points": points, "dominance": [], "finished": 7, "wanted": 7, "num_prompts": 4, "samples_per_prompt": 2}
+    found |= {"seeds": [0], "seconds": {}, "stopped": []}
+    assert "Unlikelihood alpha 1 (KL 106, reward 0.50)" in frontier_rows(found).notes[-1]
+    found["points"] = points | {"unlikelihood": [at(2)]}
+    assert not any("Beyond" in note for note in frontier_rows(found).notes)
 
 
 def test_page_shows_everything_and_escapes_it(tmp_path):

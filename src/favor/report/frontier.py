@@ -76,6 +76,8 @@ def frontier_rows(found: Mapping[str, Any]) -> FrontierRows:
         f"{LABELS[m]} {s / _runs(found, m):.0f}" for m, s in found["seconds"].items() if found["points"].get(m)
     )
     notes += [f"Seconds a point, training and measuring: {took}; the learnt rewards of PPO and Best-of-N come on top"]
+    if far := _beyond(found["points"]):
+        notes.append(f"Beyond the plot's right edge (double-click on the plot shows all): {', '.join(far)}")
     notes += [f"{item['point']} stopped early: {item['why']}" for item in found["stopped"]]
     return FrontierRows(points, dominance, notes)
 
@@ -93,7 +95,7 @@ def frontier_table(found: Mapping[str, Any]) -> Table:
 
 
 def frontier_figure(found: Mapping[str, Any]) -> go.Figure:
-    """Reward against KL, with intervals both ways. Points far to the right of all others are named, not drawn to scale."""
+    """Reward against KL, with intervals both ways; the axis ends at widest_kl."""
     figure = go.Figure()
     for method, members in found["points"].items():
         ordered = sorted(members, key=lambda p: p["kl"]["mean"])
@@ -109,17 +111,9 @@ def frontier_figure(found: Mapping[str, Any]) -> go.Figure:
             marker={"size": 8},
         )
     shown = widest_kl(found["points"])
-    far = [
-        f"{LABELS[method]} {_strength(method, p['strength'])} (KL {p['kl']['mean']:.0f}, reward {p['reward']['mean']:.2f})"
-        for method, members in found["points"].items()
-        for p in members
-        if p["kl"]["mean"] > shown
-    ]
-    axis = "sampled KL(policy || SFT), nats a response"
-    if far:
-        axis += f"<br>beyond the right edge: {', '.join(far)}; double-click shows all"
     figure.update_layout(
-        xaxis={"title": axis, "range": [-0.02 * shown, 1.05 * shown]}, yaxis_title="ground-truth reward"
+        xaxis={"title": "sampled KL, nats a response", "range": [-0.02 * shown, 1.05 * shown]},
+        yaxis_title="ground-truth reward",
     )
     return _styled(figure, "Reward against KL: up and to the left is better", 480)
 
@@ -133,6 +127,16 @@ def widest_kl(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
     limit = 3 * largest[len(largest) // 2] if largest else 0.0
     ends = [p["kl"]["high"] for members in points.values() for p in members if p["kl"]["mean"] <= limit]
     return max(ends, default=0.0) or 1.0
+
+
+def _beyond(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    shown = widest_kl(points)
+    return [
+        f"{LABELS[method]} {_strength(method, p['strength'])} (KL {p['kl']['mean']:.0f}, reward {p['reward']['mean']:.2f})"
+        for method, members in points.items()
+        for p in members
+        if p["kl"]["mean"] > shown
+    ]
 
 
 def stability_figures(found: Mapping[str, Any]) -> list[go.Figure]:
@@ -189,7 +193,7 @@ def _styled(figure: go.Figure, title: str, height: int) -> go.Figure:
         height=height,
         margin={"l": 54, "r": 12, "t": 64, "b": 44},
         template="plotly_white",
-        legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
+        legend={"orientation": "h", "y": -0.25, "yanchor": "top"},
     )
     return figure
 
