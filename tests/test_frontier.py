@@ -151,7 +151,8 @@ def test_a_whole_picture_and_its_resumption(task, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "Who dominates whom" in page
     assert "PPO, learnt reward" in page
-    assert page.count('class="plotly-graph-div"') == 3
+    # the frontier; KL and reward over training of three methods
+        assert page.count('class="plotly-graph-div"') == 1 + 6
     with pytest.raises(ConfigError, match="another recipe"):
         frontier(config.model_copy(update={"jobs": 1}), open_session)
 
