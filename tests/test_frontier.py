@@ -152,7 +152,7 @@ def test_a_whole_picture_and_its_resumption(task, tmp_path):
     assert "Who dominates whom" in page
     assert "PPO, learnt reward" in page
     # the frontier; KL and reward over training of three methods
-        assert page.count('class="plotly-graph-div"') == 1 + 6
+    assert page.count('class="plotly-graph-div"') == 1 + 6
     with pytest.raises(ConfigError, match="another recipe"):
         frontier(config.model_copy(update={"jobs": 1}), open_session)
 
