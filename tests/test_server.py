@@ -322,7 +322,7 @@ def test_options_that_the_engine_does_not_read(serve, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not is_serve_available(), reason="transformers serve needs fastapi, uvicorn and openai")
+@pytest.mark.skipif(not is_serve_available(), reason="transformers serve needs the extra favor[serving]")
 def test_a_real_server(tmp_path, monkeypatch):
     """The protocol as somebody else understands it: chat and plain text against `transformers serve`."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
