@@ -22,6 +22,7 @@ class Judgment(NamedTuple):
 
     `ties` are pairs judged equally good. `scores` (one per response, or none) say by how much one is better. `cut`
     are responses that stop before their end, as samples at a length limit do: they get no end-of-turn token.
+    `labels` (one per order, or none) are the probabilities that the orders are right. `thumbs` judge single responses.
     """
 
     prompt: Text
@@ -32,6 +33,8 @@ class Judgment(NamedTuple):
     ties: tuple[tuple[int, int], ...] = ()
     scores: tuple[float, ...] = ()
     cut: tuple[int, ...] = ()
+    labels: tuple[float, ...] = ()
+    thumbs: tuple[tuple[int, bool], ...] = ()
 
 
 def recognise(row: dict[str, Any]) -> str:

@@ -5,12 +5,12 @@ rank, and each as tensors. Pure and deterministic. Next: loader.py.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 
-from favor.data.types import Batch, Comparison, Layout, Node, TokenTree
+from favor.data.types import Batch, Comparison, Layout, Node, Thumb, TokenTree
 
 
 def plan(sizes: Sequence[int], budget: int, world: int = 1) -> list[list[int]]:
@@ -161,33 +161,41 @@ def _scored(
 
 
 def _comparisons(trees: Sequence[TokenTree]) -> dict[str, torch.Tensor]:
-    """Comparisons as index tensors: every pair a ranking implies, the rankings themselves, and the ties."""
+    """Comparisons as index tensors: every pair a ranking implies, the rankings themselves, ties and thumbs."""
     rankings: list[Comparison] = []
     ties: list[Comparison] = []
+    thumbs: list[Thumb] = []
     index: list[int] = []
     for tree in trees:
         offset = len(index)
         index.extend(range(tree.first_response, tree.first_response + len(tree.response_ids)))
         rankings.extend(c._replace(order=tuple(offset + r for r in c.order)) for c in tree.comparisons)
         ties.extend(c._replace(order=tuple(offset + r for r in c.order)) for c in tree.ties)
+        thumbs.extend(thumb._replace(response=offset + thumb.response) for thumb in tree.thumbs)
     longest = max((len(c.order) for c in rankings), default=2)
     pairs = [pair for ranking in rankings for pair in _implied(ranking)]
     orders = [c.order + (-1,) * (longest - len(c.order)) for c in rankings]
+    drops = [list(accumulate(c.gaps or (0.0,) * (len(c.order) - 1), initial=0.0)) for c in rankings]
     return {
         "index_R": torch.tensor(index, dtype=torch.int64),
         "chosen_P": torch.tensor([p[0] for p in pairs], dtype=torch.int64),
         "rejected_P": torch.tensor([p[1] for p in pairs], dtype=torch.int64),
         "weight_P": torch.tensor([p[2] for p in pairs], dtype=torch.float32),
         "margin_P": torch.tensor([p[3] for p in pairs], dtype=torch.float32),
+        "label_P": torch.tensor([p[4] for p in pairs], dtype=torch.float32),
         "ranking_QK": torch.tensor(orders, dtype=torch.int64).view(-1, longest),
+        "drop_QK": torch.tensor([d + [0.0] * (longest - len(d)) for d in drops]).view(-1, longest),
         "weight_Q": torch.tensor([c.weight for c in rankings], dtype=torch.float32),
         "tie_U2": torch.tensor([c.order for c in ties], dtype=torch.int64).view(-1, 2),
         "weight_U": torch.tensor([c.weight for c in ties], dtype=torch.float32),
+        "thumb_I": torch.tensor([t.response for t in thumbs], dtype=torch.int64),
+        "good_I": torch.tensor([t.good for t in thumbs], dtype=torch.bool),
+        "weight_I": torch.tensor([t.weight for t in thumbs], dtype=torch.float32),
     }
 
 
-def _implied(ranking: Comparison) -> list[tuple[int, int, float, float]]:
-    """(better, worse, weight, margin) of every pair that a ranking implies; the margin is 0 where nothing is known."""
-    order, weight, gaps = ranking
+def _implied(ranking: Comparison) -> list[tuple[int, int, float, float, float]]:
+    """(better, worse, weight, margin, label) of every pair that a ranking implies; the margin is 0 where nothing is known."""
+    order, weight, gaps, label = ranking
     count = len(order)
-    return [(order[i], order[j], weight, sum(gaps[i:j], 0.0)) for i in range(count) for j in range(i + 1, count)]
+    return [(order[i], order[j], weight, sum(gaps[i:j], 0.0), label) for i in range(count) for j in range(i + 1, count)]

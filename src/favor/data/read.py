@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from favor.config import STRICT
 from favor.data.formats import FORMATS, Judgment, RowError, recognise
-from favor.data.types import Comparison, PromptTree, Text
+from favor.data.types import Comparison, PromptTree, Text, Thumb
 from favor.errors import DataError
 
 Numbered = Iterator[tuple[int, Any]]
@@ -47,6 +47,7 @@ class ReadReport:
     num_responses: int
     num_comparisons: int
     num_ties: int
+    num_thumbs: int
     merged_prompts: int
     merged_responses: int
     repeated_comparisons: int
@@ -94,6 +95,7 @@ def read(source: str, config: DataConfig, split: str) -> tuple[list[PromptTree],
         num_responses=sum(len(tree.responses) for tree in trees),
         num_comparisons=sum(len(tree.comparisons) for tree in trees),
         num_ties=sum(len(tree.ties) for tree in trees),
+        num_thumbs=sum(len(tree.thumbs) for tree in trees),
         merged_prompts=num_rows - len(dropped) - len(trees),
         merged_responses=sum(tree.merged for tree in growing.values()),
         repeated_comparisons=repeated,
@@ -120,7 +122,9 @@ class _Growing:
     responses: dict[str, Text] = field(default_factory=dict[str, Text])
     weights: dict[tuple[int, ...], float] = field(default_factory=dict[tuple[int, ...], float])
     gaps: dict[tuple[int, ...], tuple[float, ...]] = field(default_factory=dict[tuple[int, ...], tuple[float, ...]])
+    labels: dict[tuple[int, ...], float] = field(default_factory=dict[tuple[int, ...], float])
     ties: dict[tuple[int, ...], float] = field(default_factory=dict[tuple[int, ...], float])
+    thumbs: dict[tuple[int, bool], float] = field(default_factory=dict[tuple[int, bool], float])
     cut: set[int] = field(default_factory=set[int])
     rows: list[int] = field(default_factory=list[int])
     merged: int = 0
@@ -137,25 +141,33 @@ class _Growing:
             index.append(list(self.responses).index(key))
         self.cut.update(index[i] for i in judgment.cut)
         repeated = 0
-        for order in judgment.orders:
+        for number, order in enumerate(judgment.orders):
             mine = tuple(index[i] for i in order)
             repeated += mine in self.weights
-            self.weights[mine] = self.weights.get(mine, 0.0) + judgment.weight
+            before = self.weights.get(mine, 0.0)
+            self.weights[mine] = before + judgment.weight
+            label = judgment.labels[number] if judgment.labels else 1.0
+            # repeated soft labels: their weighted mean
+            self.labels[mine] = (self.labels.get(mine, 1.0) * before + label * judgment.weight) / self.weights[mine]
             if judgment.scores:
                 by_rank = [judgment.scores[i] for i in order]
                 self.gaps[mine] = tuple(better - worse for better, worse in pairwise(by_rank))
         for tie in judgment.ties:
             tied = tuple(sorted(index[i] for i in tie))
             self.ties[tied] = self.ties.get(tied, 0.0) + judgment.weight
+        for i, good in judgment.thumbs:
+            self.thumbs[index[i], good] = self.thumbs.get((index[i], good), 0.0) + judgment.weight
         return repeated
 
     def finish(self, source: str) -> PromptTree:
-        comparisons = tuple(Comparison(order, w, self.gaps.get(order, ())) for order, w in self.weights.items())
+        comparisons = tuple(
+            Comparison(order, w, self.gaps.get(order, ()), self.labels[order]) for order, w in self.weights.items()
+        )
+        thumbs = tuple(Thumb(response, good, weight) for (response, good), weight in self.thumbs.items())
         responses = tuple(self.responses.values())
         ties = tuple(Comparison(members, weight) for members, weight in self.ties.items())
-        return PromptTree(
-            self.prompt, responses, comparisons, tuple(self.rows), source, self.tools, ties, tuple(sorted(self.cut))
-        )
+        cut = tuple(sorted(self.cut))
+        return PromptTree(self.prompt, responses, comparisons, tuple(self.rows), source, self.tools, ties, cut, thumbs)
 
 
 def _key(value: Any) -> str:

@@ -289,6 +289,7 @@ def _assemble(
         first_response=0,
         row=tree.rows[0],
         ties=tree.ties,
+        thumbs=tree.thumbs,
     )
 
 
@@ -338,9 +339,12 @@ def _cut_responses(tree: TokenTree, room: int, report: TokenReport) -> TokenTree
     report.comparisons_dropped += len(tree.comparisons) + len(tree.ties) - len(comparisons) - len(ties)
     if tree.comparisons and not comparisons:
         return None
+    thumbs = tuple(thumb._replace(response=index[thumb.response]) for thumb in tree.thumbs)
     whole = [len(r) <= room and done for r, done in zip(tree.response_ids, tree.complete, strict=True)]
     complete = tuple(any(w for w, c in zip(whole, cut, strict=True) if c == u) for u in unique)
-    return replace(tree, response_ids=tuple(unique), complete=complete, comparisons=comparisons, ties=ties)
+    return replace(
+        tree, response_ids=tuple(unique), complete=complete, comparisons=comparisons, ties=ties, thumbs=thumbs
+    )
 
 
 def _mapped(comparisons: Sequence[Comparison], index: Sequence[int]) -> tuple[Comparison, ...]:

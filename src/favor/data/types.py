@@ -5,7 +5,7 @@ In: nothing. Out: PromptTree (text), TokenTree (ids), Batch (tensors). Next: dat
 Shape legend, used as name suffixes everywhere:
   B rows of a padded batch (1 when packed)     T tokens of a row        N positions whose logits are needed
   E scored tokens (each once)                  M (response, scored token) memberships
-  R responses     P pairs     Q rankings       K longest ranking        U ties      V vocabulary
+  R responses     P pairs     Q rankings       K longest ranking        U ties      I thumbs     V vocabulary
 """
 
 from dataclasses import dataclass, replace
@@ -24,11 +24,21 @@ class Comparison(NamedTuple):
 
     order: indices into the tree's responses. weight: how much this comparison counts (1 = one judgment).
     gaps: by how much each member is better than the next, where the data says so (a margin, a score difference).
+    label: of a pair, the probability that this order is right (a soft label, such as a share of votes).
     """
 
     order: tuple[int, ...]
     weight: float = 1.0
     gaps: tuple[float, ...] = ()
+    label: float = 1.0
+
+
+class Thumb(NamedTuple):
+    """One response judged alone: good or bad."""
+
+    response: int
+    good: bool
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,8 @@ class PromptTree:
     """One prompt, its unique responses and the comparisons among them, as text or chat messages.
 
     `prompt` is plain text or messages; every response is plain text or the messages that follow the
-    prompt. `ties` are judgments that two responses are equally good, `cut` the
-    responses that stop before their end. `tools` goes to the chat template.
+    prompt. `ties` are judgments that two responses are equally good, `thumbs` judge one response alone, `cut` are
+    the responses that stop before their end. `tools` goes to the chat template.
     `rows` are the 1-based row numbers of `source` merged here.
     """
 
@@ -49,6 +59,7 @@ class PromptTree:
     tools: tuple[dict[str, Any], ...] | None = None
     ties: tuple[Comparison, ...] = ()
     cut: tuple[int, ...] = ()
+    thumbs: tuple[Thumb, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ class TokenTree:
     first_response: int
     row: int
     ties: tuple[Comparison, ...] = ()
+    thumbs: tuple[Thumb, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -90,8 +102,10 @@ class Batch:
     positions whose next-token logits are needed; edge_head_E int64 indexes head_N and edge_target_E
     int64 is the token scored there. member_edge_M / member_response_M int64 say which scored tokens make up
     which response; last_R int64 is the flat index of each response's last token. chosen_P / rejected_P
-    int64 index R, weight_P and margin_P float32. ranking_QK int64, best first, padded with -1; weight_Q float32.
-    tie_U2 int64 indexes R, weight_U float32. index_R int64 is the data-set-wide response index.
+    int64 index R; weight_P, margin_P and label_P float32. ranking_QK int64, best first, padded with -1; weight_Q
+    float32; drop_QK float32 is how far each member's score lies below the best one's (0 where unknown). tie_U2 int64
+    indexes R, weight_U float32. thumb_I int64 indexes R, good_I bool, weight_I float32. index_R int64 is the
+    data-set-wide response index.
     """
 
     ids_BT: Tensor
@@ -110,10 +124,15 @@ class Batch:
     rejected_P: Tensor
     weight_P: Tensor
     margin_P: Tensor
+    label_P: Tensor
     ranking_QK: Tensor
+    drop_QK: Tensor
     weight_Q: Tensor
     tie_U2: Tensor
     weight_U: Tensor
+    thumb_I: Tensor
+    good_I: Tensor
+    weight_I: Tensor
     num_naive_tokens: int
 
     @property

@@ -39,7 +39,7 @@ class Splits:
     def identity(self) -> str:
         """A hash of every token id and comparison."""
         content = [
-            [tree.prompt_ids, tree.response_ids, tree.comparisons, tree.ties]
+            [tree.prompt_ids, tree.response_ids, tree.comparisons, tree.ties, tree.thumbs]
             for trees in (self.train, self.eval)
             for tree in trees
         ]
