@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from favor.data.formats import FORMATS, RowError, recognise
-from favor.data.read import read_objects
+from favor.data.sources import read_objects
 from favor.data.tokenize import TokensConfig, encode_prompt
 from favor.data.types import Text
 from favor.errors import DataError

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from favor.config import STRICT
 from favor.data.formats import FORMATS, Judgment, RowError, recognise
-from favor.data.read import read_objects
+from favor.data.sources import read_objects
 from favor.data.types import Text
 from favor.errors import DataError
 from favor.eval.calibration import calibrate

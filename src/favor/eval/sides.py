@@ -13,7 +13,7 @@ from pydantic import BaseModel, field_validator, model_validator
 
 from favor.config import STRICT
 from favor.data.prompts import encode_prompts, sample_seeds
-from favor.data.read import read_objects
+from favor.data.sources import read_objects
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import DataError
