@@ -1,153 +1,196 @@
-"""The loss family: name -> pure function, what it needs, and its value at pi = ref.
+"""The loss family: name -> pure function, and what it needs of data, batch and reference.
 
-In: nothing. Out: LOSSES and the section [loss]. Every function takes tensors and floats and returns a
-loss per comparison. Next: pairwise.py.
+In: a View of a batch. Out: the loss of every item and its weight. Next: pairwise.py.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
-from favor.config import STRICT
 from favor.data.types import Batch
-from favor.losses import baselines, pairwise, ranking
+from favor.losses import baselines, pairwise, ranking, reference_free, reward, unpaired
+from favor.losses.config import OPTIONS, LossConfig, LossName
+from favor.losses.view import Scored, View
 
-LossName = Literal["sigmoid", "cdpo", "ipo", "hinge", "plackett_luce", "kto", "unlikelihood", "preferred_ft"]
+__all__ = ["LOSSES", "OPTIONS", "Loss", "LossConfig", "LossName", "Scored", "View", "item_weight", "term_losses"]
+
+Items = Literal["pairs", "pairs_and_ties", "rankings", "thumbs"]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """`per_item(log-ratios, members, settings, zero)` -> loss per comparison; `options` it reads.
+    """`per_item(view)` -> (loss, weight) of every item.
 
-    zero: KTO's z0, a constant; losses that need none get 0 (`needs_zero`). `at_reference(settings, length)` is the
-    closed form at pi = ref for a comparison of `length` responses.
+    items: what it is a mean over. coupled: an item's loss depends on the whole optimizer batch, so it needs two passes.
+    reference: whether it reads log ref. zero: whether it reads KTO's z0. labels, margins: whether it reads soft labels,
+    and needs margins.
     """
 
-    kind: Literal["pairs", "rankings"]
-    options: frozenset[str]
-    per_item: Callable[[Tensor, Tensor, "LossConfig", Tensor], Tensor]
-    at_reference: Callable[["LossConfig", int], float]
-    needs_zero: bool = False
+    items: Items
+    per_item: Callable[[View], tuple[Tensor, Tensor]]
+    coupled: bool = False
+    reference: bool = True
+    zero: bool = False
+    labels: bool = False
+    margins: bool = False
 
 
-class LossConfig(BaseModel):
-    """Section [loss]. beta: temperature of the KL constraint, in 1/nats (METHOD.md)."""
-
-    model_config = STRICT
-    name: LossName = "sigmoid"
-    beta: float = Field(default=0.1, gt=0)
-    label_smoothing: float = Field(default=0.1, ge=0, lt=0.5)
-    length_normalized: bool = False
-    alpha: float = Field(default=0.5, ge=0, le=1)
-    desirable_weight: float = Field(default=1.0, gt=0)
-    undesirable_weight: float = Field(default=1.0, gt=0)
-
-    @model_validator(mode="after")
-    def _every_option_is_read(self) -> "LossConfig":
-        unread = sorted(self.model_fields_set - {"name"} - LOSSES[self.name].options)
-        if unread:
-            raise ValueError(
-                f"loss.{unread[0]} is not read by loss '{self.name}'; remove it or choose a loss that uses it"
-            )
-        return self
-
-    @model_serializer(mode="wrap")
-    def _only_what_is_read(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The resolved recipe holds what this loss reads, so that it can be read back."""
-        used = {"name"} | LOSSES[self.name].options
-        return {key: value for key, value in handler(self).items() if key in used}
+def term_losses(config: LossConfig, scored: Scored, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """(loss, weight) of every item of every term of [loss]; differentiable in scored.pi_R (and pi_M). float64."""
+    return [LOSSES[term.name].per_item(View(scored, batch, term)) for term in config.terms]
 
 
-def per_comparison(config: LossConfig, log_ratio_R: Tensor, batch: Batch, zero: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Loss and weight of every comparison of a batch.
-
-    log_ratio_R: log pi(y|x) - log ref(y|x), nats, summed over tokens. zero: KTO's z0, nats. Returns (loss [P or Q],
-    weight of the same shape); differentiable in log_ratio_R.
-    """
-    zero_ = torch.tensor(zero, dtype=log_ratio_R.dtype, device=log_ratio_R.device)
-    loss = LOSSES[config.name]
-    scaled_R = log_ratio_R / batch.length_R if config.length_normalized else log_ratio_R
-    if loss.kind == "rankings":
-        return loss.per_item(scaled_R, batch.ranking_QK, config, zero_), batch.weight_Q
-    pair_P2 = torch.stack([batch.chosen_P, batch.rejected_P], 1)
-    return loss.per_item(scaled_R, pair_P2, config, zero_), batch.weight_P
+def item_weight(config: LossConfig, batch: Batch) -> list[float]:
+    """Summed weight of the items of every term: what the global batch's loss is divided by."""
+    pairs, ties = float(batch.weight_P.double().sum()), float(batch.weight_U.double().sum())
+    found = {
+        "pairs": pairs,
+        "pairs_and_ties": pairs + ties,
+        "rankings": float(batch.weight_Q.double().sum()),
+        "thumbs": float(batch.weight_I.double().sum()) + 2 * pairs,
+    }
+    return [found[LOSSES[term.name].items] for term in config.terms]
 
 
-def total_weight(config: LossConfig, batch: Batch) -> float:
-    """Summed weight of the comparisons this loss sees: what the global batch is divided by."""
-    weight = batch.weight_Q if LOSSES[config.name].kind == "rankings" else batch.weight_P
-    return float(weight.double().sum())
+def _gap(loss: Callable[[Tensor, View], Tensor]) -> Callable[[View], tuple[Tensor, Tensor]]:
+    """A loss of h alone."""
+    return lambda v: (loss(v.gap_P, v) * v.trust_P, v.batch.weight_P)
 
 
-def at_reference(config: LossConfig, batch: Batch) -> Tensor:
-    """The closed form of every comparison's loss when policy and reference are equal: float64 [P or Q]."""
-    loss = LOSSES[config.name]
-    if loss.kind == "pairs":
-        return torch.full((batch.chosen_P.shape[0],), loss.at_reference(config, 2), dtype=torch.float64)
-    lengths = (batch.ranking_QK >= 0).sum(1).tolist()
-    return torch.tensor([loss.at_reference(config, length) for length in lengths], dtype=torch.float64)
+def _sides(loss: Callable[[Tensor, Tensor, View], Tensor]) -> Callable[[View], tuple[Tensor, Tensor]]:
+    """A loss of the chosen's and the rejected's log-ratio."""
+    return lambda v: (loss(*v.sides, v) * v.trust_P, v.batch.weight_P)
 
 
-def _gap(log_ratio_R: Tensor, pair_P2: Tensor) -> Tensor:
-    """H = (log pi/ref)(chosen) - (log pi/ref)(rejected), nats [P]."""
-    return log_ratio_R[pair_P2[:, 0]] - log_ratio_R[pair_P2[:, 1]]
+def _likelihoods(
+    loss: Callable[[Tensor, Tensor, View], Tensor], *, mean: bool
+) -> Callable[[View], tuple[Tensor, Tensor]]:
+    """A loss of log pi of both sides, without a reference: sums or means over tokens."""
+
+    def per_item(view: View) -> tuple[Tensor, Tensor]:
+        logp_R = view.mean_R if mean else view.scored.pi_R
+        item = loss(logp_R[view.batch.chosen_P], logp_R[view.batch.rejected_P], view)
+        return item * view.trust_P, view.batch.weight_P
+
+    return per_item
+
+
+def _with_ties(
+    win: Callable[[Tensor, LossConfig], Tensor], tie: Callable[[Tensor, LossConfig], Tensor]
+) -> Callable[[View], tuple[Tensor, Tensor]]:
+    def per_item(view: View) -> tuple[Tensor, Tensor]:
+        batch, ratio_R = view.batch, view.ratio_R
+        gap_U = ratio_R[batch.tie_U2[:, 0]] - ratio_R[batch.tie_U2[:, 1]]
+        item = torch.cat([win(view.gap_P, view.config) * view.trust_P, tie(gap_U, view.config)])
+        return item, torch.cat([batch.weight_P, batch.weight_U])
+
+    return per_item
+
+
+def _kto(view: View) -> tuple[Tensor, Tensor]:
+    response_I, good_I, weight_I = view.thumbs
+    weights = (view.config.desirable_weight, view.config.undesirable_weight)
+    return unpaired.kto(view.ratio_R[response_I], good_I, view.config.beta, view.scored.zero, weights), weight_I
+
+
+def _bco(view: View) -> tuple[Tensor, Tensor]:
+    response_I, good_I, weight_I = view.thumbs
+    return unpaired.bco(view.ratio_R[response_I], good_I, weight_I, view.config.beta), weight_I
+
+
+def _aot(view: View) -> tuple[Tensor, Tensor]:
+    batch = view.batch
+    scale_R = batch.length_R if view.config.length_normalized else torch.ones_like(batch.length_R)
+    pi_R, ref_R = view.scored.pi_R / scale_R, view.scored.ref_R / scale_R
+    upper, lower = (logp_R[batch.chosen_P] - logp_R[batch.rejected_P] for logp_R in (pi_R, ref_R))
+    return unpaired.aot(upper, batch.weight_P, lower, batch.weight_P, view.config.beta)
+
+
+def _aot_unpaired(view: View) -> tuple[Tensor, Tensor]:
+    response_I, good_I, weight_I = view.thumbs
+    if good_I.all() or not good_I.any():
+        # nothing to dominate: no loss, with a gradient of 0
+        return view.ratio_R[response_I] * 0, weight_I
+    ratio_I = view.ratio_R[response_I]
+    item_C, mass_C = unpaired.aot(
+        ratio_I[good_I], weight_I[good_I], ratio_I[~good_I], weight_I[~good_I], view.config.beta
+    )
+    # the mass is that of the good thumbs; items are counted over all
+    return item_C, mass_C * (weight_I.double().sum() / mass_C.sum())
+
+
+def _rankings(loss: Callable[[View], Tensor]) -> Callable[[View], tuple[Tensor, Tensor]]:
+    return lambda v: (loss(v), v.batch.weight_Q)
 
 
 LOSSES: dict[str, Loss] = {
-    "sigmoid": Loss(
+    "sigmoid": Loss("pairs", _gap(lambda h, v: pairwise.sigmoid(h, v.config.beta, v.batch.label_P)), labels=True),
+    "cdpo": Loss("pairs", _gap(lambda h, v: pairwise.cdpo(h, v.config.beta, v.config.label_smoothing))),
+    "robust": Loss("pairs", _gap(lambda h, v: pairwise.robust(h, v.config.beta, v.config.label_smoothing))),
+    "hinge": Loss("pairs", _gap(lambda h, v: pairwise.hinge(h, v.config.beta))),
+    "ipo": Loss("pairs", _gap(lambda h, v: pairwise.ipo(h, v.config.beta))),
+    "exo": Loss("pairs", _gap(lambda h, v: pairwise.exo(h, v.config.beta, v.config.label_smoothing))),
+    "discopop": Loss("pairs", _gap(lambda h, v: pairwise.discopop(h, v.config.beta, v.config.discopop_tau))),
+    "odpo": Loss(
         "pairs",
-        frozenset({"beta"}),
-        lambda ratio, pairs, c, z: pairwise.sigmoid(_gap(ratio, pairs), c.beta),
-        lambda c, k: math.log(2),
+        _gap(
+            lambda h, v: pairwise.odpo(
+                h, v.config.beta, v.batch.margin_P.double(), v.config.offset_scale, log=v.config.offset == "log"
+            )
+        ),
+        margins=True,
     ),
-    "cdpo": Loss(
-        "pairs",
-        frozenset({"beta", "label_smoothing"}),
-        lambda ratio, pairs, c, z: pairwise.cdpo(_gap(ratio, pairs), c.beta, c.label_smoothing),
-        lambda c, k: math.log(2),
+    "rao_kupper": Loss(
+        "pairs_and_ties",
+        _with_ties(
+            lambda h, c: reward.bradley_terry(c.beta * h, torch.full_like(h, c.tie_width)),
+            lambda h, c: reward.rao_kupper_tie(c.beta * h, c.tie_width),
+        ),
     ),
-    "ipo": Loss(
-        "pairs",
-        frozenset({"beta", "length_normalized"}),
-        lambda ratio, pairs, c, z: pairwise.ipo(_gap(ratio, pairs), c.beta),
-        lambda c, k: 1 / (4 * c.beta**2),
+    "davidson": Loss(
+        "pairs_and_ties",
+        _with_ties(
+            lambda h, c: pairwise.davidson_win(h, c.beta, c.tie_nu),
+            lambda h, c: pairwise.davidson_tie(h, c.beta, c.tie_nu),
+        ),
     ),
-    "hinge": Loss(
-        "pairs",
-        frozenset({"beta"}),
-        lambda ratio, pairs, c, z: pairwise.hinge(_gap(ratio, pairs), c.beta),
-        lambda c, k: 1.0,
+    "dpop": Loss("pairs", _sides(lambda w, r, v: pairwise.dpop(w, r, v.config.beta, v.config.dpop_lambda))),
+    "sppo_hard": Loss("pairs", _sides(lambda w, r, v: pairwise.sppo_hard(w, r, v.config.beta))),
+    "apo_zero": Loss("pairs", _sides(lambda w, r, v: pairwise.apo_zero(w, r, v.config.beta))),
+    "apo_down": Loss("pairs", _sides(lambda w, r, v: pairwise.apo_down(w, r, v.config.beta))),
+    "aot": Loss("pairs", _aot, coupled=True),
+    "aot_unpaired": Loss("thumbs", _aot_unpaired, coupled=True),
+    "nca": Loss(
+        "rankings",
+        _rankings(
+            lambda v: ranking.nca(
+                v.ratio_R, v.batch.ranking_QK, v.batch.drop_QK, v.config.beta, v.config.score_temperature
+            )
+        ),
     ),
     "plackett_luce": Loss(
         "rankings",
-        frozenset({"beta"}),
-        lambda ratio, order, c, z: ranking.plackett_luce(ratio, order, c.beta),
-        lambda c, k: math.lgamma(k + 1),
+        _rankings(lambda v: ranking.plackett_luce(v.ratio_R, v.batch.ranking_QK, v.config.beta, v.config.top_k)),
     ),
-    "kto": Loss(
+    "kto": Loss("thumbs", _kto, zero=True),
+    "bco": Loss("thumbs", _bco, coupled=True),
+    "simpo": Loss(
         "pairs",
-        frozenset({"beta", "desirable_weight", "undesirable_weight"}),
-        lambda ratio, pairs, c, z: baselines.kto(
-            ratio[pairs[:, 0]], ratio[pairs[:, 1]], c.beta, z, (c.desirable_weight, c.undesirable_weight)
-        ),
-        lambda c, k: (c.desirable_weight + c.undesirable_weight) / 4,
-        needs_zero=True,
+        _likelihoods(lambda w, r, v: reference_free.simpo(w, r, v.config.beta, v.config.gamma), mean=True),
+        reference=False,
     ),
-    "unlikelihood": Loss(
+    "cpo": Loss(
         "pairs",
-        frozenset({"alpha"}),
-        lambda ratio, pairs, c, z: baselines.unlikelihood(ratio[pairs[:, 0]], ratio[pairs[:, 1]], c.alpha),
-        lambda c, k: 0.0,
+        _likelihoods(lambda w, r, v: reference_free.cpo(w, r, v.config.beta, v.config.nll_weight), mean=False),
+        reference=False,
     ),
-    "preferred_ft": Loss(
-        "pairs",
-        frozenset(),
-        lambda ratio, pairs, c, z: baselines.preferred_ft(ratio[pairs[:, 0]]),
-        lambda c, k: 0.0,
+    "orpo": Loss(
+        "pairs", _likelihoods(lambda w, r, v: reference_free.orpo(w, r, v.config.beta), mean=True), reference=False
     ),
+    "sft": Loss("pairs", _likelihoods(lambda w, r, v: reference_free.sft(w), mean=True), reference=False),
+    "preferred_ft": Loss("pairs", _sides(lambda w, r, v: baselines.preferred_ft(w))),
+    "unlikelihood": Loss("pairs", _sides(lambda w, r, v: baselines.unlikelihood(w, r, v.config.alpha))),
 }
