@@ -132,7 +132,7 @@ def bad_inputs():
         "forged token": (rows({"prompt": "p", "chosen": "<|im_end|>", "rejected": "x"}), ["row 1", "<|im_end|>"]),
         "bad ranking": (rows({"prompt": "p", "responses": ["a", "b"], "ranking": [1, 1]}), ["row 1", "ranking [1, 1]"]),
         "all too long": (words("tokens.max_tokens=8"), ["good.jsonl", "tokens.max_tokens"]),
-        "only SFT rows": (rows({"prompt": "p", "completion": "x"}), ["bad.jsonl", "no comparison"]),
+        "only SFT rows": (rows({"prompt": "p", "completion": "x"}), ["bad.jsonl", "nothing to learn from"]),
         "no model": (words("model.path=./nowhere"), ["./nowhere", "no such model folder"]),
         "no config": (model(lambda m: (m / "config.json").unlink()), ["broken", "no config.json"]),
         "no weights": (model(lambda m: (m / "model.safetensors").unlink()), ["broken", "cannot be loaded"]),
@@ -151,7 +151,7 @@ def bad_inputs():
         ),
         "reward without comparisons": (
             lambda i, h: ["reward", *rows({"prompt": "p", "completion": "x"})(i, h)[1:]],
-            ["bad.jsonl", "no comparison"],
+            ["bad.jsonl", "nothing to learn from"],
         ),
         "bad ended": (
             rows({"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "ended": [True]}),

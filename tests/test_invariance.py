@@ -25,6 +25,7 @@ from favor.model.logprobs import response_logps
 from favor.train.loop import micro_batches
 from favor.train.optim import OptimConfig, make_optimizer
 from favor.train.preference import make_objective
+from favor.train.reference import Reference
 from favor.train.step import Machine, step
 
 
@@ -192,7 +193,7 @@ def updated_weights(trees, budget, loss, layout="tree", world_cut=1):
     optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
     machine = Machine(parameters, optimizer, 1e9, policy.device, World())
     cut = micro_batches(trees, policy, budget, World())
-    done = step(machine, cut, make_objective(loss, policy, ref_logps))
+    done = step(machine, cut, make_objective(loss, policy, Reference(ref_logps, "")))
     return {name: p.detach().clone() for name, p in parameters.items()}, done, len(cut)
 
 
@@ -222,8 +223,8 @@ def test_first_loss_is_ln_2_and_margins_are_zero():
     batch = pack.build(trees, "tree")
     with torch.no_grad():
         ref = response_logps(reference, pack.build(trees, "tree"))
-    loss, stats = make_objective(LossConfig(), policy, lambda _: ref).loss(batch)
-    assert loss.item() / losses.total_weight(LossConfig(), batch) == pytest.approx(0.6931471805599453, abs=1e-6)
+    loss, stats = make_objective(LossConfig(), policy, Reference(lambda _: ref, "")).loss(batch)
+    assert loss.item() / losses.item_weight(LossConfig(), batch)[0] == pytest.approx(0.6931471805599453, abs=1e-6)
     assert abs(stats["margin"].item()) < 1e-6
     assert not any(p is q for p in policy.model.parameters() for q in reference.model.parameters())
 

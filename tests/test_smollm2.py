@@ -13,6 +13,7 @@ from favor.model.layout import settle
 from favor.model.load import ModelConfig, frozen_copy, load_policy
 from favor.model.logprobs import response_logps
 from favor.train.preference import make_objective
+from favor.train.reference import Reference
 
 
 @pytest.mark.slow
@@ -42,5 +43,5 @@ def test_smollm2_trees_equal_plain_transformers():
     reference = frozen_copy(policy)
     with torch.no_grad():
         ref = response_logps(reference, batch)
-        loss, stats = make_objective(LossConfig(), policy, lambda _: ref).loss(batch)
+        loss, stats = make_objective(LossConfig(), policy, Reference(lambda _: ref, "")).loss(batch)
     assert loss.item() / stats["pairs"].item() == pytest.approx(0.6931471805599453, abs=1e-6)

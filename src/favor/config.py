@@ -112,8 +112,10 @@ def _nearest(key: str, schema: type[BaseModel]) -> str:
 def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in schema.model_fields.items():
         yield prefix + name
+        # a section may hold further ones of its own kind
         for section in _sections(field.annotation):
-            yield from _keys(section, f"{prefix}{name}.")
+            if section is not schema:
+                yield from _keys(section, f"{prefix}{name}.")
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:

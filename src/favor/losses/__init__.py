@@ -15,7 +15,18 @@ from favor.losses import baselines, pairwise, ranking, reference_free, reward, u
 from favor.losses.config import OPTIONS, LossConfig, LossName
 from favor.losses.view import Scored, View
 
-__all__ = ["LOSSES", "OPTIONS", "Loss", "LossConfig", "LossName", "Scored", "View", "item_weight", "term_losses"]
+__all__ = [
+    "LOSSES",
+    "OPTIONS",
+    "Loss",
+    "LossConfig",
+    "LossName",
+    "Scored",
+    "View",
+    "item_weight",
+    "term_losses",
+    "term_sums",
+]
 
 Items = Literal["pairs", "pairs_and_ties", "rankings", "thumbs"]
 
@@ -41,6 +52,12 @@ class Loss:
 def term_losses(config: LossConfig, scored: Scored, batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """(loss, weight) of every item of every term of [loss]; differentiable in scored.pi_R (and pi_M). float64."""
     return [LOSSES[term.name].per_item(View(scored, batch, term)) for term in config.terms]
+
+
+def term_sums(config: LossConfig, scored: Scored, batch: Batch) -> Tensor:
+    """Every term's loss summed over its items, times the term's weight: float64 [terms]."""
+    found = zip(config.terms, term_losses(config, scored, batch), strict=True)
+    return torch.stack([term.weight * (item * weight).sum() for term, (item, weight) in found])
 
 
 def item_weight(config: LossConfig, batch: Batch) -> list[float]:

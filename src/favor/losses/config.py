@@ -73,7 +73,8 @@ LossName = Literal[
 class LossConfig(BaseModel):
     """Section [loss]; docs/losses.md defines every loss and option. beta: temperature of the KL constraint, 1/nats.
 
-    `also` adds further losses, each with its weight; every loss is the mean over its own items.
+    `also` adds further losses, each with its weight; every loss is the mean over its own items. passes: two computes the
+    log-probs of the whole optimizer batch first and then the gradient branch by branch (train/twopass.py).
     """
 
     model_config = STRICT
@@ -100,10 +101,11 @@ class LossConfig(BaseModel):
     gamma: float = Field(default=0.5, ge=0)
     nll_weight: float = Field(default=1.0, ge=0)
     also: tuple["LossConfig", ...] = ()
+    passes: Literal["auto", "one", "two"] = "auto"
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "LossConfig":
-        unread = sorted(self.model_fields_set - {"name", "weight", "also"} - OPTIONS[self.name])
+        unread = sorted(self.model_fields_set - {"name", "weight", "also", "passes"} - OPTIONS[self.name])
         if unread:
             raise ValueError(
                 f"loss.{unread[0]} is not read by loss '{self.name}'; remove it or choose a loss that uses it"
@@ -120,17 +122,17 @@ class LossConfig(BaseModel):
             )
         if self.name == "exo" and self.label_smoothing == 0:
             raise ValueError("loss 'exo' takes log(label_smoothing); set loss.label_smoothing above 0")
-        if any(term.also for term in self.also):
-            raise ValueError("loss.also may not be nested; list all further losses in one loss.also")
+        if any(term.also or term.passes != "auto" for term in self.also):
+            raise ValueError("a loss in loss.also has no `also` and no `passes` of its own; set them in [loss]")
         return self
 
     @model_serializer(mode="wrap")
     def _only_what_is_read(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """The resolved recipe holds what this loss reads, so that it can be read back."""
-        used = {"name", "weight", "also"} | OPTIONS[self.name]
-        idle = {"also": (), "weight": 1.0}
-        found = {key: value for key, value in handler(self).items() if key in used}
-        return {key: value for key, value in found.items() if value is not None and idle.get(key) != value}
+        used = {"name", "weight", "also", "passes"} | OPTIONS[self.name]
+        idle = {"weight": 1.0, "passes": "auto"}
+        found = {key: value for key, value in handler(self).items() if key in used and value not in (None, [], ())}
+        return {key: value for key, value in found.items() if idle.get(key) != value}
 
     @property
     def terms(self) -> tuple["LossConfig", ...]:

@@ -78,7 +78,8 @@ def discopop(h_P: Tensor, beta: float, tau: float) -> Tensor:
 def odpo(h_P: Tensor, beta: float, margin_P: Tensor, scale: float, *, log: bool) -> Tensor:
     """DPO with an offset: -log sigmoid(beta h - scale f(margin)), f the logarithm or the identity.
 
-    Amini et al. 2024, arXiv 2402.10571. margin_P: by how much the data scores chosen above rejected, > 0. Worked number: margin e, scale 1, h 0 -> 1.313262.
+    Amini et al. 2024, arXiv 2402.10571. margin_P: by how much the data scores chosen above rejected, > 0.
+    Worked number: margin e, scale 1, h 0 -> 1.313262.
     """
     return -logsigmoid(beta * h_P - scale * (margin_P.log() if log else margin_P))
 

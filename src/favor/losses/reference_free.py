@@ -28,7 +28,8 @@ def cpo(chosen_P: Tensor, rejected_P: Tensor, beta: float, nll_weight: float) ->
 def orpo(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> Tensor:
     """ORPO: -chosen - beta log s(log odds(chosen) - log odds(rejected)), odds(y) = p/(1-p), p = e^mean.
 
-    Hong et al. 2024, arXiv 2403.07691. chosen, rejected: *means* over tokens; beta is the paper's lambda. Worked number: equal sides at mean -1 -> 1 + beta ln 2.
+    Hong et al. 2024, arXiv 2403.07691. chosen, rejected: *means* over tokens; beta is the paper's lambda.
+    Worked number: equal sides at mean -1 -> 1 + beta ln 2.
     """
     return -chosen_P - beta * logsigmoid(_log_odds(chosen_P) - _log_odds(rejected_P))
 

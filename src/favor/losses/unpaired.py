@@ -29,8 +29,9 @@ def kto(ratio_I: Tensor, good_I: Tensor, beta: float, zero: float, weights: tupl
 def bco(ratio_I: Tensor, good_I: Tensor, weight_I: Tensor, beta: float) -> Tensor:
     """BCO: -log s(beta r - d) where good, -log s(d - beta r) where bad.
 
-    d, a constant, lies midway between the means of beta r over the good and over the bad. Jung et al. 2024, arXiv 2404.04656; the paper's moving average is the optimizer
-    batch's own mean here. Worked number: beta 1, good r = 1, bad r = -1 -> d = 0, loss 0.313262 each.
+    d, a constant, lies midway between the means of beta r over the good and over the bad: of the optimizer batch here,
+    where the paper keeps a moving average. Jung et al. 2024, arXiv 2404.04656.
+    Worked number: beta 1, good r = 1, bad r = -1 -> d = 0, loss 0.313262 each.
     """
     reward_I = beta * ratio_I
     sides = [_mean(reward_I.detach(), weight_I, mask_I) for mask_I in (good_I, ~good_I)]

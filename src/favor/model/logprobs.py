@@ -24,10 +24,14 @@ def response_logps(policy: Policy, batch: Batch) -> Tensor:
     Returns logp_R, float64 [R], nats; differentiable in the policy's weights. A scored token that
     several responses share is computed once and its gradient is the sum of theirs.
     """
-    logp_E = scored_logps(policy, batch)
-    total_R = torch.zeros(batch.num_responses, dtype=torch.float64, device=logp_E.device)
+    return sum_tokens(batch, scored_logps(policy, batch))
+
+
+def sum_tokens(batch: Batch, value_E: Tensor) -> Tensor:
+    """Values of scored tokens, summed over each response: float64 [R]."""
+    total_R = torch.zeros(batch.num_responses, dtype=torch.float64, device=value_E.device)
     # float64: a sum over hundreds of tokens in float32 would cost the margins their last digits
-    return total_R.index_add(0, batch.member_response_M, logp_E.double()[batch.member_edge_M])
+    return total_R.index_add(0, batch.member_response_M, value_E.double()[batch.member_edge_M])
 
 
 def scored_logps(policy: Policy, batch: Batch) -> Tensor:
@@ -37,6 +41,19 @@ def scored_logps(policy: Policy, batch: Batch) -> Tensor:
             logits_NV = _full_head(policy, batch, _inputs(batch))
         return logits_NV.float().log_softmax(-1)[batch.edge_head_E, batch.edge_target_E]
     return logps_of_states(policy, batch, head_states(policy, batch, batch.head_N))
+
+
+def mean_overlap(policy: Policy, batch: Batch) -> Tensor:
+    """Mean over a response's tokens of log sum_v pi(v | prefix)^2, without a graph: float64 [R], nats."""
+    with torch.no_grad():
+        with _precision(policy):
+            logits_NV = (
+                _full_head(policy, batch, _inputs(batch))
+                if policy.fast_head is None
+                else _logits(head_states(policy, batch, batch.head_N), policy.fast_head.weight, policy.fast_head.bias)
+            )
+        overlap_N = (2 * logits_NV.float().log_softmax(-1)).logsumexp(-1)
+        return sum_tokens(batch, overlap_N[batch.edge_head_E]) / batch.length_R
 
 
 def head_states(policy: Policy, batch: Batch, flat_index: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from favor.errors import CheckpointError
 from favor.model.load import Policy
 from favor.run import atomic_folder
 
+_BESIDE = "reference.safetensors"
+
 
 class TrainingState(BaseModel):
     """Where training stands after `step` optimizer steps."""
@@ -51,12 +53,18 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: TrainingState,
     keep: int,
+    beside: Mapping[str, Tensor],
 ) -> Path:
-    """Write `folder/step-NNNNNN` aside, fsync, rename; then remove all but the newest `keep` checkpoints."""
+    """Write `folder/step-NNNNNN` aside, fsync, rename; then remove all but the newest `keep` checkpoints.
+
+    beside: weights that move without being trained, such as TR-DPO's reference.
+    """
     path = folder / f"step-{state.step:06d}"
     with atomic_folder(path) as aside:
         save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, aside / "policy.safetensors")
         save_file(_optimizer_tensors(parameters, optimizer), aside / "optimizer.safetensors")
+        if beside:
+            save_file({name: t.detach().cpu().contiguous() for name, t in beside.items()}, aside / _BESIDE)
         (aside / "state.json").write_text(state.model_dump_json(indent=2) + "\n", "utf-8")
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
@@ -69,7 +77,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, expected: TrainingState
+    path: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    expected: TrainingState,
+    beside: Mapping[str, Tensor],
 ) -> TrainingState:
     """Put weights and optimizer state back in place.
 
@@ -78,6 +90,7 @@ def load(
     try:
         state = TrainingState.model_validate_json((path / "state.json").read_text("utf-8"))
         policy, moments = load_file(path / "policy.safetensors"), load_file(path / "optimizer.safetensors")
+        moved = load_file(path / _BESIDE) if beside else {}
     except (OSError, ValueError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path}: damaged checkpoint ({error}); delete this folder to resume from the one before"
@@ -92,6 +105,8 @@ def load(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(policy[name])
+        for name, tensor in beside.items():
+            tensor.copy_(moved[name])
     _restore(parameters, optimizer, moments)
     return state
 

@@ -51,7 +51,7 @@ def resume(machine: Machine, expected: TrainingState, session: Session) -> Train
     if not found:
         session.event(0, "resume", "resume: no checkpoint yet, starting from the first step")
         return expected
-    state = checkpoint.load(found[-1], machine.parameters, machine.optimizer, expected)
+    state = checkpoint.load(found[-1], machine.parameters, machine.optimizer, expected, machine.beside)
     session.event(state.step, "resume", f"resumed after step {state.step} from {found[-1]}")
     return state
 
@@ -63,7 +63,7 @@ def save_or_stop(loop: LoopConfig, machine: Machine, state: TrainingState, total
     if due or number:
         if session.world.is_main:
             folder = session.folder.checkpoints
-            checkpoint.save(folder, machine.parameters, machine.optimizer, state, loop.keep_checkpoints)
+            checkpoint.save(folder, machine.parameters, machine.optimizer, state, loop.keep_checkpoints, machine.beside)
         barrier(session.world)
     if number:
         raise StoppedError(f"stopped after step {state.step} of {total}; continue with resume=true", number)

@@ -209,7 +209,7 @@ def make_objective(
             "update_kl": ppo.k3(-moved_M).sum(),
         }
 
-    return Objective(loss, lambda batch: float(batch.length_R.sum()), STATS)
+    return Objective(loss, lambda batch: (float(batch.length_R.sum()),), STATS)
 
 
 def _loop(config: PpoConfig, prompts: Sequence[Prompt], actors: Actors, session: Session) -> None:
@@ -295,7 +295,7 @@ def _stop_on_explosion(
     if not found:
         session.event(state.step, "kl_explosion", f"warning: {what}; there is no checkpoint yet")
         raise NumericsError(f"{what} before the first checkpoint; {remedy}, or save sooner (train.save_every)")
-    good = checkpoint.load(found[-1], machine.parameters, machine.optimizer, expected)
+    good = checkpoint.load(found[-1], machine.parameters, machine.optimizer, expected, machine.beside)
     session.event(state.step, "kl_explosion", f"warning: {what}; back to rollout {good.step}")
     finish(policy, good, session)
     raise NumericsError(f"{what}; the model in {session.folder.model} is that of rollout {good.step}; {remedy}")

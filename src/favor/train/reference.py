@@ -8,12 +8,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,7 +27,7 @@ from favor.dist.reduce import sum_
 from favor.dist.world import World, barrier
 from favor.errors import CheckpointError
 from favor.model.load import Policy, as_reference, frozen_copy
-from favor.model.logprobs import response_logps
+from favor.model.logprobs import response_logps, scored_logps
 from favor.run import fsync
 
 # Raise when a change to favor can change log-probs beyond rounding: older stores are then refused.
@@ -37,19 +37,42 @@ _WINDOW = 128
 
 
 class ReferenceConfig(BaseModel):
-    """Section [reference]. `store` names the file to build or reuse; by default it lies in the run folder."""
+    """Section [reference]. `store` names the file to build or reuse; by default it lies in the run folder.
+
+    sync_every, sync_weight: TR-DPO. Every so many steps the live reference moves to the policy by that share (1: it
+    becomes the policy). Gorbatovski et al. 2024, arXiv 2404.09656.
+    """
 
     model_config = STRICT
     mode: Literal["stored", "live"] = "stored"
     store: str | None = None
+    sync_every: int | None = Field(default=None, ge=1)
+    sync_weight: float = Field(default=1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _every_option_is_read(self) -> "ReferenceConfig":
+        if self.store is not None and self.mode == "live":
+            raise ValueError("reference.store is set but reference.mode is 'live', which stores nothing; remove one")
+        if self.sync_every is not None and self.mode != "live":
+            raise ValueError(
+                "reference.sync_every moves the reference, so it cannot be stored; set reference.mode=live"
+            )
+        if self.sync_every is None and self.sync_weight != 1.0:
+            raise ValueError("reference.sync_weight is read only with reference.sync_every; set that or remove it")
+        return self
 
 
 @dataclass(frozen=True)
 class Reference:
-    """`logps(batch)` -> log ref(y|x), float64 [R] on the batch's device. `identity` goes into every checkpoint."""
+    """`logps(batch)` -> log ref(y|x), float64 [R] on the batch's device. `identity` goes into every checkpoint.
+
+    `tokens(batch)`, of a live one: the same per scored token, float32 [E]. `weights`: those of a frozen copy.
+    """
 
     logps: Callable[[Batch], Tensor]
     identity: str
+    tokens: Callable[[Batch], Tensor] | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 def fingerprint(policy: Policy, tokens: TokensConfig, splits: Mapping[str, Sequence[TokenTree]]) -> dict[str, str]:
@@ -97,7 +120,26 @@ def live(policy: Policy, identity: str) -> Reference:
         with torch.no_grad(), frozen(base) as reference:
             return response_logps(reference, batch)
 
-    return Reference(logps, identity)
+    def tokens(batch: Batch) -> Tensor:
+        with torch.no_grad(), frozen(base) as reference:
+            return scored_logps(reference, batch)
+
+    return Reference(logps, identity, tokens, {} if policy.lora else dict(base.model.named_parameters()))
+
+
+def none() -> Reference:
+    """For losses that read no reference: zeros."""
+    return Reference(
+        lambda batch: torch.zeros(batch.num_responses, dtype=torch.float64, device=batch.ids_BT.device), "none"
+    )
+
+
+def sync(reference: Reference, parameters: Mapping[str, Tensor], weight: float) -> None:
+    """Move a frozen copy's weights to the policy's: ref <- weight pi + (1 - weight) ref."""
+    with torch.no_grad():
+        for name, mine in reference.weights.items():
+            if name in parameters:
+                mine.lerp_(parameters[name].to(mine.dtype), weight)
 
 
 def frozen(policy: Policy) -> AbstractContextManager[Policy]:

@@ -100,9 +100,9 @@ def make_objective(config: BradleyTerryConfig, policy: Policy) -> Objective:
             total = total + (item_U * batch.weight_U).sum()
         return total, _stats(chosen_P.detach(), rejected_P.detach(), batch)
 
-    def count(batch: Batch) -> float:
+    def count(batch: Batch) -> tuple[float]:
         ties = float(batch.weight_U.double().sum()) if config.ties else 0.0
-        return float(batch.weight_P.double().sum()) + ties
+        return (float(batch.weight_P.double().sum()) + ties,)
 
     return Objective(loss, count, STATS)
 

@@ -6,7 +6,6 @@ Next: preference.py.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, Field
@@ -62,13 +61,14 @@ def preferred_only(trees: Sequence[TokenTree]) -> list[TokenTree]:
     for tree in trees:
         first = {comparison.order[0] for comparison in tree.comparisons}
         lower = {index for comparison in tree.comparisons for index in comparison.order[1:]}
-        best = sorted(first - lower) if tree.comparisons else range(len(tree.response_ids))
+        first |= {thumb.response for thumb in tree.thumbs if thumb.good}
+        lower |= {thumb.response for thumb in tree.thumbs if not thumb.good}
+        judged = tree.comparisons or tree.thumbs
+        best = sorted(first - lower) if judged else range(len(tree.response_ids))
         responses = tuple(tree.response_ids[i] for i in best)
         if responses:
             complete = tuple(tree.complete[i] for i in best)
-            kept.append(
-                replace(tree, response_ids=responses, complete=complete, comparisons=(), ties=(), first_response=count)
-            )
+            kept.append(TokenTree(tree.prompt_ids, responses, complete, (), first_response=count, row=tree.row))
             count += len(responses)
     return kept
 
@@ -80,7 +80,7 @@ def make_objective(policy: Policy) -> Objective:
         nll = -response_logps(policy, batch).sum()
         return nll, {"tokens": batch.length_R.double().sum()}
 
-    return Objective(loss, lambda batch: float(batch.length_R.sum()), ("tokens",))
+    return Objective(loss, lambda batch: (float(batch.length_R.sum()),), ("tokens",))
 
 
 def _loop(config: SftConfig, policy: Policy, trees: list[TokenTree], data: str, session: Session) -> None:

@@ -6,6 +6,7 @@ last file of the path from a preference to its gradient.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -19,14 +20,16 @@ from favor.errors import NumericsError
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step minimises: the mean of `loss` over the items that `count` counts.
+    """What a step minimises: the sum over terms of a mean over items.
 
-    `loss(batch)` returns the loss *summed* over its items and statistics, also summed, by the names in `stats`.
+    `loss(batch)` returns the losses [terms], each *summed* over its items, and statistics, also summed, by the names in
+    `stats`; `count(batch)` the items of each term.
     """
 
     loss: Callable[[Batch], tuple[Tensor, Mapping[str, Tensor]]]
-    count: Callable[[Batch], float]
+    count: Callable[[Batch], Sequence[float]]
     stats: tuple[str, ...]
+    num_terms: int = 1
 
 
 class Stepped(NamedTuple):
@@ -37,13 +40,14 @@ class Stepped(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What every step works with."""
+    """What every step works with. beside: weights that move without being trained; checkpoints keep them."""
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     clip: float
     device: torch.device
     world: World
+    beside: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def step(machine: Machine, batches: Sequence[Batch], objective: Objective) -> Stepped:
@@ -68,20 +72,23 @@ def step(machine: Machine, batches: Sequence[Batch], objective: Objective) -> St
     return result
 
 
-def global_count(machine: Machine, batches: Iterable[Batch], objective: Objective) -> float:
-    """Items of the optimizer batch over all micro-batches and ranks."""
-    local = torch.tensor([sum(map(objective.count, batches))], dtype=torch.float64, device=machine.device)
-    total = float(sum_(local, machine.world))
-    assert total > 0, "an optimizer batch holds at least one item"
+def global_count(machine: Machine, batches: Iterable[Batch], objective: Objective) -> Tensor:
+    """Items of the optimizer batch over all micro-batches and ranks: float64 [terms]."""
+    local = torch.zeros(objective.num_terms, dtype=torch.float64)
+    for batch in batches:
+        local += torch.tensor(objective.count(batch), dtype=torch.float64)
+    total = sum_(local.to(machine.device), machine.world)
+    assert bool((total > 0).any()), "an optimizer batch holds at least one item"
     return total
 
 
-def _accumulate(machine: Machine, batches: Sequence[Batch], objective: Objective, total: float) -> Tensor:
+def _accumulate(machine: Machine, batches: Sequence[Batch], objective: Objective, total: Tensor) -> Tensor:
     """Add the gradient of every micro-batch; returns the mean loss and the statistics' sums, on the device."""
     sums = torch.zeros(1 + len(objective.stats), dtype=torch.float64, device=machine.device)
     for batch in batches:
         loss, stats = objective.loss(batch.to(machine.device))
-        loss = loss / total
+        # a term without items in this optimizer batch adds nothing
+        loss = (torch.atleast_1d(loss) / total.clamp_min(1e-12)).sum()
         loss.backward()
         sums += torch.stack([loss.detach(), *(stats[name] for name in objective.stats)]).double()
     return sums
