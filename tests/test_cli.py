@@ -151,7 +151,7 @@ def bad_inputs():
         ),
         "reward without comparisons": (
             lambda i, h: ["reward", *rows({"prompt": "p", "completion": "x"})(i, h)[1:]],
-            ["bad.jsonl", "nothing to learn from"],
+            ["bad.jsonl", "no comparison"],
         ),
         "bad ended": (
             rows({"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "ended": [True]}),

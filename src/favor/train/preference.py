@@ -81,7 +81,7 @@ def train(config: TrainConfig, open_session: Callable[[Path], Session]) -> None:
     session = open_session(folder.root)
     policy = load_policy(config.model, config.seed)
     splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=False)
-    needed = _refuse_contradictions(config, policy)
+    needed = refuse_contradictions(config, policy)
     used = usable(config.loss, splits.train, config.data.train)
     policy, why = settle(policy, config.model.layout, splits.train)
     session.event(0, "self_check", f"layout: {why}")
@@ -100,7 +100,7 @@ def make_objective(config: LossConfig, policy: Policy, reference: Reference, zer
     return Objective(loss, lambda batch: losses.item_weight(config, batch), STATS, len(config.terms))
 
 
-def _refuse_contradictions(config: TrainConfig, policy: Policy) -> Needs:
+def refuse_contradictions(config: TrainConfig, policy: Policy) -> Needs:
     """What the loss needs; raises ConfigError where [loss], [reference] and [model] do not go together."""
     needed, reference_ = needs(config.loss), config.reference
     if not needed.reference and (reference_ != ReferenceConfig()):
@@ -175,7 +175,7 @@ def _loop(
             step_began = time.monotonic()
             rate = learning_rate(config.optim, state.step, total)
             set_learning_rate(optimizer, rate)
-            cut, objective = _plan(config, policy, beside, trees, session.world)
+            cut, objective = plan_step(config, policy, beside, trees, session.world)
             expected = at_reference(config.loss, trees) if state.step == 0 else None
             done = step(machine, cut, objective)
             if expected is not None:
@@ -198,7 +198,7 @@ def _loop(
     finish(policy, state, session)
 
 
-def _plan(
+def plan_step(
     config: TrainConfig, policy: Policy, beside: Beside, trees: Sequence[TokenTree], world: World
 ) -> tuple[list[Batch], Objective]:
     """Micro-batches and objective of one optimizer batch, in one pass or in two."""

@@ -1,0 +1,17 @@
+"""Every loss composes with everything, or is refused with a reason: no third outcome."""
+
+import pytest
+from matrix import CELLS, outcome
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(cell))
+def test_cell(cell):
+    kind, what = outcome(cell)
+    if kind == "refused":
+        coupled = any(name in cell.variant for name in ("aot", "bco")) and cell.passes == "one"
+        by_token = "LD" in cell.variant and cell.reference == "stored"
+        assert coupled or by_token, what
+        assert "set loss.passes=two" in what or "set reference.mode=live" in what
+    else:
+        # DiscoPOP's slope is 1/tau = 20 times DPO's, and so is what float32 log-probs leave in it
+        assert what <= (5e-5 if cell.variant == "discopop" else 1e-5)
