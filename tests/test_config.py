@@ -69,3 +69,8 @@ def test_learning_rates():
     assert learning_rate(linear, 5, 10) == pytest.approx(0.5)
     assert learning_rate(cosine, 5, 10) == pytest.approx(0.5)
     assert learning_rate(linear, 10, 10) == learning_rate(cosine, 10, 10) == 0.0
+
+
+def test_a_value_where_a_section_belongs_names_its_keys():
+    with pytest.raises(ConfigError, match=r"'model' is a section, found 'x'; set model.KEY=..., one of model.path, "):
+        load(TrainConfig, None, ["run=r", "data.train=t", "model=x"])

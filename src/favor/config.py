@@ -90,6 +90,9 @@ def _explain_one(item: Any, schema: type[BaseModel], where: str) -> str:
         return f"{where}: unknown key '{key}'{_nearest(key, schema)}"
     if item["type"] == "missing":
         return f"{where}: '{key}' is not set; add it to the recipe or give {key}=..."
+    if item["type"] == "model_type":
+        inside = [name for name in _keys(schema) if name.rpartition(".")[0] == key]
+        return f"{where}: '{key}' is a section, found {item['input']!r}; set {key}.KEY=..., one of {', '.join(inside)}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{where}: {key + ': ' if key else ''}{message}"
