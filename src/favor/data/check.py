@@ -6,7 +6,7 @@ In: LintConfig. Out: findings. Next: lint.py.
 from pydantic import BaseModel, ConfigDict
 
 from favor.data.lint import Finding, leaks, lint
-from favor.data.read import DataConfig, ReadReport, read
+from favor.data.read import LEFT_OUT, DataConfig, ReadReport, read_parts
 from favor.data.types import PromptTree
 
 _LISTED = 10
@@ -25,18 +25,20 @@ def check(config: LintConfig) -> list[Finding]:
     Bad rows are findings here, not errors: all of them are wanted at once.
     """
     data = config.data.model_copy(update={"bad_rows": "drop"})
-    trees, report = read(data.train, data, data.split)
+    parts = read_parts(data)
+    trees, report = parts["train"]
     found = [*_bad_rows(report), *_merged(report), *lint(trees)]
-    if data.eval is not None:
-        held_out, held_out_report = read(data.eval, data, data.eval_split)
+    if "eval" in parts:
+        held_out, held_out_report = parts["eval"]
         found += [*_bad_rows(held_out_report), *lint(held_out), *leaks(trees, held_out)]
     return [*found, _summary(trees, report)]
 
 
 def _bad_rows(report: ReadReport) -> list[Finding]:
+    dropped = [(each.source, row, reason) for each in report.each for row, reason in each.dropped]
     listed = [
-        Finding("error", "bad row", f"{report.source}, row {row}: {reason}", (row,))
-        for row, reason in report.dropped[:_LISTED]
+        Finding("error", "bad row", f"{source}, row {row}: {reason}", (row,))
+        for source, row, reason in dropped[:_LISTED]
     ]
     more = len(report.dropped) - _LISTED
     if more > 0:
@@ -54,4 +56,6 @@ def _merged(report: ReadReport) -> list[Finding]:
 
 def _summary(trees: list[PromptTree], report: ReadReport) -> Finding:
     text = f"{report.num_rows} rows, {len(trees)} prompts, {report.num_responses} responses, {report.num_comparisons} comparisons"
+    values = report.as_json()
+    text += "".join(f", {values[key]} {label}" for key, label in LEFT_OUT.items() if values[key])
     return Finding("note", "read", text, ())

@@ -290,6 +290,7 @@ def _assemble(
         row=tree.rows[0],
         ties=tree.ties,
         thumbs=tree.thumbs,
+        source=tree.source,
     )
 
 

@@ -68,6 +68,7 @@ class TokenTree:
 
     `complete[r]` says that response r still ends with its end-of-turn token (a cut one does not).
     `first_response` is the index of response 0 in the whole data set: the key of the reference store.
+    `source` and `row` name the first row it came from.
     """
 
     prompt_ids: tuple[int, ...]
@@ -78,6 +79,7 @@ class TokenTree:
     row: int
     ties: tuple[Comparison, ...] = ()
     thumbs: tuple[Thumb, ...] = ()
+    source: str = ""
 
     @property
     def num_tokens(self) -> int:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from favor.config import STRICT
-from favor.data.read import DataConfig, read
+from favor.data.read import DataConfig, read, read_parts
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.data.types import Batch, PromptTree, TokenTree
 from favor.errors import CheckpointError, ConfigError, DataError
@@ -98,17 +98,16 @@ def _subject(config: EvalConfig, say: Callable[[str], None]) -> Subject:
     recipe = _recipe(Path(config.run))
     model = ModelConfig.model_validate({**recipe["model"], "lora": None, "gradient_checkpointing": False})
     data = DataConfig.model_validate({**recipe["data"], "max_rows": config.max_rows})
-    source = config.data or data.eval
-    if source is None:
+    if config.data is None and data.eval is None and not data.eval_share:
         raise ConfigError(f"{config.run}: the run had no data.eval; name held-out preferences with data=FILE")
     policy = load_policy(model.model_copy(update={"path": str(RunFolder(Path(config.run)).model), "revision": None}))
     reference = load_policy(model if config.reference is None else model.model_copy(update={"path": config.reference}))
-    texts, _ = read(source, data, data.eval_split)
+    texts, report = read(config.data, data, data.eval_split) if config.data else read_parts(data)["eval"]
     tokens = TokensConfig.model_validate(recipe.get("tokens", {}))
     trees, _ = tokenize(texts, policy.tokenizer, tokens, policy.end_ids, data.bad_rows)
     trees = [tree for tree in trees if tree.comparisons]
     if not trees:
-        raise DataError(f"{source}: no comparison to evaluate on; give chosen and rejected, a ranking or scores")
+        raise DataError(f"{report.source}: no comparison to evaluate on; give chosen and rejected, a ranking or scores")
     policy, why = settle(policy, model.layout, trees)
     reference, _ = settle(reference, policy.layout, trees)
     say(f"layout: {why}")
@@ -143,8 +142,8 @@ def _samples(
     trees, each = subject.trees[: config.sample_prompts], config.samples_per_prompt
     prompts = [tree.prompt_ids for tree in trees for _ in range(each)]
     seeds = [config.seed * 1_000_003 + i for i in range(len(prompts))]
-    text_of = {tree.rows[0]: tree.prompt for tree in subject.texts}
-    records: list[dict[str, Any]] = [{"prompt": text_of[tree.row]} for tree in trees]
+    text_of = {(tree.source, tree.rows[0]): tree.prompt for tree in subject.texts}
+    records: list[dict[str, Any]] = [{"prompt": text_of[tree.source, tree.row]} for tree in trees]
     kl, lengths = None, dict[str, float]()
     for name, policy in (("reference", subject.reference), ("policy", subject.policy)):
         ids = sample(policy, prompts, seeds, config.sample, lambda done: progress("samples", done, 2 * len(prompts)))

@@ -89,7 +89,7 @@ def _judgments(config: ScoreConfig) -> list[Judgment]:
 
 
 def _judgment(row: dict[str, Any]) -> Judgment:
-    if "responses" in row and not row.keys() & {"ranking", "scores"}:
+    if "responses" in row and not row.keys() & {"ranking", "scores", "votes", "choices"}:
         prompt, responses = row.get("prompt"), row["responses"]
         if not isinstance(prompt, str | list) or not isinstance(responses, list):
             raise RowError("samples are a prompt and a list of responses")

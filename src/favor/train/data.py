@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from favor.data import lint
-from favor.data.read import DataConfig, read
+from favor.data.read import LEFT_OUT, DataConfig, read_parts
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.data.types import PromptTree, Text, TokenTree
 from favor.errors import DataError
@@ -22,12 +22,12 @@ from favor.train.session import Session
 class Splits:
     """Token trees of the training part and of the held-out part (empty when the recipe names none).
 
-    prompts: part -> row -> the prompt as text.
+    prompts: part -> (source, row) -> the prompt as text.
     """
 
     train: list[TokenTree]
     eval: list[TokenTree]
-    prompts: Mapping[str, Mapping[int, Text]]
+    prompts: Mapping[str, Mapping[tuple[str, int], Text]]
 
     @property
     def by_name(self) -> dict[str, Sequence[TokenTree]]:
@@ -57,13 +57,13 @@ def load_splits(
     texts: dict[str, list[PromptTree]] = {}
     trees: dict[str, list[TokenTree]] = {"train": [], "eval": []}
     findings: list[lint.Finding] = []
-    for name, source, split in (("train", data.train, data.split), ("eval", data.eval, data.eval_split)):
-        if source is None:
-            continue
-        texts[name], read_report = read(source, data, split)
+    for name, (found, read_report) in read_parts(data).items():
+        texts[name] = found
         trees[name], token_report = tokenize(texts[name], policy.tokenizer, tokens, policy.end_ids, data.bad_rows)
         if need_comparisons and not any(tree.comparisons for tree in trees[name]):
-            raise DataError(f"{source}: no comparison left to train on; give chosen and rejected, a ranking or scores")
+            raise DataError(
+                f"{read_report.source}: no comparison left to train on; give chosen and rejected, a ranking or scores"
+            )
         reports[name] = {"read": read_report.as_json(), "tokens": token_report.as_json()}
         findings += [*lint.lint(texts[name]), *lint.lint_tokens(token_report)]
         session.say(f"{name}: {summary(read_report.as_json(), token_report.as_json())}")
@@ -75,7 +75,7 @@ def load_splits(
     if session.world.is_main:
         lines = [{"severity": f.severity, "name": f.name, "message": f.message} for f in findings]
         write_json(session.folder.data_report, {**reports, "lint": lines})
-    prompts = {name: {tree.rows[0]: tree.prompt for tree in found} for name, found in texts.items()}
+    prompts = {name: {(tree.source, tree.rows[0]): tree.prompt for tree in found} for name, found in texts.items()}
     return Splits(trees["train"], trees["eval"], prompts)
 
 
@@ -84,6 +84,11 @@ def summary(read_report: Mapping[str, object], token_report: Mapping[str, object
     shown = [f"{read_report[key]} {label}" for key, label in _READ.items()]
     if read_report.get("num_ties"):
         shown.append(f"{read_report['num_ties']} ties (read by `favor reward` only)")
+    shown += [
+        f"{read_report[key]} {label}"
+        for key, label in ({"num_thumbs": "thumbs"} | LEFT_OUT).items()
+        if read_report.get(key)
+    ]
     shown += [f"{token_report[key]} {label}" for key, label in _TOKENS.items() if token_report.get(key)]
     dropped = read_report.get("dropped")
     if isinstance(dropped, list) and dropped:

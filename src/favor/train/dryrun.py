@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from favor.data import pack
-from favor.data.read import DataConfig, ReadReport, read
+from favor.data.read import DataConfig, ReadReport, read_parts
 from favor.data.tokenize import TokenReport, tokenize
 from favor.data.types import TokenTree
 from favor.model.layout import config_obstacle
@@ -49,7 +49,7 @@ def describe(config: TrainConfig) -> str:
 
 def _trees(data: DataConfig, config: TrainConfig) -> tuple[list[TokenTree], ReadReport, TokenReport]:
     tokenizer = load_tokenizer(config.model)
-    texts, read_report = read(data.train, data, data.split)
+    texts, read_report = read_parts(data)["train"]
     trees, token_report = tokenize(texts, tokenizer, config.tokens, end_ids(tokenizer, None), data.bad_rows)
     return trees, read_report, token_report
 

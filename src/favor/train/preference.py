@@ -95,7 +95,7 @@ def train(config: TrainConfig, open_session: Callable[[Path], Session]) -> None:
     session = open_session(folder.root)
     policy = load_policy(config.model, config.seed)
     splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=False)
-    used = usable(config.loss, splits.train, config.data.train)
+    used = usable(config.loss, splits.train, config.data.training)
     policy, why = settle(policy, config.model.layout, splits.train)
     session.event(0, "self_check", f"layout: {why}")
     references, alive = _references(config, policy, splits, session)

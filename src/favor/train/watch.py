@@ -137,7 +137,7 @@ def probe(watch: WatchConfig, seed: int, policy: Policy, beside: Beside, splits:
     found = {"kl": kl.mean, "kl_se": kl.se}
     if beside.scorer is not None:
         texts = decode(policy, ids)
-        scores = beside.scorer([splits.prompts[name][tree.row] for tree in trees], texts)
+        scores = beside.scorer([splits.prompts[name][tree.source, tree.row] for tree in trees], texts)
         found["reward"] = sum(scores) / len(scores)
     return found
 

@@ -1,0 +1,45 @@
+"""What one row of each public preference format says; docs/formats.md shows a row of each.
+
+In: a row as a dict. Out: a Judgment: the prompt, its responses and their orders, best first. Next: common.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from favor.data.formats.chat import alpaca, sharegpt
+from favor.data.formats.common import Judgment, RowError, transcript
+from favor.data.formats.pairs import (
+    helpsteer2_preference,
+    helpsteer3,
+    openai_preference,
+    openai_tldr,
+    pairs,
+    sft,
+    shp,
+    ultrafeedback_binarized,
+)
+from favor.data.formats.scored import helpsteer, nectar, ranked, ultrafeedback
+from favor.data.formats.shapes import columns_of, recognise
+from favor.data.formats.thumbs import thumbs
+from favor.data.formats.votes import votes
+
+FORMATS: dict[str, Callable[[dict[str, Any]], Judgment]] = {
+    "pairs": pairs,
+    "ranked": ranked,
+    "sft": sft,
+    "thumbs": thumbs,
+    "votes": votes,
+    "ultrafeedback": ultrafeedback,
+    "ultrafeedback_binarized": ultrafeedback_binarized,
+    "shp": shp,
+    "helpsteer": helpsteer,
+    "helpsteer2_preference": helpsteer2_preference,
+    "helpsteer3": helpsteer3,
+    "nectar": nectar,
+    "openai_tldr": openai_tldr,
+    "openai_preference": openai_preference,
+    "alpaca": alpaca,
+    "sharegpt": sharegpt,
+}
+
+__all__ = ["FORMATS", "Judgment", "RowError", "columns_of", "recognise", "transcript"]

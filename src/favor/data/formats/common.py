@@ -1,0 +1,246 @@
+"""What every format's reader shares: the Judgment they make, and reading text, messages and numbers out of a row.
+
+In: values of a row. Out: checked values, or a RowError that names the column. Next: pairs.py.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from favor.data.types import Message, Text
+
+_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+class RowError(Exception):
+    """Why a row cannot be used; read.py adds file and row number."""
+
+
+class Judgment(NamedTuple):
+    """One row: `orders` index `responses`, best first; no orders in plain SFT data.
+
+    `ties` are pairs judged equally good. `scores` (one per response, or none) say by how much one is better. `cut`
+    are responses that stop before their end, as samples at a length limit do: they get no end-of-turn token.
+    `labels` (one per order, or none) are the probabilities that the orders are right. `thumbs` judge single responses.
+    `votes` (one number per response, or none) say how many annotators preferred each. A single response with a score
+    is compared with the scored responses that other rows give to its prompt.
+    """
+
+    prompt: Text
+    responses: tuple[Text, ...]
+    orders: tuple[tuple[int, ...], ...]
+    weight: float = 1.0
+    tools: tuple[dict[str, Any], ...] | None = None
+    ties: tuple[tuple[int, int], ...] = ()
+    scores: tuple[float, ...] = ()
+    cut: tuple[int, ...] = ()
+    labels: tuple[float, ...] = ()
+    thumbs: tuple[tuple[int, bool], ...] = ()
+    votes: tuple[float, ...] = ()
+
+
+def dialogue(text: str, name: str) -> tuple[Message, ...]:
+    r"""The turns of "\n\nHuman: ...\n\nAssistant: ...", the last of which may be empty."""
+    if not text.startswith(_HUMAN):
+        raise RowError(f"{name} is no transcript (it must begin with '\\n\\nHuman:')")
+    messages: list[Message] = []
+    rest = text
+    while rest:
+        marker = _HUMAN if rest.startswith(_HUMAN) else _ASSISTANT
+        rest = rest[len(marker) :]
+        ends = [at for at in (rest.find(_HUMAN), rest.find(_ASSISTANT)) if at >= 0]
+        end = min(ends, default=len(rest))
+        messages.append({"role": "user" if marker == _HUMAN else "assistant", "content": rest[:end].strip()})
+        rest = rest[end:]
+    return tuple(messages)
+
+
+def transcript(text: str, name: str) -> tuple[Message, ...]:
+    """A transcript that ends with the assistant's answer. Raises RowError when it is none."""
+    if not text.startswith(_HUMAN):
+        raise RowError(f"there is no prompt column and {name} is no transcript (it must begin with '\\n\\nHuman:')")
+    return complete(dialogue(text, name), name)
+
+
+def common_prompt(
+    chosen: tuple[Message, ...], rejected: tuple[Message, ...]
+) -> tuple[tuple[Message, ...], tuple[Text, ...]]:
+    """The turns two conversations share are the prompt; what follows are the responses, one assistant turn each."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == len(chosen) == len(rejected):
+        raise RowError("chosen and rejected are the same")
+    if shared < len(chosen) - 1 or shared < len(rejected) - 1:
+        raise RowError(
+            f"chosen and rejected part ways before the last turn (turn {shared + 1} of {len(chosen)} and {len(rejected)})"
+        )
+    if shared == 0:
+        raise RowError("chosen and rejected share no prompt")
+    return chosen[:shared], (chosen[shared:], rejected[shared:])
+
+
+def need(row: dict[str, Any], name: str) -> Any:
+    """The value of a column that must be there."""
+    if name not in row:
+        raise RowError(f"column '{name}' is missing or null")
+    return row[name]
+
+
+def as_text(value: Any, name: str) -> Text:
+    """Plain text, or messages; empty ones are refused."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise RowError(f"{name} is empty")
+        return value
+    return as_conversation(value, name)
+
+
+def as_response(value: Any, name: str) -> Text:
+    """Plain text, or the messages of one answer; empty ones are refused."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise RowError(f"{name} is empty")
+        return value
+    if isinstance(value, dict):
+        value = [value]
+    return as_messages(value, name)
+
+
+def as_conversation(value: Any, name: str) -> tuple[Message, ...]:
+    """Chat messages, without their empty fields."""
+    if not isinstance(value, list) or not value:
+        raise RowError(f"{name} must be text or a list of chat messages, found {shown(value)}")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RowError(f"{name}[{i}] is no chat message with role and content")
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise RowError(f"{name}[{i}] has no text content")
+    return tuple({key: v for key, v in message.items() if v is not None} for message in value)
+
+
+def as_messages(value: Any, name: str) -> tuple[Message, ...]:
+    """A conversation that ends with an assistant turn that says something."""
+    return complete(as_conversation(value, name), name)
+
+
+def complete(messages: tuple[Message, ...], name: str) -> tuple[Message, ...]:
+    """The same messages, if the last turn is the assistant's and says something."""
+    last = messages[-1]
+    if last["role"] != "assistant":
+        raise RowError(f"{name} ends with a turn of '{last['role']}', expected the assistant's")
+    if not (last.get("content") or "").strip() and not last.get("tool_calls"):
+        raise RowError(f"{name} is empty (its last turn says nothing)")
+    return messages
+
+
+def assistant_turn(text: str) -> tuple[Message, ...]:
+    """Text as the assistant's turn."""
+    return ({"role": "assistant", "content": text},)
+
+
+def shown(value: Any) -> str:
+    """A wrong value, short."""
+    return "an empty list" if value == [] else f"{type(value).__name__} {value!r}"[:60]
+
+
+def by_ranking(ranking: Any, count: int) -> tuple[tuple[int, ...], ...]:
+    """A list of indices, best first, as the one order it is."""
+    if not isinstance(ranking, list) or sorted(map(str, ranking)) != sorted(map(str, range(count))):
+        raise RowError(
+            f"ranking {ranking!r} is no order of the {count} responses (indices 0 to {count - 1}, best first)"
+        )
+    return (tuple(int(i) for i in ranking),)
+
+
+def by_scores(numbers: Sequence[float]) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, int], ...]]:
+    """(orders, ties) of scores, higher being better: one ranking, or pairs when some scores are equal."""
+    count = len(numbers)
+    by_score = sorted(range(count), key=lambda i: (-numbers[i], i))
+    if len(set(numbers)) == count:
+        return (tuple(by_score),), ()
+    better = tuple((i, j) for i in by_score for j in by_score if numbers[i] > numbers[j])
+    ties = tuple((i, j) for i in range(count) for j in range(i + 1, count) if numbers[i] == numbers[j])
+    return better, ties
+
+
+def number_of(value: Any, name: str) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowError(f"{name} is {value!r}, expected a finite number")
+    return float(value)
+
+
+def numbers_of(value: Any, count: int, name: str) -> tuple[float, ...]:
+    """A list of finite numbers, one per response."""
+    if not isinstance(value, list) or len(value) != count:
+        raise RowError(f"{name} must be a list of {count} numbers, one per response")
+    if not all(isinstance(s, int | float) and not isinstance(s, bool) and math.isfinite(s) for s in value):
+        raise RowError(f"{name} {value!r} must be finite numbers")
+    return tuple(float(s) for s in value)
+
+
+def objects_of(value: Any, name: str, least: int = 2) -> list[dict[str, Any]]:
+    """A list of at least `least` objects with named fields."""
+    if not isinstance(value, list) or len(value) < least or not all(isinstance(item, dict) for item in value):
+        raise RowError(f"{name} must be a list of at least {least} objects, found {shown(value)}")
+    return value
+
+
+def beside(prompt: Text, response: Text) -> Text:
+    """A response in the shape of its prompt: a turn where the prompt is messages."""
+    return assistant_turn(response) if isinstance(prompt, tuple) and isinstance(response, str) else response
+
+
+def distinct(responses: Sequence[Text], names: str) -> None:
+    """Raise RowError when two responses are the same."""
+    if len({json.dumps(r, sort_keys=True) for r in responses}) < len(responses):
+        raise RowError(f"two of its {names} are the same")
+
+
+def weight_of(row: dict[str, Any]) -> float:
+    """The column weight: 1 without it."""
+    weight = row.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise RowError(f"weight is {weight!r}, expected a positive number")
+    return float(weight)
+
+
+def margin_of(row: dict[str, Any]) -> float:
+    """The column margin: by how much chosen is better."""
+    margin = row["margin"]
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
+        raise RowError(f"margin is {margin!r}, expected a number from 0 up: by how much chosen is better")
+    return float(margin)
+
+
+def cut_of(row: dict[str, Any], count: int) -> tuple[int, ...]:
+    """The responses that the column ended says were cut."""
+    ended = row.get("ended", [True] * count)
+    if not isinstance(ended, list) or len(ended) != count or not all(isinstance(x, bool) for x in ended):
+        raise RowError(f"ended must be a list of {count} true or false, one per response")
+    return tuple(i for i, whole in enumerate(ended) if not whole)
+
+
+def is_tie(row: dict[str, Any]) -> bool:
+    """The column tie: false without it."""
+    tie = row.get("tie", False)
+    if not isinstance(tie, bool):
+        raise RowError(f"tie is {tie!r}, expected true or false")
+    return tie
+
+
+def tools_of(row: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
+    """The column tools: a list of descriptions, or one as JSON text."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise RowError(f"tools is not JSON ({error.msg})") from None
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("tools must be a list of tool descriptions")
+    return tuple(tools)

@@ -1,0 +1,206 @@
+"""Rows that compare two responses, and rows of plain SFT data.
+
+In: a row as a dict. Out: its Judgment. Next: chat.py.
+"""
+
+import math
+from typing import Any
+
+from favor.data.formats.common import (
+    Judgment,
+    RowError,
+    as_conversation,
+    as_messages,
+    as_response,
+    as_text,
+    beside,
+    common_prompt,
+    distinct,
+    is_tie,
+    margin_of,
+    need,
+    number_of,
+    objects_of,
+    shown,
+    tools_of,
+    transcript,
+    weight_of,
+)
+from favor.data.types import Text
+
+
+def pairs(row: dict[str, Any]) -> Judgment:
+    """`prompt, chosen, rejected` as text or messages; without prompt: full message lists or HH transcripts.
+
+    `margin` says by how much chosen is better (a score difference); `tie = true` that neither is.
+    """
+    prompt, responses = _sides(row)
+    if responses[0] == responses[1]:
+        raise RowError("chosen and rejected are the same")
+    if is_tie(row):
+        return Judgment(prompt, responses, (), weight_of(row), tools_of(row), ties=((0, 1),))
+    scores = (margin_of(row), 0.0) if "margin" in row else ()
+    return Judgment(prompt, responses, ((0, 1),), weight_of(row), tools_of(row), scores=scores)
+
+
+def ultrafeedback_binarized(row: dict[str, Any]) -> Judgment:
+    """`prompt, chosen, rejected` and the scores they had, `score_chosen, score_rejected`: equal ones are a tie.
+
+    Where chosen and rejected hold the whole conversation, its shared turns are the prompt.
+    """
+    whole = all(isinstance(row.get(name), list) and len(row[name]) > 1 for name in ("chosen", "rejected"))
+    judgment = pairs({k: v for k, v in row.items() if k != "prompt"} if whole else row)
+    names = ("score_chosen", "score_rejected")
+    best, worst = (number_of(need(row, name), name) for name in names)
+    if best < worst:
+        raise RowError(f"score_chosen is {best:g} and score_rejected {worst:g}, but chosen should be the better one")
+    return _settled(judgment, best - worst)
+
+
+def shp(row: dict[str, Any]) -> Judgment:
+    """Stanford Human Preferences: a post (`history`), two comments and their votes; `labels` is 1 when A is better.
+
+    The gap is log2 of the ratio of the votes, known where both are positive or the row gives `score_ratio`.
+    """
+    prompt = as_text(need(row, "history"), "history")
+    responses = tuple(beside(prompt, as_response(need(row, name), name)) for name in ("human_ref_A", "human_ref_B"))
+    distinct(responses, "comments")
+    label = need(row, "labels")
+    if isinstance(label, bool) or label not in (0, 1):
+        raise RowError(f"labels is {label!r}, expected 1 (comment A is better) or 0 (comment B is)")
+    order = (0, 1) if label == 1 else (1, 0)
+    ratio = _vote_ratio(row, order)
+    judgment = Judgment(prompt, responses, (order,), weight_of(row))
+    if ratio is None:
+        return judgment
+    if ratio == 1:
+        return judgment._replace(orders=(), ties=((0, 1),))
+    scores = [0.0, 0.0]
+    scores[order[0]] = math.log2(ratio)
+    return judgment._replace(scores=tuple(scores))
+
+
+def helpsteer3(row: dict[str, Any]) -> Judgment:
+    """HelpSteer3: `context` (messages), `response1, response2`, `overall_preference` from -3 (1 better) to 3 (2 better)."""
+    context = as_conversation(need(row, "context"), "context")
+    return _from_strength(row, context, ("response1", "response2"), "overall_preference")
+
+
+def helpsteer2_preference(row: dict[str, Any]) -> Judgment:
+    """HelpSteer2-Preference: `prompt, response_1, response_2`, `preference_strength` from -3 (1 better) to 3 (2 better)."""
+    prompt = as_text(need(row, "prompt"), "prompt")
+    return _from_strength(row, prompt, ("response_1", "response_2"), "preference_strength")
+
+
+def openai_tldr(row: dict[str, Any]) -> Judgment:
+    """Summarize from feedback: `info` (a Reddit post), two `summaries`, and `choice`, the index of the better one.
+
+    The prompt ends with "TL;DR:" and a summary begins with a blank, as in the models of the paper.
+    """
+    info = need(row, "info")
+    if not isinstance(info, dict):
+        raise RowError(f"info must be an object with subreddit, title and post, found {shown(info)}")
+    parts: list[str] = []
+    for name in ("subreddit", "title", "post"):
+        part = info.get(name)
+        if not isinstance(part, str) or not part.strip():
+            raise RowError(f"info.{name} is {part!r}, expected text (CNN/DM articles have none; they are not read)")
+        parts.append(part.strip())
+    prompt = f"SUBREDDIT: r/{parts[0].removeprefix('r/')}\n\nTITLE: {parts[1]}\n\nPOST: {parts[2]}\n\nTL;DR:"
+    texts = [as_response(s.get("text"), f"summaries[{i}].text") for i, s in enumerate(_two(row))]
+    responses = tuple(" " + text.strip() if isinstance(text, str) else text for text in texts)
+    distinct(responses, "summaries")
+    choice = need(row, "choice")
+    if isinstance(choice, bool) or choice not in (0, 1):
+        raise RowError(f"choice is {choice!r}, expected 0 or 1: the index of the better summary")
+    return Judgment(prompt, responses, ((choice, 1 - choice),), weight_of(row))
+
+
+def openai_preference(row: dict[str, Any]) -> Judgment:
+    """OpenAI's preference fine-tuning: `input` with messages and tools, `preferred_output`, `non_preferred_output`."""
+    given = need(row, "input")
+    if not isinstance(given, dict) or "messages" not in given:
+        raise RowError(f"input must be an object with messages, found {shown(given)}")
+    prompt = as_conversation(given["messages"], "input.messages")
+    names = ("preferred_output", "non_preferred_output")
+    responses = tuple(beside(prompt, as_response(need(row, name), name)) for name in names)
+    if responses[0] == responses[1]:
+        raise RowError("preferred_output and non_preferred_output are the same")
+    return Judgment(prompt, responses, ((0, 1),), weight_of(row), tools_of(given))
+
+
+def sft(row: dict[str, Any]) -> Judgment:
+    """`prompt, completion` (or `response`), or `messages` whose last turn is the assistant's."""
+    prompt, response = prompt_and_response(row)
+    return Judgment(prompt, (response,), (), 1.0, tools_of(row))
+
+
+def prompt_and_response(row: dict[str, Any]) -> tuple[Text, Text]:
+    """`prompt, completion` (or `response`), or `messages` whose last turn is the response."""
+    if "messages" in row:
+        messages = as_messages(row["messages"], "messages")
+        if len(messages) < 2:
+            raise RowError("messages must hold a prompt before the last assistant turn")
+        return messages[:-1], messages[-1:]
+    name = "completion" if "completion" in row else "response"
+    prompt, response = as_text(need(row, "prompt"), "prompt"), as_response(need(row, name), name)
+    return prompt, beside(prompt, response)
+
+
+def _sides(row: dict[str, Any]) -> tuple[Text, tuple[Text, ...]]:
+    chosen, rejected = need(row, "chosen"), need(row, "rejected")
+    if "prompt" in row:
+        prompt = as_text(row["prompt"], "prompt")
+        responses = (as_response(chosen, "chosen"), as_response(rejected, "rejected"))
+        if isinstance(prompt, str) and any(isinstance(r, tuple) for r in responses):
+            prompt = ({"role": "user", "content": prompt},)
+        return prompt, tuple(beside(prompt, r) for r in responses)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return common_prompt(transcript(chosen, "chosen"), transcript(rejected, "rejected"))
+    return common_prompt(as_messages(chosen, "chosen"), as_messages(rejected, "rejected"))
+
+
+def _settled(judgment: Judgment, gap: float) -> Judgment:
+    """The same pair with its gap; without one it is a tie."""
+    if gap == 0:
+        return judgment._replace(orders=(), ties=((0, 1),), scores=())
+    return judgment._replace(scores=(gap, 0.0))
+
+
+def _vote_ratio(row: dict[str, Any], order: tuple[int, ...]) -> float | None:
+    """Votes of the better comment over those of the other; None where the row does not say."""
+    if "score_A" in row and "score_B" in row:
+        votes = [number_of(row[name], name) for name in ("score_A", "score_B")]
+        if votes[order[0]] < votes[order[1]]:
+            raise RowError(
+                f"labels says that comment {'AB'[order[0]]} is better, but score_A and score_B say otherwise"
+            )
+        if votes[order[1]] > 0:
+            return votes[order[0]] / votes[order[1]]
+    if "score_ratio" not in row:
+        return None
+    ratio = number_of(row["score_ratio"], "score_ratio")
+    if ratio < 1:
+        raise RowError(f"score_ratio is {ratio:g}, expected 1 or more: the better comment's votes over the other's")
+    return ratio
+
+
+def _from_strength(row: dict[str, Any], prompt: Text, names: tuple[str, str], strength: str) -> Judgment:
+    """A pair judged on a scale from -3 (the first is much better) to 3 (the second is); 0 is a tie."""
+    responses = tuple(beside(prompt, as_response(need(row, name), name)) for name in names)
+    distinct(responses, "responses")
+    value = need(row, strength)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -3 <= value <= 3:
+        raise RowError(f"{strength} is {value!r}, expected a number from -3 (the first is better) to 3 (the second is)")
+    judgment = Judgment(prompt, responses, (), weight_of(row))
+    if value == 0:
+        return judgment._replace(ties=((0, 1),))
+    order = (0, 1) if value < 0 else (1, 0)
+    return judgment._replace(orders=(order,), scores=(max(0.0, -float(value)), max(0.0, float(value))))
+
+
+def _two(row: dict[str, Any]) -> list[dict[str, Any]]:
+    found = objects_of(need(row, "summaries"), "summaries")
+    if len(found) != 2:
+        raise RowError(f"summaries holds {len(found)} summaries, expected two")
+    return found

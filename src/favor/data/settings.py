@@ -1,0 +1,139 @@
+"""Section [data]: which files, in what format, and what becomes of their judgments.
+
+In: a recipe. Out: DataConfig. Next: read.py.
+"""
+
+import difflib
+from typing import Literal, Self
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from favor.config import STRICT
+from favor.data.formats import FORMATS, columns_of
+from favor.data.pairing import Pairing, Rules, Votes
+
+# formats whose rows hold no comparison, and formats that say how far apart two responses are
+_UNCOMPARED = {"sft", "thumbs"}
+_UNSCORED = _UNCOMPARED | {"openai_tldr", "openai_preference", "nectar", "alpaca", "sharegpt"}
+_VOTED = {"votes"}
+
+
+class SourceConfig(BaseModel):
+    """A table [[data.sources]]: one of several files to mix. What it does not say, section [data] says.
+
+    weight multiplies the weight of every comparison, tie and thumb of this source.
+    """
+
+    model_config = STRICT
+    path: str
+    weight: float = Field(default=1.0, gt=0)
+    format: str | None = None
+    split: str | None = None
+    columns: dict[str, str] | None = None
+    max_rows: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.format is not None:
+            known_format(self.format)
+        _check_columns(self.columns or {}, self.format or "auto")
+        return self
+
+
+class DataConfig(BaseModel):
+    """Section [data]. A source is a local .jsonl, .jsonl.gz, .json or .parquet file, a saved folder or a hub id.
+
+    train or sources: what to train on. eval: held-out data; or eval_share of the prompts are held out, chosen by a hash
+    of the prompt and eval_seed. columns: our name -> the file's name of a column (a.b for b inside a).
+    pairing: what scores and rankings become: a ranking of all, all pairs, best against worst, best against each other
+    one; auto keeps rankings and makes pairs where members are equal or closer than min_gap. min_gap: pairs whose scores
+    differ by less are left out. votes on two responses: a soft label, a weight (votes in excess), or just the majority.
+    """
+
+    model_config = STRICT
+    train: str | None = None
+    sources: tuple[SourceConfig, ...] = ()
+    eval: str | None = None
+    eval_share: float = Field(default=0.0, ge=0, le=0.5)
+    eval_seed: int = Field(default=0, ge=0)
+    format: str = "auto"
+    columns: dict[str, str] = {}
+    pairing: Pairing = "auto"
+    min_gap: float = Field(default=0.0, ge=0)
+    votes: Votes = "soft"
+    split: str = "train"
+    eval_split: str = "test"
+    max_rows: int | None = Field(default=None, ge=1)
+    bad_rows: Literal["error", "drop"] = "error"
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return known_format(name)
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if (self.train is None) == (not self.sources):
+            raise ValueError("give either data.train=FILE or tables [[data.sources]], one of the two")
+        if self.eval is not None and self.eval_share:
+            raise ValueError("data.eval names held-out data already, so data.eval_share would be ignored; drop one")
+        if self.eval_seed and not self.eval_share:
+            raise ValueError("data.eval_seed needs data.eval_share: it says which prompts are held out")
+        _check_columns(self.columns, self.format)
+        self._check_used()
+        return self
+
+    def _check_used(self) -> None:
+        """Refuse settings that no source's format could make use of."""
+        names = {source.format or self.format for source in self.parts}
+        if self.eval is not None:
+            names.add(self.format)
+        if "auto" in names:
+            return
+        shown = ", ".join(sorted(names))
+        if self.pairing != "auto" and names <= _UNCOMPARED:
+            raise ValueError(f"data.pairing would be ignored: format {shown} compares nothing")
+        if self.min_gap and names <= _UNSCORED:
+            raise ValueError(f"data.min_gap would be ignored: format {shown} has no scores")
+        if self.votes != "soft" and not names & _VOTED:
+            raise ValueError(f"data.votes would be ignored: format {shown} has no votes")
+
+    @property
+    def parts(self) -> tuple[SourceConfig, ...]:
+        """The sources of the training part; `train` is one of weight 1."""
+        return self.sources if self.train is None else (SourceConfig(path=self.train),)
+
+    @property
+    def training(self) -> str:
+        """The training part's sources, for messages."""
+        return ", ".join(source.path for source in self.parts)
+
+    @property
+    def rules(self) -> Rules:
+        """How judgments become comparisons."""
+        return Rules(self.pairing, self.min_gap, self.votes)
+
+
+def known_format(name: str) -> str:
+    """The name of a format, or auto. Raises ValueError with the nearest name."""
+    if name != "auto" and name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise ValueError(f"format '{name}' is unknown; {hint}known: auto, {', '.join(FORMATS)}")
+    return name
+
+
+def _check_columns(columns: dict[str, str], name: str) -> None:
+    """Every column that is mapped must be one that the format reads."""
+    known = columns_of(name) if name != "auto" else frozenset[str]().union(*map(columns_of, FORMATS))
+    for column in columns:
+        if column not in known:
+            near = difflib.get_close_matches(column, known, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise ValueError(
+                f"columns maps '{column}', which format {name} does not read; {hint}it reads: {_list(known)}"
+            )
+
+
+def _list(names: frozenset[str]) -> str:
+    return ", ".join(sorted(names))
