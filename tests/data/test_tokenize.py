@@ -5,10 +5,10 @@ import re
 import pytest
 import tiny
 
-from favor.data.lint import lint, lint_tokens
 from favor.data.tokenize import TokensConfig, encode_prompt, tokenize
 from favor.data.types import Comparison, PromptTree
 from favor.errors import ConfigError, DataError
+from favor.lint.brief import lint, lint_tokens
 
 END = frozenset({2})
 

@@ -119,7 +119,7 @@ def _read(source: SourceConfig, config: DataConfig) -> _Source:
     for number, row in sources.limited(all_rows, source.max_rows or config.max_rows):
         num_rows += 1
         try:
-            row = _renamed(sources.as_object(row), columns)
+            row = renamed(sources.as_object(row), columns)
             name = recognise(row) if name == "auto" else name
             judgment = FORMATS[name](row)
         except RowError as error:
@@ -142,7 +142,7 @@ def _grow(growing: dict[str, Growing], number: int, judgment: Judgment, config: 
     tree.add(number, judgment)
 
 
-def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The row with the file's columns under our names. Raises RowError for a column that it lacks."""
     if not columns:
         return row

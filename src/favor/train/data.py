@@ -8,11 +8,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from favor.data import lint
 from favor.data.read import LEFT_OUT, DataConfig, read_parts
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.data.types import PromptTree, Text, TokenTree
 from favor.errors import DataError
+from favor.lint import brief as lint
 from favor.model.load import Policy
 from favor.run import write_json
 from favor.train.session import Session

@@ -1,0 +1,1 @@
+"""Faults of preference data, found before they cost training: `favor lint`."""

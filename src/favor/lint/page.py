@@ -1,0 +1,39 @@
+"""Findings as one static HTML page.
+
+In: Findings. Out: a file that opens anywhere. Next: lint.html.jinja.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from favor.lint.settings import ORDER, Finding
+from favor.run import write_text
+
+_LISTED = 200
+
+
+def write_page(findings: Sequence[Finding], source: str, path: Path) -> None:
+    """Write the page whole or not at all."""
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(files("favor.lint").joinpath("lint.html.jinja").read_text("utf-8"))
+    counts = Counter(finding.severity for finding in findings)
+    page = template.render(
+        source=source,
+        counts=[(severity, counts[severity]) for severity in ORDER],
+        findings=[(finding, _numbers(finding)) for finding in findings],
+    )
+    write_text(path, page)
+
+
+def _numbers(finding: Finding) -> str:
+    """Row numbers as text, by source."""
+    if not finding.rows:
+        return ""
+    several = len({source for source, _ in finding.rows}) > 1
+    listed = [f"{source}: {number}" if several else str(number) for source, number in finding.rows[:_LISTED]]
+    return ", ".join(listed) + (f" and {len(finding.rows) - _LISTED} more" if len(finding.rows) > _LISTED else "")

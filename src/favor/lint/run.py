@@ -1,0 +1,95 @@
+"""`favor lint`: read every row, run every check, write what was asked for.
+
+In: LintConfig. Out: Findings; JSON, a page, a cleaned copy. Next: page.py.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from favor.data import sources
+from favor.data.formats import FORMATS, RowError, recognise
+from favor.data.read import renamed
+from favor.data.settings import SourceConfig
+from favor.errors import ConfigError, DataError
+from favor.lint import fix
+from favor.lint.noise import noise_findings
+from favor.lint.page import write_page
+from favor.lint.rows import row_findings
+from favor.lint.sets import set_findings
+from favor.lint.settings import ORDER, Finding, LintConfig, Row
+from favor.lint.tokens import token_findings
+from favor.model.load import end_ids, load_tokenizer
+from favor.run import write_json
+from favor.scoring.source import make_scorer
+
+
+def lint(config: LintConfig) -> list[Finding]:
+    """Every finding, the worst first. Raises DataError when a source cannot be read at all; ConfigError for settings that clash."""
+    settings, data = config.lint, config.data
+    if settings.fix is not None and len(data.parts) > 1:
+        raise ConfigError("lint.fix cleans one file; name it with data.train and clean each source by itself")
+    if settings.fix is not None and Path(settings.fix).resolve() == Path(data.training).resolve():
+        raise ConfigError(f"lint.fix={settings.fix} is the file it reads; name another one")
+    formats: dict[str, str] = {}
+    rows = [row for source in data.parts for row in _rows(config, source, "train", formats)]
+    if data.eval is not None:
+        held_out = SourceConfig(path=data.eval, split=data.eval_split)
+        rows += _rows(config, held_out, "eval", formats)
+    found = [*row_findings(rows, settings), *set_findings(rows, settings, formats)]
+    if config.model is not None:
+        tokenizer = load_tokenizer(config.model)
+        found += token_findings(rows, tokenizer, config.tokens, end_ids(tokenizer, None), settings)
+    if config.reward is not None:
+        found += noise_findings(rows, make_scorer(config.reward), settings)
+    found.append(_summary(rows))
+    found.sort(key=lambda finding: ORDER.index(finding.severity))
+    _write(config, rows, found)
+    return found
+
+
+def fails(config: LintConfig, findings: list[Finding]) -> bool:
+    """Whether a finding is as severe as lint.fail_on asks for."""
+    bad = {"never": (), "error": ("error",), "warning": ("error", "warning")}[config.lint.fail_on]
+    return any(finding.severity in bad for finding in findings)
+
+
+def _rows(config: LintConfig, source: SourceConfig, part: str, formats: dict[str, str]) -> Iterator[Row]:
+    name = source.format or config.data.format
+    columns = config.data.columns if source.columns is None else source.columns
+    found = sources.rows(source.path, source.split or config.data.split)
+    count = 0
+    for number, raw in sources.limited(found, source.max_rows or config.data.max_rows):
+        count += 1
+        try:
+            row = renamed(sources.as_object(raw), columns)
+            name = recognise(row) if name == "auto" else name
+            yield Row(part, source.path, number, row, FORMATS[name](row), None)
+        except RowError as error:
+            yield Row(part, source.path, number, raw if isinstance(raw, dict) else {"row": raw}, None, str(error))
+    if not count:
+        raise DataError(f"{source.path}: it holds no rows")
+    formats[source.path] = name
+
+
+def _summary(rows: list[Row]) -> Finding:
+    read = [row for row in rows if row.judgment is not None]
+    responses = sum(len(row.judgment.responses) for row in read if row.judgment)
+    text = f"{len(rows)} rows, {len(read)} of them usable, {responses} responses"
+    return Finding("note", "read", text)
+
+
+def _write(config: LintConfig, rows: list[Row], found: list[Finding]) -> None:
+    settings = config.lint
+    if settings.fix is not None:
+        train = [row for row in rows if row.part == "train"]
+        kept, actions = fix.clean(train, found)
+        if not kept:
+            raise DataError(f"{config.data.training}: no row is left after cleaning; nothing was written")
+        log = fix.write(kept, actions, Path(settings.fix))
+        dropped = sum(action.action == "dropped" for action in actions)
+        text = f"{len(kept)} rows in {settings.fix}: {dropped} dropped, {len(actions) - dropped} mended; every action in {log}"
+        found.append(Finding("note", "fix", text))
+    if settings.out is not None:
+        write_json(Path(settings.out), {"findings": [finding._asdict() for finding in found]})
+    if settings.page is not None:
+        write_page(found, config.data.training, Path(settings.page))

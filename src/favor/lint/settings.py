@@ -1,0 +1,92 @@
+"""Section [lint], and what a check sees and says.
+
+In: a recipe. Out: LintConfig, Row, Finding. Next: rows.py.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from favor.config import STRICT
+from favor.data.formats import Judgment
+from favor.data.settings import DataConfig
+from favor.data.tokenize import TokensConfig
+from favor.data.types import Text
+from favor.model.load import ModelConfig
+from favor.scoring.source import RewardConfig
+
+Severity = Literal["error", "warning", "note"]
+ORDER: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+class LintSettings(BaseModel):
+    """Section [lint]; docs/lint.md gives every check with its threshold.
+
+    out, page, fix: the findings as JSON and as an HTML page; a cleaned copy of the training rows (JSONL). fail_on: the
+    least severe finding that makes the exit code 1. near: Jaccard similarity of word triples from which texts count as near-duplicates (0: not
+    looked for). noise: how many standard deviations a reward must be against a label.
+    """
+
+    model_config = STRICT
+    out: str | None = None
+    page: str | None = None
+    fix: str | None = None
+    fail_on: Literal["error", "warning", "never"] = "error"
+    near: float = Field(default=0.8, ge=0, le=1)
+    language: bool = True
+    length_share: float = Field(default=0.6, ge=0.5, le=1)
+    cut_share: float = Field(default=0.05, ge=0, le=1)
+    opening_share: float = Field(default=0.5, gt=0, le=1)
+    noise: float = Field(default=3.0, gt=0)
+    examples: int = Field(default=5, ge=0)
+
+
+class LintConfig(BaseModel):
+    """A recipe for `favor lint`: [data], [lint]; with [model] its tokenizer and template are tried, with [reward] labels are doubted.
+
+    A whole training recipe serves too; its other sections are not looked at.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    data: DataConfig
+    tokens: TokensConfig = TokensConfig()
+    lint: LintSettings = LintSettings()
+    model: ModelConfig | None = None
+    reward: RewardConfig | None = None
+
+
+class Row(NamedTuple):
+    """One row: as the file has it, what it says, or why it says nothing."""
+
+    part: str
+    source: str
+    number: int
+    raw: dict[str, Any]
+    judgment: Judgment | None
+    refusal: str | None
+
+    @property
+    def where(self) -> tuple[str, int]:
+        """(source, row number)."""
+        return self.source, self.number
+
+
+class Finding(NamedTuple):
+    """One kind of fault and where it is: rows are (source, row number); examples show the first of them."""
+
+    severity: Severity
+    name: str
+    message: str
+    rows: tuple[tuple[str, int], ...] = ()
+    examples: tuple[str, ...] = ()
+
+
+def words_of(text: Text) -> str:
+    """A prompt or response as plain text."""
+    return text if isinstance(text, str) else "\n".join(str(m.get("content") or "") for m in text)
+
+
+def shown(text: str, limit: int = 160) -> str:
+    """One line of a text, for a message."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 3] + "..."
