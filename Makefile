@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo frontier test test-all check bench clean
+.PHONY: demo frontier matrix test test-all check bench clean
 
 demo: .venv/.ready
 	$(BIN)/favor demo
 
 frontier: .venv/.ready
 	$(BIN)/favor frontier recipes/frontier.toml
+
+matrix: .venv/.ready
+	cd tests && ../$(BIN)/python -W ignore matrix.py
 
 test: .venv/.ready
 	$(BIN)/pytest -m "not slow"

@@ -23,6 +23,7 @@ from favor.model.load import LoraSettings, ModelConfig, as_reference, frozen_cop
 from favor.model.logprobs import response_logps
 from favor.train import preference, reference
 from favor.train.preference import Beside, TrainConfig
+from favor.train.scored import needs
 from favor.train.step import Machine, step
 
 # every loss as it comes, and the options that change what it sees
@@ -208,12 +209,11 @@ def outcome(cell, budget=16):
     try:
         config = config_of(cell)
         policy, ref = policies(cell, trees)
-        needed = preference.refuse_contradictions(config, policy)
     except (ConfigError, ValueError) as error:
         return "refused", str(error)
     config = config.model_copy(update={"train": config.train.model_copy(update={"max_tokens_per_pack": budget})})
     found, alive = references(cell, ref, trees)
-    beside = Beside({"train": found if needed.reference else reference.none()}, alive, None)
+    beside = Beside({"train": found if needs(config.loss).reference else reference.none()}, alive, None)
     expected, slow = oracle(cell.variant, cell.weights)
     parameters = policy.trainable()
     before = {name: p.detach().clone() for name, p in parameters.items()}

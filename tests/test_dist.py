@@ -19,7 +19,7 @@ PPO = [
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("command", ["train", "ppo"])
+@pytest.mark.parametrize("command", ["train", "two passes", "ppo"])
 def test_two_ranks_follow_one_rank(tmp_path, command):
     """torchrun with two gloo processes: the curve and the final weights of a single process, to 1e-5."""
     from safetensors.torch import load_file
@@ -30,6 +30,7 @@ def test_two_ranks_follow_one_rank(tmp_path, command):
     (tmp_path / "length.py").write_text("def score(prompts, responses):\n    return [len(r) / 9 for r in responses]\n")
     words = [
         *([*PPO, f"reward.path={tmp_path / 'length.py'}:score"] if command == "ppo" else ["train"]),
+        *(["loss.name=bco", 'loss.also=[{name="aot"}, {name="kto"}]'] if command == "two passes" else []),
         f"model.path={tmp_path / 'model'}",
         "model.dtype=float32",
         f"data.train={tmp_path / 'train.jsonl'}",
@@ -48,7 +49,7 @@ def test_two_ranks_follow_one_rank(tmp_path, command):
         "-m",
         "torch.distributed.run",
         "--nproc-per-node=2",
-        f"--master-port={29517 + (command == 'ppo')}",
+        f"--master-port={29517 + len(command)}",
         str(program),
         *words,
         f"run={tmp_path / 'two'}",

@@ -247,12 +247,64 @@ def test_resume_needs_the_same_recipe(world_of_films, tmp_path):
         run_train([*words, "resume=true"])
 
 
-@pytest.mark.parametrize("name", ["cdpo", "ipo", "hinge", "plackett_luce", "kto"])
+@pytest.mark.parametrize("name", ["cdpo", "ipo", "hinge", "plackett_luce", "kto", "bco", "aot", "exo"])
 def test_every_loss_trains(world_of_films, tmp_path, name):
     run_train(settings(world_of_films, tmp_path / "run", f"loss.name={name}", "loss.beta=0.3"))
     steps = curve(tmp_path / "run")
     assert steps[12]["margin"] > 0.3
     assert steps[12]["loss"] < steps[1]["loss"]
+
+
+def test_two_passes_take_the_steps_of_one(world_of_films, tmp_path):
+    """A linear surrogate with known coefficients has the loss's own gradient; branches fit a smaller budget."""
+    mixed = 'loss.also=[{name="sft", weight=0.2}, {name="plackett_luce", weight=0.5}]'
+    for passes in ("one", "two"):
+        run_train(settings(world_of_films, tmp_path / passes, f"loss.passes={passes}", mixed, "train.epochs=2"))
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for step, record in one.items():
+        for key in ("loss", "grad_norm", "margin", "accuracy", "pairs", "logp_chosen_per_token"):
+            assert two[step][key] == pytest.approx(record[key], rel=1e-4, abs=1e-6)
+
+
+def test_moving_reference(world_of_films, tmp_path):
+    """TR-DPO: after a hard update policy and reference are equal, after a soft one the margin has shrunk; resume is exact."""
+    live = ("reference.mode=live", "reference.sync_every=2")
+    run_train(settings(world_of_films, tmp_path / "hard", *live))
+    steps = curve(tmp_path / "hard")
+    assert all(steps[s]["loss"] == pytest.approx(0.6931471805599453, abs=1e-6) for s in (1, 3, 5, 7))
+    assert all(abs(steps[s]["loss"] - 0.6931471805599453) > 1e-4 for s in (4, 6, 8))
+    soft = [*live, "reference.sync_weight=0.5"]
+    run_train(settings(world_of_films, tmp_path / "soft", *soft))
+    assert all(abs(curve(tmp_path / "soft")[s]["loss"] - 0.6931471805599453) > 1e-5 for s in (3, 5, 7))
+    with pytest.raises(StoppedError):
+        run_train(settings(world_of_films, tmp_path / "again", *soft), StopAt(5))
+    run_train(settings(world_of_films, tmp_path / "again", *soft, "resume=true"))
+    assert curve(tmp_path / "again") == curve(tmp_path / "soft")
+    with pytest.raises(ConfigError, match=r"reference\.sync_every moves a copy of the weights"):
+        run_train(settings(world_of_films, tmp_path / "lora", *live, "model.lora.rank=2"))
+    with pytest.raises(ConfigError, match=r"set reference\.mode=live"):
+        run_train(settings(world_of_films, tmp_path / "stored", "reference.sync_every=2"))
+
+
+def test_data_that_cannot_feed_the_loss(world_of_films, tmp_path):
+    for words, message in (
+        (["loss.name=odpo"], "needs a margin above 0"),
+        (["loss.name=aot", "loss.passes=one"], "set loss.passes=two"),
+        (["loss.name=simpo", "reference.mode=live"], "reads no reference"),
+        (["loss.ld_alpha=0.5"], "set reference.mode=live"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_train(settings(world_of_films, tmp_path / words[0], *words))
+
+
+def test_reference_free_losses_build_no_reference(world_of_films, tmp_path):
+    run_train(settings(world_of_films, tmp_path / "run", "loss.name=simpo", "loss.beta=2.0"))
+    assert not (tmp_path / "run/reference.safetensors").exists()
+    steps = curve(tmp_path / "run")
+    assert steps[12]["loss"] < steps[1]["loss"]
+    assert steps[12]["accuracy"] > steps[1]["accuracy"]
+    assert "chosen_below_reference" not in steps[1]
 
 
 def test_displacement_is_warned_of(world_of_films, tmp_path):

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from favor.data.types import Batch
 from favor.losses import baselines, pairwise, ranking, reference_free, reward, unpaired
-from favor.losses.config import OPTIONS, LossConfig, LossName
+from favor.losses.config import COUPLED, OPTIONS, LossConfig, LossName
 from favor.losses.view import Scored, View
 
 __all__ = [
+    "COUPLED",
     "LOSSES",
     "OPTIONS",
     "Loss",
@@ -35,14 +36,13 @@ Items = Literal["pairs", "pairs_and_ties", "rankings", "thumbs"]
 class Loss:
     """`per_item(view)` -> (loss, weight) of every item.
 
-    items: what it is a mean over. coupled: an item's loss depends on the whole optimizer batch, so it needs two passes.
+    items: what it is a mean over.
     reference: whether it reads log ref. zero: whether it reads KTO's z0. labels, margins: whether it reads soft labels,
     and needs margins.
     """
 
     items: Items
     per_item: Callable[[View], tuple[Tensor, Tensor]]
-    coupled: bool = False
     reference: bool = True
     zero: bool = False
     labels: bool = False
@@ -178,8 +178,8 @@ LOSSES: dict[str, Loss] = {
     "sppo_hard": Loss("pairs", _sides(lambda w, r, v: pairwise.sppo_hard(w, r, v.config.beta))),
     "apo_zero": Loss("pairs", _sides(lambda w, r, v: pairwise.apo_zero(w, r, v.config.beta))),
     "apo_down": Loss("pairs", _sides(lambda w, r, v: pairwise.apo_down(w, r, v.config.beta))),
-    "aot": Loss("pairs", _aot, coupled=True),
-    "aot_unpaired": Loss("thumbs", _aot_unpaired, coupled=True),
+    "aot": Loss("pairs", _aot),
+    "aot_unpaired": Loss("thumbs", _aot_unpaired),
     "nca": Loss(
         "rankings",
         _rankings(
@@ -193,7 +193,7 @@ LOSSES: dict[str, Loss] = {
         _rankings(lambda v: ranking.plackett_luce(v.ratio_R, v.batch.ranking_QK, v.config.beta, v.config.top_k)),
     ),
     "kto": Loss("thumbs", _kto, zero=True),
-    "bco": Loss("thumbs", _bco, coupled=True),
+    "bco": Loss("thumbs", _bco),
     "simpo": Loss(
         "pairs",
         _likelihoods(lambda w, r, v: reference_free.simpo(w, r, v.config.beta, v.config.gamma), mean=True),

@@ -40,6 +40,8 @@ OPTIONS: dict[str, frozenset[str]] = {
     "preferred_ft": frozenset[str](),
     "unlikelihood": frozenset({"alpha"}),
 }
+# losses whose items depend on the whole optimizer batch: they need two passes
+COUPLED = frozenset({"aot", "aot_unpaired", "bco"})
 LossName = Literal[
     "sigmoid",
     "cdpo",
@@ -122,6 +124,11 @@ class LossConfig(BaseModel):
             )
         if self.name == "exo" and self.label_smoothing == 0:
             raise ValueError("loss 'exo' takes log(label_smoothing); set loss.label_smoothing above 0")
+        coupled = sorted(COUPLED & {term.name for term in self.terms})
+        if coupled and self.passes == "one":
+            raise ValueError(
+                f"loss '{coupled[0]}' depends on the whole optimizer batch, more than one pass sees; set loss.passes=two"
+            )
         if any(term.also or term.passes != "auto" for term in self.also):
             raise ValueError("a loss in loss.also has no `also` and no `passes` of its own; set them in [loss]")
         return self

@@ -22,7 +22,7 @@ from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.dist.world import World
-from favor.errors import ConfigError, NumericsError
+from favor.errors import NumericsError
 from favor.losses import LossConfig
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
@@ -34,7 +34,7 @@ from favor.train.data import Splits, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import Reference, ReferenceConfig
-from favor.train.scored import Needs, kto_zero, needs, score, usable
+from favor.train.scored import kto_zero, needs, score, usable
 from favor.train.session import Bar, Session
 from favor.train.step import Machine, Objective, Stepped, step
 from favor.train.twopass import gather
@@ -74,6 +74,20 @@ class TrainConfig(BaseModel):
             raise ValueError("[reward] scores the samples of the KL probe; set watch.kl_every, or remove it")
         return self
 
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> "TrainConfig":
+        needed = needs(self.loss)
+        if not needed.reference and self.reference != ReferenceConfig():
+            raise ValueError(f"loss '{self.loss.name}' reads no reference; remove section [reference]")
+        if needed.tokens and self.reference.mode != "live":
+            raise ValueError("loss.ld_alpha needs the reference's log-probs of every token; set reference.mode=live")
+        if self.reference.sync_every is not None and self.model.lora is not None:
+            raise ValueError(
+                "reference.sync_every moves a copy of the weights, but a LoRA policy's reference is its own base; "
+                "train all weights, or remove it"
+            )
+        return self
+
 
 def train(config: TrainConfig, open_session: Callable[[Path], Session]) -> None:
     """Train a policy on preferences. Raises the errors of every part; nothing half-written is left behind."""
@@ -81,11 +95,10 @@ def train(config: TrainConfig, open_session: Callable[[Path], Session]) -> None:
     session = open_session(folder.root)
     policy = load_policy(config.model, config.seed)
     splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=False)
-    needed = refuse_contradictions(config, policy)
     used = usable(config.loss, splits.train, config.data.training)
     policy, why = settle(policy, config.model.layout, splits.train)
     session.event(0, "self_check", f"layout: {why}")
-    references, alive = _references(config, policy, splits, needed, session)
+    references, alive = _references(config, policy, splits, session)
     scorer = make_scorer(config.reward) if config.reward else None
     _loop(config, policy, splits, used, Beside(references, alive, scorer), session)
 
@@ -100,25 +113,11 @@ def make_objective(config: LossConfig, policy: Policy, reference: Reference, zer
     return Objective(loss, lambda batch: losses.item_weight(config, batch), STATS, len(config.terms))
 
 
-def refuse_contradictions(config: TrainConfig, policy: Policy) -> Needs:
-    """What the loss needs; raises ConfigError where [loss], [reference] and [model] do not go together."""
-    needed, reference_ = needs(config.loss), config.reference
-    if not needed.reference and (reference_ != ReferenceConfig()):
-        raise ConfigError(f"loss '{config.loss.name}' reads no reference; remove section [reference]")
-    if needed.tokens and reference_.mode != "live":
-        raise ConfigError("loss.ld_alpha needs the reference's log-probs of every token; set reference.mode=live")
-    if reference_.sync_every is not None and policy.lora:
-        raise ConfigError(
-            "reference.sync_every moves a copy of the weights, but a LoRA policy's reference is its own base; "
-            "train all weights, or remove it"
-        )
-    return needed
-
-
 def _references(
-    config: TrainConfig, policy: Policy, splits: Splits, needed: Needs, session: Session
+    config: TrainConfig, policy: Policy, splits: Splits, session: Session
 ) -> tuple[dict[str, Reference], Callable[[Batch], Tensor] | None]:
     """The reference of every split, and the live one that the KL probe and KTO's z0 need (else None)."""
+    needed = needs(config.loss)
     parts = splits.by_name if config.watch.eval_every else {"train": splits.train}
     asked = config.watch.kl_every > 0 or needed.zero
     identity = reference.fingerprint(policy, config.tokens, parts)

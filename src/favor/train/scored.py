@@ -13,7 +13,7 @@ from favor.data.types import Batch, TokenTree
 from favor.dist.reduce import sum_
 from favor.dist.world import World
 from favor.errors import ConfigError
-from favor.losses import LOSSES, LossConfig, Scored
+from favor.losses import COUPLED, LOSSES, LossConfig, Scored
 from favor.model.load import Policy
 from favor.model.logprobs import mean_overlap, response_logps, scored_logps, sum_tokens
 from favor.train.loop import micro_batches
@@ -32,21 +32,15 @@ class Needs:
 
 
 def needs(config: LossConfig) -> Needs:
-    """Raises ConfigError when a loss of the whole optimizer batch is asked for in one pass."""
+    """What the terms of [loss] read."""
     losses = [LOSSES[term.name] for term in config.terms]
-    found = Needs(
+    return Needs(
         reference=any(loss.reference for loss in losses),
         tokens=any(term.ld_alpha is not None for term in config.terms),
         overlap=any(term.wpo == "aligned" for term in config.terms),
         zero=any(loss.zero for loss in losses),
-        coupled=any(loss.coupled for loss in losses),
+        coupled=any(term.name in COUPLED for term in config.terms),
     )
-    if found.coupled and config.passes == "one":
-        name = next(term.name for term in config.terms if LOSSES[term.name].coupled)
-        raise ConfigError(
-            f"loss '{name}' depends on the whole optimizer batch, which one pass does not see; set loss.passes=two or auto"
-        )
-    return found
 
 
 def score(config: LossConfig, policy: Policy, reference: Reference, batch: Batch, zero: float = 0.0) -> Scored:

@@ -35,6 +35,7 @@ STATS = (
     "logp_chosen_per_token",
     "logp_rejected_per_token",
     "chosen_below_reference",
+    "referenced",
     "good",
     "bad",
     "reward_good",
@@ -74,15 +75,16 @@ def batch_stats(config: LossConfig, scored: Scored, batch: Batch) -> dict[str, T
     reward_R = config.beta * (per_token_R if free else pi_R - scored.ref_R)
     chosen_P, rejected_P = reward_R[batch.chosen_P], reward_R[batch.rejected_P]
     margin_P, thumb_I = chosen_P - rejected_P, reward_R[batch.thumb_I]
+    ones_P = torch.full_like(margin_P, 1.0)
     sums = (
-        torch.full_like(margin_P, 1.0).sum(),
+        ones_P.sum(),
         ((margin_P.sign() + 1) / 2).sum(),
         margin_P.sum(),
         chosen_P.sum(),
         rejected_P.sum(),
         per_token_R[batch.chosen_P].sum(),
         per_token_R[batch.rejected_P].sum(),
-        torch.zeros_like(margin_P).sum() if free else (chosen_P < 0).double().sum(),
+        *((margin_P.new_zeros(()),) * 2 if free else ((chosen_P < 0).double().sum(), ones_P.sum())),
         batch.good_I.double().sum(),
         (~batch.good_I).double().sum(),
         thumb_I[batch.good_I].sum(),
@@ -95,7 +97,9 @@ def means(sums: Mapping[str, float]) -> dict[str, float]:
     """The step record's figures from the sums of batch_stats; those without items are left out."""
     found: dict[str, float] = {}
     if pairs := sums["pairs"]:
-        found |= {"accuracy": sums["correct"] / pairs} | {name: sums[name] / pairs for name in STATS[2:8]}
+        found |= {"accuracy": sums["correct"] / pairs} | {name: sums[name] / pairs for name in STATS[2:7]}
+    if sums["referenced"]:
+        found["chosen_below_reference"] = sums["chosen_below_reference"] / sums["referenced"]
     if sums["good"]:
         found["reward_good"] = sums["reward_good"] / sums["good"]
     if sums["bad"]:
@@ -143,7 +147,7 @@ def watch_displacement(
 ) -> None:
     """Warn when, over the last pairs, too many chosen responses have become less likely than under the reference."""
     was_over = len(below) == below.maxlen and _share(below) > threshold
-    below.append((done.sums["chosen_below_reference"], done.sums["pairs"]))
+    below.append((done.sums["chosen_below_reference"], done.sums["referenced"]))
     share = _share(below)
     if len(below) == below.maxlen and share > threshold and not was_over:
         session.event(
