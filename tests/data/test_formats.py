@@ -198,6 +198,20 @@ def test_columns_are_mapped(tmp_path):
         DataConfig(train="x", columns={"promt": "question"})
 
 
+def test_every_row_of_the_docs_is_recognised():
+    """docs/formats.md: a section a format, and the rows shown there can be read."""
+    found = set()
+    for section in (Path(__file__).parents[2] / "docs/formats.md").read_text("utf-8").split("\n## ")[1:]:
+        name = section.split("\n", 1)[0]
+        for block in section.split("```json\n")[1:]:
+            for line in block.split("```")[0].splitlines():
+                row = json.loads(line)
+                assert recognise(row) == name
+                FORMATS[name](row)
+        found.add(name)
+    assert found == set(FORMATS)
+
+
 def test_format_names_and_columns():
     for name in FORMATS:
         assert SourceConfig(path="x", format=name).format == name
