@@ -131,6 +131,7 @@ MALFORMED = [
     ("ultrafeedback", {"completions": [{"response": "a", "annotations": {"x": {"Rating": "high"}}}] * 1 + [{"response": "b", "overall_score": 1}]}, r"annotations.x.Rating is 'high'"),
     ("ultrafeedback_binarized", {"score_chosen": 1.0}, "score_chosen is 1 and score_rejected 6"),
     ("ultrafeedback_binarized", {"score_chosen": "8"}, "score_chosen is '8'"),
+    ("ultrafeedback_binarized", {"prompt": "Another."}, "prompt is not among the turns"),
     ("shp", {"labels": 2}, "labels is 2"),
     ("shp", {"labels": 0}, "labels says that comment B is better, but score_A"),
     ("shp", {"human_ref_B": ""}, "human_ref_B is empty"),
