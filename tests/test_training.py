@@ -18,9 +18,12 @@ from oracles import plain_logps, tree
 from rich.console import Console
 
 from favor.config import load
+from favor.data.read import read_parts
 from favor.dist.world import World
 from favor.errors import CheckpointError, ConfigError, NumericsError
+from favor.eval.evaluate import EvalConfig, evaluate
 from favor.model.load import ModelConfig, load_policy
+from favor.model.sample import SampleConfig
 from favor.run import RunFolder, read_jsonl
 from favor.train.checkpoint import checkpoints
 from favor.train.preference import TrainConfig, train
@@ -333,6 +336,26 @@ def test_held_out_figures_and_kl_probe_while_training(world_of_films, tmp_path):
     assert probed[-1] > 0.1
     assert any(r.get("name") == "reference" for r in records)
     assert "leak" in (tmp_path / "run/data.json").read_text()
+
+
+def test_held_out_share_is_never_trained_on_and_evaluated(world_of_films, tmp_path):
+    """eval_share over two sources: training and `favor eval` agree on the prompts, which data.json counts."""
+    words = [word for word in settings(world_of_films, tmp_path / "a") if not word.startswith("data.")]
+    paths = [world_of_films / "train.jsonl", tmp_path / "more.jsonl"]
+    rows = [{"prompt": f"More {i}.", "chosen": "good film", "rejected": "bad film"} for i in range(12)]
+    paths[1].write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    tables = ", ".join(f'{{path="{path}"}}' for path in paths)
+    run_train([*words, f"data.sources=[{tables}]", "data.eval_share=0.4", "train.epochs=1"])
+    told = json.loads(RunFolder(tmp_path / "a").data_report.read_text())
+    assert told["train"]["read"]["num_trees"] + told["eval"]["read"]["num_trees"] == 21
+    assert not [finding for finding in told["lint"] if finding["name"] == "leak"]
+    config = EvalConfig(
+        run=str(tmp_path / "a"), sample_prompts=30, samples_per_prompt=1, sample=SampleConfig(max_new_tokens=2)
+    )
+    evaluate(config, lambda text: None, lambda *args: None)
+    sampled = {record["prompt"] for record in read_jsonl(RunFolder(tmp_path / "a").samples)}
+    data = load(TrainConfig, RunFolder(tmp_path / "a").config).data
+    assert sampled == {tree.prompt for tree in read_parts(data)["eval"][0]}
 
 
 def test_sft_raises_the_preferred_responses_only(world_of_films, tmp_path):

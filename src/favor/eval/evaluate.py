@@ -97,7 +97,9 @@ def evaluate(
 def _subject(config: EvalConfig, say: Callable[[str], None]) -> Subject:
     recipe = _recipe(Path(config.run))
     model = ModelConfig.model_validate({**recipe["model"], "lora": None, "gradient_checkpointing": False})
-    data = DataConfig.model_validate({**recipe["data"], "max_rows": config.max_rows})
+    # a share held out is a share of the rows that training read
+    limit = config.max_rows or (recipe["data"].get("max_rows") if recipe["data"].get("eval_share") else None)
+    data = DataConfig.model_validate({**recipe["data"], "max_rows": limit})
     if config.data is None and data.eval is None and not data.eval_share:
         raise ConfigError(f"{config.run}: the run had no data.eval; name held-out preferences with data=FILE")
     policy = load_policy(model.model_copy(update={"path": str(RunFolder(Path(config.run)).model), "revision": None}))

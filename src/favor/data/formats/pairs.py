@@ -32,6 +32,7 @@ from favor.data.types import Text
 def pairs(row: dict[str, Any]) -> Judgment:
     """`prompt, chosen, rejected` as text or messages; without prompt: full message lists or HH transcripts.
 
+    Where chosen and rejected hold whole conversations beside a prompt, the turns they share are the prompt.
     `margin` says by how much chosen is better (a score difference); `tie = true` that neither is.
     """
     prompt, responses = _sides(row)
@@ -44,12 +45,8 @@ def pairs(row: dict[str, Any]) -> Judgment:
 
 
 def ultrafeedback_binarized(row: dict[str, Any]) -> Judgment:
-    """`prompt, chosen, rejected` and the scores they had, `score_chosen, score_rejected`: equal ones are a tie.
-
-    Where chosen and rejected hold the whole conversation, its shared turns are the prompt.
-    """
-    whole = all(isinstance(row.get(name), list) and len(row[name]) > 1 for name in ("chosen", "rejected"))
-    judgment = pairs({k: v for k, v in row.items() if k != "prompt"} if whole else row)
+    """`prompt, chosen, rejected` and the scores they had, `score_chosen, score_rejected`: equal ones are a tie."""
+    judgment = pairs(row)
     names = ("score_chosen", "score_rejected")
     best, worst = (number_of(need(row, name), name) for name in names)
     if best < worst:
@@ -149,6 +146,10 @@ def prompt_and_response(row: dict[str, Any]) -> tuple[Text, Text]:
 
 def _sides(row: dict[str, Any]) -> tuple[Text, tuple[Text, ...]]:
     chosen, rejected = need(row, "chosen"), need(row, "rejected")
+    if "prompt" in row and _is_whole(chosen) and _is_whole(rejected):
+        shared, responses = common_prompt(as_messages(chosen, "chosen"), as_messages(rejected, "rejected"))
+        _check_within(as_text(row["prompt"], "prompt"), shared)
+        return shared, responses
     if "prompt" in row:
         prompt = as_text(row["prompt"], "prompt")
         responses = (as_response(chosen, "chosen"), as_response(rejected, "rejected"))
@@ -158,6 +159,21 @@ def _sides(row: dict[str, Any]) -> tuple[Text, tuple[Text, ...]]:
     if isinstance(chosen, str) and isinstance(rejected, str):
         return common_prompt(transcript(chosen, "chosen"), transcript(rejected, "rejected"))
     return common_prompt(as_messages(chosen, "chosen"), as_messages(rejected, "rejected"))
+
+
+def _is_whole(side: Any) -> bool:
+    """Whether it is a conversation, not an answer: messages that do not begin with the assistant's."""
+    return isinstance(side, list) and len(side) > 1 and isinstance(side[0], dict) and side[0].get("role") != "assistant"
+
+
+def _check_within(prompt: Text, shared: Text) -> None:
+    """Raise RowError when a turn of the prompt is not among those that chosen and rejected share."""
+    said = [prompt] if isinstance(prompt, str) else [str(message.get("content")) for message in prompt]
+    there = [str(message.get("content")).strip() for message in shared if isinstance(message, dict)]
+    if any(text.strip() not in there for text in said):
+        raise RowError(
+            "prompt is not among the turns that chosen and rejected share; drop the column if they hold it all"
+        )
 
 
 def _settled(judgment: Judgment, gap: float) -> Judgment:

@@ -4,7 +4,7 @@ In: the columns of a row. Out: the format's name. Next: ../read.py.
 """
 
 import difflib
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from typing import Any, NamedTuple
 
 from favor.data.formats.common import RowError
@@ -82,15 +82,18 @@ def recognise(row: Mapping[str, Any]) -> str:
 def _nearest(columns: Set[str]) -> str:
     """The format that lacks least, columns of nearly the right name counting."""
 
-    def found(shape: Shape) -> float:
+    def near(shape: Shape) -> float:
         wanted = [*shape.needs, *sorted(shape.either)[:1]]
-        best = [max((_alike(column, want) for column in columns), default=0.0) for want in wanted]
-        return sum(best) / len(wanted)
+        read = shape.needs | shape.either | shape.more
+        return _covered(wanted, columns) + _covered(columns, read)
 
-    name = max(SHAPES, key=lambda name: found(SHAPES[name]))
-    if found(SHAPES[name]) < 0.5:
-        return ""
-    return f"; the nearest is {name} ({SHAPES[name]})"
+    name = max(SHAPES, key=lambda name: near(SHAPES[name]))
+    return f"; the nearest is {name} ({SHAPES[name]})" if near(SHAPES[name]) >= 0.75 else ""
+
+
+def _covered(wanted: Collection[str], given: Collection[str]) -> float:
+    """The share of the wanted names that are given, nearly equal ones counting in part."""
+    return sum(max((_alike(want, name) for name in given), default=0.0) for want in wanted) / max(1, len(wanted))
 
 
 def _alike(a: str, b: str) -> float:
