@@ -274,10 +274,21 @@ def test_lint_lists_every_bad_row_and_fails(favor, tmp_path):
         {"prompt": "x", "chosen": "", "rejected": "y"},
     ]
     write(tmp_path / "d.jsonl", rows)
-    code, out, _ = favor("lint", "data.train=d.jsonl")
+    code, out, _ = favor(
+        "lint", "data.train=d.jsonl", "lint.out=lint.json", "lint.page=lint.html", "--fix", "clean.jsonl"
+    )
     assert code == 1
-    assert "error: bad row: d.jsonl, row 8: chosen is empty" in out
-    assert "error: contradiction: 1 prompts hold a pair judged both ways (row 1)" in out
+    found = {f["name"]: f for f in json.loads((tmp_path / "lint.json").read_text())["findings"]}
+    assert found["empty"]["examples"] == ["d.jsonl, row 8: chosen is empty"]
+    assert found["contradiction"]["rows"] == [["d.jsonl", 7]]
+    assert all(name in out for name in ("contradiction", "empty", "length"))
+    assert "chosen is empty" in (tmp_path / "lint.html").read_text()
+    assert len((tmp_path / "clean.jsonl").read_text().splitlines()) == 5
+    actions = [json.loads(line) for line in (tmp_path / "clean.actions.jsonl").read_text().splitlines()]
+    assert [(a["row"], a["action"]) for a in actions] == [(1, "dropped"), (7, "dropped"), (8, "dropped")]
+    assert favor("lint", "data.train=clean.jsonl", "lint.fail_on=warning")[0] == 0
+    assert favor("lint", "data.train=d.jsonl", "lint.fail_on=never")[0] == 0
+    assert "is the file it reads" in favor("lint", "data.train=d.jsonl", "--fix", "d.jsonl")[2]
     write(tmp_path / "d.jsonl", GOOD)
     assert favor("lint", "data.train=d.jsonl")[0] == 0
     (tmp_path / "r.toml").write_text('run = "r"\n[model]\npath = "m"\n[data]\ntrain = "d.jsonl"\n')

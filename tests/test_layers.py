@@ -28,16 +28,18 @@ ALLOWED = {
         "model",
         "dist",
         "scoring",
+        "lint.brief",
         "eval.divergence",
         "eval.calibration",
     },
+    "lint": {"errors", "config", "run", "data", "model", "scoring"},
     "report": {"errors", "run"},
     "embedded": {"errors", "run"},
     "demo": {"errors", "config", "run", "data", "losses", "model", "scoring", "eval", "train", "report", "embedded"},
     "frontier": {"errors", "config", "run", "data", "losses", "model", "dist", "scoring", "eval", "train", "embedded"},
     "loop": {"errors", "config", "run", "data", "losses", "model", "scoring", "eval", "train"},
     "cli": {"errors", "config", "run", "data", "model", "dist", "scoring", "eval", "train", "report"}
-    | {"demo", "loop", "frontier"},
+    | {"demo", "loop", "frontier", "lint"},
 }
 PATH = (
     "train/preference",

@@ -177,15 +177,23 @@ def loop(words: Words = None) -> None:
 
 
 @app.command()
-def lint(words: Words = None) -> None:
-    """Look for faults in preference data; exit code 1 when there is an error among the findings."""
+def lint(
+    words: Words = None,
+    fix: Annotated[Path | None, typer.Option("--fix", help="Write a cleaned copy of the training rows here.")] = None,
+) -> None:
+    """Look for faults in preference data; exit code 1 when a finding is as severe as lint.fail_on (error)."""
     from favor.config import load, split_arguments
-    from favor.data.check import LintConfig, check
+    from favor.lint.page import findings_table
+    from favor.lint.run import fails
+    from favor.lint.run import lint as run
+    from favor.lint.settings import LintConfig
 
-    findings = check(load(LintConfig, *split_arguments(words or [])))
-    for finding in findings:
-        _print(f"{finding.severity}: {finding.name}: {finding.message}")
-    if any(finding.severity == "error" for finding in findings):
+    if fix is not None:
+        words = [*(words or []), f"lint.fix={fix}"]
+    config = load(LintConfig, *split_arguments(words or []))
+    findings = run(config)
+    _console().print(findings_table(findings))
+    if fails(config, findings):
         raise typer.Exit(1)
 
 

@@ -8,16 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ftfy
-
-from favor.lint.rows import REPAIR, strings, visible
+from favor.lint.rows import mended
 from favor.lint.sets import contradicting, repeats
 from favor.lint.settings import Finding, Row
 from favor.run import write_text
 
 # findings whose rows are left out: nothing in the row itself says how to mend it
 _DROPPED = ("secret", "personal", "echo", "repeated_turn", "lost_characters", "special_text", "round_trip", "language")
-_ALSO = ("near_duplicate", "doubled_special", "markup")
+_ALSO = ("near_duplicate", "doubled_special", "truncation")
 
 
 class Action(NamedTuple):
@@ -37,12 +35,14 @@ def clean(rows: Sequence[Row], findings: Sequence[Finding]) -> tuple[list[dict[s
         if reason := reasons.get(row.where):
             actions.append(Action(row.number, "dropped", reason))
             continue
-        mended = _mend(row.raw)
-        if mended != row.raw:
+        repaired = _mend(row.raw)
+        if repaired != row.raw:
             actions.append(
-                Action(row.number, "mended", "text repaired: encoding, invisible characters or trailing blanks")
+                Action(
+                    row.number, "mended", "text repaired: encoding, entities, invisible characters or trailing blanks"
+                )
             )
-        kept.append(mended)
+        kept.append(repaired)
     return kept, actions
 
 
@@ -74,7 +74,7 @@ def _reasons(rows: Sequence[Row], findings: Sequence[Finding]) -> dict[tuple[str
 def _mend(value: Any) -> Any:
     """Every string inside a row repaired."""
     if isinstance(value, str):
-        return visible(ftfy.fix_text(value, REPAIR)).rstrip() if strings(value) else value
+        return mended(value)
     if isinstance(value, dict):
         return {key: _mend(inner) for key, inner in value.items()}
     if isinstance(value, list):

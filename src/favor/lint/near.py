@@ -25,7 +25,7 @@ def near_pairs(texts: Sequence[str], threshold: float) -> list[tuple[int, int]]:
     )
     found: list[tuple[int, int]] = []
     for i, signature in zip(usable, hashes, strict=True):
-        for j in sorted(index.query(signature)):
+        for j in sorted(int(str(key)) for key in index.query(signature)):
             both = len(grams[i] & grams[j])
             if both >= threshold * (len(grams[i]) + len(grams[j]) - both):
                 found.append((i, j))

@@ -15,7 +15,7 @@ _ENOUGH = 10
 
 
 def noise_findings(rows: Sequence[Row], scorer: Scorer, settings: LintSettings) -> list[Finding]:
-    """Pairs whose reward difference lies `noise` standard deviations (of all differences, around 0) against the label."""
+    """Pairs whose reward difference is against the label, and `noise` robust standard deviations below the middle one."""
     pairs = [(row, order[0], order[-1]) for row in rows if row.judgment is not None for order in row.judgment.orders]
     if len(pairs) < _ENOUGH:
         return []
@@ -27,10 +27,11 @@ def noise_findings(rows: Sequence[Row], scorer: Scorer, settings: LintSettings) 
         responses += [words_of(row.judgment.responses[better]), words_of(row.judgment.responses[worse])]
     scores = np.array(scorer(prompts, responses))
     gaps = scores[::2] - scores[1::2]
-    # the median, so that the rows looked for do not widen the spread they are measured by
-    spread = 1.4826 * float(np.median(np.abs(gaps)))
+    # medians, so that the rows looked for do not widen the spread they are measured by
+    middle = float(np.median(gaps))
+    limit = min(0.0, middle - settings.noise * 1.4826 * float(np.median(np.abs(gaps - middle))))
     found = [Finding("note", "reward", f"the reward agrees with {float((gaps > 0).mean()):.1%} of {len(pairs)} labels")]
-    against = [i for i in np.argsort(gaps, kind="stable").tolist() if spread and gaps[i] < -settings.noise * spread]
+    against = [i for i in np.argsort(gaps, kind="stable").tolist() if gaps[i] < limit]
     if against:
         examples = tuple(
             f"{pairs[i][0].source}, row {pairs[i][0].number}: {gaps[i]:+.2f}, chosen "

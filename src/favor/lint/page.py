@@ -9,11 +9,14 @@ from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
+from rich.table import Table
+from rich.text import Text
 
 from favor.lint.settings import ORDER, Finding
 from favor.run import write_text
 
 _LISTED = 200
+_COLOURED = {"error": "[red]error[/red]", "warning": "[yellow]warning[/yellow]", "note": "note"}
 
 
 def write_page(findings: Sequence[Finding], source: str, path: Path) -> None:
@@ -28,6 +31,15 @@ def write_page(findings: Sequence[Finding], source: str, path: Path) -> None:
         findings=[(finding, _numbers(finding)) for finding in findings],
     )
     write_text(path, page)
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """The findings for a terminal, the first examples beneath each."""
+    table = Table("severity", "finding", "what", show_lines=False)
+    for finding in findings:
+        lines = [finding.message, *(f"  {example}" for example in finding.examples)]
+        table.add_row(_COLOURED[finding.severity], finding.name, Text("\n".join(lines)))
+    return table
 
 
 def _numbers(finding: Finding) -> str:

@@ -4,6 +4,7 @@ In: Rows. Out: Findings, one for each kind of fault. Next: sets.py.
 """
 
 import html
+import itertools
 import json
 import re
 import unicodedata
@@ -28,7 +29,8 @@ _SECRETS = re.compile(
     r"\bxox[baprs]-[A-Za-z0-9-]{10,}\b|\bhf_[A-Za-z0-9]{30,}\b"
 )
 _PERSONAL = re.compile(r"\b[\w.+-]+@[\w-]+\.[a-z]{2,}\b|\b\d{3}-\d{2}-\d{4}\b|\b(?:\d[ -]?){15}\d\b", re.IGNORECASE)
-_TAGS = re.compile(r"</?(?:p|br|div|span|script|a|b|i|li|ul)\b[^>]*>|&(?:[a-z]+|#\d+);", re.IGNORECASE)
+_TAGS = re.compile(r"</?(?:p|br|div|span|script|a|b|i|li|ul)\b[^>]*>", re.IGNORECASE)
+_ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\d+|#x[0-9a-f]+);", re.IGNORECASE)
 _REFUSAL = re.compile(r"^\W*(?:i'?m sorry|sorry,|i cannot|i can'?t|i am unable|as an ai)", re.IGNORECASE)
 # zero-width and bidirectional control characters
 _INVISIBLE = frozenset("\u200b\u200c\u200d\u2060\ufeff\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u00ad")
@@ -81,14 +83,14 @@ def _any_text(found: Callable[[str], str | None]) -> Check:
 
 def _mojibake(text: str) -> str | None:
     # quick way out: broken decoding leaves characters beyond ASCII
-    if text.isascii() or (mended := ftfy.fix_text(text, REPAIR)) == text or visible(mended) == visible(text):
+    if text.isascii() or (repaired := ftfy.fix_text(text, REPAIR)) == text or visible(repaired) == visible(text):
         return None
-    return f"{shown(text, 60)!r} is probably {shown(mended, 60)!r}"
+    return f"{shown(text, 60)!r} is probably {shown(repaired, 60)!r}"
 
 
 def visible(text: str) -> str:
     """A text without its invisible and control characters."""
-    return "".join(c for c in text if not _is_invisible(c))
+    return "".join(c for i, c in enumerate(text) if not _is_invisible(c) or _joins(text, i))
 
 
 def _is_invisible(character: str) -> bool:
@@ -111,9 +113,18 @@ def _replacement(text: str) -> str | None:
     return f"U+FFFD in {shown(text, 80)!r}: letters were lost in an earlier conversion" if "\ufffd" in text else None
 
 
-def _markup(text: str) -> str | None:
-    found = _TAGS.search(text)
-    return f"{found.group()} in {shown(text, 80)!r}" if found and html.unescape(found.group()) != text else None
+def _searched(pattern: re.Pattern[str]) -> Check:
+    def found(text: str) -> str | None:
+        hit = pattern.search(text)
+        return f"{hit.group()} in {shown(text[max(0, hit.start() - 30) :], 80)!r}" if hit else None
+
+    return _any_text(found)
+
+
+def mended(text: str) -> str:
+    """A text with its encoding, entities, invisible characters and trailing blanks repaired."""
+    text = visible(ftfy.fix_text(text, REPAIR))
+    return (html.unescape(text) if _ENTITY.search(text) else text).rstrip()
 
 
 def _secret(row: Row) -> str | None:
@@ -159,7 +170,7 @@ def _repeated_turn(row: Row) -> str | None:
     if row.judgment is None or isinstance(row.judgment.prompt, str):
         return None
     turns = row.judgment.prompt
-    same = next((b for a, b in zip(turns, turns[1:], strict=False) if a == b and a.get("content")), None)
+    same = next((b for a, b in itertools.pairwise(turns) if a == b and a.get("content")), None)
     return None if same is None else f"two turns are the same: {shown(json.dumps(same, ensure_ascii=False), 80)}"
 
 
@@ -182,7 +193,8 @@ CHECKS: dict[str, tuple[Severity, str, Check]] = {
     "encoding": ("warning", "rows with text that was decoded wrongly", _any_text(_mojibake)),
     "lost_characters": ("warning", "rows with replacement characters", _any_text(_replacement)),
     "invisible": ("warning", "rows with invisible or control characters", _any_text(_invisible)),
-    "markup": ("warning", "rows with HTML tags or entities", _any_text(_markup)),
+    "entities": ("warning", "rows with HTML entities", _searched(_ENTITY)),
+    "markup": ("note", "rows with HTML tags", _searched(_TAGS)),
     "secret": ("error", "rows with what looks like a secret", _secret),
     "personal": ("warning", "rows with what looks like personal data", _personal),
     "echo": ("warning", "rows whose response repeats the prompt", _echo),

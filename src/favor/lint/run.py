@@ -10,7 +10,7 @@ from favor.data import sources
 from favor.data.formats import FORMATS, RowError, recognise
 from favor.data.read import renamed
 from favor.data.settings import SourceConfig
-from favor.errors import ConfigError, DataError
+from favor.errors import CheckpointError, ConfigError, DataError
 from favor.lint import fix
 from favor.lint.noise import noise_findings
 from favor.lint.page import write_page
@@ -18,7 +18,7 @@ from favor.lint.rows import row_findings
 from favor.lint.sets import set_findings
 from favor.lint.settings import ORDER, Finding, LintConfig, Row
 from favor.lint.tokens import token_findings
-from favor.model.load import end_ids, load_tokenizer
+from favor.model.load import ModelConfig, end_ids, load_tokenizer
 from favor.run import write_json
 from favor.scoring.source import make_scorer
 
@@ -37,14 +37,22 @@ def lint(config: LintConfig) -> list[Finding]:
         rows += _rows(config, held_out, "eval", formats)
     found = [*row_findings(rows, settings), *set_findings(rows, settings, formats)]
     if config.model is not None:
-        tokenizer = load_tokenizer(config.model)
-        found += token_findings(rows, tokenizer, config.tokens, end_ids(tokenizer, None), settings)
+        found += _tokens(config, config.model, rows)
     if config.reward is not None:
         found += noise_findings(rows, make_scorer(config.reward), settings)
     found.append(_summary(rows))
     found.sort(key=lambda finding: ORDER.index(finding.severity))
     _write(config, rows, found)
     return found
+
+
+def _tokens(config: LintConfig, model: ModelConfig, rows: list[Row]) -> list[Finding]:
+    """Checks with the model's tokenizer; without it the rest is still worth having."""
+    try:
+        tokenizer = load_tokenizer(model)
+    except CheckpointError as error:
+        return [Finding("note", "tokenizer", f"checks with the tokenizer were left out: {error}")]
+    return token_findings(rows, tokenizer, config.tokens, end_ids(tokenizer, None), config.lint)
 
 
 def fails(config: LintConfig, findings: list[Finding]) -> bool:

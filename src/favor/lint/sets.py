@@ -26,7 +26,7 @@ Where = tuple[str, int]
 def set_findings(rows: Sequence[Row], settings: LintSettings, formats: Mapping[str, str]) -> list[Finding]:
     """Every check over all rows. formats: source -> its format's name."""
     read = [row for row in rows if row.judgment is not None]
-    found = [
+    return [
         *_contradictions(read),
         *_duplicates(read, settings),
         *_leaks(read, settings),
@@ -36,7 +36,6 @@ def set_findings(rows: Sequence[Row], settings: LintSettings, formats: Mapping[s
         *(_languages(read) if settings.language else ()),
         *_columns(read, formats),
     ]
-    return found
 
 
 def orders(judgment: Judgment) -> Iterator[tuple[str, str]]:
@@ -196,11 +195,11 @@ def _languages(rows: Sequence[Row]) -> list[Finding]:
     by_language: dict[str, list[tuple[Row, str]]] = defaultdict(list)
     for row in rows:
         assert row.judgment is not None
-        text = " ".join(words_of(r) for r in row.judgment.responses)
-        if len(text.split()) >= _LANGUAGE_WORDS:
-            language, sure = identifier.classify(text[:1000])
-            if sure >= _SURE:
-                by_language[str(language)].append((row, shown(text, 80)))
+        for text in map(words_of, row.judgment.responses):
+            if len(text.split()) >= _LANGUAGE_WORDS:
+                language, sure = identifier.classify(text[:500])
+                if sure >= _SURE:
+                    by_language[str(language)].append((row, shown(text, 80)))
     if not by_language:
         return []
     main = max(by_language, key=lambda name: len(by_language[name]))
@@ -212,7 +211,7 @@ def _languages(rows: Sequence[Row]) -> list[Finding]:
         if name != main and len(hits) / total < 0.1
         for row, said in hits
     ]
-    odd.sort(key=lambda hit: hit[0].where)
+    odd = sorted(_first(odd), key=lambda hit: hit[0].where)
     return [_finding("warning", "language", f"rows are not in '{main}' as the others", odd, 5)] if odd else []
 
 

@@ -23,8 +23,9 @@ class LintSettings(BaseModel):
     """Section [lint]; docs/lint.md gives every check with its threshold.
 
     out, page, fix: the findings as JSON and as an HTML page; a cleaned copy of the training rows (JSONL). fail_on: the
-    least severe finding that makes the exit code 1. near: Jaccard similarity of word triples from which texts count as near-duplicates (0: not
-    looked for). noise: how many standard deviations a reward must be against a label.
+    least severe finding that makes the exit code 1. near: Jaccard similarity of word triples from which texts count as
+    near-duplicates (0: not looked for). noise: how many standard deviations below its
+    median a reward difference must lie, on the wrong side of 0.
     """
 
     model_config = STRICT
@@ -42,7 +43,7 @@ class LintSettings(BaseModel):
 
 
 class LintConfig(BaseModel):
-    """A recipe for `favor lint`: [data], [lint]; with [model] its tokenizer and template are tried, with [reward] labels are doubted.
+    """A recipe for `favor lint`: [data] and [lint]; [model] tries its tokenizer and template, [reward] doubts labels.
 
     A whole training recipe serves too; its other sections are not looked at.
     """

@@ -110,8 +110,8 @@ def _truncated(dropped: Sequence[tuple[Row, str]], report: TokenReport, settings
         return []
     share = touched / max(1, report.trees)
     text = (
-        f"{len(dropped)} of {report.trees} rows are longer than tokens.max_tokens and would be left out ({share:.1%} of rows touched); "
-        f"{report.prompts_cut} prompts and {report.responses_cut} responses would be cut"
+        f"{len(dropped)} of {report.trees} rows are longer than tokens.max_tokens and would be left out; "
+        f"{share:.1%} of rows are touched: {report.prompts_cut} prompts and {report.responses_cut} responses would be cut"
     )
     severity = "warning" if share > settings.cut_share else "note"
     return [Finding(severity, "truncation", text, tuple(row.where for row, _ in dropped))]

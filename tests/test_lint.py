@@ -1,0 +1,327 @@
+"""`favor lint` finds each planted fault by its name and row, nothing in clean data, and cleans what can be cleaned."""
+
+import itertools
+import json
+import random
+
+import pytest
+import tiny
+
+from favor.config import load
+from favor.embedded import cache_folder
+from favor.errors import ConfigError, DataError
+from favor.lint.near import near_pairs, shingles
+from favor.lint.run import fails, lint
+from favor.lint.settings import LintConfig
+
+WHO = [
+    "critic",
+    "teacher",
+    "nurse",
+    "pilot",
+    "farmer",
+    "poet",
+    "judge",
+    "baker",
+    "sailor",
+    "painter",
+    "tailor",
+    "miner",
+]
+WHAT = ["praises", "describes", "remembers", "questions", "defends", "dislikes", "explains", "compares"]
+WHICH = ["quiet", "ancient", "bright", "narrow", "gentle", "crooked", "distant", "golden", "hollow", "sudden"]
+THING = ["bridge", "garden", "harbour", "letter", "melody", "mountain", "painting", "recipe", "station", "winter"]
+
+
+def sentence(rng):
+    """Ten everyday words in an order that hardly comes twice."""
+    return (
+        f"The {rng.choice(WHICH)} {rng.choice(WHO)} {rng.choice(WHAT)} the {rng.choice(WHICH)} {rng.choice(THING)} "
+        f"near the {rng.choice(WHICH)} {rng.choice(THING)}"
+    )
+
+
+def clean_rows(count=60, seed=0):
+    rng = random.Random(seed)
+    return [
+        {"prompt": f"{sentence(rng)}: go on.", "chosen": sentence(rng), "rejected": sentence(rng)} for _ in range(count)
+    ]
+
+
+def change(**columns):
+    """A plant that changes row 11."""
+
+    def plant(train, held_out):
+        train[10] = {k: v(train[10]) if callable(v) else v for k, v in (train[10] | columns).items()}
+        return [("train", 11)]
+
+    return plant
+
+
+def swap(train, held_out):
+    train.append(train[4] | {"chosen": train[4]["rejected"], "rejected": train[4]["chosen"]})
+    return [("train", 61)]
+
+
+def repeat(train, held_out):
+    train.append(dict(train[7]))
+    return [("train", 61)]
+
+
+def nearly(train, held_out):
+    row = train[7]
+    train.append(row | {"chosen": row["chosen"] + " indeed"})
+    return [("train", 61)]
+
+
+def leak(train, held_out):
+    held_out[3]["prompt"] = train[20]["prompt"]
+    return [("eval", 4)]
+
+
+def near_leak(train, held_out):
+    held_out[3]["prompt"] = train[20]["prompt"] + " Please"
+    return [("eval", 4)]
+
+
+def longer(train, held_out):
+    for row in train[:55]:
+        row["chosen"] += ", and so it stayed all the long summer"
+    return []
+
+
+def openings(train, held_out):
+    for row in train[:50]:
+        row["chosen"] = "Great question! " + row["chosen"]
+        row["rejected"] += ", as they do say"
+    return []
+
+
+def swapped_label(train, held_out):
+    for row in train:
+        row["chosen"] += " gladly"
+        row["rejected"] += " sadly!"
+    train[30]["chosen"], train[30]["rejected"] = train[30]["rejected"], train[30]["chosen"]
+    return [("train", 31)]
+
+
+def too_long(train, held_out):
+    for row in train[:6]:
+        row["rejected"] = " ".join([row["rejected"]] * 40)
+    return [("train", i + 1) for i in range(6)]
+
+
+def chat(train, held_out):
+    turns = [{"role": "user", "content": "Is it so? Tell me."}] * 2
+    train[10] = {
+        "prompt": [*turns, {"role": "user", "content": "And then?"}],
+        "chosen": [{"role": "assistant", "content": "It began with rain."}],
+        "rejected": [{"role": "assistant", "content": "Nobody knows the end."}],
+    }
+    return [("train", 11)]
+
+
+def lost_turn(train, held_out):
+    chat(train, held_out)
+    train[10]["prompt"] = [{"role": "tool", "content": "Forty-two degrees"}, {"role": "user", "content": "And then?"}]
+    return [("train", 11)]
+
+
+# name -> (finding, plant); the words it needs beside
+PLANTED = {
+    "identical sides": ("identical", change(rejected=lambda r: r["chosen"])),
+    "empty side": ("empty", change(chosen="")),
+    "whitespace side": ("empty", change(rejected=" \n\t ")),
+    "missing side": ("empty", change(rejected=None)),
+    "no text": ("malformed", change(chosen=7)),
+    "contradiction": ("contradiction", swap),
+    "duplicate": ("duplicate", repeat),
+    "near-duplicate": ("near_duplicate", nearly),
+    "leak": ("leak", leak),
+    "near leak": ("near_leak", near_leak),
+    "special token": ("special_text", change(chosen="He said <|im_end|> and left the room")),
+    "doubled end": ("special_text", change(chosen=lambda r: r["chosen"] + "<|im_end|>")),
+    "longer chosen": ("length", longer),
+    "same opening": ("opening", openings),
+    "mojibake": ("encoding", change(chosen="The cafÃ© near the harbour was closed for the winter")),
+    "lost characters": ("lost_characters", change(chosen="The caf\ufffd near the harbour was closed")),
+    "zero width": ("invisible", change(rejected="The quiet\u200b harbour near the bridge was closed")),
+    "control character": ("invisible", change(prompt="Tell\x07 me about the harbour")),
+    "entities": ("entities", change(chosen="Salt &amp; pepper belong to the gentle recipe")),
+    "another language": (
+        "language",
+        change(chosen="Der alte Garten am Hafen war im Winter immer geschlossen und niemand wusste warum"),
+    ),
+    "secret": ("secret", change(chosen="use the key sk-abcdefghijklmnopqrstuvwx for it")),
+    "secret in an unread column": ("secret", change(note="AKIAABCDEFGHIJKLMNOP")),
+    "personal data": ("personal", change(rejected="Write to jane.doe@example.com about the bridge")),
+    "echo": ("echo", change(rejected=lambda r: r["prompt"] + " Yes.")),
+    "repeated turn": ("repeated_turn", chat),
+    "trailing blanks": ("blanks", change(chosen=lambda r: r["chosen"] + "  ")),
+    "truncation": ("truncation", too_long),
+    "template drops a turn": ("round_trip", lost_turn),
+    "label noise": ("label_noise", swapped_label),
+}
+# a template that leaves tool turns out, as many do
+DROPPING = tiny.CHATML.replace(
+    "{% for m in messages %}", "{% for m in messages %}{% if m['role'] != 'tool' %}"
+).replace("<|im_end|>\n' }}{% endfor %}", "<|im_end|>\n' }}{% endif %}{% endfor %}")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Writes a training and a held-out file; returns the words that lint them with a tokenizer and a reward."""
+    tiny.save(tmp_path / "model", template=DROPPING)
+    (tmp_path / "good.py").write_text(
+        "def score(prompts, responses):\n"
+        "    return [len(r) % 7 / 10 + 5 * r.endswith('gladly') - 5 * r.endswith('sadly!') for r in responses]\n"
+    )
+
+    def write(train, held_out=None, *more):
+        for name, rows in (("train", train), ("eval", held_out or clean_rows(12, seed=9))):
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (tmp_path / f"{name}.jsonl").write_text(lines, "utf-8")
+        words = [f"data.train={tmp_path / 'train.jsonl'}", f"data.eval={tmp_path / 'eval.jsonl'}"]
+        words += [f"model.path={tmp_path / 'model'}", "tokens.template=chat", "tokens.max_tokens=400"]
+        return load(LintConfig, None, [*words, *more])
+
+    return write
+
+
+def worse_than_notes(findings):
+    return {f.name: f for f in findings if f.severity != "note"}
+
+
+def reward(tmp_path):
+    return ["reward.kind=callable", f"reward.path={tmp_path / 'good.py'}:score"]
+
+
+def test_clean_data_has_no_findings(files, tmp_path):
+    for seed in range(3):
+        found = lint(files(clean_rows(seed=seed), None, *reward(tmp_path)))
+        assert worse_than_notes(found) == {}
+        assert {"read", "length"} <= {f.name for f in found}
+
+
+def test_there_are_enough_faults():
+    assert len(PLANTED) >= 20
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_fault_is_found(files, tmp_path, fault):
+    name, plant = PLANTED[fault]
+    train, held_out = clean_rows(), clean_rows(12, seed=9)
+    rows = plant(train, held_out)
+    found = worse_than_notes(lint(files(train, held_out, *reward(tmp_path))))
+    assert set(found) == {name}
+    assert [(tmp_path / f"{part}.jsonl").as_posix() for part, _ in rows] == [source for source, _ in found[name].rows]
+    assert [number for _, number in rows] == [number for _, number in found[name].rows]
+    if rows:
+        assert found[name].examples or name == "truncation"
+
+
+CLEANABLE = [
+    fault for fault in PLANTED if PLANTED[fault][0] not in ("length", "opening", "leak", "near_leak", "label_noise")
+]
+
+
+@pytest.mark.parametrize("fault", CLEANABLE)
+def test_fix_writes_a_clean_copy_and_says_what_it_did(files, tmp_path, fault):
+    train, held_out = clean_rows(), clean_rows(12, seed=9)
+    rows = PLANTED[fault][1](train, held_out)
+    before = json.loads(json.dumps(train))
+    clean = tmp_path / "clean.jsonl"
+    lint(files(train, held_out, f"lint.fix={clean}"))
+    kept = [json.loads(line) for line in clean.read_text("utf-8").splitlines()]
+    actions = [json.loads(line) for line in (tmp_path / "clean.actions.jsonl").read_text("utf-8").splitlines()]
+    touched = {a["row"] for a in actions}
+    assert {number for _, number in rows} <= touched
+    assert len(touched) <= len(rows) + 1  # a contradiction takes both its rows
+    dropped = {a["row"] for a in actions if a["action"] == "dropped"}
+    assert len(kept) == len(train) - len(dropped)
+    untouched = [row for number, row in enumerate(before, 1) if number not in touched]
+    assert [row for row in kept if row in untouched] == untouched
+    again = lint(files(kept, held_out, f"lint.fix={tmp_path / 'again.jsonl'}"))
+    assert worse_than_notes(again) == {}
+    assert (tmp_path / "again.actions.jsonl").read_text() == ""
+    assert [json.loads(line) for line in (tmp_path / "again.jsonl").read_text("utf-8").splitlines()] == kept
+
+
+def test_what_is_no_fault(files):
+    """Typographic quotes, accents, emoji of several parts, code, tags in a note only."""
+    train = clean_rows()
+    train[1]["chosen"] = "“Über” the naïve café — it\u2019s fine… 👩\u200d🚀 said the poet"
+    train[2]["chosen"] = "x = {'a': [1, 2]}  # see the bridge\nprint(x)"
+    train[3]["chosen"] = "Use <b>bold</b> near the harbour and the bridge"
+    found = lint(files(train))
+    assert worse_than_notes(found) == {}
+    assert next(f for f in found if f.name == "markup").rows[0][1] == 4
+
+
+def test_rows_of_one_prompt_are_no_near_duplicates(files):
+    """Six pairs of four answers share prompt and sides; two answers that differ in a word are near-duplicates."""
+    rng, train = random.Random(5), clean_rows()
+    answers = [sentence(rng) for _ in range(4)]
+    prompt = " ".join(sentence(rng) for _ in range(4))
+    train += [{"prompt": prompt, "chosen": a, "rejected": b} for a, b in itertools.combinations(answers, 2)]
+    assert worse_than_notes(lint(files(train))) == {}
+
+
+def test_severity_decides_the_exit(files):
+    train = clean_rows()
+    config = files(train)
+    assert not fails(config, lint(config))
+    repeat(train, None)
+    for level, expected in (("error", False), ("warning", True), ("never", False)):
+        config = files(train, None, f"lint.fail_on={level}")
+        assert fails(config, lint(config)) is expected
+
+
+def test_page_and_json_escape_what_they_show(files, tmp_path):
+    train = clean_rows()
+    train[10]["chosen"] = "<script>alert(1)</script> &amp; more of the harbour"
+    lint(files(train, None, f"lint.page={tmp_path / 'p.html'}", f"lint.out={tmp_path / 'p.json'}"))
+    page = (tmp_path / "p.html").read_text("utf-8")
+    assert "<script>" not in page
+    assert "&amp;amp;" in page
+    found = json.loads((tmp_path / "p.json").read_text("utf-8"))["findings"]
+    assert {"entities", "markup", "read"} <= {f["name"] for f in found}
+
+
+def test_refusals(files, tmp_path):
+    train = clean_rows(4)
+    with pytest.raises(ConfigError, match="is the file it reads"):
+        lint(files(train, None, f"lint.fix={tmp_path / 'train.jsonl'}"))
+    with pytest.raises(DataError, match="no row is left after cleaning; nothing was written"):
+        lint(files([{"prompt": "p", "chosen": "", "rejected": "x"}], None, f"lint.fix={tmp_path / 'c.jsonl'}"))
+    assert not (tmp_path / "c.jsonl").exists()
+    found = lint(files(train, None, "model.path=nowhere"))
+    assert any(f.name == "tokenizer" and "left out" in f.message for f in found)
+
+
+def test_near_pairs_against_all_pairs():
+    """The candidates of the hashing are checked exactly: never a wrong pair, and hardly one missed."""
+    rng = random.Random(3)
+    texts = [" ".join(sentence(rng) for _ in range(4)) for _ in range(60)]
+    texts += [text.replace("The", "A", 1) for text in texts[:30]]
+    grams = [shingles(text) for text in texts]
+    expected = {
+        (i, j)
+        for i in range(len(texts))
+        for j in range(i)
+        if len(grams[i] & grams[j]) >= 0.8 * len(grams[i] | grams[j])
+    }
+    found = set(near_pairs(texts, 0.8))
+    assert found <= expected
+    assert len(found) >= 0.9 * len(expected) > 20
+
+
+@pytest.mark.slow
+def test_the_demo_data_comes_out_clean(tmp_path):
+    """The real quotes hold some entities and quotes in other languages; the cleaned copy holds none."""
+    train = cache_folder() / "reviews/train.jsonl"
+    if not train.exists():
+        pytest.skip("the embedded data is not in the cache: run `favor demo` once")
+    clean = tmp_path / "clean.jsonl"
+    lint(load(LintConfig, None, [f"data.train={train}", f"lint.fix={clean}"]))
+    assert worse_than_notes(lint(load(LintConfig, None, [f"data.train={clean}"]))) == {}
