@@ -15,7 +15,7 @@ _ENOUGH = 10
 
 
 def noise_findings(rows: Sequence[Row], scorer: Scorer, settings: LintSettings) -> list[Finding]:
-    """Pairs whose reward difference is against the label, and `noise` robust standard deviations below the middle one."""
+    """Pairs whose reward difference is clearly against the label, and `noise` robust standard deviations below the middle one."""
     pairs = [(row, order[0], order[-1]) for row in rows if row.judgment is not None for order in row.judgment.orders]
     if len(pairs) < _ENOUGH:
         return []
@@ -29,7 +29,9 @@ def noise_findings(rows: Sequence[Row], scorer: Scorer, settings: LintSettings) 
     gaps = scores[::2] - scores[1::2]
     # medians, so that the rows looked for do not widen the spread they are measured by
     middle = float(np.median(gaps))
-    limit = min(0.0, middle - settings.noise * 1.4826 * float(np.median(np.abs(gaps - middle))))
+    rare = middle - settings.noise * 1.4826 * float(np.median(np.abs(gaps - middle)))
+    # against, and by no less than half of what the reward usually tells apart
+    limit = min(rare, -0.5 * float(np.median(np.abs(gaps))))
     found = [Finding("note", "reward", f"the reward agrees with {float((gaps > 0).mean()):.1%} of {len(pairs)} labels")]
     against = [i for i in np.argsort(gaps, kind="stable").tolist() if gaps[i] < limit]
     if against:

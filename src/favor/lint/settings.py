@@ -25,7 +25,7 @@ class LintSettings(BaseModel):
     out, page, fix: the findings as JSON and as an HTML page; a cleaned copy of the training rows (JSONL). fail_on: the
     least severe finding that makes the exit code 1. near: Jaccard similarity of word triples from which texts count as
     near-duplicates (0: not looked for). noise: how many standard deviations below its
-    median a reward difference must lie, on the wrong side of 0.
+    median a reward difference must lie to doubt its label.
     """
 
     model_config = STRICT
