@@ -233,3 +233,17 @@ def test_every_loss_is_finite_far_out():
             (gradient,) = torch.autograd.grad((found * weight).sum(), pi_R)
             assert found.isfinite().all(), name
             assert gradient.isfinite().all(), name
+
+
+def test_edges_that_break_other_code():
+    """ORPO of a response of probability 1, DiscoPOP far on the wrong side: finite values and gradients."""
+    for compute, at in (
+        (lambda x: reference_free.orpo(x, t(-1.0), 0.1), 0.0),
+        (lambda x: pairwise.discopop(x, 0.5, 0.05), -4000.0),
+        (lambda x: pairwise.discopop(x, 0.5, 0.05), 4000.0),
+    ):
+        x = t(at).requires_grad_()
+        value = compute(x)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+        assert value.isfinite().all()
+        assert gradient.isfinite().all()

@@ -71,8 +71,9 @@ def discopop(h_P: Tensor, beta: float, tau: float) -> Tensor:
 
     Lu et al. 2024, arXiv 2406.08414. Worked number: h 0 -> (ln 2 + 1)/2 = 0.846574.
     """
-    mix_P = (beta * h_P / tau).sigmoid()
-    return (1 - mix_P) * -logsigmoid(beta * h_P) + mix_P * (-beta * h_P).exp()
+    x_P = beta * h_P
+    # m exp(-x) in logarithms: far out one factor overflows while the other vanishes
+    return -(-x_P / tau).sigmoid() * logsigmoid(x_P) + (logsigmoid(x_P / tau) - x_P).exp()
 
 
 def odpo(h_P: Tensor, beta: float, margin_P: Tensor, scale: float, *, log: bool) -> Tensor:

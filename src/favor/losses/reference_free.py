@@ -35,7 +35,9 @@ def orpo(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> Tensor:
 
 
 def _log_odds(mean_P: Tensor) -> Tensor:
-    return mean_P - (-mean_P.expm1()).log()
+    # a response of probability 1 has infinite odds and no gradient: hold it just below
+    below_P = mean_P.clamp_max(-1e-12)
+    return below_P - (-below_P.expm1()).log()
 
 
 def sft(chosen_P: Tensor) -> Tensor:
