@@ -5,6 +5,7 @@ shapes are in formats.py. Next: tokenize.py.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -19,7 +20,12 @@ from favor.errors import DataError
 
 
 class DataConfig(BaseModel):
-    """Section [data]. A source is a local .jsonl, .jsonl.gz, .json or .parquet file, a saved folder or a hub id."""
+    """Section [data]. A source is a .jsonl, .jsonl.gz, .json or .parquet file, a glob or folder of them, or a hub id.
+
+    Data sets saved by `datasets` are sources too. streaming: read a hub id row by row instead of fetching it whole.
+    cache: keep the token ids in a file under ~/.cache/favor that is memory-mapped and reused; auto does so for sources
+    over 50 MB and streamed ones.
+    """
 
     model_config = STRICT
     train: str
@@ -29,6 +35,8 @@ class DataConfig(BaseModel):
     eval_split: str = "test"
     max_rows: int | None = Field(default=None, ge=1)
     bad_rows: Literal["error", "drop"] = "error"
+    streaming: bool = False
+    cache: Literal["auto"] | bool = "auto"
 
 
 @dataclass(frozen=True)
@@ -59,48 +67,91 @@ def read(source: str, config: DataConfig, split: str) -> tuple[list[PromptTree],
     Raises DataError: no such file, damaged or empty file, unknown format; and for the first row that cannot
     be used, unless `data.bad_rows = "drop"` leaves such rows out and lists them.
     """
-    growing: dict[str, _Growing] = {}
-    dropped: list[tuple[int, str]] = []
-    name, num_rows, repeated = config.format, 0, 0
-    for number, row in sources.limited(sources.rows(source, split), config.max_rows):
-        num_rows += 1
+    growing: dict[str, Growing] = {}
+    seen = Seen(config.format)
+    for number, _, judgment in judged(source, config, split, seen):
+        tree = growing.setdefault(tree_key(judgment), Growing(judgment.prompt, judgment.tools))
+        tree.add(number, judgment)
+    trees: list[PromptTree] = []
+    for tree in growing.values():
+        seen.count(tree)
+        trees.append(tree.finish(source))
+    return trees, seen.report(source)
+
+
+def judged(source: str, config: DataConfig, split: str, seen: "Seen") -> Iterator[tuple[int, dict[str, Any], Judgment]]:
+    """(row number, row, what it says) of every usable row; `seen` counts, and lists those left out."""
+    found = sources.rows(source, split, streaming=config.streaming)
+    for number, row in sources.limited(found, config.max_rows):
+        seen.rows += 1
         try:
             row = sources.as_object(row)
-            name = recognise(row) if name == "auto" else name
-            judgment = FORMATS[name](row)
+            seen.format = recognise(row) if seen.format == "auto" else seen.format
+            judgment = FORMATS[seen.format](row)
         except RowError as error:
             if config.bad_rows == "error":
                 raise DataError(
-                    f"{source}, row {number}: {error}; mend the row, or leave such rows out with data.bad_rows=drop"
+                    f"{sources.where(source, number)}: {error}; mend the row, or leave such rows out with data.bad_rows=drop"
                 ) from None
-            dropped.append((number, str(error)))
+            seen.dropped.append((number, str(error)))
             continue
-        key = _key([judgment.prompt, judgment.tools])
-        tree = growing.setdefault(key, _Growing(judgment.prompt, judgment.tools))
-        repeated += tree.add(number, judgment)
-    trees = [tree.finish(source) for tree in growing.values()]
-    if not trees:
-        reason = f"all {num_rows} rows are bad, the first: {dropped[0][1]}" if dropped else "it holds no rows"
-        raise DataError(f"{source}: nothing to use: {reason}")
-    report = ReadReport(
-        source=source,
-        format=name,
-        num_rows=num_rows,
-        num_trees=len(trees),
-        num_responses=sum(len(tree.responses) for tree in trees),
-        num_comparisons=sum(len(tree.comparisons) for tree in trees),
-        num_ties=sum(len(tree.ties) for tree in trees),
-        num_thumbs=sum(len(tree.thumbs) for tree in trees),
-        merged_prompts=num_rows - len(dropped) - len(trees),
-        merged_responses=sum(tree.merged for tree in growing.values()),
-        repeated_comparisons=repeated,
-        dropped=tuple(dropped),
-    )
-    return trees, report
+        yield number, row, judgment
+
+
+def tree_key(judgment: Judgment) -> str:
+    """Rows with the same key are of one prompt."""
+    return _key([judgment.prompt, judgment.tools])
 
 
 @dataclass
-class _Growing:
+class Seen:
+    """What reading has met so far: the ReadReport in the making."""
+
+    format: str
+    rows: int = 0
+    dropped: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+    trees: int = 0
+    responses: int = 0
+    comparisons: int = 0
+    ties: int = 0
+    thumbs: int = 0
+    merged: int = 0
+    repeated: int = 0
+
+    def count(self, tree: "Growing") -> None:
+        """A tree whose rows are all there."""
+        self.trees += 1
+        self.responses += len(tree.responses)
+        self.comparisons += len(tree.weights)
+        self.ties += len(tree.ties)
+        self.thumbs += len(tree.thumbs)
+        self.merged += tree.merged
+        self.repeated += tree.repeated
+
+    def report(self, source: str) -> ReadReport:
+        """The whole. Raises DataError when nothing can be used."""
+        if not self.trees:
+            bad = self.dropped
+            reason = f"all {self.rows} rows are bad, the first: {bad[0][1]}" if bad else "it holds no rows"
+            raise DataError(f"{source}: nothing to use: {reason}")
+        return ReadReport(
+            source=source,
+            format=self.format,
+            num_rows=self.rows,
+            num_trees=self.trees,
+            num_responses=self.responses,
+            num_comparisons=self.comparisons,
+            num_ties=self.ties,
+            num_thumbs=self.thumbs,
+            merged_prompts=self.rows - len(self.dropped) - self.trees,
+            merged_responses=self.merged,
+            repeated_comparisons=self.repeated,
+            dropped=tuple(self.dropped),
+        )
+
+
+@dataclass
+class Growing:
     """A tree while its rows are still coming in."""
 
     prompt: Text
@@ -113,10 +164,12 @@ class _Growing:
     thumbs: dict[tuple[int, bool], float] = field(default_factory=dict[tuple[int, bool], float])
     cut: set[int] = field(default_factory=set[int])
     rows: list[int] = field(default_factory=list[int])
+    places: dict[str, int] = field(default_factory=dict[str, int])
     merged: int = 0
+    repeated: int = 0
 
-    def add(self, row: int, judgment: Judgment) -> int:
-        """Add a row; returns how many of its comparisons were there already (their weights add up)."""
+    def add(self, row: int, judgment: Judgment) -> None:
+        """Add a row; the weights of comparisons that were there already add up."""
         self.rows.append(row)
         index: list[int] = []
         for i, response in enumerate(judgment.responses):
@@ -124,12 +177,11 @@ class _Growing:
             key = _key([response, i in judgment.cut])
             self.merged += key in self.responses
             self.responses.setdefault(key, response)
-            index.append(list(self.responses).index(key))
+            index.append(self.places.setdefault(key, len(self.places)))
         self.cut.update(index[i] for i in judgment.cut)
-        repeated = 0
         for number, order in enumerate(judgment.orders):
             mine = tuple(index[i] for i in order)
-            repeated += mine in self.weights
+            self.repeated += mine in self.weights
             before = self.weights.get(mine, 0.0)
             self.weights[mine] = before + judgment.weight
             label = judgment.labels[number] if judgment.labels else 1.0
@@ -143,9 +195,9 @@ class _Growing:
             self.ties[tied] = self.ties.get(tied, 0.0) + judgment.weight
         for i, good in judgment.thumbs:
             self.thumbs[index[i], good] = self.thumbs.get((index[i], good), 0.0) + judgment.weight
-        return repeated
 
     def finish(self, source: str) -> PromptTree:
+        """The tree as it stands."""
         comparisons = tuple(
             Comparison(order, w, self.gaps.get(order, ()), self.labels[order]) for order, w in self.weights.items()
         )

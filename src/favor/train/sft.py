@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, Field
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resum
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.session import Bar, Session
 from favor.train.step import Machine, Objective, step
+from favor.train.view import View
 
 
 class SftConfig(BaseModel):
@@ -55,22 +57,30 @@ def sft(config: SftConfig, open_session: Callable[[Path], Session]) -> None:
     _loop(config, policy, trees, splits.identity, session)
 
 
-def preferred_only(trees: Sequence[TokenTree]) -> list[TokenTree]:
+def preferred_only(trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
     """Keep the responses that some comparison ranks first and none ranks lower; all of them where nothing is compared."""
-    kept: list[TokenTree] = []
-    count = 0
-    for tree in trees:
-        first = {comparison.order[0] for comparison in tree.comparisons}
-        lower = {index for comparison in tree.comparisons for index in comparison.order[1:]}
-        best = sorted(first - lower) if tree.comparisons else range(len(tree.response_ids))
-        responses = tuple(tree.response_ids[i] for i in best)
-        if responses:
-            complete = tuple(tree.complete[i] for i in best)
-            kept.append(
-                replace(tree, response_ids=responses, complete=complete, comparisons=(), ties=(), first_response=count)
-            )
-            count += len(responses)
-    return kept
+    counts = np.fromiter((len(_best(tree)) for tree in trees), np.int64, len(trees))
+    places = np.flatnonzero(counts)
+    first = np.cumsum(counts) - counts
+
+    def change(tree: TokenTree, i: int) -> TokenTree:
+        best = _best(tree)
+        return replace(
+            tree,
+            response_ids=tuple(tree.response_ids[i] for i in best),
+            complete=tuple(tree.complete[i] for i in best),
+            comparisons=(),
+            ties=(),
+            first_response=int(first[places[i]]),
+        )
+
+    return View(trees, places, change)
+
+
+def _best(tree: TokenTree) -> Sequence[int]:
+    first = {comparison.order[0] for comparison in tree.comparisons}
+    lower = {index for comparison in tree.comparisons for index in comparison.order[1:]}
+    return sorted(first - lower) if tree.comparisons else range(len(tree.response_ids))
 
 
 def make_objective(policy: Policy) -> Objective:
@@ -83,7 +93,7 @@ def make_objective(policy: Policy) -> Objective:
     return Objective(loss, lambda batch: float(batch.length_R.sum()), ("tokens",))
 
 
-def _loop(config: SftConfig, policy: Policy, trees: list[TokenTree], data: str, session: Session) -> None:
+def _loop(config: SftConfig, policy: Policy, trees: Sequence[TokenTree], data: str, session: Session) -> None:
     loop, parameters = config.train, policy.trainable()
     optimizer = make_optimizer(config.optim, parameters)
     state = TrainingState(data=data)

@@ -1,0 +1,128 @@
+"""One part of the data, ready to train on: in memory, or in a cache that is built once and reused.
+
+In: a source, sections [data] and [tokens], a tokenizer. Out: Part. Small sources are read and tokenised in memory;
+large ones (data.cache) go through files, with the same result. Next: data.py.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from favor import data as data_package
+from favor.data import cache, lint, sources
+from favor.data.group import group
+from favor.data.read import DataConfig, read
+from favor.data.tokenize import TokensConfig, tokenize, tokenized
+from favor.data.types import PromptTree, Text, TokenTree
+from favor.dist.world import World, barrier
+from favor.errors import DataError
+from favor.run import atomic_folder, cache_folder
+
+# From here on data.cache = "auto" keeps token ids in a file.
+_LARGE = 50 * 1024**2
+_MEANINGLESS = {"train", "eval", "split", "eval_split", "cache"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Token trees, the prompts they came from (by row, and as trees to compare parts by), the reports and findings."""
+
+    trees: Sequence[TokenTree]
+    prompts: Mapping[int, Text]
+    texts: Sequence[PromptTree]
+    read: Mapping[str, Any]
+    tokens: Mapping[str, Any]
+    findings: Sequence[lint.Finding]
+
+
+class Wanted(NamedTuple):
+    """What a part is made from."""
+
+    source: str
+    split: str
+    data: DataConfig
+    tokens: TokensConfig
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: frozenset[int]
+
+
+def prepare(wanted: Wanted, world: World, say: Callable[[str], None]) -> Part:
+    """The part, from the cache where that is wanted. Raises DataError as reading and tokenising do."""
+    if not _large(wanted):
+        return _in_memory(wanted)
+    described = describe(wanted)
+    folder = cache_folder() / "tokens" / _sha(json.dumps(described, sort_keys=True))
+    found = cache.open_cache(folder)
+    if found is None and world.is_main:
+        say(f"{wanted.source}: tokenising into {folder} (once)")
+        _build(wanted, described, folder)
+    barrier(world)
+    found = found or cache.open_cache(folder)
+    if found is None:
+        raise DataError(f"{folder}: the token cache is not there or damaged on this machine; set data.cache=false")
+    report = found.report
+    findings = [lint.Finding(**{**finding, "rows": tuple(finding["rows"])}) for finding in report["findings"]]
+    texts = cache.PromptsAlone(found.prompts, wanted.source)
+    return Part(found.trees, found.prompts, texts, report["read"], report["tokens"], findings)
+
+
+def describe(wanted: Wanted) -> dict[str, Any]:
+    """Everything the token ids depend on: content of the source, settings, tokenizer, template, code."""
+    backend = json.loads(cast(PreTrainedTokenizerFast, wanted.tokenizer).backend_tokenizer.to_str())
+    # what a call sets and the next one changes
+    backend.pop("truncation"), backend.pop("padding")
+    special = {key: str(value) for key, value in wanted.tokenizer.special_tokens_map.items()}
+    code = "".join(
+        path.read_text("utf-8") for folder in data_package.__path__ for path in sorted(Path(folder).rglob("*.py"))
+    )
+    return {
+        "source": wanted.source,
+        "content": sources.identity(wanted.source, wanted.split, streaming=wanted.data.streaming),
+        "split": wanted.split,
+        "data": wanted.data.model_dump(mode="json", exclude=_MEANINGLESS),
+        "tokens": wanted.tokens.model_dump(mode="json"),
+        "tokenizer": _sha(json.dumps(backend, sort_keys=True)),
+        "special tokens": special,
+        "template": _sha(json.dumps(wanted.tokenizer.chat_template)),
+        "end ids": sorted(wanted.end_ids),
+        "code": _sha(code),
+        "versions": {name: version(name) for name in ("tokenizers", "transformers")},
+    }
+
+
+def _large(wanted: Wanted) -> bool:
+    if wanted.data.cache != "auto":
+        return wanted.data.cache
+    return wanted.data.streaming or (sources.size(wanted.source) or 0) > _LARGE
+
+
+def _in_memory(wanted: Wanted) -> Part:
+    texts, read_report = read(wanted.source, wanted.data, wanted.split)
+    trees, report = tokenize(texts, wanted.tokenizer, wanted.tokens, wanted.end_ids, wanted.data.bad_rows)
+    prompts = {tree.rows[0]: tree.prompt for tree in texts}
+    findings = [*lint.lint(texts), *lint.lint_tokens(report)]
+    return Part(trees, prompts, texts, read_report.as_json(), report.as_json(), findings)
+
+
+def _build(wanted: Wanted, described: Mapping[str, Any], folder: Path) -> None:
+    """Read, group, tokenise and check through files; the folder appears whole or not at all."""
+    data = wanted.data
+    with atomic_folder(folder) as aside, tempfile.TemporaryDirectory(dir=aside) as work:
+        texts, read_report = group(wanted.source, data, wanted.split, Path(work))
+        trees, report = tokenized(texts, wanted.tokenizer, wanted.tokens, wanted.end_ids, data.bad_rows)
+        cache.write_trees(aside, trees)
+        cache.write_prompts(aside, texts)
+        findings = [finding._asdict() for finding in (*lint.lint(texts), *lint.lint_tokens(report))]
+        reports = {"read": read_report.as_json(), "tokens": report.as_json(), "findings": findings}
+        cache.seal(aside, {"made from": described, **reports})
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
