@@ -114,6 +114,24 @@ def test_golden_trajectory(world_of_films, tmp_path):
         assert mine == pytest.approx(theirs, rel=2e-3)
 
 
+def test_training_from_the_cache_is_training_from_memory(world_of_films, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAVOR_CACHE", str(tmp_path / "cache"))
+    more = [
+        "train.max_steps=2",
+        f"data.eval={world_of_films / 'train.jsonl'}",
+        "watch.eval_every=2",
+        "watch.kl_every=1",
+    ]
+    for name, on in (("memory", "false"), ("files", "true"), ("reused", "true")):
+        run_train(settings(world_of_films, tmp_path / name, *more, f"data.cache={on}"))
+    assert len(list((tmp_path / "cache/tokens").iterdir())) == 2
+    memory = tmp_path / "memory"
+    for other in (tmp_path / "files", tmp_path / "reused"):
+        assert curve(other) == curve(memory)
+        for name in ("model/model.safetensors", "reference.safetensors", "data.json"):
+            assert (other / name).read_bytes() == (memory / name).read_bytes()
+
+
 def test_bfloat16_compute_keeps_float32_weights(world_of_films, tmp_path):
     from safetensors.torch import load_file
 

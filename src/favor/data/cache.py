@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,8 @@ import pyarrow as pa
 from favor.data.columns import WINDOW, Columns, decode, encode
 from favor.data.types import PromptTree, Text, TokenTree
 
+# pyarrow has no types
+_RecordBatch: TypeAlias = Any
 _TREES, _PROMPTS, _REPORT = "trees.arrow", "prompts.arrow", "report.json"
 _TREE_SCHEMA = pa.schema(
     [
@@ -81,17 +83,17 @@ class CachedPrompts(Mapping[int, Text]):
         self._batches = pa.ipc.open_file(pa.memory_map(str(path)))
         counts = range(self._batches.num_record_batches)
         rows = [self._batches.get_batch(n).column("row").to_numpy() for n in counts]
-        self._rows = np.concatenate(rows) if rows else np.empty(0, np.int64)
+        self.rows = np.concatenate(rows) if rows else np.empty(0, np.int64)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[int]:
-        return (int(row) for row in self._rows)
+        return (int(row) for row in self.rows)
 
     def __getitem__(self, row: int) -> Text:
-        place = int(np.searchsorted(self._rows, row))
-        if place == len(self._rows) or self._rows[place] != row:
+        place = int(np.searchsorted(self.rows, row))
+        if place == len(self.rows) or self.rows[place] != row:
             raise KeyError(row)
         number, place = divmod(place, WINDOW)
         return _text(json.loads(self._batches.get_batch(number).column("prompt")[place].as_py()))
@@ -102,7 +104,7 @@ class PromptsAlone(Sequence[PromptTree]):
 
     def __init__(self, prompts: CachedPrompts, source: str) -> None:
         self._prompts, self._source = prompts, source
-        self._rows = list(prompts)
+        self._rows = prompts.rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -114,7 +116,7 @@ class PromptsAlone(Sequence[PromptTree]):
     def __getitem__(self, index: int | slice) -> PromptTree | list[PromptTree]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = self._rows[index]
+        row = int(self._rows[index])
         return PromptTree(self._prompts[row], (), (), (row,), self._source)
 
 
@@ -167,7 +169,7 @@ def _windows(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield window
 
 
-def _batch(trees: Sequence[TokenTree]) -> pa.RecordBatch:
+def _batch(trees: Sequence[TokenTree]) -> _RecordBatch:
     columns = encode(trees)
     ends = np.concatenate([[0], np.cumsum(columns.paths)])
     tokens = np.concatenate([[0], np.cumsum(columns.lengths)])[ends]
@@ -181,7 +183,7 @@ def _batch(trees: Sequence[TokenTree]) -> pa.RecordBatch:
     return pa.record_batch(arrays, schema=_TREE_SCHEMA)
 
 
-def _tree(batch: pa.RecordBatch, i: int) -> TokenTree:
+def _tree(batch: _RecordBatch, i: int) -> TokenTree:
     return decode(
         _share(batch, "ids", i),
         _share(batch, "lengths", i),
@@ -191,11 +193,11 @@ def _tree(batch: pa.RecordBatch, i: int) -> TokenTree:
     )
 
 
-def _share(batch: pa.RecordBatch, name: str, i: int) -> list[int]:
+def _share(batch: _RecordBatch, name: str, i: int) -> list[int]:
     return batch.column(name)[i].values.to_numpy().tolist()
 
 
-def _flat(batch: pa.RecordBatch, name: str) -> np.ndarray:
+def _flat(batch: _RecordBatch, name: str) -> np.ndarray:
     return batch.column(name).flatten().to_numpy()
 
 

@@ -68,7 +68,7 @@ def prepare(wanted: Wanted, world: World, say: Callable[[str], None]) -> Part:
     if found is None:
         raise DataError(f"{folder}: the token cache is not there or damaged on this machine; set data.cache=false")
     report = found.report
-    findings = [lint.Finding(**{**finding, "rows": tuple(finding["rows"])}) for finding in report["findings"]]
+    findings = [lint.Finding(**finding)._replace(rows=tuple(finding["rows"])) for finding in report["findings"]]
     texts = cache.PromptsAlone(found.prompts, wanted.source)
     return Part(found.trees, found.prompts, texts, report["read"], report["tokens"], findings)
 
@@ -77,7 +77,7 @@ def describe(wanted: Wanted) -> dict[str, Any]:
     """Everything the token ids depend on: content of the source, settings, tokenizer, template, code."""
     backend = json.loads(cast(PreTrainedTokenizerFast, wanted.tokenizer).backend_tokenizer.to_str())
     # what a call sets and the next one changes
-    backend.pop("truncation"), backend.pop("padding")
+    backend |= {"truncation": None, "padding": None}
     special = {key: str(value) for key, value in wanted.tokenizer.special_tokens_map.items()}
     code = "".join(
         path.read_text("utf-8") for folder in data_package.__path__ for path in sorted(Path(folder).rglob("*.py"))
