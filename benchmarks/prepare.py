@@ -25,10 +25,7 @@ from favor.embedded import cache_folder, model_folder, review_files
 
 ROOT = Path(__file__).parent.parent
 HH = ROOT.parent / "shared/data/hh-harmless-base-test.jsonl.gz"
-_WORDS = [
-    "the",
-    "a",
-    "of",
+_WORDS = (
     "film",
     "actor",
     "story",
@@ -41,10 +38,8 @@ _WORDS = [
     "worse",
     "plot",
     "scene",
-    "music",
     "light",
-    "dark",
-]
+)
 
 
 class Figures(NamedTuple):
