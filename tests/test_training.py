@@ -16,6 +16,7 @@ import tiny
 import torch
 from oracles import plain_logps, tree
 from rich.console import Console
+from safetensors import safe_open
 
 from favor.config import load
 from favor.data.read import read_parts
@@ -116,6 +117,30 @@ def test_golden_trajectory(world_of_films, tmp_path):
     expected = json.loads(golden.read_text())
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=2e-3)
+
+
+def test_training_from_the_cache_is_training_from_memory(world_of_films, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAVOR_CACHE", str(tmp_path / "cache"))
+    more = [
+        "train.max_steps=2",
+        f"data.eval={world_of_films / 'train.jsonl'}",
+        "watch.eval_every=2",
+        "watch.kl_every=1",
+    ]
+    for name, on in (("memory", "false"), ("files", "true"), ("reused", "true")):
+        run_train(settings(world_of_films, tmp_path / name, *more, f"data.cache={on}"))
+    assert len(list((tmp_path / "cache/tokens").iterdir())) == 2
+    memory = tmp_path / "memory"
+    for other in (tmp_path / "files", tmp_path / "reused"):
+        assert curve(other) == curve(memory)
+        for name in ("model/model.safetensors", "data.json"):
+            assert (other / name).read_bytes() == (memory / name).read_bytes()
+        with (
+            safe_open(other / "reference.safetensors", "pt") as mine,
+            safe_open(memory / "reference.safetensors", "pt") as theirs,
+        ):
+            assert mine.metadata() == theirs.metadata()
+            assert all(torch.equal(mine.get_tensor(part), theirs.get_tensor(part)) for part in ("train", "eval"))
 
 
 def test_bfloat16_compute_keeps_float32_weights(world_of_films, tmp_path):

@@ -9,7 +9,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import NamedTuple
 
 from favor.errors import DataError
 from favor.run import atomic_folder
+from favor.run import cache_folder as cache_folder
 
 
 class Wheel(NamedTuple):
@@ -59,14 +59,6 @@ _MIN_WORDS = 4
 _SHORT_WORDS = 14
 _PLAIN_PROMPT = "One-line review of the film {title}:\n"
 _PROMPT = "Write a one-line review of the film {title}."
-
-
-def cache_folder() -> Path:
-    """$FAVOR_CACHE, else $XDG_CACHE_HOME/favor, else ~/.cache/favor."""
-    if chosen := os.environ.get("FAVOR_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "favor"
 
 
 def model_folder(cache: Path, say: Callable[[str], None]) -> Path:

@@ -96,6 +96,14 @@ class RunFolder:
         return self.root / "report.html"
 
 
+def cache_folder() -> Path:
+    """$FAVOR_CACHE, else $XDG_CACHE_HOME/favor, else ~/.cache/favor."""
+    if chosen := os.environ.get("FAVOR_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "favor"
+
+
 def start(root: Path, config_text: str, *, resume: bool) -> RunFolder:
     """Open a run folder: a new one is created, an old one needs `resume` and the same recipe.
 

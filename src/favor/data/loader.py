@@ -40,14 +40,14 @@ def batches(order: Order, state: LoaderState) -> Iterator[tuple[list[int], Loade
     while True:
         indices = _permutation(order, epoch)
         while position < order.num_trees:
-            batch = indices[position : position + order.batch_prompts]
+            batch: list[int] = indices[position : position + order.batch_prompts].tolist()
             position += len(batch)
             done = position >= order.num_trees
             yield batch, LoaderState(epoch + 1, 0) if done else LoaderState(epoch, position)
         epoch, position = epoch + 1, 0
 
 
-def _permutation(order: Order, epoch: int) -> list[int]:
+def _permutation(order: Order, epoch: int) -> np.ndarray:
     if not order.shuffle:
-        return list(range(order.num_trees))
-    return np.random.default_rng([order.seed, epoch]).permutation(order.num_trees).tolist()
+        return np.arange(order.num_trees)
+    return np.random.default_rng([order.seed, epoch]).permutation(order.num_trees)

@@ -5,13 +5,13 @@ shapes are in formats/ and docs/formats.md, DataConfig is in settings.py. Next: 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from favor.data import sources
 from favor.data.formats import FORMATS, Judgment, RowError, recognise
-from favor.data.grow import Growing, Grown, key_of
+from favor.data.grow import Counts, Growing, Grown, key_of
 from favor.data.settings import DataConfig, SourceConfig
 from favor.data.types import PromptTree, Text
 from favor.errors import DataError
@@ -65,38 +65,52 @@ class ReadReport:
         return found | {"sources": [report.as_json() for report in self.sources]}
 
 
-Part: TypeAlias = tuple[list[PromptTree], ReadReport]
+Part: TypeAlias = tuple[Sequence[PromptTree], ReadReport]
+Half: TypeAlias = Literal["all", "train", "eval"]
 
 
-class _Source(NamedTuple):
-    """One source read whole."""
+class Wanted(NamedTuple):
+    """One part of the data: its sources, and which half of their prompts belongs to it."""
 
-    path: str
-    format: str
-    grown: list[Grown]
-    dropped: tuple[tuple[int, str], ...]
+    name: str
+    sources: tuple[SourceConfig, ...]
+    half: Half
 
 
-def read_parts(config: DataConfig) -> dict[str, Part]:
-    """The parts "train" and, where the recipe holds anything out, "eval". Raises DataError as `read` does.
+def parts_of(config: DataConfig) -> list[Wanted]:
+    """The parts "train" and, where the recipe holds anything out, "eval".
 
     With eval_share a prompt goes wholly to one part, by a hash of its text: more rows or another order change nothing.
     """
-    found = [_read(source, config) for source in config.parts]
     if config.eval is not None:
-        return {"train": _join(found), "eval": read(config.eval, config, config.eval_split)}
-    if not config.eval_share:
-        return {"train": _join(found)}
-    train = [s._replace(grown=[g for g in s.grown if not _held_out(g.tree.prompt, config)]) for s in found]
-    held = [s._replace(grown=[g for g in s.grown if _held_out(g.tree.prompt, config)], dropped=()) for s in found]
-    parts = {"train": _join(train), "eval": _join(held)}
-    for name, (trees, _) in parts.items():
-        if not trees:
-            raise DataError(
-                f"{config.training}: data.eval_share = {config.eval_share} leaves no prompt for {name}; change the share or "
-                "data.eval_seed, or name data.eval"
-            )
-    return parts
+        held_out = SourceConfig(path=config.eval, split=config.eval_split)
+        return [Wanted("train", config.parts, "all"), Wanted("eval", (held_out,), "all")]
+    if config.eval_share:
+        return [Wanted("train", config.parts, "train"), Wanted("eval", config.parts, "eval")]
+    return [Wanted("train", config.parts, "all")]
+
+
+def read_parts(config: DataConfig) -> dict[str, Part]:
+    """Every part, read whole. Raises DataError as `read` does."""
+    return {wanted.name: read_part(wanted, config) for wanted in parts_of(config)}
+
+
+def read_part(wanted: Wanted, config: DataConfig) -> Part:
+    """One part, read whole. Raises DataError as `read` does."""
+    trees: list[PromptTree] = []
+    reports: list[ReadReport] = []
+    for source in wanted.sources:
+        growing: dict[str, Growing] = {}
+        seen = Seen(source.format or config.format)
+        for number, _, judgment in judged(source, config, wanted.half, seen):
+            tree = growing.setdefault(tree_key(judgment), Growing(judgment.prompt, judgment.tools, config.rules))
+            tree.add(number, judgment)
+        for tree in growing.values():
+            grown = tree.finish(source.path)
+            seen.count(grown)
+            trees.append(grown.tree)
+        reports.append(seen.report(source.path, wanted.half))
+    return trees, joined(reports, wanted, config)
 
 
 def read(source: str, config: DataConfig, split: str) -> Part:
@@ -105,41 +119,96 @@ def read(source: str, config: DataConfig, split: str) -> Part:
     Raises DataError: no such file, damaged or empty file, unknown format; and for the first row that cannot
     be used, unless `data.bad_rows = "drop"` leaves such rows out and lists them.
     """
-    return _join([_read(SourceConfig(path=source, split=split), config)])
+    return read_part(Wanted("train", (SourceConfig(path=source, split=split),), "all"), config)
 
 
-def _read(source: SourceConfig, config: DataConfig) -> _Source:
-    """What the source does not say, the section says."""
-    growing: dict[str, Growing] = {}
-    dropped: list[tuple[int, str]] = []
-    name = source.format or config.format
+def judged(
+    source: SourceConfig, config: DataConfig, half: Half, seen: "Seen"
+) -> Iterator[tuple[int, dict[str, Any], Judgment]]:
+    """(row number, row under our names, what it says) of every usable row of a half; `seen` counts, and lists the rest.
+
+    What the source does not say, the section says.
+    """
     columns = config.columns if source.columns is None else source.columns
-    all_rows = sources.rows(source.path, source.split or config.split)
-    num_rows = 0
-    for number, row in sources.limited(all_rows, source.max_rows or config.max_rows):
-        num_rows += 1
+    found = sources.rows(source.path, source.split or config.split, streaming=config.streaming)
+    for number, raw in sources.limited(found, source.max_rows or config.max_rows):
         try:
-            row = renamed(sources.as_object(row), columns)
-            name = recognise(row) if name == "auto" else name
-            judgment = FORMATS[name](row)
+            row = renamed(sources.as_object(raw), columns)
+            seen.format = recognise(row) if seen.format == "auto" else seen.format
+            judgment = judge(row, seen.format, source)
         except RowError as error:
             if config.bad_rows == "error":
                 raise DataError(
-                    f"{source.path}, row {number}: {error}; mend the row, or leave such rows out with data.bad_rows=drop"
+                    f"{sources.where(source.path, number)}: {error}; mend the row, or leave such rows out with "
+                    "data.bad_rows=drop"
                 ) from None
-            dropped.append((number, str(error)))
+            if half != "eval":
+                seen.dropped.append((number, str(error)))
             continue
-        _grow(growing, number, judgment._replace(weight=judgment.weight * source.weight), config)
-    if not growing:
-        reason = f"all {num_rows} rows are bad, the first: {dropped[0][1]}" if dropped else "it holds no rows"
-        raise DataError(f"{source.path}: nothing to use: {reason}")
-    return _Source(source.path, name, [tree.finish(source.path) for tree in growing.values()], tuple(dropped))
+        if half == "all" or (half == "eval") is _held_out(judgment.prompt, config):
+            seen.rows += 1
+            yield number, row, judgment
 
 
-def _grow(growing: dict[str, Growing], number: int, judgment: Judgment, config: DataConfig) -> None:
-    key = key_of([judgment.prompt, judgment.tools])
-    tree = growing.setdefault(key, Growing(judgment.prompt, judgment.tools, config.rules))
-    tree.add(number, judgment)
+def judge(row: dict[str, Any], name: str, source: SourceConfig) -> Judgment:
+    """What a row under our names says, with its source's weight. Raises RowError."""
+    judgment = FORMATS[name](row)
+    return judgment._replace(weight=judgment.weight * source.weight)
+
+
+def tree_key(judgment: Judgment) -> str:
+    """Rows with the same key are of one prompt."""
+    return key_of([judgment.prompt, judgment.tools])
+
+
+@dataclass
+class Seen:
+    """What reading a source has met so far: its ReadReport in the making."""
+
+    format: str
+    rows: int = 0
+    dropped: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+    trees: int = 0
+    responses: int = 0
+    comparisons: int = 0
+    ties: int = 0
+    thumbs: int = 0
+    counts: Counts = field(default_factory=Counts)
+
+    def count(self, grown: Grown) -> None:
+        """A tree whose rows are all there."""
+        tree = grown.tree
+        self.trees += 1
+        self.responses += len(tree.responses)
+        self.comparisons += len(tree.comparisons)
+        self.ties += len(tree.ties)
+        self.thumbs += len(tree.thumbs)
+        self.counts = Counts(*(a + b for a, b in zip(self.counts, grown.counts, strict=True)))
+
+    def report(self, source: str, half: Half) -> ReadReport:
+        """The whole. Raises DataError when nothing of the source can be used."""
+        if not self.trees and half == "all":
+            bad = self.dropped
+            reason = f"all {len(bad)} rows are bad, the first: {bad[0][1]}" if bad else "it holds no rows"
+            raise DataError(f"{source}: nothing to use: {reason}")
+        return ReadReport(
+            source=source,
+            format=self.format,
+            num_rows=self.rows + len(self.dropped),
+            num_trees=self.trees,
+            num_responses=self.responses,
+            num_comparisons=self.comparisons,
+            num_ties=self.ties,
+            num_thumbs=self.thumbs,
+            merged_prompts=self.rows - self.trees,
+            merged_responses=self.counts.merged_responses,
+            repeated_comparisons=self.counts.repeated,
+            close_pairs=self.counts.close,
+            unasked_pairs=self.counts.unasked,
+            unchecked_gaps=self.counts.unknown,
+            lone_scores=self.counts.alone,
+            dropped=tuple(self.dropped),
+        )
 
 
 def renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -174,46 +243,24 @@ def _held_out(prompt: Text, config: DataConfig) -> bool:
     return int.from_bytes(digest[:8], "big") < config.eval_share * 2**64
 
 
-def _join(found: Sequence[_Source]) -> Part:
-    """The trees of all sources and their report."""
-    reports = [_report(source) for source in found]
-    trees = [grown.tree for source in found for grown in source.grown]
+def joined(reports: Sequence[ReadReport], wanted: Wanted, config: DataConfig) -> ReadReport:
+    """The report of a part from those of its sources. Raises DataError when a half holds no prompt."""
+    if not any(report.num_trees for report in reports):
+        raise DataError(
+            f"{config.training}: data.eval_share = {config.eval_share} leaves no prompt for {wanted.name}; change the share or "
+            "data.eval_seed, or name data.eval"
+        )
     if len(reports) == 1:
-        return trees, reports[0]
+        return reports[0]
     numbers = [
         {key: value for key, value in vars(report).items() if key not in ("source", "format", "dropped", "sources")}
         for report in reports
     ]
     total = {key: sum(each[key] for each in numbers) for key in numbers[0]}
-    report = ReadReport(
+    return ReadReport(
         source=", ".join(report.source for report in reports),
         format=", ".join(dict.fromkeys(report.format for report in reports)),
         dropped=tuple((row, f"{r.source}: {reason}") for r in reports for row, reason in r.dropped),
         sources=tuple(reports),
         **total,
-    )
-    return trees, report
-
-
-def _report(source: _Source) -> ReadReport:
-    trees = [grown.tree for grown in source.grown]
-    counts = [grown.counts for grown in source.grown]
-    used = sum(len(tree.rows) for tree in trees)
-    return ReadReport(
-        source=source.path,
-        format=source.format,
-        num_rows=used + len(source.dropped),
-        num_trees=len(trees),
-        num_responses=sum(len(tree.responses) for tree in trees),
-        num_comparisons=sum(len(tree.comparisons) for tree in trees),
-        num_ties=sum(len(tree.ties) for tree in trees),
-        num_thumbs=sum(len(tree.thumbs) for tree in trees),
-        merged_prompts=used - len(trees),
-        merged_responses=sum(c.merged_responses for c in counts),
-        repeated_comparisons=sum(c.repeated for c in counts),
-        close_pairs=sum(c.close for c in counts),
-        unasked_pairs=sum(c.unasked for c in counts),
-        unchecked_gaps=sum(c.unknown for c in counts),
-        lone_scores=sum(c.alone for c in counts),
-        dropped=source.dropped,
     )

@@ -41,13 +41,15 @@ class SourceConfig(BaseModel):
 
 
 class DataConfig(BaseModel):
-    """Section [data]. A source is a local .jsonl, .jsonl.gz, .json or .parquet file, a saved folder or a hub id.
+    """Section [data]. A source is a .jsonl, .jsonl.gz, .json or .parquet file, a glob or folder, a saved data set, a hub id.
 
     train or sources: what to train on. eval: held-out data; or eval_share of the prompts are held out, chosen by a hash
     of the prompt and eval_seed. columns: our name -> the file's name of a column (a.b for b inside a).
     pairing: what scores and rankings become: a ranking of all, all pairs, best against worst, best against each other
     one; auto keeps rankings and makes pairs where members are equal or closer than min_gap. min_gap: pairs whose scores
-    differ by less are left out. votes on two responses: a soft label, a weight (votes in excess), or just the majority.
+    differ by less are left out. streaming: read a hub id row by row instead of fetching it whole. cache: keep the token ids
+    in a file under ~/.cache/favor that is memory-mapped and reused; auto does so for sources over 50 MB and streamed
+    ones. votes on two responses: a soft label, a weight (votes in excess), or just the majority.
     """
 
     model_config = STRICT
@@ -65,6 +67,8 @@ class DataConfig(BaseModel):
     eval_split: str = "test"
     max_rows: int | None = Field(default=None, ge=1)
     bad_rows: Literal["error", "drop"] = "error"
+    streaming: bool = False
+    cache: Literal["auto"] | bool = "auto"
 
     @field_validator("format")
     @classmethod

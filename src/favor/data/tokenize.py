@@ -13,6 +13,8 @@ from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerBase
 
 from favor.config import STRICT
+from favor.data import sources
+from favor.data.encode import Encoder
 from favor.data.formats import RowError
 from favor.data.types import Comparison, Message, PromptTree, Text, TokenTree
 from favor.errors import ConfigError, DataError
@@ -60,6 +62,7 @@ class _Tools(NamedTuple):
     """What turns text into ids here."""
 
     tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
     chat: bool
     end_ids: frozenset[int]
     bos: tuple[int, ...]
@@ -86,15 +89,32 @@ def tokenize(
     Raises ConfigError when template and tokenizer do not go together; DataError for the first tree that
     cannot be tokenised exactly, unless `bad_rows` is "drop"; and DataError when nothing is left.
     """
+    found, report = tokenized(trees, tokenizer, config, end_ids, bad_rows)
+    return list(found), report
+
+
+def tokenized(
+    trees: Sequence[PromptTree],
+    tokenizer: PreTrainedTokenizerBase,
+    config: TokensConfig,
+    end_ids: frozenset[int],
+    bad_rows: str,
+) -> tuple[Iterator[TokenTree], TokenReport]:
+    """As `tokenize`, one tree after the other; the report is whole when the last has been taken."""
     tools = _tools(tokenizer, config, end_ids)
     report = TokenReport("chat" if tools.chat else "plain", trees=len(trees))
-    kept: list[TokenTree] = []
+    return _kept(trees, tools, config, bad_rows, report), report
+
+
+def _kept(
+    trees: Sequence[PromptTree], tools: _Tools, config: TokensConfig, bad_rows: str, report: TokenReport
+) -> Iterator[TokenTree]:
     first = 0
     for tree, result in _encoded(trees, tools, report):
         if isinstance(result, RowError):
             if bad_rows == "error":
                 raise DataError(
-                    f"{tree.source}, row {tree.rows[0]}: {result}; mend the row, or leave such rows out with "
+                    f"{sources.where(tree.source, tree.rows[0])}: {result}; mend the row, or leave such rows out with "
                     "data.bad_rows=drop"
                 )
             _drop(report, tree, str(result))
@@ -103,21 +123,20 @@ def tokenize(
         if cut is None:
             _drop(report, tree, f"longer than tokens.max_tokens = {config.max_tokens}")
             continue
-        kept.append(replace(cut, first_response=first))
+        yield replace(cut, first_response=first)
         first += len(cut.response_ids)
-    if not kept:
+    if not first:
         reason = f"the first: row {report.dropped[0][0]}: {report.dropped[0][1]}" if report.dropped else "no rows"
         raise DataError(
             f"{trees[0].source}: nothing is left after tokenising ({reason}); raise tokens.max_tokens or mend the rows"
         )
-    return kept, report
 
 
 def encode_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase, config: TokensConfig) -> tuple[int, ...]:
     """The ids of a prompt alone, as a model sees it before it answers. Raises RowError when it cannot be rendered."""
     tools = _tools(tokenizer, config, frozenset())
     _refuse_special(prompt, tools)
-    return tools.bos + tuple(_ids(tools, _render_prompt(prompt, None, tools)))
+    return tools.bos + tuple(tools.encoder.ids([_render_prompt(prompt, None, tools)])[0])
 
 
 def _tools(tokenizer: PreTrainedTokenizerBase, config: TokensConfig, end_ids: frozenset[int]) -> _Tools:
@@ -135,7 +154,7 @@ def _tools(tokenizer: PreTrainedTokenizerBase, config: TokensConfig, end_ids: fr
     if not chat and isinstance(first, int) and tokenizer("x").input_ids[:1] == [first]:
         bos = (first,)
     special = tuple(tokenizer.all_special_tokens) if config.special_text == "refuse" else ()
-    return _Tools(tokenizer, chat, end_ids, bos, special, eos if isinstance(eos, int) else None)
+    return _Tools(tokenizer, Encoder(tokenizer), chat, end_ids, bos, special, eos if isinstance(eos, int) else None)
 
 
 def _encoded(
@@ -143,19 +162,15 @@ def _encoded(
 ) -> Iterator[tuple[PromptTree, TokenTree | RowError]]:
     """Each tree with its untruncated ids, or with why it cannot have them."""
     for start in range(0, len(trees), _BATCH):
-        rendered: list[_Rendered | RowError] = []
-        for tree in trees[start : start + _BATCH]:
-            try:
-                rendered.append(_render(tree, tools))
-            except RowError as error:
-                rendered.append(error)
+        window = trees[start : start + _BATCH]
+        rendered = [_try_render(tree, tools) for tree in window]
         texts = [text for item in rendered if isinstance(item, _Rendered) for text in (item.prompt, *item.full)]
-        encoded = iter(_batch(tools, texts))
-        for tree, item in zip(trees[start : start + _BATCH], rendered, strict=False):
+        encoded = iter(tools.encoder.ids(texts))
+        for tree, item in zip(window, rendered, strict=True):
             if isinstance(item, RowError):
                 yield tree, item
                 continue
-            prompt_ids, _ = next(encoded)
+            prompt_ids = next(encoded)
             full = [next(encoded) for _ in item.full]
             try:
                 yield tree, _assemble(tree, item, prompt_ids, full, tools, report)
@@ -163,15 +178,11 @@ def _encoded(
                 yield tree, error
 
 
-def _batch(tools: _Tools, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    if not texts:
-        return []
-    found = tools.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    return list(zip(found["input_ids"], found["offset_mapping"], strict=True))  # pyright: ignore[reportArgumentType]
-
-
-def _ids(tools: _Tools, text: str) -> list[int]:
-    return list(tools.tokenizer(text, add_special_tokens=False).input_ids)
+def _try_render(tree: PromptTree, tools: _Tools) -> _Rendered | RowError:
+    try:
+        return _render(tree, tools)
+    except RowError as error:
+        return error
 
 
 def _render(tree: PromptTree, tools: _Tools) -> _Rendered:
@@ -268,17 +279,19 @@ def _assemble(
     tree: PromptTree,
     rendered: _Rendered,
     prompt_ids: list[int],
-    full: list[tuple[list[int], list[tuple[int, int]]]],
+    full: list[list[int]],
     tools: _Tools,
     report: TokenReport,
 ) -> TokenTree:
     """Cut every full sequence at the boundary and end its turn."""
     responses: list[tuple[int, ...]] = []
-    for i, (text, (ids, offsets)) in enumerate(zip(rendered.full, full, strict=True)):
+    for i, (text, ids) in enumerate(zip(rendered.full, full, strict=True)):
         if ids[: len(prompt_ids)] != prompt_ids:
             raise RowError("a token would straddle the boundary between prompt and response, so neither has exact ids")
         body = ids[len(prompt_ids) :]
-        closed = _end_turn(text, body, offsets[len(prompt_ids) :], tools, report)
+        if not body or not text[len(rendered.prompt) :].strip():
+            raise RowError("its response has no tokens")
+        closed = _end_turn(text, len(prompt_ids), body, tools, report)
         # a response that was cut must not learn to end where it was cut
         responses.append(tuple(closed[:-1] if i in tree.cut else closed))
     return TokenTree(
@@ -294,24 +307,34 @@ def _assemble(
     )
 
 
-def _end_turn(
-    text: str, ids: list[int], offsets: list[tuple[int, int]], tools: _Tools, report: TokenReport
-) -> list[int]:
+def _end_turn(text: str, before: int, ids: list[int], tools: _Tools, report: TokenReport) -> list[int]:
     """Let the response end with its end-of-turn token: the template's own, or the tokenizer's where there is none."""
-    last = len(ids)
-    while last and ids[last - 1] not in tools.end_ids and not text[slice(*offsets[last - 1])].strip():
-        last -= 1
+    last = _before_blanks(text, before, ids, tools)
     if last and ids[last - 1] in tools.end_ids:
         if last == 1:
             raise RowError("its response has no tokens")
         report.already_ended += not tools.chat
         return ids[:last]
-    if not any(text[slice(*offset)].strip() for offset in offsets):
+    if not last:
         raise RowError("its response has no tokens")
     if tools.eos is None:
         raise RowError("the chat template adds no end-of-turn token and the tokenizer has none")
     report.appended_end += tools.chat
     return [*ids, tools.eos]
+
+
+def _before_blanks(text: str, before: int, ids: list[int], tools: _Tools) -> int:
+    """How many tokens the response has up to its end token, or up to its last word. `before`: tokens of the prompt."""
+    last = len(ids)
+    while last and ids[last - 1] not in tools.end_ids and tools.encoder.is_blank(ids[last - 1]):
+        last -= 1
+    if (last and ids[last - 1] in tools.end_ids) or tools.end_ids.isdisjoint(ids):
+        return last
+    # what a token alone does not tell (a blank of several tokens), its place in the text does
+    offsets, last = tools.encoder.offsets(text)[before:], len(ids)
+    while last and ids[last - 1] not in tools.end_ids and not text[slice(*offsets[last - 1])].strip():
+        last -= 1
+    return last
 
 
 def _truncate(tree: TokenTree, config: TokensConfig, num_bos: int, report: TokenReport) -> TokenTree | None:

@@ -57,7 +57,7 @@ class Subject:
 
     policy: Policy
     reference: Policy
-    texts: list[PromptTree]
+    texts: Sequence[PromptTree]
     trees: list[TokenTree]
     beta: float
 

@@ -3,18 +3,19 @@
 In: sections [data] and [tokens]. Out: Splits. Next: ../data/read.py.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from favor.data.read import LEFT_OUT, DataConfig, read_parts
-from favor.data.tokenize import TokensConfig, tokenize
-from favor.data.types import PromptTree, Text, TokenTree
+from favor.data.digest import hash_all
+from favor.data.read import LEFT_OUT, DataConfig, parts_of
+from favor.data.tokenize import TokensConfig
+from favor.data.types import Text, TokenTree
 from favor.errors import DataError
 from favor.lint import brief as lint
 from favor.model.load import Policy
 from favor.run import write_json
+from favor.train.prepared import Part, Recipe, prepare
 from favor.train.session import Session
 
 
@@ -25,8 +26,8 @@ class Splits:
     prompts: part -> (source, row) -> the prompt as text.
     """
 
-    train: list[TokenTree]
-    eval: list[TokenTree]
+    train: Sequence[TokenTree]
+    eval: Sequence[TokenTree]
     prompts: Mapping[str, Mapping[tuple[str, int], Text]]
 
     @property
@@ -35,15 +36,10 @@ class Splits:
         parts = {"train": self.train, "eval": self.eval}
         return {name: trees for name, trees in parts.items() if trees}
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """A hash of every token id and comparison."""
-        content = [
-            [tree.prompt_ids, tree.response_ids, tree.comparisons, tree.ties, tree.thumbs]
-            for trees in (self.train, self.eval)
-            for tree in trees
-        ]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return hash_all({"train": self.train, "eval": self.eval})
 
 
 def load_splits(
@@ -53,37 +49,34 @@ def load_splits(
 
     Raises DataError when a part cannot be used, or holds no comparison where one is needed.
     """
-    reports: dict[str, object] = {}
-    texts: dict[str, list[PromptTree]] = {}
-    trees: dict[str, list[TokenTree]] = {"train": [], "eval": []}
-    findings: list[lint.Finding] = []
-    for name, (found, read_report) in read_parts(data).items():
-        texts[name] = found
-        trees[name], token_report = tokenize(texts[name], policy.tokenizer, tokens, policy.end_ids, data.bad_rows)
-        if need_comparisons and not any(tree.comparisons for tree in trees[name]):
+    parts: dict[str, Part] = {}
+    for wanted in parts_of(data):
+        recipe = Recipe(wanted, data, tokens, policy.tokenizer, policy.end_ids)
+        part = parts[wanted.name] = prepare(recipe, session.world, session.say)
+        if need_comparisons and not any(tree.comparisons for tree in part.trees):
             raise DataError(
-                f"{read_report.source}: no comparison left to train on; give chosen and rejected, a ranking or scores"
+                f"{recipe.names}: no comparison left to train on; give chosen and rejected, a ranking or scores"
             )
-        reports[name] = {"read": read_report.as_json(), "tokens": token_report.as_json()}
-        findings += [*lint.lint(texts[name]), *lint.lint_tokens(token_report)]
-        session.say(f"{name}: {summary(read_report.as_json(), token_report.as_json())}")
-    if "eval" in texts:
-        findings += lint.leaks(texts["train"], texts["eval"])
+        session.say(f"{wanted.name}: {summary(part.read, part.tokens)}")
+    findings = [finding for part in parts.values() for finding in part.findings]
+    if "eval" in parts:
+        findings += lint.leaks(parts["train"].texts, parts["eval"].texts)
     for finding in findings:
         if finding.severity != "note":
             session.say(f"{finding.severity}: {finding.message}")
     if session.world.is_main:
         lines = [{"severity": f.severity, "name": f.name, "message": f.message} for f in findings]
+        reports = {name: {"read": part.read, "tokens": part.tokens} for name, part in parts.items()}
         write_json(session.folder.data_report, {**reports, "lint": lines})
-    prompts = {name: {(tree.source, tree.rows[0]): tree.prompt for tree in found} for name, found in texts.items()}
-    return Splits(trees["train"], trees["eval"], prompts)
+    prompts = {name: part.prompts for name, part in parts.items()}
+    return Splits(parts["train"].trees, parts["eval"].trees if "eval" in parts else (), prompts)
 
 
 def summary(read_report: Mapping[str, object], token_report: Mapping[str, object]) -> str:
     """One line: what was read, and everything that was cut or dropped."""
     shown = [f"{read_report[key]} {label}" for key, label in _READ.items()]
     if read_report.get("num_ties"):
-        shown.append(f"{read_report['num_ties']} ties (read by `favor reward` only)")
+        shown.append(f"{read_report['num_ties']} ties (read by losses rao_kupper and davidson, and by favor reward)")
     shown += [
         f"{read_report[key]} {label}"
         for key, label in ({"num_thumbs": "thumbs"} | LEFT_OUT).items()

@@ -3,25 +3,29 @@
 In: TrainConfig. Out: a few lines of text. Next: preference.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from favor.data import pack
-from favor.data.read import DataConfig, ReadReport, read_parts
-from favor.data.tokenize import TokenReport, tokenize
+from favor.data.read import DataConfig, parts_of
 from favor.data.types import TokenTree
+from favor.dist.world import World
 from favor.model.layout import config_obstacle
 from favor.model.load import ModelConfig, end_ids, load_tokenizer, readable
 from favor.train.data import summary
 from favor.train.loop import num_steps
 from favor.train.preference import TrainConfig
+from favor.train.prepared import Part, Recipe, prepare
 
 _GIB = 1 << 30
 
 
 def describe(config: TrainConfig) -> str:
     """Rows, trees, unique against naive tokens, steps, and a memory estimate. Raises what training would raise."""
-    trees, read_report, token_report = _trees(config.data, config)
+    part = _part(config.data, config)
+    trees = part.trees
     architecture = _architecture(config.model)
     longest = max(len(tree.prompt_ids) + max(map(len, tree.response_ids)) for tree in trees)
     obstacle = config_obstacle(architecture.get_text_config().to_dict(), longest)
@@ -33,11 +37,11 @@ def describe(config: TrainConfig) -> str:
         for i in c.order
         for r in [tree.response_ids[i]]
     )
-    batches = [trees[i : i + config.train.batch_prompts] for i in range(0, len(trees), config.train.batch_prompts)]
-    unique = sum(pack.build(batch, layout).num_tokens for batch in batches)
+    size = config.train.batch_prompts
+    unique = sum(pack.build(trees[i : i + size], layout).num_tokens for i in range(0, len(trees), size))
     steps = num_steps(config.train, len(trees))
     lines = [
-        f"train: {summary(read_report.as_json(), token_report.as_json())}",
+        f"train: {summary(part.read, part.tokens)}",
         f"layout: {layout}" + (f" ({obstacle})" if obstacle else ""),
         f"longest row: {longest} tokens",
         f"tokens an epoch: {unique} computed against {naive} naive ({naive / unique:.2f} x)",
@@ -47,11 +51,10 @@ def describe(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def _trees(data: DataConfig, config: TrainConfig) -> tuple[list[TokenTree], ReadReport, TokenReport]:
+def _part(data: DataConfig, config: TrainConfig) -> Part:
     tokenizer = load_tokenizer(config.model)
-    texts, read_report = read_parts(data)["train"]
-    trees, token_report = tokenize(texts, tokenizer, config.tokens, end_ids(tokenizer, None), data.bad_rows)
-    return trees, read_report, token_report
+    recipe = Recipe(parts_of(data)[0], data, config.tokens, tokenizer, end_ids(tokenizer, None))
+    return prepare(recipe, World(), lambda _: None)
 
 
 def _architecture(model: ModelConfig) -> PreTrainedConfig:
@@ -61,7 +64,7 @@ def _architecture(model: ModelConfig) -> PreTrainedConfig:
         )
 
 
-def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: list[TokenTree]) -> str:
+def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence[TokenTree]) -> str:
     """Weights, gradients and AdamW moments in float32, activations of one full pack, its logits; an estimate.
 
     Per token and layer a transformer block keeps about 14 vectors of the hidden and 4 of the MLP width for its backward

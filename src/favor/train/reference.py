@@ -6,7 +6,7 @@ reused only when its fingerprint holds, and refused with what differs. Next: che
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from favor.config import STRICT
 from favor.data import pack
+from favor.data.digest import hash_ids
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.dist.reduce import sum_
@@ -85,7 +86,7 @@ def fingerprint(policy: Policy, tokens: TokensConfig, splits: Mapping[str, Seque
         "template": _sha(f"{tokens.template}\n{chat}"),
         "truncation": f"{tokens.truncation} at {tokens.max_tokens}",
         "dtype": str(policy.compute_dtype).removeprefix("torch."),
-        "token ids": _sha(json.dumps({name: _ids(trees) for name, trees in splits.items()})),
+        "token ids": hash_ids(splits),
         "favor": _CODE,
     }
 
@@ -202,10 +203,6 @@ def _read(path: Path, expected: Mapping[str, str]) -> dict[str, Tensor]:
             "or name another file with reference.store"
         )
     return tensors
-
-
-def _ids(trees: Iterable[TokenTree]) -> list[object]:
-    return [[tree.prompt_ids, tree.response_ids] for tree in trees]
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

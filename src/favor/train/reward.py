@@ -32,6 +32,7 @@ from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resum
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.session import Bar, Session
 from favor.train.step import Machine, Objective, step
+from favor.train.view import where
 
 STATS = ("pairs", "correct", "gap", "score_chosen", "score_rejected", "ties")
 
@@ -75,7 +76,7 @@ def train_reward(config: RewardTrainConfig, open_session: Callable[[Path], Sessi
     policy, why = settle(policy, config.model.layout, splits.train, response_scores)
     session.event(0, "self_check", f"layout: {why}")
     _loop(config, policy, splits, session)
-    held_out = [tree for tree in splits.eval if tree.comparisons]
+    held_out = where(splits.eval, lambda tree: bool(tree.comparisons))
     if not held_out:
         return None
     found = calibrate(*gaps(policy, held_out), config.seed)
@@ -123,8 +124,7 @@ def gaps(policy: Policy, trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.nda
 
 def _check_options(config: BradleyTerryConfig, splits: Splits) -> None:
     """An option that the data cannot feed is an error, not a silence."""
-    comparisons = [c for tree in splits.train for c in tree.comparisons]
-    if config.margin_scale and not any(c.gaps for c in comparisons):
+    if config.margin_scale and not any(c.gaps for tree in splits.train for c in tree.comparisons):
         raise ConfigError("reward.margin_scale is set, but no row has a margin or scores; remove it")
     if config.ties and not any(tree.ties for tree in splits.train):
         raise ConfigError("reward.ties is true, but the data holds no ties (tie = true, or equal scores); remove it")
@@ -151,7 +151,7 @@ def _loop(config: RewardTrainConfig, policy: Policy, splits: Splits, session: Se
     machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world)
     if config.resume:
         state = resume(machine, state, session)
-    trees = [tree for tree in splits.train if tree.comparisons or (config.reward.ties and tree.ties)]
+    trees = where(splits.train, lambda tree: bool(tree.comparisons or (config.reward.ties and tree.ties)))
     objective, total = make_objective(config.reward, policy), num_steps(loop, len(trees))
     order = Order(len(trees), loop.batch_prompts, config.seed, loop.shuffle)
     began = time.monotonic() - state.seconds

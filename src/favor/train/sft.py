@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, Field
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resum
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.session import Bar, Session
 from favor.train.step import Machine, Objective, step
+from favor.train.view import View
 
 
 class SftConfig(BaseModel):
@@ -54,23 +56,27 @@ def sft(config: SftConfig, open_session: Callable[[Path], Session]) -> None:
     _loop(config, policy, trees, splits.identity, session)
 
 
-def preferred_only(trees: Sequence[TokenTree]) -> list[TokenTree]:
+def preferred_only(trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
     """Keep the responses that some comparison ranks first and none ranks lower; all of them where nothing is compared."""
-    kept: list[TokenTree] = []
-    count = 0
-    for tree in trees:
-        first = {comparison.order[0] for comparison in tree.comparisons}
-        lower = {index for comparison in tree.comparisons for index in comparison.order[1:]}
-        first |= {thumb.response for thumb in tree.thumbs if thumb.good}
-        lower |= {thumb.response for thumb in tree.thumbs if not thumb.good}
-        judged = tree.comparisons or tree.thumbs
-        best = sorted(first - lower) if judged else range(len(tree.response_ids))
-        responses = tuple(tree.response_ids[i] for i in best)
-        if responses:
-            complete = tuple(tree.complete[i] for i in best)
-            kept.append(TokenTree(tree.prompt_ids, responses, complete, (), first_response=count, row=tree.row))
-            count += len(responses)
-    return kept
+    counts = np.fromiter((len(_best(tree)) for tree in trees), np.int64, len(trees))
+    places = np.flatnonzero(counts)
+    first = np.cumsum(counts) - counts
+
+    def change(tree: TokenTree, i: int) -> TokenTree:
+        best = _best(tree)
+        responses = tuple(tree.response_ids[k] for k in best)
+        complete = tuple(tree.complete[k] for k in best)
+        return TokenTree(tree.prompt_ids, responses, complete, (), int(first[places[i]]), tree.row)
+
+    return View(trees, places, change)
+
+
+def _best(tree: TokenTree) -> Sequence[int]:
+    first = {comparison.order[0] for comparison in tree.comparisons}
+    lower = {index for comparison in tree.comparisons for index in comparison.order[1:]}
+    first |= {thumb.response for thumb in tree.thumbs if thumb.good}
+    lower |= {thumb.response for thumb in tree.thumbs if not thumb.good}
+    return sorted(first - lower) if tree.comparisons or tree.thumbs else range(len(tree.response_ids))
 
 
 def make_objective(policy: Policy) -> Objective:
@@ -83,7 +89,7 @@ def make_objective(policy: Policy) -> Objective:
     return Objective(loss, lambda batch: (float(batch.length_R.sum()),), ("tokens",))
 
 
-def _loop(config: SftConfig, policy: Policy, trees: list[TokenTree], data: str, session: Session) -> None:
+def _loop(config: SftConfig, policy: Policy, trees: Sequence[TokenTree], data: str, session: Session) -> None:
     loop, parameters = config.train, policy.trainable()
     optimizer = make_optimizer(config.optim, parameters)
     state = TrainingState(data=data)

@@ -1,0 +1,284 @@
+"""What goes through files equals what stays in memory, is reused only when it may be, and is whole or absent."""
+
+import json
+import random
+import tracemalloc
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import tiny
+
+from favor.data import cache
+from favor.data.columns import WINDOW
+from favor.data.digest import hash_all, hash_ids
+from favor.data.group import group
+from favor.data.read import DataConfig, parts_of, read
+from favor.data.settings import SourceConfig
+from favor.data.tokenize import TokensConfig
+from favor.data.types import Comparison, Thumb, TokenTree
+from favor.dist.world import World
+from favor.errors import DataError
+from favor.train import prepared
+from favor.train.prepared import Recipe, describe, prepare
+
+END = frozenset({2})
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("FAVOR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return tiny.tokenizer()
+
+
+def make_rows(count, prompts, seed=0):
+    """Pairs, soft ones, ties and bad rows, those of one prompt far apart; some text that JSON must escape."""
+    rng, words = random.Random(seed), ["good", "bad", "é", "\u2028", "film\n", "never", "\ud83d\ude00", '"', " "]
+
+    def say():
+        return "a" + "".join(rng.choices(words, k=rng.randint(1, 9)))
+
+    rows = []
+    for _ in range(count):
+        row = {"prompt": f"Write about film {rng.randrange(prompts)}.", "chosen": say(), "rejected": "x" + say()}
+        row |= rng.choice([{}, {"margin": 0.1}, {"weight": 1 / 3}, {"tie": True}, {"other": [1, None]}])
+        if rng.random() < 0.1:
+            user = {"role": "user", "content": row["prompt"]}
+            row["prompt"] = [{"role": "system", "content": "Be kind."}, user]
+        if rng.random() < 0.03:
+            row["chosen"] = ""
+        rows.append(row)
+    return rows
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def wanted(source, tok, tokens=None, **settings):
+    data = DataConfig(**{"train": source, "bad_rows": "drop", **settings})
+    return Recipe(parts_of(data)[0], data, tokens or TokensConfig(), tok, END)
+
+
+def get(source, tok, tokens=None, part=0, **settings):
+    recipe = wanted(source, tok, tokens, **settings)
+    return prepare(recipe._replace(part=parts_of(recipe.data)[part]), World(), lambda _: None)
+
+
+def caches(tmp_path):
+    return sorted((tmp_path / "cache/tokens").glob("*"))
+
+
+@pytest.mark.parametrize("truncation", ["drop", "prompt_start", "response_end"])
+def test_through_files_equals_in_memory(tmp_path, tok, truncation):
+    source = write(tmp_path / "rows.jsonl", make_rows(2500, 1500))
+    tokens = TokensConfig(max_tokens=60, truncation=truncation)
+    memory, files = (get(source, tok, tokens, cache=on) for on in (False, True))
+    assert isinstance(memory.trees, list)
+    assert not isinstance(files.trees, list)
+    assert len(memory.trees) > WINDOW
+    assert_same(files, memory)
+
+
+def assert_same(files, memory):
+    assert list(files.trees) == memory.trees
+    assert dict(files.prompts) == memory.prompts
+    assert files.read == json.loads(json.dumps(memory.read))
+    assert files.tokens == json.loads(json.dumps(memory.tokens))
+    assert files.findings == memory.findings
+    assert [(t.prompt, t.source, t.rows[0]) for t in files.texts] == [
+        (t.prompt, t.source, t.rows[0]) for t in memory.texts
+    ]
+    for hashed in (hash_ids, hash_all):
+        assert hashed({"train": files.trees}) == hashed({"train": memory.trees})
+
+
+@pytest.mark.parametrize("pairing", ["auto", "best_worst"])
+def test_sources_weights_and_a_held_out_share_through_files(tmp_path, tok, pairing):
+    """Two files of different formats, weights and columns, a fifth of the prompts held out, a minimum gap."""
+    pairs = write(tmp_path / "pairs.jsonl", make_rows(300, 60))
+    rng = random.Random(1)
+    rows = [
+        {
+            "question": f"Film {i % 30}?",
+            "responses": ["good", "bad", f"fine {i}"],
+            "scores": [rng.random() for _ in range(3)],
+        }
+        for i in range(90)
+    ]
+    ranked = write(tmp_path / "ranked.jsonl", rows)
+    sources = [
+        {"path": pairs, "weight": 2.0, "max_rows": 250},
+        {"path": ranked, "weight": 0.5, "format": "ranked", "columns": {"prompt": "question"}},
+    ]
+    more = {"train": None, "sources": sources, "eval_share": 0.2, "pairing": pairing, "min_gap": 0.05}
+    for part in (0, 1):
+        memory, files = (get(None, tok, part=part, cache=on, **more) for on in (False, True))
+        assert len(memory.read["sources"]) == 2
+        assert {tree.source for tree in memory.trees} == {pairs, ranked}
+        assert_same(files, memory)
+    assert len(caches(tmp_path)) == 2
+
+
+def test_grouping_equals_read(tmp_path):
+    source = write(tmp_path / "rows.jsonl", make_rows(400, 40))
+    data = DataConfig(train=source, bad_rows="drop")
+    expected, report = read(source, data, "train")
+    trees, seen = group(SourceConfig(path=source), data, "all", tmp_path)
+    assert list(trees) == expected
+    assert seen.report(source, "all") == report
+    assert max(len(tree.rows) for tree in expected) > 5
+    assert (trees[0], trees[-1], trees[3:9:2]) == (expected[0], expected[-1], expected[3:9:2])
+    assert not list(tmp_path.glob("bucket-*"))
+
+
+def test_grouping_names_the_bad_row_and_the_empty_file(tmp_path):
+    source = write(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p"}])
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 2: column 'chosen' is missing"):
+        group(SourceConfig(path=source), DataConfig(train=source), "all", tmp_path)
+    with pytest.raises(DataError, match="it holds no rows"):
+        get(write(tmp_path / "empty.jsonl", []), tiny.tokenizer(), cache=True)
+
+
+def test_sequence(tmp_path):
+    """Every field comes back, and int, slice and iteration behave as a list's."""
+    trees = [
+        TokenTree(
+            (1, i),
+            ((5, 2), (70_000, 6, 2)),
+            (True, i % 2 == 0),
+            (Comparison((1, 0), 1 / 3, (0.1,), 0.7), Comparison((0, 1))),
+            first_response=2 * i,
+            row=3 * i + 1,
+            source=f"file {i // 700}",
+            ties=(Comparison((0, 1), 2.0),),
+            thumbs=(Thumb(0, True, 0.5),),
+        )
+        for i in range(2 * WINDOW + 5)
+    ]
+    cache.write_trees(tmp_path, trees)
+    found = cache.CachedTrees(tmp_path / "trees.arrow")
+    assert list(found) == trees
+    assert (len(found), found[0], found[-1], found[WINDOW]) == (len(trees), trees[0], trees[-1], trees[WINDOW])
+    assert found[WINDOW - 2 : WINDOW + 2] == trees[WINDOW - 2 : WINDOW + 2]
+    assert found[-3:] == trees[-3:]
+    with pytest.raises(IndexError):
+        found[len(trees)]
+    names = "prompt_ids response_ids complete comparisons first_response row ties thumbs source"
+    assert [field.name for field in fields(TokenTree)] == names.split(), "columns.py must learn the new field"
+    assert hash_all({"a": found}) == hash_all({"a": trees})
+    assert hash_all({"a": found}) != hash_all({"a": trees[:-1]})
+    assert hash_all({"a": trees[:3], "b": trees[3:5]}) != hash_all({"a": trees[:2], "b": trees[2:5]})
+
+
+def test_reused_without_reading(tmp_path, tok, monkeypatch):
+    source = write(tmp_path / "rows.jsonl", make_rows(50, 20))
+    first = get(source, tok, cache=True)
+    for module, name in ((prepared, "group"), (prepared, "tokenized")):
+        monkeypatch.setattr(module, name, None)
+    again = get(source, tok, cache=True)
+    assert list(again.trees) == list(first.trees)
+    assert (again.read, again.tokens, again.findings) == (first.read, first.tokens, first.findings)
+
+
+def test_every_part_of_the_fingerprint_counts(tmp_path, tok, monkeypatch):
+    source = write(tmp_path / "rows.jsonl", make_rows(5, 5))
+    start = wanted(source, tok)
+    before = describe(start)
+    other = tiny.tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    longer = tiny.tokenizer()
+    longer.add_tokens(["films"])
+    data = start.data
+    changed = {
+        "template": start._replace(tokenizer=other),
+        "tokenizer": start._replace(tokenizer=longer),
+        "tokens": start._replace(tokens=TokensConfig(max_tokens=9)),
+        "data": start._replace(data=data.model_copy(update={"max_rows": 2})),
+        "half": start._replace(part=start.part._replace(half="train")),
+        "sources": start._replace(part=start.part._replace(sources=(SourceConfig(path=source, weight=2.0),))),
+        "end ids": start._replace(end_ids=frozenset({3})),
+    }
+    for name, now in changed.items():
+        assert {key for key in before if describe(now)[key] != before[key]} == {name}
+    tok("x", padding="max_length", max_length=8, truncation=True)
+    assert describe(start) == before
+    assert describe(start._replace(data=data.model_copy(update={"cache": True, "eval": "y"}))) == before
+    write(tmp_path / "rows.jsonl", make_rows(6, 5))
+    assert {key for key in before if describe(start)[key] != before[key]} == {"content"}
+
+
+@pytest.mark.parametrize("name", ["trees.arrow", "prompts.arrow", "report.json"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_damaged_cache_is_built_again(tmp_path, tok, name, damage):
+    source = write(tmp_path / "rows.jsonl", make_rows(50, 20))
+    first = list(get(source, tok, cache=True).trees)
+    (folder,) = caches(tmp_path)
+    content = (folder / name).read_bytes()
+    middle = len(content) // 2
+    if damage == "gone":
+        (folder / name).unlink()
+    else:
+        flipped = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+        (folder / name).write_bytes(content[:middle] if damage == "cut" else flipped)
+    assert list(get(source, tok, cache=True).trees) == first
+    assert (folder / name).read_bytes() == content
+    assert caches(tmp_path) == [folder]
+
+
+@pytest.mark.parametrize("where", ["write_trees", "write_prompts", "seal"])
+def test_interrupted_build_leaves_nothing(tmp_path, tok, monkeypatch, where):
+    source = write(tmp_path / "rows.jsonl", make_rows(50, 20))
+    real = getattr(cache, where)
+
+    def interrupted(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        get(source, tok, cache=True)
+    assert caches(tmp_path) == []
+
+
+def test_auto_is_by_size(tmp_path, tok, monkeypatch):
+    source = write(tmp_path / "rows.jsonl", make_rows(50, 20))
+    assert isinstance(get(source, tok).trees, list)
+    monkeypatch.setattr(prepared, "_LARGE", Path(source).stat().st_size - 1)
+    assert not isinstance(get(source, tok).trees, list)
+
+
+def test_errors_are_the_same_through_files(tmp_path, tok):
+    source = write(
+        tmp_path / "rows.jsonl", [*make_rows(3, 3), {"prompt": "a<|im_start|>", "chosen": "b", "rejected": "c"}]
+    )
+    messages = []
+    for on in (False, True):
+        with pytest.raises(DataError, match="row 4: it contains the text of the special token") as error:
+            get(source, tok, cache=on, bad_rows="error")
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    with pytest.raises(DataError, match="nothing is left after tokenising"):
+        get(source, tok, TokensConfig(max_tokens=8), cache=True)
+    assert caches(tmp_path) == []
+
+
+def test_memory_stays_flat(tmp_path, tok, monkeypatch):
+    """Four times the rows, hardly more memory, where the path in memory needs several times as much."""
+    for place in ("tokenize._BATCH", "group._WINDOW", "cache.WINDOW", "encode._MEMORY"):
+        monkeypatch.setattr(f"favor.data.{place}", 32)
+    get(write(tmp_path / "warm.jsonl", make_rows(5, 5)), tok, cache=True)
+    peaks = {}
+    for count, on in ((400, True), (1600, True), (1600, False)):
+        rows = ({"prompt": f"{i} " * 8, "chosen": "good " * 9, "rejected": "bad " * 9} for i in range(count))
+        source = write(tmp_path / f"{count}.jsonl", rows)
+        tracemalloc.start()
+        get(source, tok, cache=on)
+        peaks[count, on] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peaks[1600, True] < 1.5 * peaks[400, True]
+    assert peaks[1600, True] < 0.4 * peaks[1600, False]

@@ -1,0 +1,121 @@
+"""Files, globs, folders and hub ids are one stream of rows; a message names the file and the row in it."""
+
+import gzip
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from favor.data import sources
+from favor.data.read import DataConfig, read
+from favor.errors import DataError
+
+
+def row(name):
+    return {"prompt": f"p {name}", "chosen": "a", "rejected": "b"}
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four files of three kinds, and one that holds no rows."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "data"
+    path.mkdir()
+    (path / "b.jsonl").write_bytes(lines(row(3)) + b"\n" + lines(row(4)))
+    (path / "a.jsonl.gz").write_bytes(gzip.compress(lines(row(1), row(2))))
+    (path / "c.json").write_text(json.dumps([row(5)]))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row(6), row(7)]), path / "d.parquet")
+    (path / "README.md").write_text("no data")
+    return path
+
+
+def prompts(source):
+    trees, _ = read(source, DataConfig(train=source), "train")
+    return [tree.prompt for tree in trees]
+
+
+def test_folder_and_glob_are_read_by_name(folder):
+    assert prompts(str(folder)) == [f"p {i}" for i in range(1, 8)]
+    assert prompts(f"{folder}/*.jsonl*") == ["p 1", "p 2", "p 3", "p 4"]
+    assert prompts(f"{folder}/[cd].*") == ["p 5", "p 6", "p 7"]
+    assert prompts(f"{folder.parent}/**/*.json") == ["p 5"]
+
+
+def test_rows_are_numbered_through_and_found_again(folder):
+    numbers = [number for number, _ in sources.rows(str(folder), "train")]
+    assert numbers == [1, 2, 3, 5, 6, 7, 8]
+    assert sources.where(str(folder), 5) == f"{folder / 'b.jsonl'}, row 3"
+    assert sources.where(str(folder), 8) == f"{folder / 'd.parquet'}, row 2"
+    assert sources.where(str(folder / "b.jsonl"), 3) == f"{folder / 'b.jsonl'}, row 3"
+
+
+def test_bad_row_names_its_file(folder):
+    (folder / "b.jsonl").write_bytes(lines(row(3), {"prompt": "p", "chosen": "", "rejected": "b"}))
+    with pytest.raises(DataError, match=r"data/b\.jsonl, row 2: chosen is empty"):
+        prompts(str(folder))
+    (folder / "b.jsonl").write_bytes(lines(row(3)) + b"{")
+    with pytest.raises(DataError, match=r"data/b\.jsonl, row 2: not JSON"):
+        prompts(f"{folder}/*.jsonl*")
+
+
+def test_nothing_there_is_said(folder, tmp_path):
+    with pytest.raises(DataError, match=r"none-\*\.jsonl: no file matches"):
+        prompts(f"{folder}/none-*.jsonl")
+    with pytest.raises(DataError, match=r"README\.md: unknown kind of file"):
+        prompts(f"{folder}/*")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError, match=r"no data file in this folder \(nothing\)"):
+        prompts(str(empty))
+    (empty / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match=r"no data file in this folder \(notes\.txt\)"):
+        prompts(str(empty))
+
+
+def test_identity_is_of_content(folder):
+    before = sources.identity(str(folder), "train", streaming=False)
+    (folder / "README.md").write_text("changed")
+    (folder / "b.jsonl").touch()
+    assert sources.identity(str(folder), "train", streaming=False) == before
+    (folder / "b.jsonl").write_bytes(lines(row(9)))
+    after = sources.identity(str(folder), "train", streaming=False)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True, True]
+    assert sources.size(str(folder)) == sum(p.stat().st_size for p in folder.iterdir() if p.name != "README.md")
+
+
+def test_saved_data_set_is_one(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list([row(1)]).save_to_disk(tmp_path / "set")
+    source = str(tmp_path / "set")
+    assert prompts(source) == ["p 1"]
+    assert sources.files(source) is None
+    assert sources.size(source) > 100
+    assert len(sources.identity(source, "train", streaming=False)) >= 3
+
+
+def test_hub_id_streams(monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    asked = []
+
+    def load_dataset(name, split, streaming):
+        asked.append((name, split, streaming))
+        return iter([row(1), row(2)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(
+        huggingface_hub, "HfApi", lambda: SimpleNamespace(dataset_info=lambda _: SimpleNamespace(sha="abc"))
+    )
+    data = DataConfig(train="org/name", streaming=True, max_rows=1)
+    trees, _ = read("org/name", data, "train")
+    assert [tree.prompt for tree in trees] == ["p 1"]
+    assert asked == [("org/name", "train", True)]
+    assert sources.identity("org/name", "train", streaming=True) == [["org/name", "abc"]]
