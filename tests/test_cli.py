@@ -291,7 +291,7 @@ def test_lint_lists_every_bad_row_and_fails(favor, tmp_path):
     assert "is the file it reads" in favor("lint", "data.train=d.jsonl", "--fix", "d.jsonl")[2]
     write(tmp_path / "d.jsonl", GOOD)
     assert favor("lint", "data.train=d.jsonl")[0] == 0
-    (tmp_path / "r.toml").write_text('run = "r"\n[model]\npath = "m"\n[data]\ntrain = "d.jsonl"\n')
+    (tmp_path / "r.toml").write_text('run = "r"\n[model]\npath = "./m"\n[data]\ntrain = "d.jsonl"\n')
     assert favor("lint", "r.toml")[0] == 0
     assert "data.trian" in favor("lint", "r.toml", "data.trian=x")[2]
 

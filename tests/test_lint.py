@@ -295,7 +295,7 @@ def test_refusals(files, tmp_path):
     with pytest.raises(DataError, match="no row is left after cleaning; nothing was written"):
         lint(files([{"prompt": "p", "chosen": "", "rejected": "x"}], None, f"lint.fix={tmp_path / 'c.jsonl'}"))
     assert not (tmp_path / "c.jsonl").exists()
-    found = lint(files(train, None, "model.path=nowhere"))
+    found = lint(files(train, None, "model.path=./nowhere"))
     assert any(f.name == "tokenizer" and "left out" in f.message for f in found)
 
 
