@@ -114,6 +114,53 @@ def test_derivative_at_the_reference(name):
     assert gradient.tolist() == pytest.approx(list(expected), abs=1e-7)
 
 
+FREE_SLOPES = {
+    # d/d log pi of (chosen, rejected) at means -1 (length 2) and -1 (length 3), beta 0.3: by hand
+    "simpo": lambda: (-0.3 / (1 + math.exp(-0.5)) / 2, 0.3 / (1 + math.exp(-0.5)) / 3),
+    "cpo": lambda: (-0.3 / (1 + math.exp(0.3)) - 1, 0.3 / (1 + math.exp(0.3))),
+    # d log odds/d mean = 1/(1 - e^mean)
+    "orpo": lambda: ((-1 - 0.15 / (1 - math.exp(-1))) / 2, 0.15 / (1 - math.exp(-1)) / 3),
+    "sft": lambda: (-0.5, 0.0),
+}
+
+
+def test_every_loss_has_a_derivative_by_hand():
+    assert set(SLOPES) | set(FREE_SLOPES) == set(LOSSES)
+
+
+@pytest.mark.parametrize("name", sorted(FREE_SLOPES))
+def test_derivative_without_a_reference(name):
+    item = tree([5], [[7, 2], [9, 9, 2]], [(0, 1)], first=0)
+    batch = build([item], "tree")
+    config = LossConfig.model_validate({"name": name} | ({"beta": 0.3} if "beta" in OPTIONS[name] else {}))
+    pi_R = t(-2.0, -3.0).requires_grad_()
+    (found, _), *_ = losses.term_losses(config, Scored(pi_R, t(0.0, 0.0)), batch)
+    (gradient,) = torch.autograd.grad(found.sum(), pi_R)
+    assert gradient.tolist() == pytest.approx(list(FREE_SLOPES[name]()), abs=1e-12)
+
+
+# losses whose value does not run to its value at pi = ref when beta goes to 0
+UNBOUNDED = {"ipo", "sppo_hard", "cpo", "orpo", "simpo", "sft", "preferred_ft", "unlikelihood"}
+
+
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - UNBOUNDED))
+def test_beta_to_zero_and_equal_ratios(name):
+    """Without temperature every policy is as good as the reference; moving all log-probs alike moves no loss of a gap."""
+    batch = forest()
+    ref_R = torch.linspace(-9, -4, batch.num_responses, dtype=D)
+    pi_R = ref_R + torch.linspace(-2, 2, batch.num_responses, dtype=D)
+
+    def value(pi_R, beta):
+        config = LossConfig.model_validate({"name": name, "beta": beta})
+        (found, weight), *_ = losses.term_losses(config, Scored(pi_R, ref_R), batch)
+        return float((found * weight).sum() / weight.sum())
+
+    assert value(pi_R, 1e-10) == pytest.approx(value(ref_R, 1e-10), abs=1e-7)
+    shifts = {"kto", "apo_zero", "apo_down", "nca", "dpop"}
+    if name not in shifts:
+        assert value(pi_R + 0.7, 0.4) == pytest.approx(value(pi_R, 0.4), abs=1e-9)
+
+
 def test_dpop_penalty():
     """Below the reference the chosen response's slope grows by the penalty's share."""
     chosen = t(-0.5).requires_grad_()

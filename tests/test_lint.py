@@ -313,15 +313,37 @@ def test_near_pairs_against_all_pairs():
     }
     found = set(near_pairs(texts, 0.8))
     assert found <= expected
-    assert len(found) >= 0.9 * len(expected) > 20
+    assert len(found) >= 0.97 * len(expected) > 20
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo's real quotes, cleaned: the first 60 training and 12 held-out rows."""
+    folder = cache_folder() / "reviews"
+    if not (folder / "train.jsonl").exists():
+        pytest.skip("the embedded data is not in the cache: run `favor demo` once")
+    found = []
+    for name, count in (("train", 60), ("test", 12)):
+        clean = tmp_path_factory.mktemp("demo") / "clean.jsonl"
+        lint(load(LintConfig, None, [f"data.train={folder / name}.jsonl", f"lint.fix={clean}"]))
+        # the whole cleaned file has no finding, not only the rows used below
+        assert worse_than_notes(lint(load(LintConfig, None, [f"data.train={clean}"]))) == {}
+        found.append([json.loads(line) for line in clean.read_text("utf-8").splitlines()[:count]])
+    return found
 
 
 @pytest.mark.slow
-def test_the_demo_data_comes_out_clean(tmp_path):
-    """The real quotes hold some entities and quotes in other languages; the cleaned copy holds none."""
-    train = cache_folder() / "reviews/train.jsonl"
-    if not train.exists():
-        pytest.skip("the embedded data is not in the cache: run `favor demo` once")
-    clean = tmp_path / "clean.jsonl"
-    lint(load(LintConfig, None, [f"data.train={train}", f"lint.fix={clean}"]))
-    assert worse_than_notes(lint(load(LintConfig, None, [f"data.train={clean}"]))) == {}
+def test_the_demo_data_comes_out_clean(files, demo, tmp_path):
+    """The real quotes hold some entities and some quotes in other languages; the cleaned copy gives no finding."""
+    assert worse_than_notes(lint(files(*demo, *reward(tmp_path)))) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_fault_is_found_in_the_demo_data(files, demo, tmp_path, fault):
+    train, held_out = json.loads(json.dumps(demo))
+    name, plant = PLANTED[fault]
+    rows = plant(train, held_out)
+    found = worse_than_notes(lint(files(train, held_out, *reward(tmp_path))))
+    assert set(found) == {name}
+    assert [number for _, number in rows] == [number for _, number in found[name].rows]

@@ -40,7 +40,10 @@ class TokensConfig(BaseModel):
 
 @dataclass
 class TokenReport:
-    """What tokenisation and truncation did. Counts are of trees, responses and comparisons; rows name the trees."""
+    """What tokenisation and truncation did. Counts are of trees, responses and comparisons; rows name the trees.
+
+    tokens and pairs (comparisons) are those before truncation, `_lost` what it took of them.
+    """
 
     template: str
     trees: int = 0
@@ -51,6 +54,10 @@ class TokenReport:
     comparisons_dropped: int = 0
     appended_end: int = 0
     already_ended: int = 0
+    tokens: int = 0
+    tokens_lost: int = 0
+    pairs: int = 0
+    pairs_lost: int = 0
     dropped: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
 
     def as_json(self) -> dict[str, Any]:
@@ -120,6 +127,7 @@ def _kept(
             _drop(report, tree, str(result))
             continue
         cut = _truncate(result, config, len(tools.bos), report)
+        _count_lost(report, result, cut)
         if cut is None:
             _drop(report, tree, f"longer than tokens.max_tokens = {config.max_tokens}")
             continue
@@ -375,6 +383,14 @@ def _mapped(comparisons: Sequence[Comparison], index: Sequence[int]) -> tuple[Co
     """Comparisons among merged responses; those whose members became equal are left out."""
     mapped = [comparison._replace(order=tuple(index[i] for i in comparison.order)) for comparison in comparisons]
     return tuple(comparison for comparison in mapped if len(set(comparison.order)) == len(comparison.order))
+
+
+def _count_lost(report: TokenReport, before: TokenTree, after: TokenTree | None) -> None:
+    """What truncation takes, in tokens and comparisons."""
+    report.tokens += before.num_tokens
+    report.pairs += len(before.comparisons)
+    report.tokens_lost += before.num_tokens - (after.num_tokens if after else 0)
+    report.pairs_lost += len(before.comparisons) - (len(after.comparisons) if after else 0)
 
 
 def _drop(report: TokenReport, tree: PromptTree, reason: str) -> None:

@@ -48,9 +48,15 @@ def lint_tokens(report: TokenReport) -> list[Finding]:
     rows = tuple(row for row, _ in report.dropped)
     text = (
         f"of {report.trees} prompts {report.trees_dropped} were dropped and {report.prompts_cut} cut; "
-        f"{report.responses_cut} responses were cut"
+        f"{report.responses_cut} responses were cut: {lost_share(report)}"
     )
     return [Finding("warning" if share > _CUT_SHARE else "note", "truncation", text, rows)]
+
+
+def lost_share(report: TokenReport) -> str:
+    """The share of tokens and of comparisons that truncation takes."""
+    tokens, pairs = report.tokens_lost / max(1, report.tokens), report.pairs_lost / max(1, report.pairs)
+    return f"{tokens:.1%} of the tokens and {pairs:.1%} of the comparisons are lost"
 
 
 def _contradictions(trees: Sequence[PromptTree]) -> Finding | None:

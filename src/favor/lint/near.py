@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datasketch import MinHash, MinHashLSH
 
 _NUM_PERM = 64
+_CANDIDATE = 0.75
 _WORD = re.compile(r"\w+")
 # word triples of shorter texts are too few to compare
 _MIN_WORDS = 4
@@ -19,7 +20,8 @@ def near_pairs(texts: Sequence[str], threshold: float) -> list[tuple[int, int]]:
     """(later, earlier) of texts whose word triples overlap by `threshold` (Jaccard), checked exactly on the candidates."""
     grams = [shingles(text) for text in texts]
     usable = [i for i, gram in enumerate(grams) if gram]
-    index = MinHashLSH(threshold=threshold, num_perm=_NUM_PERM)
+    # the hashing finds half of what lies just at its threshold: look lower, then check exactly
+    index = MinHashLSH(threshold=_CANDIDATE * threshold, num_perm=_NUM_PERM)
     hashes = MinHash.generator(
         ([g.to_bytes(4, "little") for g in grams[i]] for i in usable), num_perm=_NUM_PERM, hashfunc=_identity
     )

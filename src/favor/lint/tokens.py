@@ -11,6 +11,7 @@ from favor.data.formats import RowError
 from favor.data.tokenize import TokenReport, TokensConfig, encode_prompt, tokenize
 from favor.data.types import Comparison, PromptTree
 from favor.errors import DataError
+from favor.lint.brief import lost_share
 from favor.lint.settings import Finding, LintSettings, Row, shown, words_of
 
 # what a refusal by the tokenizer is about -> the finding it belongs to
@@ -110,8 +111,8 @@ def _truncated(dropped: Sequence[tuple[Row, str]], report: TokenReport, settings
         return []
     share = touched / max(1, report.trees)
     text = (
-        f"{len(dropped)} of {report.trees} rows are longer than tokens.max_tokens and would be left out; "
-        f"{share:.1%} of rows are touched: {report.prompts_cut} prompts and {report.responses_cut} responses would be cut"
+        f"{len(dropped)} of {report.trees} rows are longer than tokens.max_tokens and would be left out, "
+        f"{report.prompts_cut} prompts and {report.responses_cut} responses would be cut: {lost_share(report)}"
     )
     severity = "warning" if share > settings.cut_share else "note"
     return [Finding(severity, "truncation", text, tuple(row.where for row, _ in dropped))]

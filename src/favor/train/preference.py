@@ -249,6 +249,6 @@ def _step_record(
         "unique_tokens": tokens,
         "naive_tokens": sum(batch.num_naive_tokens for batch in cut),
         "seconds": state.seconds,
-        "pairs_per_s": found["pairs"] / seconds,
+        **({"pairs_per_s": found["pairs"] / seconds} if found["pairs"] else {}),
         "tokens_per_s": tokens / seconds,
     }
