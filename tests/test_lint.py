@@ -267,6 +267,20 @@ def test_rows_of_one_prompt_are_no_near_duplicates(files):
     assert worse_than_notes(lint(files(train))) == {}
 
 
+def test_mapped_columns_are_read_and_the_clean_copy_keeps_their_names(files, tmp_path):
+    train = [
+        {"question": r["prompt"], "chosen": r["chosen"], "rejected": r["rejected"], "by": "x"} for r in clean_rows()
+    ]
+    train[10]["chosen"] += "  "
+    clean = tmp_path / "clean.jsonl"
+    config = files(train, None, 'data.columns={prompt="question"}', f"lint.fix={clean}")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"eval": None})})
+    found = lint(config)
+    assert set(worse_than_notes(found)) == {"blanks"}
+    assert next(f for f in found if f.name == "unread_column").message.endswith("read: by (60)")
+    assert all(set(json.loads(line)) == set(train[0]) for line in clean.read_text("utf-8").splitlines())
+
+
 def test_severity_decides_the_exit(files):
     train = clean_rows()
     config = files(train)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from favor.data import sources
-from favor.data.formats import FORMATS, RowError, recognise
+from favor.data.formats import FORMATS, RowError, columns_of, recognise
 from favor.data.read import renamed
 from favor.data.settings import SourceConfig
 from favor.errors import CheckpointError, ConfigError, DataError
@@ -30,12 +30,12 @@ def lint(config: LintConfig) -> list[Finding]:
         raise ConfigError("lint.fix cleans one file; name it with data.train and clean each source by itself")
     if settings.fix is not None and Path(settings.fix).resolve() == Path(data.training).resolve():
         raise ConfigError(f"lint.fix={settings.fix} is the file it reads; name another one")
-    formats: dict[str, str] = {}
-    rows = [row for source in data.parts for row in _rows(config, source, "train", formats)]
+    known: dict[str, frozenset[str]] = {}
+    rows = [row for source in data.parts for row in _rows(config, source, "train", known)]
     if data.eval is not None:
         held_out = SourceConfig(path=data.eval, split=data.eval_split)
-        rows += _rows(config, held_out, "eval", formats)
-    found = [*row_findings(rows, settings), *set_findings(rows, settings, formats)]
+        rows += _rows(config, held_out, "eval", known)
+    found = [*row_findings(rows, settings), *set_findings(rows, settings, known)]
     if config.model is not None:
         found += _tokens(config, config.model, rows)
     if config.reward is not None:
@@ -61,7 +61,7 @@ def fails(config: LintConfig, findings: list[Finding]) -> bool:
     return any(finding.severity in bad for finding in findings)
 
 
-def _rows(config: LintConfig, source: SourceConfig, part: str, formats: dict[str, str]) -> Iterator[Row]:
+def _rows(config: LintConfig, source: SourceConfig, part: str, known: dict[str, frozenset[str]]) -> Iterator[Row]:
     name = source.format or config.data.format
     columns = config.data.columns if source.columns is None else source.columns
     found = sources.rows(source.path, source.split or config.data.split)
@@ -69,14 +69,16 @@ def _rows(config: LintConfig, source: SourceConfig, part: str, formats: dict[str
     for number, raw in sources.limited(found, source.max_rows or config.data.max_rows):
         count += 1
         try:
-            row = renamed(sources.as_object(raw), columns)
+            whole = sources.as_object(raw)
+            row = renamed(whole, columns)
             name = recognise(row) if name == "auto" else name
-            yield Row(part, source.path, number, row, FORMATS[name](row), None)
+            yield Row(part, source.path, number, whole, FORMATS[name](row), None)
         except RowError as error:
             yield Row(part, source.path, number, raw if isinstance(raw, dict) else {"row": raw}, None, str(error))
     if not count:
         raise DataError(f"{source.path}: it holds no rows")
-    formats[source.path] = name
+    read = columns_of(name) if name != "auto" else frozenset[str]()
+    known[source.path] = read | {path.split(".")[0] for path in columns.values()}
 
 
 def _summary(rows: list[Row]) -> Finding:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from favor.data.formats import columns_of
 from favor.data.formats.common import Judgment
 from favor.lint.near import near_pairs, shingles
 from favor.lint.settings import Finding, LintSettings, Row, shown, words_of
@@ -23,8 +22,8 @@ _SURE = 0.95
 Where = tuple[str, int]
 
 
-def set_findings(rows: Sequence[Row], settings: LintSettings, formats: Mapping[str, str]) -> list[Finding]:
-    """Every check over all rows. formats: source -> its format's name."""
+def set_findings(rows: Sequence[Row], settings: LintSettings, known: Mapping[str, frozenset[str]]) -> list[Finding]:
+    """Every check over all rows. known: source -> the columns that favor reads of it."""
     read = [row for row in rows if row.judgment is not None]
     return [
         *_contradictions(read),
@@ -34,7 +33,7 @@ def set_findings(rows: Sequence[Row], settings: LintSettings, formats: Mapping[s
         *_length(read, settings),
         *_openings(read, settings),
         *(_languages(read) if settings.language else ()),
-        *_columns(read, formats),
+        *_columns(read, known),
     ]
 
 
@@ -215,12 +214,12 @@ def _languages(rows: Sequence[Row]) -> list[Finding]:
     return [_finding("warning", "language", f"rows are not in '{main}' as the others", odd, 5)] if odd else []
 
 
-def _columns(rows: Sequence[Row], formats: Mapping[str, str]) -> list[Finding]:
+def _columns(rows: Sequence[Row], known: Mapping[str, frozenset[str]]) -> list[Finding]:
     """Columns that no format reads."""
     unread: Counter[str] = Counter()
     for row in rows:
-        known = columns_of(formats[row.source]) | {"weight", "tools", "ended"}
-        unread.update(name for name in row.raw if name not in known)
+        read = known[row.source] | {"weight", "tools", "ended"}
+        unread.update(name for name in row.raw if name not in read)
     if not unread:
         return []
     listed = ", ".join(f"{name} ({count})" for name, count in unread.most_common(8))
