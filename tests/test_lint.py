@@ -6,13 +6,21 @@ import random
 
 import pytest
 import tiny
+import torch
+from oracles import plain_logps
+from transformers import AutoModelForCausalLM
 
 from favor.config import load
+from favor.data.formats import FORMATS
+from favor.data.tokenize import TokensConfig, tokenize
 from favor.embedded import cache_folder
 from favor.errors import ConfigError, DataError
 from favor.lint.near import near_pairs, shingles
+from favor.lint.noise import model_gaps
 from favor.lint.run import fails, lint
-from favor.lint.settings import LintConfig
+from favor.lint.settings import LintConfig, LintSettings, Row
+from favor.lint.tokens import as_tree
+from favor.model.load import ModelConfig, load_policy
 
 WHO = [
     "critic",
@@ -289,6 +297,33 @@ def test_severity_decides_the_exit(files):
     for level, expected in (("error", False), ("warning", True), ("never", False)):
         config = files(train, None, f"lint.fail_on={level}")
         assert fails(config, lint(config)) is expected
+
+
+def test_a_model_doubts_labels(files, tmp_path):
+    """The gaps are those of plain transformers; a reference turns mean log-probs into log-ratios."""
+    train = clean_rows(14)
+    model, reference = tmp_path / "model", tmp_path / "other"
+    tiny.model(seed=3).save_pretrained(reference)
+    tiny.tokenizer(template=DROPPING).save_pretrained(reference)
+    for more, by in (([], "the model"), ([f"lint.reference={reference}"], "the implicit reward")):
+        found = {f.name: f for f in lint(files(train, None, "lint.doubt=true", "model.dtype=float32", *more))}
+        assert found["agreement"].message.startswith(by)
+    policy, other = (load_policy(ModelConfig(path=str(path), dtype="float32")) for path in (model, reference))
+    rows = [Row("train", "t", i, row, FORMATS["pairs"](row), None) for i, row in enumerate(train)]
+    settings = TokensConfig(template="chat")
+    logps = []
+    trees, _ = tokenize(
+        [as_tree(row, i) for i, row in enumerate(rows)], policy.tokenizer, settings, policy.end_ids, "error"
+    )
+    for path in (model, reference):
+        with torch.no_grad():
+            logps.append(plain_logps(AutoModelForCausalLM.from_pretrained(path), trees))
+    lengths = torch.tensor([len(r) for tree in trees for r in tree.response_ids])
+    for ref, value in ((None, logps[0] / lengths), (other, logps[0] - logps[1])):
+        gaps = [gap.value for gap in model_gaps(rows, policy, ref, settings)]
+        assert gaps == pytest.approx((value[::2] - value[1::2]).tolist(), abs=1e-4)
+    with pytest.raises(ValueError, match="only with lint.doubt=true"):
+        LintSettings(reference="x")
 
 
 def test_page_and_json_escape_what_they_show(files, tmp_path):

@@ -12,13 +12,13 @@ from favor.data.read import renamed
 from favor.data.settings import SourceConfig
 from favor.errors import CheckpointError, ConfigError, DataError
 from favor.lint import fix
-from favor.lint.noise import noise_findings
+from favor.lint.noise import model_gaps, noise_findings, reward_gaps
 from favor.lint.page import write_page
 from favor.lint.rows import row_findings
 from favor.lint.sets import set_findings
 from favor.lint.settings import ORDER, Finding, LintConfig, Row
 from favor.lint.tokens import token_findings
-from favor.model.load import ModelConfig, end_ids, load_tokenizer
+from favor.model.load import ModelConfig, end_ids, load_policy, load_tokenizer
 from favor.run import write_json
 from favor.scoring.source import make_scorer
 
@@ -39,7 +39,9 @@ def lint(config: LintConfig) -> list[Finding]:
     if config.model is not None:
         found += _tokens(config, config.model, rows)
     if config.reward is not None:
-        found += noise_findings(rows, make_scorer(config.reward), settings)
+        found += noise_findings(reward_gaps(rows, make_scorer(config.reward)), "the reward", settings)
+    if settings.doubt:
+        found += _doubted(config, rows)
     found.append(_summary(rows))
     found.sort(key=lambda finding: ORDER.index(finding.severity))
     _write(config, rows, found)
@@ -53,6 +55,17 @@ def _tokens(config: LintConfig, model: ModelConfig, rows: list[Row]) -> list[Fin
     except CheckpointError as error:
         return [Finding("note", "tokenizer", f"checks with the tokenizer were left out: {error}")]
     return token_findings(rows, tokenizer, config.tokens, end_ids(tokenizer, None), config.lint)
+
+
+def _doubted(config: LintConfig, rows: list[Row]) -> list[Finding]:
+    """Labels that the model itself, or its log-ratio to a reference, is strongly against."""
+    if config.model is None:
+        raise ConfigError("lint.doubt asks a model about the labels; name it with model.path")
+    policy = load_policy(config.model)
+    path = config.lint.reference
+    reference = None if path is None else load_policy(config.model.model_copy(update={"path": path, "lora": None}))
+    by = "the model" if path is None else "the implicit reward"
+    return noise_findings(model_gaps(rows, policy, reference, config.tokens), by, config.lint)
 
 
 def fails(config: LintConfig, findings: list[Finding]) -> bool:

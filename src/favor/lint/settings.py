@@ -5,7 +5,7 @@ In: a recipe. Out: LintConfig, Row, Finding. Next: rows.py.
 
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from favor.config import STRICT
 from favor.data.formats import Judgment
@@ -25,7 +25,8 @@ class LintSettings(BaseModel):
     out, page, fix: the findings as JSON and as an HTML page; a cleaned copy of the training rows (JSONL). fail_on: the
     least severe finding that makes the exit code 1. near: Jaccard similarity of word triples from which texts count as
     near-duplicates (0: not looked for). noise: how many standard deviations below its
-    median a reward difference must lie to doubt its label.
+    median a reward difference must lie to doubt its label. doubt: ask [model] about the labels, by the mean log-prob of a
+    token, or by its log-ratio to `reference`, a model folder.
     """
 
     model_config = STRICT
@@ -39,7 +40,15 @@ class LintSettings(BaseModel):
     cut_share: float = Field(default=0.05, ge=0, le=1)
     opening_share: float = Field(default=0.5, gt=0, le=1)
     noise: float = Field(default=3.0, gt=0)
+    doubt: bool = False
+    reference: str | None = None
     examples: int = Field(default=5, ge=0)
+
+    @model_validator(mode="after")
+    def _reference_is_read(self) -> "LintSettings":
+        if self.reference is not None and not self.doubt:
+            raise ValueError("lint.reference is read only with lint.doubt=true; set that or remove it")
+        return self
 
 
 class LintConfig(BaseModel):

@@ -23,7 +23,7 @@ def token_findings(
 ) -> list[Finding]:
     """Tokenise every row as training would; whatever it would refuse, cut or render differently is a finding."""
     read = [row for row in rows if row.judgment is not None]
-    trees = [_tree(row, index) for index, row in enumerate(read)]
+    trees = [as_tree(row, index) for index, row in enumerate(read)]
     try:
         kept, report = tokenize(trees, tokenizer, tokens, end_ids, "drop")
     except DataError as error:
@@ -41,7 +41,7 @@ def token_findings(
     return [*_listed(by_kind, settings), *_truncated(by_kind.get("truncation", ()), report, settings), *_ends(report)]
 
 
-def _tree(row: Row, index: int) -> PromptTree:
+def as_tree(row: Row, index: int) -> PromptTree:
     """A row as a tree of its own; `rows` leads back to it."""
     assert row.judgment is not None
     judgment = row.judgment
