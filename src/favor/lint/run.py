@@ -77,7 +77,7 @@ def fails(config: LintConfig, findings: list[Finding]) -> bool:
 def _rows(config: LintConfig, source: SourceConfig, part: str, known: dict[str, frozenset[str]]) -> Iterator[Row]:
     name = source.format or config.data.format
     columns = config.data.columns if source.columns is None else source.columns
-    found = sources.rows(source.path, source.split or config.data.split)
+    found = sources.rows(source.path, source.split or config.data.split, streaming=config.data.streaming)
     count = 0
     for number, raw in sources.limited(found, source.max_rows or config.data.max_rows):
         count += 1
