@@ -213,7 +213,7 @@ def outcome(cell, budget=16):
         return "refused", str(error)
     config = config.model_copy(update={"train": config.train.model_copy(update={"max_tokens_per_pack": budget})})
     found, alive = references(cell, ref, trees)
-    beside = Beside({"train": found if needs(config.loss).reference else reference.none()}, alive, None)
+    beside = Beside({"train": found if needs(config.loss).reference else reference.none()}, alive, alive, None)
     expected, slow = oracle(cell.variant, cell.weights)
     parameters = policy.trainable()
     before = {name: p.detach().clone() for name, p in parameters.items()}

@@ -21,8 +21,7 @@ from favor.errors import CheckpointError, ConfigError, DataError
 from favor.eval.calibration import calibrate
 from favor.eval.score import ScoreConfig, score
 from favor.losses.reward import bradley_terry, centering, rao_kupper_tie
-from favor.model.heads import load_scalar_model, response_scores
-from favor.model.layout import settle
+from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.load import ModelConfig, load_policy
 from favor.model.logprobs import response_logps
 from favor.run import RunFolder, read_jsonl
@@ -158,13 +157,13 @@ def test_score_is_what_transformers_reads_and_trees_do_not_change_it(family, tmp
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path / "lm")
-    policy = load_scalar_model(ModelConfig(path=str(tmp_path / "lm"), dtype="float32"))
+    policy = load_scalar_model(ModelConfig(path=str(tmp_path / "lm")), fresh=True)
     assert not policy.causal_lm.score.weight.any()
     torch.nn.init.normal_(policy.causal_lm.score.weight)
     trees = [tree((5, 6, 7), [(8, 9, 2), (8, 10, 11, 2)]), tree((5, 9), [(12, 2)], first=2)]
     with torch.no_grad():
         plain = response_scores(policy, pack.build(trees, "rows"))
-        settled, why = settle(policy, "auto", trees, response_scores)
+        settled, why = settle_scores(policy, "auto", trees)
         assert settled.layout == "tree", why
         packed = response_scores(settled, pack.build(trees, "tree"))
     torch.testing.assert_close(plain, packed, atol=1e-4, rtol=1e-4)
@@ -189,9 +188,9 @@ def test_gradient_equals_that_of_separate_rows(inputs):
     ]
     grads = []
     for layout in ("tree", "rows"):
-        policy = load_scalar_model(ModelConfig(path=str(inputs / "model"), dtype="float32"))
+        policy = load_scalar_model(ModelConfig(path=str(inputs / "model")), fresh=True)
         torch.nn.init.constant_(policy.causal_lm.score.weight, 0.05)
-        settled, _ = settle(policy, layout, trees, response_scores)
+        settled, _ = settle_scores(policy, layout, trees)
         objective = make_objective(BradleyTerryConfig(centering=0.1), settled)
         parts = [trees] if layout == "tree" else [[t] for t in trees]
         total = sum(objective.loss(pack.build(part, settled.layout))[0] for part in parts)

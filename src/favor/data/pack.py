@@ -130,10 +130,11 @@ def _padded(paths: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np
     width = max(map(len, paths))
     ids_BT = np.full((len(paths), width), pad_id, np.int64)
     mask_BT = np.zeros((len(paths), width), np.bool_)
+    # padding repeats the last position: some rotary frequencies are chosen by the largest one of a row
+    position_BT = np.minimum(np.arange(width), np.array([[len(path) - 1] for path in paths]))
     for row, path in enumerate(paths):
         ids_BT[row, : len(path)] = path
         mask_BT[row, : len(path)] = True
-    position_BT = np.broadcast_to(np.arange(width), ids_BT.shape).copy()
     return ids_BT, position_BT, mask_BT, [row * width + np.arange(len(path)) for row, path in enumerate(paths)]
 
 

@@ -4,7 +4,6 @@ In: EvalConfig, usually just a run folder. Out: eval.json and samples.jsonl. Nex
 """
 
 import json
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +16,25 @@ from torch import Tensor
 
 from favor.config import STRICT
 from favor.data.read import DataConfig, read, read_parts
-from favor.data.tokenize import TokensConfig, tokenize
+from favor.data.tokenize import tokenize
 from favor.data.types import Batch, PromptTree, TokenTree
-from favor.errors import CheckpointError, ConfigError, DataError
+from favor.errors import ConfigError, DataError
 from favor.eval.divergence import kl_of_samples
 from favor.eval.intervals import bootstrap_difference, bootstrap_mean
 from favor.eval.margins import pair_figures
+from favor.losses import LossConfig
 from favor.model.layout import settle
-from favor.model.load import ModelConfig, Policy, load_policy
+from favor.model.load import Policy, precision_of
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
 from favor.run import RunFolder, write_json, write_text
+from favor.scoring.model import load_pair, read_run
 
 Scorer = Callable[[Sequence[str]], Sequence[float]]
 
 
 class EvalConfig(BaseModel):
-    """A recipe for `favor eval`. What is not set comes from the run: its model, reference, held-out data, beta.
+    """A recipe for `favor eval`. What is not set comes from the run: its model, reference, held-out data, beta. In float32.
 
     `run` is a folder made by `favor train`. `data`, `reference` and `beta` replace what the run used.
     """
@@ -84,7 +85,8 @@ def evaluate(
         config.max_tokens_per_pack,
         lambda done: progress("held-out pairs", done, total),
     )
-    figures: dict[str, Any] = {"beta": subject.beta, **pairs.as_json(config.seed), "kl": None}
+    precision = precision_of(subject.policy.compute_dtype)
+    figures: dict[str, Any] = {"beta": subject.beta, "precision": precision, **pairs.as_json(config.seed), "kl": None}
     if config.sample_prompts:
         records, figures["kl"], figures["length"] = _samples(config, subject, progress)
         if scorer:
@@ -95,35 +97,22 @@ def evaluate(
 
 
 def _subject(config: EvalConfig, say: Callable[[str], None]) -> Subject:
-    recipe = _recipe(Path(config.run))
-    model = ModelConfig.model_validate({**recipe["model"], "lora": None, "gradient_checkpointing": False})
+    _, recipe = read_run(config.run)
     # a share held out is a share of the rows that training read
-    limit = config.max_rows or (recipe["data"].get("max_rows") if recipe["data"].get("eval_share") else None)
-    data = DataConfig.model_validate({**recipe["data"], "max_rows": limit})
+    limit = config.max_rows or (recipe.data.get("max_rows") if recipe.data.get("eval_share") else None)
+    data = DataConfig.model_validate({**recipe.data, "max_rows": limit})
     if config.data is None and data.eval is None and not data.eval_share:
         raise ConfigError(f"{config.run}: the run had no data.eval; name held-out preferences with data=FILE")
-    policy = load_policy(model.model_copy(update={"path": str(RunFolder(Path(config.run)).model), "revision": None}))
-    reference = load_policy(model if config.reference is None else model.model_copy(update={"path": config.reference}))
     texts, report = read(config.data, data, data.eval_split) if config.data else read_parts(data)["eval"]
-    tokens = TokensConfig.model_validate(recipe.get("tokens", {}))
-    trees, _ = tokenize(texts, policy.tokenizer, tokens, policy.end_ids, data.bad_rows)
+    policy, reference = load_pair(config.run, config.reference)
+    trees, _ = tokenize(texts, policy.tokenizer, recipe.tokens, policy.end_ids, data.bad_rows)
     trees = [tree for tree in trees if tree.comparisons]
     if not trees:
         raise DataError(f"{report.source}: no comparison to evaluate on; give chosen and rejected, a ranking or scores")
-    policy, why = settle(policy, model.layout, trees)
+    policy, why = settle(policy, recipe.model.layout, trees)
     reference, _ = settle(reference, policy.layout, trees)
-    say(f"layout: {why}")
-    beta = config.beta or recipe.get("loss", {}).get("beta", 0.1)
-    return Subject(policy, reference, texts, trees, beta)
-
-
-def _recipe(run: Path) -> dict[str, Any]:
-    folder = RunFolder(run)
-    if not folder.config.exists() or not folder.model.exists():
-        raise CheckpointError(
-            f"{run}: no finished run here (config.toml and model/); train first, or name another run=FOLDER"
-        )
-    return tomllib.loads(folder.config.read_text("utf-8"))
+    say(f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
+    return Subject(policy, reference, texts, trees, config.beta or recipe.loss.get("beta", LossConfig().beta))
 
 
 def _logps(policy: Policy) -> Callable[[Batch], Tensor]:

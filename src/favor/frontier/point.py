@@ -99,8 +99,8 @@ def measure(config: FrontierConfig, policy: Policy, bench: Bench, seed: int) -> 
         TokenTree(prompt, tuple(out[k * each : (k + 1) * each]), (True,) * each, (), first_response=k * each, row=k)
         for k, prompt in enumerate(bench.ids)
     ]
-    settled, _ = settle(policy, "auto", trees[:4])
-    base, _ = settle(bench.reference, settled.layout, trees[:4])
+    settled, _ = settle(policy, "auto", trees)
+    base, _ = settle(bench.reference, settled.layout, trees)
 
     def reference(batch: Batch) -> Tensor:
         with torch.no_grad():

@@ -16,7 +16,7 @@ from favor.data.types import Batch, Text
 from favor.lint.settings import Finding, LintSettings, Row, shown, words_of
 from favor.lint.tokens import as_tree
 from favor.model.layout import settle
-from favor.model.load import Policy
+from favor.model.load import Policy, precise
 from favor.model.logprobs import response_logps
 from favor.scoring.source import Scorer
 
@@ -55,8 +55,8 @@ def model_gaps(rows: Sequence[Row], policy: Policy, reference: Policy | None, to
     trees, _ = tokenize(
         [as_tree(row, index) for index, row in enumerate(read)], policy.tokenizer, tokens, policy.end_ids, "drop"
     )
-    policy, _ = settle(policy, "auto", trees)
-    reference = None if reference is None else settle(reference, policy.layout, trees)[0]
+    policy, _ = settle(precise(policy), "auto", trees)
+    reference = None if reference is None else settle(precise(reference), policy.layout, trees)[0]
     value_of: dict[int, float] = {}
     with torch.no_grad():
         for members in pack.plan([pack.computed_tokens(tree, policy.layout) for tree in trees], _BUDGET):

@@ -4,6 +4,7 @@ In: a Policy and a Batch. Out: score_R at each response's last token; value_E wh
 Next: ../losses/reward.py.
 """
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,45 +13,93 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from favor.data.types import Batch
+from favor.data.types import Batch, TokenTree
 from favor.errors import CheckpointError, ConfigError
-from favor.model.load import ModelConfig, Policy, check_path, load_tokenizer, make_policy, merge_adapter, readable
+from favor.model.layout import Method, settle
+from favor.model.load import (
+    ModelConfig,
+    Policy,
+    Unmatched,
+    check_path,
+    load_tokenizer,
+    load_weights,
+    make_policy,
+    merge_adapter,
+)
 from favor.model.logprobs import head_states, logps_of_states, scored_logps
 
+# names under which a causal LM keeps the head that a reward model replaces
+_LM_HEAD = frozenset({"lm_head.weight", "lm_head.bias", "embed_out.weight", "output.weight"})
 
-def load_scalar_model(config: ModelConfig, seed: int = 0) -> Policy:
-    """Any causal LM with a scalar head, as transformers' sequence classifier with one output.
 
-    A head that the folder does not have starts at zero, so every first score is 0. The padding id is set to
-    one that ends no turn: transformers reads the score at the last token that is not padding, and that must be the
-    end-of-turn token. Raises CheckpointError for a model that is missing, or classifies into more than one class.
+def load_scalar_model(config: ModelConfig, seed: int = 0, *, fresh: bool = False) -> Policy:
+    """A causal LM with a scalar head, as transformers' sequence classifier with one output.
+
+    fresh: the start of a reward model, whose folder may be a plain LM: a head that it does not have begins at zero, so
+    every first score is 0. The padding id is set to one that ends no turn: transformers reads the score at the last
+    token that is not padding, and that must be the end-of-turn token. Raises CheckpointError for a model that is
+    missing or incomplete, gives more than one number, or (unless fresh) has no trained head.
     """
     check_path(config.path)
     tokenizer = load_tokenizer(config)
-    with readable(config.path):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            config.path,
-            revision=config.revision,
-            dtype=torch.float32,
-            num_labels=1,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-        )
-    fresh = "score.weight" in info["missing_keys"]
+    model, found = load_weights(AutoModelForSequenceClassification, config, num_labels=1)
+    headless = "score.weight" in found.missing
+    _check_head(config.path, found, headless=headless and not fresh)
+    if headless:
+        # the plain LM's own head has no place here
+        found = Unmatched(found.missing - {"score.weight"}, found.unexpected - _LM_HEAD, found.mismatched)
+    found.refuse(config.path)
     plain = merge_adapter(model, config.lora, config.path)
     if not isinstance(dict(plain.named_children()).get("score"), nn.Linear):
-        raise CheckpointError(f"{config.path}: {type(model).__name__} keeps no linear layer named 'score'")
-    if fresh:
+        raise CheckpointError(
+            f"{config.path}: {type(model).__name__} keeps no linear layer named 'score'; choose another"
+        )
+    if headless:
         nn.init.zeros_(plain.get_submodule("score").weight)  # pyright: ignore[reportArgumentType]
     policy = make_policy(plain, tokenizer, config, seed)
     _pad_without_end(policy, tokenizer)
     return policy
 
 
+def _check_head(path: str, found: Unmatched, *, headless: bool) -> None:
+    if headless:
+        raise CheckpointError(
+            f"{path}: a language model without a trained score, not a reward model: it would score everything 0; "
+            "train one from it with favor reward"
+        )
+    if "score.weight" in found.mismatched:
+        raise CheckpointError(f"{path}: a classifier of several labels; a reward model gives one number, name another")
+
+
 def response_scores(policy: Policy, batch: Batch) -> Tensor:
     """The scalar at the last token of every response, its end-of-turn token included: float64 [R], differentiable."""
     hidden_RH = head_states(policy, batch, batch.last_R)
     return policy.causal_lm.score(hidden_RH.float()).squeeze(-1).double()  # pyright: ignore[reportCallIssue]
+
+
+def plain_score(policy: Policy, ids_1T: Tensor, _start: int) -> Tensor:
+    """The score of one unpadded row by plain transformers, wherever its response begins: float64 scalar."""
+    return policy.model(input_ids=ids_1T, use_cache=False).logits[0, 0].double()
+
+
+SCORES = Method(response_scores, plain_score, causal=False)
+
+
+def settle_scores(
+    policy: Policy, asked: str, trees: Sequence[TokenTree], *, also: Sequence[TokenTree] = (), train: bool = False
+) -> tuple[Policy, str]:
+    """`settle` by scores. A head that starts at zero is random meanwhile, or every way of computing would agree."""
+    weight = policy.causal_lm.get_submodule("score").weight
+    assert isinstance(weight, Tensor)
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            generator = torch.Generator(weight.device).manual_seed(0)
+            weight.copy_(torch.empty_like(weight).normal_(0, weight.shape[1] ** -0.5, generator=generator))
+        return settle(policy, asked, trees, SCORES, also=also, train=train)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
 
 
 @dataclass(frozen=True)

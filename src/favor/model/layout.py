@@ -1,54 +1,95 @@
-"""May this model be computed on trees? First its config is read, then the model itself is tried.
+"""How may this model be computed? Every way is held against plain transformers, on this very model and data.
 
-In: a Policy and a few token trees. Out: the Policy with its layout settled, and a sentence that says why.
-Next: attention.py.
+In: a Policy and token trees. Out: the Policy with layout and head settled, and a sentence that says why. Nothing is
+believed: what differs is refused, or loses its fast part and says so. Next: attention.py.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from favor.data.pack import build
-from favor.data.types import Batch, TokenTree
-from favor.errors import ConfigError, NumericsError
+from favor.data.types import Batch, Layout, TokenTree
+from favor.errors import CheckpointError, ConfigError, NumericsError
 from favor.model import attention
-from favor.model.load import Policy, plain_attention
-from favor.model.logprobs import response_logps
+from favor.model.load import Policy, check_ids, precise, use_attention
+from favor.model.logprobs import plain_logits, plain_logp, response_logps
+from favor.model.rope import length_dependent
 
-Measure: TypeAlias = Callable[[Policy, Batch], Tensor]
 # Layer types of transformers' configs in which a token sees its whole past through softmax attention.
 _TREE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-# Largest difference between the two paths that rounding explains, in nats per token.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-# Longest path the self-check computes: it must be quick beside one training step.
-_CHECK_TOKENS = 192
+# Largest difference that float32 rounding explains: of a log-prob, nats a token, relative beyond 1; of a gradient, of its norm.
+_TOLERANCE, _GRADIENT = 1e-4, 1e-3
+# Longest path whose gradients are checked, and tokens scored of the longest path of the data: quick beside a training step.
+_CHECK_TOKENS, _SCORED = 192, 64
+# What transformers and torch raise when a model cannot be computed in some way.
+_FAILURES = (
+    *(ConfigError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError),
+    *(AssertionError, NotImplementedError, ImportError),
+)
+
+
+class Method(NamedTuple):
+    """What is measured of every response, and what plain transformers says of one row of ids scored from `start` on."""
+
+    measure: Callable[[Policy, Batch], Tensor]
+    plain: Callable[[Policy, Tensor, int], Tensor]
+    causal: bool
+
+
+LOGPS = Method(response_logps, plain_logp, causal=True)
+
+
+class Probe(NamedTuple):
+    """Trees, what is measured of their responses (float64 [R]), and its gradient by parameter (empty: not asked for)."""
+
+    trees: Sequence[TokenTree]
+    value_R: Tensor
+    gradient: dict[str, Tensor]
 
 
 def settle(
-    policy: Policy, asked: str, trees: Sequence[TokenTree], measure: Measure = response_logps
+    policy: Policy,
+    asked: str,
+    trees: Sequence[TokenTree],
+    method: Method = LOGPS,
+    *,
+    also: Sequence[TokenTree] = (),
+    train: bool = False,
 ) -> tuple[Policy, str]:
     """Choose trees where they are exact, else one row per response; returns the policy and the reason.
 
-    `measure` is what both ways must agree on: log-probs, or a reward model's scores.
-
-    Raises ConfigError when `layout = "tree"` was asked of a model that cannot, NumericsError when even
-    the row path differs from plain transformers.
+    trees and `also` are all that will be computed, for the longest path counts. With `train` gradients must agree too.
+    Raises ConfigError when `layout = "tree"` was asked of a model that cannot; CheckpointError when the model does not
+    run, or a later token changes an earlier log-prob; NumericsError when no way of computing it equals plain transformers.
     """
-    if asked == "rows":
-        return replace(policy, layout="rows"), "one row per response, as asked"
-    longest = max(len(tree.prompt_ids) + max(map(len, tree.response_ids)) for tree in trees)
+    longest, row = max(_longest(policy, trees), _longest(policy, also), key=lambda found: found[0])
+    exact = precise(policy)
+    assert row is not None, "there is something to compute"
+    _refuse_ranked_keys(policy, longest)
+    truths = _truths(exact, [_cut(tree) for tree in trees[:2]], row, method, train=train)
     obstacle = config_obstacle(policy.causal_lm.config.get_text_config().to_dict(), longest)
-    if obstacle is None:
-        policy, obstacle = _try(policy, _sample(trees), measure)
-    if obstacle is None:
-        return policy, "prompt trees, checked against the plain path on this model"
+    if asked != "rows" and obstacle is None:
+        found, obstacle = _try(exact, "tree", truths, method)
+        if found is not None:
+            why = "prompt trees, checked against the plain path on this model"
+            return _finished(policy, found, why, truths[0], method)
     if asked == "tree":
         raise ConfigError(f"model.layout is 'tree', but {obstacle}; set model.layout=auto")
-    policy.causal_lm.set_attn_implementation(policy.plain_attention)
-    return replace(policy, layout="rows"), f"FALL-BACK to one row per response (slower): {obstacle}"
+    found, difference = _try(exact, "rows", truths, method)
+    if found is None:
+        raise NumericsError(
+            f"{policy.source}: rows of several lengths in one batch do not give what plain transformers gives for each "
+            f"({difference}); favor cannot compute this model exactly, choose another"
+        )
+    why = "one row per response, as asked, checked against plain transformers"
+    if asked != "rows":
+        why = f"FALL-BACK to one row per response (slower): {obstacle}"
+    return _finished(policy, found, why, truths[0], method)
 
 
 def config_obstacle(config: dict[str, Any], longest_path: int) -> str | None:
@@ -66,50 +107,196 @@ def config_obstacle(config: dict[str, Any], longest_path: int) -> str | None:
             return f"its {key} of {window} tokens is shorter than the longest row ({longest_path})"
     if config.get("attn_logit_softcapping") is not None:
         return "it soft-caps attention logits"
+    rope = length_dependent(config)
+    if rope is not None and longest_path > rope[1]:
+        return f"beyond {rope[1]} tokens its positions ('{rope[0]}') depend on the length of a row; the longest has {longest_path}"
     return None
 
 
-def _try(policy: Policy, trees: Sequence[TokenTree], measure: Measure) -> tuple[Policy, str | None]:
-    """Compute a tiny forest both ways; the fast head is given up first, then trees."""
+def longest_path(tree: TokenTree) -> int:
+    """Tokens from the start of the prompt to the end of the longest response."""
+    return len(tree.prompt_ids) + max(map(len, tree.response_ids))
+
+
+def _refuse_ranked_keys(policy: Policy, longest_path: int) -> None:
+    """Raises CheckpointError where a token reads only the keys it ranks highest: rounding, so the batch, decides ties."""
+    most = policy.causal_lm.config.get_text_config().to_dict().get("index_topk")
+    if isinstance(most, int) and longest_path > most:
+        raise CheckpointError(
+            f"{policy.source}: a token reads the {most} keys it ranks highest (index_topk) and the longest row has "
+            f"{longest_path}: which ones depends on rounding, so nothing would be exact; set tokens.max_tokens={most}"
+        )
+
+
+def _longest(policy: Policy, trees: Iterable[TokenTree]) -> tuple[int, TokenTree | None]:
+    """The longest path and its tree. Raises CheckpointError for token ids that the model has no embedding for."""
+    longest, row, largest = 0, None, 0
+    for tree in trees:
+        largest = max(largest, max(tree.prompt_ids, default=0), *(max(r, default=0) for r in tree.response_ids))
+        if longest_path(tree) > longest:
+            longest, row = longest_path(tree), tree
+    check_ids(policy, largest)
+    return longest, row
+
+
+def _truths(
+    policy: Policy, short: Sequence[TokenTree], longest: TokenTree, method: Method, *, train: bool
+) -> list[Probe]:
+    """What plain transformers says of a few trees cut short, and of the data's longest path beside them."""
+    samples = [short]
+    if longest_path(longest) > max(map(longest_path, short)):
+        samples.append([*_long(longest), *short])
+    try:
+        use_attention(policy, policy.plain_attention)
+        if method.causal:
+            _check_causal(policy, short[0])
+        return [_plain(policy, sample, method, train=train and i == 0) for i, sample in enumerate(samples)]
+    except _FAILURES as error:
+        raise CheckpointError(
+            f"{policy.source}: {type(policy.causal_lm).__name__} does not run as a plain causal language model "
+            f"({_first_line(error)}); choose another model"
+        ) from None
+
+
+def _plain(policy: Policy, trees: Sequence[TokenTree], method: Method, *, train: bool) -> Probe:
+    """One unpadded row at a time, with the model's own attention and head."""
+    paths = [(tree.prompt_ids, response) for tree in trees for response in tree.response_ids]
+    values: list[Tensor] = []
+    total: dict[str, Tensor] = {}
+    for share, (prompt, response) in zip(_shares(len(paths)), paths, strict=True):
+        ids = torch.tensor([prompt + response], device=policy.device)
+        with torch.set_grad_enabled(train):
+            value = method.plain(policy, ids, len(prompt))
+            found = _gradient(policy, share * value) if train else {}
+        values.append(value.detach().double())
+        for name, gradient in found.items():
+            total[name] = total[name] + gradient if name in total else gradient
+    value_R = torch.stack(values)
+    if not bool(torch.isfinite(value_R).all()):
+        raise NumericsError(f"{policy.source}: its outputs are not finite; its weights are damaged, fetch them again")
+    return Probe(trees, value_R, total)
+
+
+def _try(policy: Policy, layout: Layout, truths: Sequence[Probe], method: Method) -> tuple[Policy | None, str | None]:
+    """The policy in this layout, with the fast head or without; or None, and how far off it is."""
+    problem = None
     attention.register()
-    with plain_attention(policy), torch.no_grad():
-        plain_R = _plain(policy, trees, measure)
-    length_R = build(trees, "rows").length_R.to(policy.device)
-    worst = 0.0
-    for candidate in (policy, replace(policy, fast_head=None)):
-        candidate = replace(candidate, layout="tree")
+    for head in dict.fromkeys((policy.fast_head, None)):
+        candidate = replace(policy, layout=layout, fast_head=head)
+        name = attention.NAME if layout == "tree" else policy.plain_attention
         try:
-            candidate.causal_lm.set_attn_implementation(attention.NAME)
-            with torch.no_grad():
-                tree_R = measure(candidate, build(trees, "tree").to(policy.device))
-        except (ConfigError, KeyError, ValueError, RuntimeError, TypeError) as error:
-            return policy, f"{type(policy.causal_lm).__name__} does not run with tree attention ({error})"
-        worst = float(((tree_R - plain_R).abs() / length_R).max())
-        if worst <= _TOLERANCE[policy.compute_dtype]:
+            use_attention(candidate, name)
+            problem = next(filter(None, (_difference(candidate, truth, method) for truth in truths)), None)
+        except _FAILURES as error:
+            way = "tree attention" if layout == "tree" else "padded rows"
+            problem = f"{type(policy.causal_lm).__name__} does not run with {way} ({_first_line(error)})"
+        if problem is None:
             return candidate, None
-    return policy, f"the self-check found log-probs {worst:.2g} nats per token off the plain path"
+    return None, problem
 
 
-def _plain(policy: Policy, trees: Sequence[TokenTree], measure: Measure) -> Tensor:
-    """Padded rows with the model's own attention and head."""
-    rows = build(trees, "rows").to(policy.device)
-    full = measure(replace(policy, layout="rows", fast_head=None), rows)
-    if not bool(torch.isfinite(full).all()):
-        raise NumericsError(
-            f"{policy.source}: its log-probs are not finite; the weights are damaged or overflow this dtype"
+def _difference(policy: Policy, truth: Probe, method: Method) -> str | None:
+    """How far the policy is from plain transformers, when rounding does not explain it."""
+    batch = build(truth.trees, policy.layout).to(policy.device)
+    with torch.set_grad_enabled(bool(truth.gradient)):
+        value_R = method.measure(policy, batch)
+        share_R = torch.tensor(_shares(len(value_R)), dtype=value_R.dtype, device=value_R.device)
+        found = _gradient(policy, (share_R * value_R).sum()) if truth.gradient else {}
+    size_R = batch.length_R if method.causal else torch.ones_like(batch.length_R)
+    off_R = (value_R.detach().double() - truth.value_R).abs() / (size_R + truth.value_R.abs())
+    worst = float(off_R.nan_to_num(float("inf")).max())
+    if worst > _TOLERANCE:
+        what = "log-probs {:.2g} nats per token" if method.causal else "scores {:.2g}"
+        return f"the self-check found {what.format(worst)} off the plain path"
+    if not truth.gradient:
+        return None
+    name, worst = _worst_gradient(found, truth.gradient)
+    if worst > _GRADIENT:
+        return f"the self-check found gradients of {name} {worst:.2g} of their norm off the plain path"
+    return None
+
+
+def _worst_gradient(found: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[str, float]:
+    """The parameter whose gradient is furthest off, relative to its norm (or a hundredth of the largest norm)."""
+    floor = 1e-2 * max(float(gradient.norm()) for gradient in truth.values())
+    off = {
+        name: float((found[name] - gradient).norm() if name in found else gradient.norm())
+        / max(float(gradient.norm()), floor, 1e-30)
+        for name, gradient in truth.items()
+    }
+    off |= {name: float(extra.norm()) / max(floor, 1e-30) for name, extra in found.items() if name not in truth}
+    return max(off.items(), key=lambda item: float("inf") if math.isnan(item[1]) else item[1])
+
+
+def _gradient(policy: Policy, value: Tensor) -> dict[str, Tensor]:
+    parameters = policy.trainable()
+    # what the value does not depend on has none
+    gradients = cast(
+        "tuple[Tensor | None, ...]", torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    )
+    return {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+
+
+def _finished(policy: Policy, found: Policy, why: str, truth: Probe, method: Method) -> tuple[Policy, str]:
+    """The candidate in the policy's own precision, and everything it had to give up."""
+    if found.fast_head is None and policy.fast_head is not None:
+        why += "; the model changes its logits after the linear head, so its own head is used (slower)"
+    found = replace(found, compute_dtype=policy.compute_dtype)
+    if found.compute_dtype == torch.float32:
+        return found, why
+    with torch.no_grad():
+        value_R = method.measure(found, build(truth.trees, found.layout).to(found.device)).double()
+    if not bool(torch.isfinite(value_R).all()):
+        raise NumericsError(f"{policy.source}: its outputs overflow in bfloat16; set model.dtype=float32")
+    off_R = (value_R - truth.value_R).abs()
+    return found, (
+        f"{why}; bfloat16 costs {float(off_R.mean()):.2g} nats a response on average and {float(off_R.max()):.2g} at most, "
+        "on the rows checked"
+    )
+
+
+def _check_causal(policy: Policy, tree: TokenTree) -> None:
+    """Raises CheckpointError when other tokens behind a place change what the model says up to it."""
+    row = [*tree.prompt_ids, *tree.response_ids[0]]
+    cut = len(row) // 2
+    other = next((token for token in row if token != row[cut]), None)
+    if cut == 0 or other is None:
+        return
+    ids = torch.tensor([row, row[:cut] + [other] * (len(row) - cut)], device=policy.device)
+    with torch.no_grad():
+        first, second = (plain_logits(policy, each[None], len(row))[:cut].log_softmax(-1) for each in ids.unbind())
+    moved = float((first - second).abs().max())
+    if not moved <= 0.1 * _TOLERANCE * (1 + float(first.abs().max())):
+        raise CheckpointError(
+            f"{policy.source}: {type(policy.causal_lm).__name__} reads later tokens too (one changed an earlier log-prob by "
+            f"{moved:.2g} nats), so it is not a causal language model; choose one that is"
         )
-    return full
 
 
-def _sample(trees: Sequence[TokenTree]) -> list[TokenTree]:
-    """The first few trees, cut short: what matters is how tokens see each other, not which they are."""
+def _cut(tree: TokenTree) -> TokenTree:
+    """A tree cut short: what matters is how tokens see each other, not which they are."""
     keep = _CHECK_TOKENS // 2
+    responses = tuple(response[:keep] for response in tree.response_ids[:3])
+    return replace(tree, prompt_ids=tree.prompt_ids[-keep:], response_ids=responses, comparisons=(), ties=(), thumbs=())
+
+
+def _long(tree: TokenTree) -> list[TokenTree]:
+    """The longest path of a tree, its end scored, and another that leaves it early."""
+    longest = max(tree.response_ids, key=len)
+    scored = min(_SCORED, len(longest))
+    before = tree.prompt_ids + longest[: len(longest) - scored]
+    bare = replace(tree, comparisons=(), ties=(), thumbs=())
+    other = min(tree.response_ids, key=len)[:_SCORED]
     return [
-        replace(
-            tree,
-            prompt_ids=tree.prompt_ids[-keep:],
-            response_ids=tuple(response[:keep] for response in tree.response_ids[:3]),
-            comparisons=(),
-        )
-        for tree in trees[:2]
+        replace(bare, prompt_ids=before, response_ids=(longest[len(longest) - scored :],)),
+        replace(bare, response_ids=(other,)),
     ]
+
+
+def _shares(count: int) -> list[float]:
+    """Weights of the responses in the sum whose gradient is compared: different, so that none stands in for another."""
+    return [1 + i / count for i in range(count)]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

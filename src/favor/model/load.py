@@ -6,6 +6,7 @@ its log-probs random. Next: attention.py.
 
 import contextlib
 import ctypes
+import json
 import platform
 from collections.abc import Generator
 from copy import deepcopy
@@ -27,10 +28,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import find_adapter_config_file
 
 from favor.config import STRICT
 from favor.data.types import Layout
 from favor.errors import CheckpointError, ConfigError
+from favor.model.rope import row_by_row
 
 
 class LoraSettings(BaseModel):
@@ -43,13 +46,16 @@ class LoraSettings(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """Section [model]."""
+    """Section [model]. dtype: what products are computed in while training; the weights are float32 either way.
+
+    What favor measures (evaluation, probes, rewards) is float32 whatever training used.
+    """
 
     model_config = STRICT
     path: str
     revision: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     layout: Literal["auto", "tree", "rows"] = "auto"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
@@ -127,15 +133,90 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_policy(config: ModelConfig, seed: int = 0) -> Policy:
     """Load weights and tokenizer; adds LoRA adapters when asked (their start depends on `seed`).
 
-    Raises CheckpointError for a missing or unreadable model, ConfigError for settings that cannot work.
+    Raises CheckpointError for a missing, unreadable or incomplete model, ConfigError for settings that cannot work.
     """
     check_path(config.path)
     tokenizer = load_tokenizer(config)
-    with readable(config.path):
-        model = AutoModelForCausalLM.from_pretrained(
-            config.path, revision=config.revision, dtype=torch.float32, trust_remote_code=config.trust_remote_code
-        )
+    model, found = load_weights(AutoModelForCausalLM, config)
+    found.refuse(config.path)
     return make_policy(model, tokenizer, config, seed)
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """Names of tensors that model and files do not have in common, or with other shapes; tied weights left out."""
+
+    missing: frozenset[str]
+    unexpected: frozenset[str]
+    mismatched: frozenset[str]
+
+    def refuse(self, path: str) -> None:
+        """Raise CheckpointError when there are any: what is missing would be random, what is left over ignored."""
+        problems = {
+            "lack": self.missing,
+            "hold, but the model has no place for": self.unexpected,
+            "hold in another shape": self.mismatched,
+        }
+        said = [f"{verb} {_few(names)}" for verb, names in problems.items() if names]
+        if said:
+            raise CheckpointError(
+                f"{path}: weights and config.json do not belong together: the files {'; they '.join(said)}; "
+                "fetch the model again, or correct its config.json"
+            )
+
+
+def load_weights(loader: Any, config: ModelConfig, **more: Any) -> tuple[Any, Unmatched]:
+    """A model by one of transformers' Auto classes, float32, from safetensors only; an adapter's base first.
+
+    Raises CheckpointError for what cannot be loaded.
+    """
+    path, revision = config.path, config.revision
+    with readable(config.path):
+        adapter = find_adapter_config_file(path, revision=revision)
+        if adapter is not None:
+            path, revision = str(json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]), None
+            check_path(path)
+        model, info = loader.from_pretrained(
+            path,
+            revision=revision,
+            dtype=torch.float32,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **more,
+        )
+        found = _unmatched(info)
+        if adapter is not None:
+            info = model.load_adapter(config.path, adapter_kwargs={"revision": config.revision})
+            found = _joined(found, _unmatched(info.to_dict()))
+    return model, found
+
+
+def _unmatched(info: dict[str, Any]) -> Unmatched:
+    names = frozenset(str(item[0]) for item in info["mismatched_keys"])
+    return Unmatched(frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), names)
+
+
+def _joined(a: Unmatched, b: Unmatched) -> Unmatched:
+    return Unmatched(a.missing | b.missing, a.unexpected | b.unexpected, a.mismatched | b.mismatched)
+
+
+def _few(names: frozenset[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def check_ids(policy: "Policy", largest: int) -> None:
+    """Raises CheckpointError for a token id that the model has no embedding for."""
+    table = policy.causal_lm.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    rows = table.weight.shape[0]
+    if largest >= rows:
+        raise CheckpointError(
+            f"{policy.source}: its tokenizer gives the id {largest}, but its embedding has {rows} rows; "
+            "tokenizer and weights do not belong together, fetch the model again"
+        )
 
 
 def make_policy(
@@ -145,6 +226,7 @@ def make_policy(
     model = merge_adapter(model, config.lora, config.path)
     device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else _plain(config.device))
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
+    row_by_row(model)
     plain_attention = _attention_name(model)
     trained = _with_lora(model, config.lora, seed) if config.lora else model
     head = model.get_output_embeddings()
@@ -154,7 +236,7 @@ def make_policy(
         fast_head=head if type(head) is nn.Linear else None,
         tokenizer=tokenizer,
         device=device,
-        compute_dtype=_compute_dtype(config.dtype, device),
+        compute_dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
         layout="rows",
         plain_attention=plain_attention,
         source=config.path,
@@ -162,6 +244,18 @@ def make_policy(
     if config.gradient_checkpointing:
         _checkpoint_layers(policy)
     return policy
+
+
+def precise(policy: Policy) -> Policy:
+    """The same policy with float32 products: how everything is measured."""
+    return replace(policy, compute_dtype=torch.float32)
+
+
+def precision_of(dtype: torch.dtype | str) -> str:
+    """The number format of products, for people; `dtype` as a policy or section [model] has it."""
+    if dtype in (torch.float32, "float32"):
+        return "float32"
+    return "bfloat16 products on float32 weights (what is measured is float32)"
 
 
 def frozen_copy(policy: Policy) -> Policy:
@@ -183,13 +277,19 @@ def as_reference(policy: Policy) -> Generator[Policy]:
 @contextlib.contextmanager
 def plain_attention(policy: Policy) -> Generator[None]:
     """The model's own attention for the time of the block (generation, the self-check's plain path)."""
-    model = policy.causal_lm
-    before = _attention_name(model)
-    model.set_attn_implementation(policy.plain_attention)
+    before = _attention_name(policy.causal_lm)
+    use_attention(policy, policy.plain_attention)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        use_attention(policy, before)
+
+
+def use_attention(policy: Policy, name: str) -> None:
+    """Let the model compute attention by the function of this name. Raises what transformers raises when it cannot."""
+    # models of several parts refuse the very name they came with, as one part does not know it
+    if _attention_name(policy.causal_lm) != name:
+        policy.causal_lm.set_attn_implementation(name)
 
 
 def memory_settings() -> None:
@@ -202,26 +302,9 @@ def memory_settings() -> None:
     libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products are faster than float32 there (on a CPU: AMX or AVX512-BF16)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text("utf-8") if flags.exists() else ""
-    return "amx_bf16" in text or "avx512_bf16" in text
-
-
 def _attention_name(model: PreTrainedModel) -> str:
     # the only place where transformers keeps the name in force
     return model.config._attn_implementation or "eager"  # pyright: ignore[reportPrivateUsage]
-
-
-def _compute_dtype(asked: str, device: torch.device) -> torch.dtype:
-    if asked == "float32":
-        return torch.float32
-    if asked == "bfloat16" or fast_bfloat16(device):
-        return torch.bfloat16
-    return torch.float32
 
 
 def _plain(device: str) -> str:
@@ -294,8 +377,16 @@ def readable(path: str) -> Generator[None]:
     """Turn what transformers raises for a missing or damaged model into a CheckpointError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (*_UNREADABLE, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{path}: cannot be loaded as a causal language model ({first}); check model.path, or download it first"
+            f"{path}: cannot be loaded as a language model ({type(error).__name__}: {first}); check the path and its files, "
+            "or download it first"
         ) from None
+
+
+# what transformers, tokenizers, peft and torch raise for folders that are not what they should be
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError),
+    *(RuntimeError, ImportError, AssertionError, ZeroDivisionError),
+)

@@ -16,6 +16,8 @@ from favor.model.load import Policy
 _KEEP_BYTES = 1 << 30
 # A tile of logits of this size stays in a last-level cache between the matrix product and the softmax.
 _TILE_BYTES = 1 << 24
+# Tokens of a row from which on plain transformers is not asked for all its logits.
+_LONG_ROW = 512
 
 
 def response_logps(policy: Policy, batch: Batch) -> Tensor:
@@ -37,16 +39,30 @@ def sum_tokens(batch: Batch, value_E: Tensor) -> Tensor:
 def scored_logps(policy: Policy, batch: Batch) -> Tensor:
     """Log-probability of every scored token, each once: float32 [E], nats."""
     if policy.fast_head is None:
-        with _precision(policy):
+        with precision(policy):
             logits_NV = _full_head(policy, batch, _inputs(batch))
         return logits_NV.float().log_softmax(-1)[batch.edge_head_E, batch.edge_target_E]
     return logps_of_states(policy, batch, head_states(policy, batch, batch.head_N))
 
 
+def plain_logits(policy: Policy, ids_1T: Tensor, keep: int) -> Tensor:
+    """The last `keep` rows of model(input_ids).logits, by plain transformers: float32 [keep, V]."""
+    # the logits of a long row would not fit: then only those that are read are made
+    fewer = {"logits_to_keep": keep} if ids_1T.shape[1] > _LONG_ROW else {}
+    return policy.model(input_ids=ids_1T, use_cache=False, **fewer).logits[0, -keep:].float()
+
+
+def plain_logp(policy: Policy, ids_1T: Tensor, start: int) -> Tensor:
+    """Sum of the log-probs of ids[start:] of one unpadded row, nats, by plain transformers: float64 scalar."""
+    targets_E = ids_1T[0, start:]
+    logp_EV = plain_logits(policy, ids_1T, len(targets_E) + 1)[:-1].log_softmax(-1)
+    return logp_EV.gather(1, targets_E[:, None]).double().sum()
+
+
 def mean_overlap(policy: Policy, batch: Batch) -> Tensor:
     """Mean over a response's tokens of log sum_v pi(v | prefix)^2, without a graph: float64 [R], nats."""
     with torch.no_grad():
-        with _precision(policy):
+        with precision(policy):
             logits_NV = (
                 _full_head(policy, batch, _inputs(batch))
                 if policy.fast_head is None
@@ -58,7 +74,7 @@ def mean_overlap(policy: Policy, batch: Batch) -> Tensor:
 
 def head_states(policy: Policy, batch: Batch, flat_index: Tensor) -> Tensor:
     """The backbone's last hidden states at flat positions of the batch: [positions, hidden], in the compute dtype."""
-    with _precision(policy):
+    with precision(policy):
         return policy.backbone(**_inputs(batch)).last_hidden_state.flatten(0, 1)[flat_index]
 
 
@@ -71,7 +87,8 @@ def logps_of_states(policy: Policy, batch: Batch, hidden_NH: Tensor) -> Tensor:
     return logp_E
 
 
-def _precision(policy: Policy) -> torch.autocast:
+def precision(policy: Policy) -> torch.autocast:
+    """The products' number format: bfloat16 where the policy asks for it, float32 weights either way."""
     return torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.compute_dtype == torch.bfloat16)
 
 

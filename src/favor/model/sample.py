@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from favor.config import STRICT
-from favor.model.load import Policy, plain_attention
+from favor.model.load import Policy, check_ids, plain_attention
+from favor.model.logprobs import precision
 
 
 class SampleConfig(BaseModel):
@@ -37,7 +38,8 @@ def sample(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[tuple[int, ...]] = [()] * len(prompts)
-    with plain_attention(policy), torch.no_grad():
+    check_ids(policy, max(map(max, prompts)))
+    with plain_attention(policy), torch.no_grad(), precision(policy):
         for start in range(0, len(order), config.batch):
             members = order[start : start + config.batch]
             sampled = _sample_batch(policy, [prompts[i] for i in members], [seeds[i] for i in members], config)

@@ -4,21 +4,22 @@ In: a model folder, prompts and responses as text. Out: one score per response. 
 """
 
 import json
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from favor.config import load
 from favor.data import pack
 from favor.data.formats import RowError
 from favor.data.tokenize import TokensConfig, encode_prompt, tokenize
 from favor.data.types import Batch, PromptTree, Text, TokenTree
 from favor.errors import CheckpointError, ConfigError, DataError
-from favor.model.heads import load_scalar_model, response_scores
-from favor.model.layout import settle
+from favor.model.heads import load_scalar_model, response_scores, settle_scores
+from favor.model.layout import longest_path, settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
 from favor.run import RunFolder
@@ -26,36 +27,71 @@ from favor.scoring.source import Scorer
 
 # Tokens computed at once; there is no gradient, so this bounds the memory of one forward only.
 _BUDGET = 4096
+# Longest prompt and response that are scored, in tokens, unless [reward.tokens] says otherwise.
+_LONGEST = 4096
 
 
-def model_scorer(path: str, tokens: TokensConfig) -> Scorer:
-    """The scalar of a sequence classifier with one output at each response's last token."""
-    policy = load_scalar_model(ModelConfig(path=path, dtype="float32"))
+class RunRecipe(BaseModel):
+    """What of a run's config.toml is read again: its model in float32, how text became tokens, its loss and data."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    model: ModelConfig
+    tokens: TokensConfig = TokensConfig()
+    loss: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+
+
+def read_run(run: str) -> tuple[RunFolder, RunRecipe]:
+    """A finished run of `favor train`. Raises CheckpointError when there is none, ConfigError for a damaged recipe."""
+    folder = RunFolder(Path(run))
+    if not folder.config.exists() or not folder.model.exists():
+        raise CheckpointError(
+            f"{run}: no finished run here (config.toml and model/); train first, or name a folder of favor train"
+        )
+    # measured in float32, whatever training used
+    return folder, load(RunRecipe, folder.config, ["model.dtype=float32"])
+
+
+def load_pair(run: str, reference: str | None) -> tuple[Policy, Policy]:
+    """A run's trained policy and its reference (the model it started from, or another one), in float32."""
+    folder, recipe = read_run(run)
+    start = recipe.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
+    other = {} if reference is None else {"path": reference, "revision": None}
+    policy = load_policy(start.model_copy(update={"path": str(folder.model), "revision": None}))
+    return policy, load_policy(start.model_copy(update=other))
+
+
+def model_scorer(path: str, tokens: TokensConfig | None) -> Scorer:
+    """The scalar of a sequence classifier with one output at each response's last token, float32."""
+    policy = load_scalar_model(ModelConfig(path=path))
+    settled = _settled_once(lambda trees: settle_scores(policy, "auto", trees)[0])
 
     def score(prompts: Sequence[Text], responses: Sequence[str]) -> list[float]:
-        trees, place = encode(prompts, responses, policy, tokens)
-        settled, _ = settle(policy, "auto", trees, response_scores)
-        return measure(trees, settled, lambda batch: response_scores(settled, batch))[place].tolist()
+        trees, place = encode(prompts, responses, policy, tokens or TokensConfig(max_tokens=_LONGEST))
+        ready = settled(trees)
+        return measure(trees, ready, lambda batch: response_scores(ready, batch))[place].tolist()
 
     return score
 
 
-def implicit_scorer(run: str, reference: str | None, beta: float | None, tokens: TokensConfig) -> Scorer:
-    """r(x, y) = beta log(pi(y|x) / ref(y|x)), nats x beta; policy, reference and beta are those of the run."""
-    folder = RunFolder(Path(run))
-    if not folder.config.exists() or not folder.model.exists():
-        raise CheckpointError(f"{run}: no finished run here (config.toml and model/); name a folder of favor train")
-    recipe: dict[str, Any] = tomllib.loads(folder.config.read_text("utf-8"))
-    used = beta or recipe.get("loss", {}).get("beta")
+def implicit_scorer(run: str, reference: str | None, beta: float | None, tokens: TokensConfig | None) -> Scorer:
+    """r(x, y) = beta log(pi(y|x) / ref(y|x)), nats x beta, float32; policy, reference, beta and template are the run's.
+
+    tokens: other ones than the run's.
+    """
+    _, recipe = read_run(run)
+    used = beta or recipe.loss.get("beta")
     if used is None:
         raise ConfigError(f"{run}: its recipe has no loss.beta; give reward.beta")
-    policy = load_policy(ModelConfig(path=str(folder.model), dtype="float32"))
-    base = load_policy(ModelConfig(path=reference or recipe["model"]["path"], dtype="float32"))
+    longest = max(_LONGEST, recipe.tokens.max_tokens)
+    how = tokens or recipe.tokens.model_copy(update={"max_tokens": longest})
+    policy, base = load_pair(run, reference)
+    settled = _settled_once(lambda trees: settle(policy, "auto", trees)[0])
+    settled_base = _settled_once(lambda trees: settle(base, settled(trees).layout, trees)[0])
 
     def score(prompts: Sequence[Text], responses: Sequence[str]) -> list[float]:
-        trees, place = encode(prompts, responses, policy, tokens)
-        first, _ = settle(policy, "auto", trees)
-        second, _ = settle(base, first.layout, trees)
+        trees, place = encode(prompts, responses, policy, how)
+        first, second = settled(trees), settled_base(trees)
 
         def log_ratio(batch: Batch) -> Tensor:
             return response_logps(first, batch) - response_logps(second, batch)
@@ -63,6 +99,21 @@ def implicit_scorer(run: str, reference: str | None, beta: float | None, tokens:
         return (used * measure(trees, first, log_ratio))[place].tolist()
 
     return score
+
+
+def _settled_once(settle_for: Callable[[Sequence[TokenTree]], Policy]) -> Callable[[Sequence[TokenTree]], Policy]:
+    """The settled policy, checked again only when a longer path comes than any before."""
+    longest = 0
+    found: Policy | None = None
+
+    def settled(trees: Sequence[TokenTree]) -> Policy:
+        nonlocal longest, found
+        here = max(map(longest_path, trees))
+        if found is None or here > longest:
+            longest, found = here, settle_for(trees)
+        return found
+
+    return settled
 
 
 def encode(
@@ -93,10 +144,12 @@ def encode(
 
 
 def _tree(prompt: Text, responses: list[str], policy: Policy, tokens: TokensConfig, first: int) -> TokenTree:
-    settings = tokens.model_copy(update={"special_text": "allow"})
+    # what is too long is refused here, by what it is
+    settings = tokens.model_copy(update={"special_text": "allow", "max_tokens": 1 << 30})
     try:
         ids = encode_prompt(prompt, policy.tokenizer, settings)
-    except RowError as error:
+        end = _end_of_turn(prompt, policy, settings)
+    except (RowError, DataError) as error:
         raise DataError(f"the prompt {prompt!r:.80} cannot be scored: {error}") from None
     encoded: dict[str, tuple[int, ...]] = {}
     told = [text for text in responses if text.strip()]
@@ -107,19 +160,27 @@ def _tree(prompt: Text, responses: list[str], policy: Policy, tokens: TokensConf
             (exact,), _ = tokenize([text_tree], policy.tokenizer, settings, policy.end_ids, "error")
             encoded = dict(zip(told, exact.response_ids, strict=True))
         except DataError:
-            encoded = {text: _apart(text, policy) for text in told}
-    blank = (min(policy.end_ids),)
-    room = tokens.max_tokens - len(ids)
-    if room < 1:
+            encoded = {text: _apart(text, policy, end) for text in told}
+    found = tuple(encoded.get(text, (end,)) for text in responses)
+    longest = len(ids) + max(map(len, found))
+    if longest > tokens.max_tokens:
         raise DataError(
-            f"the prompt {prompt!r:.80} has {len(ids)} tokens; raise reward.tokens.max_tokens = {tokens.max_tokens}"
+            f"the prompt {prompt!r:.80} and a response have {longest} tokens, more than tokens.max_tokens = "
+            f"{tokens.max_tokens} of the reward; raise reward.tokens.max_tokens, or shorten them"
         )
-    cut = tuple(encoded.get(text, blank)[:room] for text in responses)
-    return TokenTree(ids, cut, (True,) * len(cut), (), first, row=1)
+    return TokenTree(ids, found, (True,) * len(found), (), first, row=1)
 
 
-def _apart(text: str, policy: Policy) -> tuple[int, ...]:
-    return (*policy.tokenizer(text, add_special_tokens=False).input_ids, min(policy.end_ids))
+def _end_of_turn(prompt: Text, policy: Policy, settings: TokensConfig) -> int:
+    """The token with which an answer to this prompt ends: the template's own, of several that could."""
+    side: Text = "a" if isinstance(prompt, str) else ({"role": "assistant", "content": "a"},)
+    tree = PromptTree(prompt, (side,), (), (1,), "scored text")
+    (exact,), _ = tokenize([tree], policy.tokenizer, settings, policy.end_ids, "error")
+    return exact.response_ids[0][-1]
+
+
+def _apart(text: str, policy: Policy, end: int) -> tuple[int, ...]:
+    return (*policy.tokenizer(text, add_special_tokens=False).input_ids, end)
 
 
 def measure(trees: Sequence[TokenTree], policy: Policy, function: Callable[[Batch], Tensor]) -> Tensor:

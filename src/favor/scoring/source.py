@@ -28,7 +28,7 @@ class RewardConfig(BaseModel):
     kind: model (a folder of `favor reward`, or any sequence classifier with one output), implicit (a run of
     `favor train`: beta log pi/ref), classifier (labelled texts, JSONL with text and fresh or label; TF-IDF and
     logistic regression fitted on the spot, P(positive)), callable (`file.py:function` or `package.module:function`,
-    called with (prompts, responses)). `beta` and `reference` replace those of an implicit reward's run.
+    called with (prompts, responses)). `beta`, `reference` and `tokens` replace those of an implicit reward's run.
     """
 
     model_config = STRICT
@@ -36,15 +36,14 @@ class RewardConfig(BaseModel):
     path: str
     reference: str | None = None
     beta: float | None = Field(default=None, gt=0)
-    tokens: TokensConfig = TokensConfig(max_tokens=4096)
+    tokens: TokensConfig | None = None
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "RewardConfig":
         unread = sorted(self.model_fields_set & {"beta", "reference"})
         if unread and self.kind != "implicit":
             raise ValueError(f"reward.{unread[0]} is read by kind 'implicit' only; remove it")
-        # by value, because a run's resolved recipe names the default too
-        if self.tokens != TokensConfig(max_tokens=4096) and self.kind in ("classifier", "callable"):
+        if self.tokens is not None and self.kind in ("classifier", "callable"):
             raise ValueError(f"reward.tokens is not read by kind '{self.kind}', which scores text; remove it")
         return self
 

@@ -13,7 +13,7 @@ from favor.data.read import DataConfig, parts_of
 from favor.data.types import TokenTree
 from favor.dist.world import World
 from favor.model.layout import config_obstacle
-from favor.model.load import ModelConfig, end_ids, load_tokenizer, readable
+from favor.model.load import ModelConfig, end_ids, load_tokenizer, precision_of, readable
 from favor.train.data import summary
 from favor.train.loop import num_steps
 from favor.train.preference import TrainConfig
@@ -42,6 +42,7 @@ def describe(config: TrainConfig) -> str:
     steps = num_steps(config.train, len(trees))
     lines = [
         f"train: {summary(part.read, part.tokens)}",
+        f"precision: {precision_of(config.model.dtype)}",
         f"layout: {layout}" + (f" ({obstacle})" if obstacle else ""),
         f"longest row: {longest} tokens",
         f"tokens an epoch: {unique} computed against {naive} naive ({naive / unique:.2f} x)",

@@ -5,6 +5,7 @@ training. Equations: ../losses/ppo.py; rollouts: rollout.py. Next: step.py.
 """
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from favor.errors import NumericsError
 from favor.losses import ppo
 from favor.model.heads import Critic, logps_and_values, make_critic
 from favor.model.layout import settle
-from favor.model.load import ModelConfig, Policy, frozen_copy, load_policy
+from favor.model.load import ModelConfig, Policy, frozen_copy, load_policy, precision_of
 from favor.model.sample import SampleConfig
 from favor.run import start
 from favor.scoring.source import RewardConfig, make_scorer
@@ -130,12 +131,18 @@ def train_ppo(config: PpoConfig, open_session: Callable[[Path], Session]) -> Non
     ids = encode_prompts(config.data.train, numbered, policy.tokenizer, config.tokens)
     prompts = [Prompt(text, i, index) for index, ((_, text), i) in enumerate(zip(numbered, ids, strict=True))]
     session.say(f"{len(prompts)} prompts")
-    probe = [TokenTree(p.ids, ((*p.ids[-8:],),), (True,), (), 0, 0) for p in prompts[:2]]
-    policy, why = settle(policy, config.model.layout, probe)
-    session.event(0, "self_check", f"layout: {why}")
+    probe = [_as_long_as_a_sample(prompt, config.sample.max_new_tokens) for prompt in prompts]
+    policy, why = settle(policy, config.model.layout, probe, train=True)
+    session.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
     critic = make_critic(policy, config.ppo.value) if config.ppo.advantage == "gae" else None
     reference = policy if policy.lora else frozen_copy(policy)
     _loop(config, prompts, Actors(policy, critic, reference, make_scorer(config.reward)), session)
+
+
+def _as_long_as_a_sample(prompt: Prompt, length: int) -> TokenTree:
+    """A tree as large as a rollout's can be: what the self-check computes before there are samples."""
+    response = tuple(itertools.islice(itertools.cycle(prompt.ids), length))
+    return TokenTree(prompt.ids, (response,), (True,), (), 0, 0)
 
 
 @dataclass(frozen=True)

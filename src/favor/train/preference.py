@@ -25,7 +25,7 @@ from favor.dist.world import World
 from favor.errors import NumericsError
 from favor.losses import LossConfig
 from favor.model.layout import settle
-from favor.model.load import ModelConfig, Policy, load_policy
+from favor.model.load import ModelConfig, Policy, load_policy, precise, precision_of
 from favor.run import start
 from favor.scoring.source import RewardConfig, make_scorer
 from favor.train import reference, twopass
@@ -96,11 +96,10 @@ def train(config: TrainConfig, open_session: Callable[[Path], Session]) -> None:
     policy = load_policy(config.model, config.seed)
     splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=False)
     used = usable(config.loss, splits.train, config.data.training)
-    policy, why = settle(policy, config.model.layout, splits.train)
-    session.event(0, "self_check", f"layout: {why}")
-    references, alive = _references(config, policy, splits, session)
-    scorer = make_scorer(config.reward) if config.reward else None
-    _loop(config, policy, splits, used, Beside(references, alive, scorer), session)
+    policy, why = settle(policy, config.model.layout, splits.train, also=splits.eval, train=True)
+    session.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
+    beside = _beside(config, policy, splits, session)
+    _loop(config, policy, splits, used, beside, session)
 
 
 def make_objective(config: LossConfig, policy: Policy, reference: Reference, zero: float = 0.0) -> Objective:
@@ -113,26 +112,45 @@ def make_objective(config: LossConfig, policy: Policy, reference: Reference, zer
     return Objective(loss, lambda batch: losses.item_weight(config, batch), STATS, len(config.terms))
 
 
-def _references(
-    config: TrainConfig, policy: Policy, splits: Splits, session: Session
-) -> tuple[dict[str, Reference], Callable[[Batch], Tensor] | None]:
-    """The reference of every split, and the live one that the KL probe and KTO's z0 need (else None)."""
-    needed = needs(config.loss)
+def _beside(config: TrainConfig, policy: Policy, splits: Splits, session: Session) -> Beside:
+    """The reference of every split and, where the KL probe or KTO's z0 need it, a live one; a scorer of probes.
+
+    What training compares with is computed as the policy is while it trains; what is measured, in float32.
+    """
+    needed, is_live = needs(config.loss), config.reference.mode == "live"
     parts = splits.by_name if config.watch.eval_every else {"train": splits.train}
-    asked = config.watch.kl_every > 0 or needed.zero
     identity = reference.fingerprint(policy, config.tokens, parts)
-    alive = reference.live(policy, identity["weights"]) if config.reference.mode == "live" or asked else None
-    probed = alive.logps if alive is not None and asked else None
+    alive = measured = None
+    if is_live or config.watch.kl_every or needed.zero:
+        base = reference.base_of(policy)
+        alive = reference.live(base, identity["weights"])
+        measured = reference.live(precise(base), identity["weights"])
     if not needed.reference:
-        return dict.fromkeys(parts, reference.none()), probed
-    if config.reference.mode == "live":
+        references = dict.fromkeys(parts, reference.none())
+    elif is_live:
         assert alive is not None
-        return dict.fromkeys(parts, alive), probed
+        assert measured is not None
+        references = {name: measured if name == "eval" else alive for name in parts}
+    else:
+        references = _stored(config, policy, (splits, parts, identity), session)
+    scorer = make_scorer(config.reward) if config.reward else None
+    return Beside(references, alive and alive.logps, measured and measured.logps, scorer)
+
+
+def _stored(
+    config: TrainConfig,
+    policy: Policy,
+    asked: tuple[Splits, Mapping[str, Sequence[TokenTree]], Mapping[str, str]],
+    session: Session,
+) -> dict[str, Reference]:
+    """The reference store, built or reused. asked: the data, the parts of it that are needed, the fingerprint."""
+    splits, parts, identity = asked
     path = Path(config.reference.store) if config.reference.store else session.folder.reference
     began, found = time.monotonic(), path.exists()
 
     def build(trees: Sequence[TokenTree]) -> Tensor:
-        with Bar(session, "reference", len(trees)) as bar, reference.frozen(policy) as ref:
+        computed = precise(policy) if trees is splits.eval else policy
+        with Bar(session, "reference", len(trees)) as bar, reference.frozen(computed) as ref:
             budget = config.train.max_tokens_per_pack
             return reference.all_logps(ref, trees, budget, session.world, bar.advance)
 
@@ -140,7 +158,7 @@ def _references(
     seconds = time.monotonic() - began
     message = f"reference: {'reused' if found else 'stored in'} {path} ({seconds:.1f} s)"
     session.event(0, "reference", message, seconds=seconds)
-    return stored, probed
+    return stored
 
 
 def _loop(

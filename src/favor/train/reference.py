@@ -32,7 +32,7 @@ from favor.model.logprobs import response_logps, scored_logps
 from favor.run import fsync
 
 # Raise when a change to favor can change log-probs beyond rounding: older stores are then refused.
-_CODE = "1"
+_CODE = "2"
 # Trees packed together in the no-gradient passes: enough to fill the budget, few enough to start at once.
 _WINDOW = 128
 
@@ -113,9 +113,13 @@ def stored(
     return {name: Reference(_lookup(tensors[name].to(policy.device)), identity) for name in splits}
 
 
-def live(policy: Policy, identity: str) -> Reference:
-    """The reference computed beside every batch: adapters off, or a frozen copy of the weights as they are now."""
-    base = policy if policy.lora else frozen_copy(policy)
+def base_of(policy: Policy) -> Policy:
+    """What a live reference computes with: the policy, whose adapters it switches off, or a frozen copy of its weights."""
+    return policy if policy.lora else frozen_copy(policy)
+
+
+def live(base: Policy, identity: str) -> Reference:
+    """The reference computed beside every batch, by what `base_of` gave."""
 
     def logps(batch: Batch) -> Tensor:
         with torch.no_grad(), frozen(base) as reference:
@@ -125,7 +129,7 @@ def live(policy: Policy, identity: str) -> Reference:
         with torch.no_grad(), frozen(base) as reference:
             return scored_logps(reference, batch)
 
-    return Reference(logps, identity, tokens, {} if policy.lora else dict(base.model.named_parameters()))
+    return Reference(logps, identity, tokens, {} if base.lora else dict(base.model.named_parameters()))
 
 
 def none() -> Reference:

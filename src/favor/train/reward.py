@@ -22,9 +22,8 @@ from favor.data.types import Batch, TokenTree
 from favor.errors import ConfigError
 from favor.eval.calibration import Calibration, calibrate
 from favor.losses.reward import bradley_terry, centering, rao_kupper_tie
-from favor.model.heads import load_scalar_model, response_scores
-from favor.model.layout import settle
-from favor.model.load import ModelConfig, Policy
+from favor.model.heads import load_scalar_model, response_scores, settle_scores
+from favor.model.load import ModelConfig, Policy, precise, precision_of
 from favor.run import start, write_json
 from favor.train.checkpoint import TrainingState
 from favor.train.data import Splits, load_splits
@@ -70,16 +69,16 @@ def train_reward(config: RewardTrainConfig, open_session: Callable[[Path], Sessi
     """Train a reward model; held-out figures go to eval.json. Raises the errors of every part."""
     folder = start(Path(config.run), dump(config), resume=config.resume)
     session = open_session(folder.root)
-    policy = load_scalar_model(config.model, config.seed)
+    policy = load_scalar_model(config.model, config.seed, fresh=True)
     splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=True)
     _check_options(config.reward, splits)
-    policy, why = settle(policy, config.model.layout, splits.train, response_scores)
-    session.event(0, "self_check", f"layout: {why}")
+    policy, why = settle_scores(policy, config.model.layout, splits.train, also=splits.eval, train=True)
+    session.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
     _loop(config, policy, splits, session)
     held_out = where(splits.eval, lambda tree: bool(tree.comparisons))
     if not held_out:
         return None
-    found = calibrate(*gaps(policy, held_out), config.seed)
+    found = calibrate(*gaps(precise(policy), held_out), config.seed)
     write_json(folder.evaluation, {"calibration": found.as_json()})
     session.say(f"held-out accuracy {found.accuracy:.3f} on {found.pairs} pairs, ECE {found.ece:.3f}")
     return found

@@ -18,7 +18,7 @@ from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.model.layout import settle
-from favor.model.load import ModelConfig, Policy, load_policy
+from favor.model.load import ModelConfig, Policy, load_policy, precision_of
 from favor.model.logprobs import response_logps
 from favor.run import start
 from favor.train.checkpoint import TrainingState
@@ -51,8 +51,8 @@ def sft(config: SftConfig, open_session: Callable[[Path], Session]) -> None:
     policy = load_policy(config.model, config.seed)
     splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=False)
     trees = preferred_only(splits.train)
-    policy, why = settle(policy, config.model.layout, trees)
-    session.event(0, "self_check", f"layout: {why}")
+    policy, why = settle(policy, config.model.layout, trees, train=True)
+    session.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
     _loop(config, policy, trees, splits.identity, session)
 
 

@@ -16,7 +16,7 @@ from favor.data.types import Batch, TokenTree
 from favor.dist.world import World
 from favor.eval.divergence import kl_of_samples
 from favor.losses import LOSSES, LossConfig, Scored, item_weight, term_sums
-from favor.model.load import Policy
+from favor.model.load import Policy, precise
 from favor.model.sample import SampleConfig, decode, sample
 from favor.scoring.source import Scorer
 from favor.train.data import Splits
@@ -60,10 +60,14 @@ class WatchConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Beside:
-    """What stands beside the policy: the reference of every split, a live one where it is needed, a scorer of probes."""
+    """What stands beside the policy: the reference of every split, live ones where they are needed, a scorer of probes.
+
+    alive: log-probs computed as the policy's are while it trains; measured: the same in float32.
+    """
 
     references: Mapping[str, Reference]
     alive: Callable[[Batch], Tensor] | None
+    measured: Callable[[Batch], Tensor] | None
     scorer: Scorer | None
 
 
@@ -127,13 +131,14 @@ def figures(record: Mapping[str, object]) -> str:
 
 def probe(watch: WatchConfig, seed: int, policy: Policy, beside: Beside, splits: Splits) -> dict[str, float]:
     """Sampled KL, and the samples' score, on the first prompts of the held-out part (of the training part without one)."""
-    assert beside.alive is not None
+    assert beside.measured is not None
+    policy = precise(policy)
     name = "eval" if splits.eval else "train"
     trees = splits.by_name[name][: watch.kl_prompts]
     settings = SampleConfig(max_new_tokens=watch.kl_tokens)
     prompts = [tree.prompt_ids for tree in trees]
     ids = sample(policy, prompts, [seed * 1_000_003 + i for i in range(len(prompts))], settings)
-    kl = kl_of_samples(policy, beside.alive, prompts, ids, settings)
+    kl = kl_of_samples(policy, beside.measured, prompts, ids, settings)
     found = {"kl": kl.mean, "kl_se": kl.se}
     if beside.scorer is not None:
         texts = decode(policy, ids)
@@ -165,7 +170,8 @@ def _share(below: deque[tuple[float, float]]) -> float:
 def evaluate(
     config: LossConfig, policy: Policy, reference: Reference, trees: Sequence[TokenTree], budget: int
 ) -> dict[str, float]:
-    """Held-out loss, accuracy and margin, by the training loss. A coupled loss sees the whole part at once."""
+    """Held-out loss, accuracy and margin, by the training loss, in float32. A coupled loss sees the whole part at once."""
+    policy = precise(policy)
     window = len(trees) if needs(config).coupled else _WINDOW
     stats: dict[str, float] = dict.fromkeys(STATS, 0.0)
     sums, counts = (torch.zeros(len(config.terms), dtype=torch.float64) for _ in range(2))

@@ -1,0 +1,258 @@
+"""The self-check and the loader: what is not computed exactly is refused or falls back loudly; planted faults."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from oracles import plain_logps, tree
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, Gemma2Config, Gemma2ForCausalLM
+
+from favor.data.pack import build
+from favor.errors import CheckpointError, NumericsError
+from favor.model import attention, layout
+from favor.model.heads import load_scalar_model, settle_scores
+from favor.model.layout import settle
+from favor.model.load import LoraSettings, ModelConfig, frozen_copy, load_policy, make_policy
+from favor.model.logprobs import response_logps
+
+CONFIG = ModelConfig(path="tiny", device="cpu")
+
+
+def policy_of(model, **settings):
+    return make_policy(model, tiny.tokenizer(), CONFIG.model_copy(update=settings))
+
+
+def trees(longest=20):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, tiny.VOCAB, (400,), generator=generator).tolist()
+    near = [tree(ids[i : i + 9], [ids[20 + i : 27 + i], ids[40 + i : 52 + i]], [(0, 1)], 2 * i) for i in range(3)]
+    return [*near, tree(ids[100:112], [ids[120 : 120 + longest], ids[300:305]], [(0, 1)], 6)]
+
+
+def enlarge(model, factor=4):
+    """Weights large enough for attention and log-probs to differ between tokens, as a trained model's do."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(factor)
+
+
+def assert_exact(policy, model, data):
+    """Log-probs of a settled policy against plain transformers, one unpadded row each."""
+    with torch.no_grad():
+        got, truth = response_logps(policy, build(data, policy.layout)), plain_logps(model, data)
+    assert float(((got - truth).abs() / (1 + truth.abs())).max()) < 1e-5
+
+
+def capped():
+    """A Gemma 2 whose logits are as large as a real one's: its cap at 30 changes them by many nats."""
+    torch.manual_seed(0)
+    made = Gemma2ForCausalLM(
+        Gemma2Config(**tiny._GQA, head_dim=8, final_logit_softcapping=30.0, sliding_window=256)
+    ).eval()
+    with torch.no_grad():
+        made.model.embed_tokens.weight.mul_(60)
+    return made
+
+
+@pytest.mark.parametrize("asked", ["auto", "rows"])
+def test_a_cap_on_the_logits_is_never_passed_over(asked):
+    """Rows with the plain linear head are hundreds of nats off here; the check gives that head up, and says so."""
+    model, data = capped(), trees()
+    wrong = replace(policy_of(model), layout="rows")
+    off = (response_logps(wrong, build(data, "rows")) - plain_logps(model, data)).abs()
+    assert float(off.detach().max()) > 10
+    policy, why = settle(policy_of(model), asked, data, train=True)
+    assert policy.fast_head is None
+    assert "own head is used" in why
+    assert_exact(policy, model, data)
+
+
+def test_a_wrong_gradient_costs_the_trees(monkeypatch):
+    """Right log-probs with a wrong backward: only the comparison of gradients sees it."""
+    right = attention._backward
+
+    def wrong(*arguments):
+        dq, dk, dv = right(*arguments)
+        return dq, dk * 1.01, dv
+
+    monkeypatch.setattr(attention, "_backward", wrong)
+    assert settle(policy_of(tiny.model("llama")), "auto", trees())[0].layout == "tree"
+    policy, why = settle(policy_of(tiny.model("llama")), "auto", trees(), train=True)
+    assert policy.layout == "rows"
+    assert "FALL-BACK" in why
+    assert "gradients of" in why
+
+
+def test_the_longest_row_is_checked_as_long_as_it_is(monkeypatch):
+    """A short window that the reading of the config misses shows in rows beyond it alone."""
+    monkeypatch.setattr(layout, "config_obstacle", lambda config, longest: None)
+    torch.manual_seed(0)
+    model = tiny.MistralForCausalLM(tiny.MistralConfig(**tiny._GQA, head_dim=8, sliding_window=200)).eval()
+    enlarge(model)
+    policy = policy_of(model)
+    assert settle(policy, "auto", trees(60))[0].layout == "tree"
+    policy, why = settle(policy, "auto", trees(270), train=True)
+    assert policy.layout == "rows", why
+    assert_exact(policy, model, trees(270))
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_depend_on_each_row_alone(kind):
+    """Rows on both sides of the original length in one batch: each as if alone, in any order, the reference's copy too."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        factors = {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 5.0, 8.0]}
+        rope |= factors | {"original_max_position_embeddings": 24}
+    config = tiny.LlamaConfig(
+        **(tiny._GQA | {"max_position_embeddings": 24 if kind == "dynamic" else 512}), rope_parameters=rope
+    )
+    torch.manual_seed(0)
+    model = tiny.LlamaForCausalLM(config).eval()
+    enlarge(model)
+    data = trees(longest=60)
+    with torch.no_grad():
+        # plain transformers, a fresh model for every row, as "dynamic" remembers the longest it has seen
+        truth = torch.cat(
+            [plain_logps(fresh(model), [replace(t, response_ids=(r,))]) for t in data for r in t.response_ids]
+        )
+        mixed = response_logps(replace(policy_of(fresh(model)), layout="rows"), build(data, "rows"))
+        policy, why = settle(policy_of(model), "auto", data, train=True)
+        assert "depend on the length of a row" in why
+        copy = frozen_copy(policy)
+        for order in (data, data[::-1]):
+            for one in (policy, copy):
+                got = response_logps(one, build(order, "rows"))
+                torch.testing.assert_close(got, truth if order is data else _reversed(truth), rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(mixed, truth, rtol=1e-6, atol=1e-4)
+
+
+def _reversed(truth_R):
+    return torch.cat([truth_R[i : i + 2] for i in range(len(truth_R) - 2, -1, -2)])
+
+
+def fresh(model):
+    made = tiny.LlamaForCausalLM(model.config)
+    made.load_state_dict(model.state_dict())
+    return made.eval()
+
+
+def test_without_the_row_by_row_positions_a_batch_would_be_wrong(monkeypatch):
+    """The planted fault of the test above: the check must not accept a batch whose positions mix."""
+    monkeypatch.setattr("favor.model.load.row_by_row", lambda model: None)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 5.0, 8.0]}
+    rope |= {"original_max_position_embeddings": 24, "factor": 4.0}
+    torch.manual_seed(0)
+    model = tiny.LlamaForCausalLM(tiny.LlamaConfig(**tiny._GQA, rope_parameters=rope)).eval()
+    enlarge(model, 8)
+    with pytest.raises(NumericsError, match="rows of several lengths"):
+        settle(policy_of(model), "auto", trees(longest=60))
+
+
+def test_a_bidirectional_model_is_refused():
+    from transformers import BertConfig, BertLMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in tiny._SIZES.items() if k != "bos_token_id"}
+    model = BertLMHeadModel(BertConfig(**sizes, is_decoder=False)).eval()
+    with pytest.raises(CheckpointError, match="reads later tokens too"):
+        settle(policy_of(model), "rows", trees())
+
+
+def test_an_id_without_an_embedding_is_refused():
+    beyond = [*trees(), tree([5, 6], [[7, tiny.VOCAB + 3], [8]], [(0, 1)], 8)]
+    with pytest.raises(CheckpointError, match=f"gives the id {tiny.VOCAB + 3}"):
+        settle(policy_of(tiny.model("llama")), "auto", beyond)
+
+
+def spoil_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def renamed(weights):
+    weights["model.layers.1.mlp.wrong.weight"] = weights.pop("model.layers.1.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("change", "layers", "named"),
+    [
+        (renamed, 2, ["lack model.layers.1.mlp.up_proj.weight", "no place for model.layers.1.mlp.wrong.weight"]),
+        (lambda weights: weights.pop("model.norm.weight"), 2, ["lack model.norm.weight"]),
+        (lambda weights: None, 3, ["lack model.layers.2.", "and 6 more"]),
+        (lambda weights: None, 1, ["no place for model.layers.1."]),
+        (
+            lambda weights: weights.update({"model.norm.weight": torch.ones(16)}),
+            2,
+            ["in another shape model.norm.weight"],
+        ),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused_by_name(tmp_path, change, layers, named):
+    tiny.save(tmp_path)
+    spoil_weights(tmp_path, change)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers, "layer_types": None}))
+    with pytest.raises(CheckpointError) as found:
+        load_policy(ModelConfig(path=str(tmp_path)))
+    assert all(part in str(found.value) for part in [str(tmp_path), *named]), found.value
+
+
+def test_a_reward_model_needs_a_trained_head_of_one_number(tmp_path):
+    """A plain LM is the start of one (its scores 0), and scores nothing; a classifier of three labels is neither."""
+    tiny.save(tmp_path / "lm")
+    config = ModelConfig(path=str(tmp_path / "lm"))
+    with pytest.raises(CheckpointError, match="without a trained score"):
+        load_scalar_model(config)
+    policy = load_scalar_model(config, fresh=True)
+    head = policy.causal_lm.score.weight
+    settled, why = settle_scores(policy, "auto", trees(), train=True)
+    assert settled.layout == "tree", why
+    assert not head.any(), "the check puts a random head in, and takes it out again"
+    three = AutoModelForSequenceClassification.from_pretrained(tmp_path / "lm", num_labels=3, dtype=torch.float32)
+    three.save_pretrained(tmp_path / "three")
+    tiny.tokenizer().save_pretrained(tmp_path / "three")
+    for fresh_start in (True, False):
+        with pytest.raises(CheckpointError, match="several labels"):
+            load_scalar_model(ModelConfig(path=str(tmp_path / "three")), fresh=fresh_start)
+
+
+def test_a_zero_head_does_not_hide_a_wrong_backbone(monkeypatch):
+    """All scores are 0 with a head of zeros: a wrong attention must be seen all the same."""
+    from favor.model.heads import _LM_HEAD
+
+    assert "lm_head.weight" in _LM_HEAD
+    monkeypatch.setattr(attention, "parts", lambda nodes: (p for p in _PARTS(nodes) if p.causal))
+    torch.manual_seed(0)
+    made = tiny.model("llama")
+    from transformers import LlamaForSequenceClassification
+
+    scorer = LlamaForSequenceClassification(made.config.__class__(**made.config.to_dict() | {"num_labels": 1}))
+    scorer.model.load_state_dict(made.model.state_dict())
+    with torch.no_grad():
+        scorer.score.weight.zero_()
+    policy = policy_of(scorer.eval())
+    policy.causal_lm.config.pad_token_id = 0
+    settled, why = settle_scores(policy, "auto", trees())
+    assert settled.layout == "rows"
+    assert "scores" in why
+
+
+_PARTS = attention.parts
+
+
+def test_bfloat16_says_what_it_costs_and_lora_is_checked_too():
+    data = trees()
+    policy, why = settle(policy_of(tiny.model("llama"), dtype="bfloat16"), "auto", data, train=True)
+    assert policy.compute_dtype == torch.bfloat16
+    truth = plain_logps(tiny.model("llama"), [layout._cut(t) for t in data[:2]]).detach()
+    with torch.no_grad():
+        off = (response_logps(policy, build([layout._cut(t) for t in data[:2]], "tree")) - truth).abs()
+    assert float(off.max()) > 1e-3
+    assert f"bfloat16 costs {float(off.mean()):.2g} nats" in why
+    lora = settle(policy_of(tiny.model("llama"), lora=LoraSettings(rank=2)), "auto", data, train=True)[0]
+    assert lora.layout == "tree"
