@@ -114,8 +114,7 @@ class Outcome(NamedTuple):
 
 def variants(family):
     """Variant -> settings that replace the tiny default's."""
-    made = zoo_models.config(family)
-    text = made.get_text_config()
+    text = zoo_models.text_config(family)
     found = {"default": {}}
     windows = [name for name in zoo_models.WINDOWS if isinstance(vars(text).get(name), int)]
     if windows:
@@ -147,23 +146,11 @@ def _stretched(text, rope, original):
         )
         scaling |= {"short_factor": [1.0] * (width // 2), "long_factor": [4.0 + i for i in range(width // 2)]}
     if any(kind in current for kind in ("full_attention", "sliding_attention")):
-        scaling = {kind: scaling for kind in current}
+        scaling = dict.fromkeys(current, scaling)
     top = {"max_position_embeddings": original if rope == "dynamic" else 512}
     if "original_max_position_embeddings" in vars(text):
         top["original_max_position_embeddings"] = original
     return top | {"rope_parameters": scaling}
-
-
-def cells(families=FAMILIES):
-    """All cells, and why the families that have none are missing: ([Cell], {family: reason})."""
-    found, missing = [], {}
-    for family in families:
-        try:
-            zoo_models.build(family)
-            found += [Cell(family, variant) for variant in variants(family)]
-        except NotBuiltError as error:
-            missing[family] = str(error)
-    return found, missing
 
 
 def forest(long=False):
@@ -254,7 +241,7 @@ def outcome(model, asked, trees, expected):
             alone = torch.cat([response_logps(policy, build([item], policy.layout)) for item in trees])
     except FavorError as error:
         return Outcome("refused", why=str(error))
-    except Exception as error:  # the outcome that must not be
+    except Exception as error:  # noqa: BLE001 (the outcome that must not be)
         return Outcome("TRACEBACK", why=f"{type(error).__name__}: {error}")
     logp = max(logp_error(found, expected.logp), logp_error(alone, expected.logp))
     gradient = gradient_error(got, expected.gradient)
@@ -273,31 +260,33 @@ def judge(cell):
     return tuple(outcome(deepcopy(model), asked, trees, expected) for asked in ("auto", "rows"))
 
 
+def rows(families, missing):
+    """(cell, outcome with layout auto, outcome with layout rows) of every cell; `missing` gets what cannot be built, and why."""
+    for family in families:
+        try:
+            for variant in variants(family):
+                yield Cell(family, variant), *judge(Cell(family, variant))
+        except NotBuiltError as error:
+            missing[family] = str(error)
+
+
 def main(families):
-    """Print the table and the counts; 1 when anything is silently wrong."""
+    """Print the table, the counts, what was said and what is missing; 1 when anything is silently wrong."""
     logging.set_verbosity_error()
     began = time.monotonic()
-    found, missing = cells(families or FAMILIES)
-    counts, reasons = {}, {}
+    counts, reasons, missing, done = {}, {}, {}, []
     print("| family | variant | auto | log-probs, gradients | rows | log-probs, gradients |\n|---|---|---|---|---|---|")
-    for cell in found:
-        try:
-            pair = judge(cell)
-        except NotBuiltError as error:
-            missing[f"{cell.family}, {cell.variant}"] = str(error)
-            continue
+    for cell, *pair in rows(families or FAMILIES, missing):
+        done.append(cell.family)
         words = []
         for asked, what in zip(("auto", "rows"), pair, strict=True):
             counts[asked, what.kind] = counts.get((asked, what.kind), 0) + 1
-            reasons.setdefault((what.kind, re.sub(r"[\d.]+(e-?\d+)?", "N", what.why)), []).append(
-                f"{cell.family} ({cell.variant}, {asked})"
-            )
+            said = what.kind, re.sub(r"[\d.]+(e[-+]?\d+)?", "N", what.why)
+            reasons.setdefault(said, []).append(f"{cell.family} ({cell.variant}, {asked})")
             layout = f" ({what.layout})" if what.layout and asked == "auto" else ""
             words += [what.kind + layout, f"{what.logp:.0e}, {what.gradient:.0e}" if what.layout else "-"]
         print(f"| {cell.family} | {cell.variant} | " + " | ".join(words) + " |", flush=True)
-    print(
-        f"\n{len(found)} cells of {len({cell.family for cell in found})} families in {time.monotonic() - began:.0f} s"
-    )
+    print(f"\n{len(done)} cells of {len(set(done))} families in {time.monotonic() - began:.0f} s")
     for (asked, kind), count in sorted(counts.items()):
         print(f"- layout {asked}: {count} {kind}")
     print("\nWhat was said:")

@@ -4,6 +4,7 @@ A random tiny model has logits near 0, where a soft-cap, a scale or a multiplier
 and the head is scaled until the logits spread over tens of nats.
 """
 
+import contextlib
 import dataclasses
 import re
 
@@ -15,12 +16,46 @@ VOCAB = 320
 # token ids of the trees: below the ids that multimodal models keep for images and sounds
 WORDS = (4, 300)
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-ENCODERS = (
-    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
-    "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod"
-).split()
+ENCODERS = [
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+]
 # families that are tried with their head tied to the embedding and apart from it
-TIED = "llama qwen2 qwen3 gemma gemma2 granite cohere gpt2 gpt_neox bloom opt mistral phi3 olmo2 deepseek_v3 minicpm3 falcon mamba jamba".split()
+TIED = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "granite",
+    "cohere",
+    "gpt2",
+    "gpt_neox",
+    "bloom",
+    "opt",
+    "mistral",
+    "phi3",
+    "olmo2",
+    "deepseek_v3",
+    "minicpm3",
+    "falcon",
+    "mamba",
+    "jamba",
+]
 # size -> the names that configs give it
 _SIZES = {
     VOCAB: "vocab_size n_token decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size pronunciation_vocab_size "
@@ -120,18 +155,37 @@ class NotBuiltError(Exception):
 
 
 def config(family, **over):
-    """A tiny config of a family with every kind of layer it has; `over` goes to the language model's own config."""
-    special = SPECIAL.get(family, {})
-    return _shrink(CONFIG_MAPPING[family], {**special, **over}, top=True)
+    """A tiny config of a family with every kind of layer it has; `over` goes to the language model's own config.
+
+    Raises NotBuiltError with the reason.
+    """
+    with _reasons():
+        return _shrink(CONFIG_MAPPING[family], {**SPECIAL.get(family, {}), **over}, top=True)
+
+
+def text_config(family):
+    """The language model's part of the tiny config. Raises NotBuiltError with the reason."""
+    made = config(family)
+    with _reasons():
+        return made.get_text_config()
+
+
+@contextlib.contextmanager
+def _reasons():
+    try:
+        yield
+    except NotBuiltError:
+        raise
+    except Exception as error:  # noqa: BLE001 (anything that stops a tiny model is its reason)
+        raise NotBuiltError(f"{type(error).__name__}: {' '.join(str(error).split()):.160}") from None
 
 
 def _shrink(cls, over, top=False):
     fields = {field.name for field in dataclasses.fields(cls)} - set(cls.attribute_map)
     known = {name: size for name, size in SIZES.items() if name in fields}
-    try:
+    default = None
+    with contextlib.suppress(Exception):
         default = cls()
-    except (ValueError, TypeError, AttributeError, KeyError):
-        default = None
     if "kv_lora_rank" in fields:
         known["num_key_value_heads"] = 4
     kinds = {name: list(dict.fromkeys(vars(default).get(name) or ())) for name in _LAYERS if default and name in fields}
@@ -162,8 +216,8 @@ def _inner(cls, default, fields, over):
 
 def build(family, seed=0, **over):
     """The model in eval mode. Raises NotBuiltError with the reason."""
-    try:
-        made = config(family, **over)
+    made = config(family, **over)
+    with _reasons():
         with torch.device("meta"):
             count = sum(p.numel() for p in AutoModelForCausalLM.from_config(made).parameters())
         if count > 4e6:
@@ -171,18 +225,6 @@ def build(family, seed=0, **over):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(made).eval()
         enlarge(model)
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        RuntimeError,
-        ImportError,
-        AssertionError,
-        IndexError,
-    ) as error:
-        reason = re.sub(r"\s+", " ", str(error))
-        raise NotBuiltError(f"{type(error).__name__}: {reason:.160}") from None
     return model
 
 
