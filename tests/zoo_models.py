@@ -76,14 +76,14 @@ _SIZES = {
     "n_routed_experts moe_num_experts",
     8: "head_dim kv_channels d_head dim_head attention_head_size swa_head_dim v_head_dim qk_nope_head_dim linear_head_dim "
     "linear_key_head_dim linear_value_head_dim index_head_dim mamba_d_state state_size ssm_state_size mamba_n_heads "
-    "mamba_num_heads mamba_d_head mamba_head_dim mamba_headdim n_mamba_heads chunk_size mamba_chunk_size block_size index_topk",
+    "mamba_num_heads mamba_d_head mamba_head_dim mamba_headdim n_mamba_heads chunk_size mamba_chunk_size block_size",
     512: "max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length max_target_positions "
     "rel_extent position_bias_max_distance",
     64: "mamba_d_ssm max_source_positions",
     1: "n_group num_expert_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts zero_expert_num "
     "n_groups mamba_n_groups mamba_ngroups num_mem_blocks o_groups",
     256: "sliding_window attention_chunk_size sliding_window_size window_size attention_window_size local_attention floor_scale "
-    "keep_window_size log_scaling_n_floor",
+    "keep_window_size log_scaling_n_floor index_topk",
 }
 SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
 WINDOWS = (
@@ -97,6 +97,13 @@ WINDOWS = (
 _LAYERS = ("layer_types", "layers_block_type", "mlp_layer_types")
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _GRANITE = {"embedding_multiplier": 6.0, "logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.5}
+_QSA = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 256,
+    "indexer_compress_ratio": 4,
+}
 # what the general rule does not know of a family
 SPECIAL = {
     "bamba": {"attn_layer_indices": [1]},
@@ -115,6 +122,7 @@ SPECIAL = {
         "attention_out_multiplier": 0.8,
         "ssm_in_multiplier": 0.7,
     },
+    "dots3_note_text": {"per_layer_config": {}, "head_dim": 12},
     "gemma2": {"attn_logit_softcapping": 3.0},
     "vaultgemma": {"attn_logit_softcapping": 3.0},
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": 48, "activation_sparsity_pattern": [0.5, 0.0]},
@@ -133,6 +141,8 @@ SPECIAL = {
     "minicpm3": {"scale_emb": 4, "dim_model_base": 8},
     "longcat_flash": {"head_dim": 4},
     "opt": {"word_embed_proj_dim": 16},
+    "qwen4_exp": _QSA,
+    "qwen4_exp_text": _QSA,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
         "is_decoder": True,
@@ -144,6 +154,8 @@ SPECIAL = {
     "zaya": {"num_experts_per_tok": 1},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
         "num_hidden_layers": 6,
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention", "hybrid"],
     },
