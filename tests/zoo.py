@@ -44,7 +44,7 @@ _ROPES = {
 }
 _STRETCHED = {
     "linear": "llama qwen2 gemma3_text",
-    "dynamic": "llama qwen2 mistral gpt_neox phi granite falcon internlm3",
+    "dynamic": "llama qwen2 mistral phi granite falcon internlm3",
     "yarn": "llama qwen2 qwen3 deepseek_v3 deepseek_v2 gpt_oss olmo2",
     "llama3": "llama apertus cwm smollm3 granite",
     "longrope": "llama phi3 phimoe minicpm3 granitemoehybrid",
@@ -55,7 +55,7 @@ _MORE = {
         "alibi, new decoder": {"alibi": True, "new_decoder_architecture": True},
         "new decoder": {"new_decoder_architecture": True},
         "sequential": {"parallel_attn": False, "bias": True},
-        "grouped": {"multi_query": False},
+        "multi-head": {"multi_query": False, "num_kv_heads": 4},
     },
     "bloom": {"post-layernorm residual": {"apply_residual_connection_post_layernorm": True}},
     "mpt": {"no alibi": {"attn_config": {"alibi": False}}},
@@ -89,7 +89,6 @@ _MORE = {
     "llama4_text": {"short chunks": {"attention_chunk_size": 8, "floor_scale": 4, "no_rope_layers": [1, 0]}},
     "doge": {"experts": {"is_moe": True, "num_experts": 16}},
     "persimmon": {"no QK norm": {"qk_layernorm": False}},
-    "recurrent_gemma": {"no cap": {"logits_soft_cap": None}},
     "lfm2": {"convolutions": {"layer_types": ["conv", "full_attention"]}},
     "smollm3": {"half without positions": {"no_rope_layers": [1, 0]}},
     "zamba2": {"rope": {"use_mem_rope": True}},
