@@ -21,6 +21,7 @@ from zoo_models import ENCODERS, FAMILIES, WORDS, NotBuiltError
 
 from favor.data.pack import build
 from favor.errors import FavorError
+from favor.model.heads import response_scores
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, make_policy
 from favor.model.logprobs import response_logps
@@ -29,6 +30,8 @@ from favor.model.logprobs import response_logps
 TOLERANCE = 1e-4
 # the length that position encodings were trained for, in the variants that stretch it: trees lie on both sides
 ORIGINAL = 24
+# the same model with a scalar head
+REWARD = "reward model"
 _ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
@@ -132,7 +135,11 @@ def variants(family):
             found |= {rope: _stretched(text, rope, ORIGINAL)}
             if rope in ("dynamic", "longrope"):
                 found |= {f"{rope}, long rows": _stretched(text, rope, 220)}
-    return found | _MORE.get(family, {})
+    found |= _MORE.get(family, {})
+    if family in zoo_models.REWARDS and family not in ENCODERS:
+        scored = [name for name in found if name.startswith(("default", "short window", "dynamic", "longrope"))]
+        found |= {f"{REWARD}: {name}": found[name] for name in scored}
+    return found
 
 
 def _stretched(text, rope, original):
@@ -149,6 +156,7 @@ def _stretched(text, rope, original):
             or text.hidden_size // text.num_attention_heads
         )
         scaling |= {"short_factor": [1.0] * (width // 2), "long_factor": [4.0 + i for i in range(width // 2)]}
+        scaling |= {"short_mscale": 1.0, "long_mscale": 1.2} if "phimoe" in text.model_type else {}
     if any(kind in current for kind in ("full_attention", "sliding_attention")):
         scaling = dict.fromkeys(current, scaling)
     top = {"max_position_embeddings": original if rope == "dynamic" else 512}
@@ -180,13 +188,20 @@ def paths(trees):
 
 
 def plain(model, trees):
-    """log pi(y|x) of each response by plain transformers, float64 [R]; the forward of two tokens resets dynamic positions."""
+    """log pi(y|x) or the score of each response by plain transformers, float64 [R].
+
+    The forward of two tokens resets positions that remember the longest row.
+    """
     out = []
     for start, path in paths(trees):
         ids = torch.tensor([path])
         with torch.no_grad():
             zoo_models.logits_of(model, ids[:, :2])
-        logp = zoo_models.logits_of(model, ids)[0, start - 1 : -1].double().log_softmax(-1)
+        logits = zoo_models.logits_of(model, ids)
+        if logits.shape == (1, 1):
+            out.append(logits.double().squeeze())
+            continue
+        logp = logits[0, start - 1 : -1].double().log_softmax(-1)
         out.append(logp.gather(1, ids[0, start:, None]).sum())
     return torch.stack(out)
 
@@ -216,7 +231,7 @@ def truth(model, trees):
         gradient = None
     with torch.no_grad():
         largest = zoo_models.logits_of(model, torch.tensor([paths(trees)[0][1]])).abs().max().item()
-    return Truth(value.detach(), gradient, _causal(model), largest)
+    return Truth(value.detach(), gradient, zoo_models.scores_text(model) or _causal(model), largest)
 
 
 def _causal(model):
@@ -241,13 +256,14 @@ def gradient_error(found, expected):
 
 def outcome(model, asked, trees, expected):
     """Settle and compute as training does, on everything at once and on each tree alone."""
+    measure = response_scores if zoo_models.scores_text(model) else response_logps
     try:
         policy = make_policy(model, tiny.tokenizer(), ModelConfig(path="zoo", dtype="float32", device="cpu"))
-        policy, why = settle(policy, asked, trees)
-        found = response_logps(policy, build(trees, policy.layout))
+        policy, why = settle(policy, asked, trees, measure)
+        found = measure(policy, build(trees, policy.layout))
         got = gradients(found, policy.model)
         with torch.no_grad():
-            alone = torch.cat([response_logps(policy, build([item], policy.layout)) for item in trees])
+            alone = torch.cat([measure(policy, build([item], policy.layout)) for item in trees])
     except FavorError as error:
         return Outcome("refused", why=str(error))
     except Exception as error:  # noqa: BLE001 (the outcome that must not be)
@@ -263,7 +279,8 @@ def outcome(model, asked, trees, expected):
 
 def judge(cell):
     """(outcome with layout auto, outcome with layout rows) of a cell."""
-    model = zoo_models.build(cell.family, **variants(cell.family)[cell.variant])
+    scores = cell.variant.startswith(REWARD)
+    model = zoo_models.build(cell.family, scores=scores, **variants(cell.family)[cell.variant])
     trees = forest(long="long rows" in cell.variant)
     expected = truth(deepcopy(model), trees)
     return tuple(

@@ -9,13 +9,17 @@ import dataclasses
 import re
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 VOCAB = 320
 # token ids of the trees: below the ids that multimodal models keep for images and sounds
 WORDS = (4, 300)
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+REWARDS = frozenset(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
 ENCODERS = [
     "bert",
     "bert-generation",
@@ -226,16 +230,19 @@ def _inner(cls, default, fields, over):
     return made
 
 
-def build(family, seed=0, **over):
-    """The model in eval mode. Raises NotBuiltError with the reason."""
+def build(family, seed=0, scores=False, **over):
+    """The language model, or the reward model (`scores`), in eval mode. Raises NotBuiltError with the reason."""
     made = config(family, **over)
+    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    if scores:
+        made.num_labels = 1
     with _reasons():
         with torch.device("meta"):
-            count = sum(p.numel() for p in AutoModelForCausalLM.from_config(made).parameters())
+            count = sum(p.numel() for p in kind.from_config(made).parameters())
         if count > 4e6:
             raise NotBuiltError(f"{count:.0f} parameters when as small as it gets here")
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(made).eval()
+        model = kind.from_config(made).eval()
         enlarge(model)
     return model
 
@@ -264,7 +271,10 @@ def enlarge(model):
                 p.normal_(0.0, 0.3, generator=generator)
             elif spread == 0:
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
-        _scale_head(model, generator)
+        if not scores_text(model):
+            _scale_head(model, generator)
+        else:
+            model.score.weight.mul_(5.0)
 
 
 def _scale_head(model, generator):
@@ -295,3 +305,8 @@ def _scale_head(model, generator):
 def logits_of(model, ids):
     """Logits of plain transformers, [1, T, V]."""
     return model(input_ids=ids, use_cache=False).logits
+
+
+def scores_text(model):
+    """Whether it is a reward model."""
+    return type(model).__name__.endswith("ForSequenceClassification")
