@@ -10,12 +10,10 @@ import io
 import json
 import os
 import shutil
-import struct
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,20 +22,41 @@ if __name__ == "__main__":  # in tests conftest.py does it; before transformers 
 
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import (
-    BertConfig,
-    BertLMHeadModel,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    LlamaModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTModel,
+from spoil import (
+    adapter,
+    adapter_tensors,
+    as_it_is,
+    attention_buffers,
+    base,
+    both,
+    cast,
+    content,
+    cut,
+    fill,
+    gone,
+    grown,
+    header_size,
+    index_entry,
+    is_a_file,
+    is_a_folder,
+    is_a_link_loop,
+    link_loop,
+    more_tokens,
+    other_head,
+    pickle_beside,
+    pickled,
+    plus,
+    remote_code,
+    remote_code_of_a_known_type,
+    remote_tokenizer,
+    rename,
+    rotary_buffers,
+    settings,
+    shards,
+    slow_tokenizer,
+    stored_head,
+    template,
+    without,
 )
 
 from favor.cli import main
@@ -52,17 +71,6 @@ _CHAT = [
     }
     for row in _ROWS
 ]
-_SIZES = {
-    "vocab_size": tiny.VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_LLAMA = _SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 512}
 
 
 class Case(NamedTuple):
@@ -81,314 +89,6 @@ class Result(NamedTuple):
     message: str
 
 
-def _random(model):
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.mul_(4)
-    return model.eval()
-
-
-def _untied():
-    return LlamaForCausalLM(LlamaConfig(**_LLAMA, tie_word_embeddings=False))
-
-
-def _scalar(labels=1):
-    return LlamaForSequenceClassification(LlamaConfig(**_LLAMA, tie_word_embeddings=True, num_labels=labels))
-
-
-def _llama4():
-    from transformers import Llama4ForCausalLM, Llama4TextConfig
-
-    return Llama4ForCausalLM(
-        Llama4TextConfig(**_LLAMA, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=256)
-    )
-
-
-_T5 = {"vocab_size": tiny.VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-_BASES = {
-    "llama": lambda: tiny.FAMILIES["llama"](),
-    "untied": _untied,
-    "qwen2": lambda: tiny.FAMILIES["qwen2"](),
-    "gpt2": lambda: tiny.FAMILIES["gpt2"](),
-    "bert": lambda: BertLMHeadModel(BertConfig(**_SIZES)),
-    "bert decoder": lambda: BertLMHeadModel(BertConfig(**_SIZES, is_decoder=True)),
-    "bert body": lambda: BertModel(BertConfig(**_SIZES)),
-    "llama body": lambda: LlamaModel(LlamaConfig(**_LLAMA, tie_word_embeddings=False)),
-    "tied body": lambda: LlamaModel(LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
-    "t5": lambda: T5ForConditionalGeneration(T5Config(**_T5)),
-    "vit": lambda: ViTModel(
-        ViTConfig(**{k: v for k, v in _SIZES.items() if "id" not in k[-3:]}, image_size=16, patch_size=8)
-    ),
-    "llama4": _llama4,
-    "scalar": _scalar,
-    "two labels": lambda: _scalar(2),
-    "three labels": lambda: _scalar(3),
-}
-
-
-def base(name):
-    """A good model folder, made once."""
-    return Path(_made(name).name)
-
-
-@cache
-def _made(name):
-    held = tempfile.TemporaryDirectory(prefix="favor-base-")
-    torch.manual_seed(0)
-    _random(_BASES[name]()).save_pretrained(held.name)
-    tiny.tokenizer().save_pretrained(held.name)
-    return held
-
-
-# what is done to a folder
-
-
-def tensors(change):
-    """Change the dict of tensors."""
-
-    def spoil(folder):
-        held = load_file(folder / "model.safetensors")
-        change(held)
-        save_file({k: v.contiguous() for k, v in held.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return spoil
-
-
-def rename(old, new):
-    def change(held):
-        moved = {k.replace(old, new): v for k, v in held.items()}
-        held.clear()
-        held.update(moved)
-
-    return tensors(change)
-
-
-def without(*names):
-    return tensors(lambda held: [held.pop(name) for name in names])
-
-
-def plus(name, *shape):
-    return tensors(lambda held: held.update({name: torch.randn(shape)}))
-
-
-def fill(name, value):
-    return tensors(lambda held: held[name].view(-1)[:3].fill_(value))
-
-
-def cast(dtype, name=None):
-    return tensors(lambda held: held.update({k: v.to(dtype) for k, v in held.items() if name in (None, k)}))
-
-
-def settings(file="config.json", /, **values):
-    """Change keys of a JSON file; None removes one."""
-
-    def spoil(folder):
-        path = folder / file
-        held = json.loads(path.read_text()) if path.exists() else {}
-        held |= values
-        path.write_text(json.dumps({k: v for k, v in held.items() if v is not None}))
-
-    return spoil
-
-
-def content(name, data):
-    """Replace a file."""
-
-    def spoil(folder):
-        path = folder / name
-        path.unlink(missing_ok=True)
-        path.write_bytes(data if isinstance(data, bytes) else data.encode())
-
-    return spoil
-
-
-def cut(name, share=0.5):
-    def spoil(folder):
-        data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[: int(len(data) * share)])
-
-    return spoil
-
-
-def gone(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def both(*steps):
-    return lambda folder: [step(folder) for step in steps] and None
-
-
-def shards(folder):
-    """The weights in two files with an index."""
-    held = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(held)
-    parts = {"model-00001-of-00002.safetensors": names[:5], "model-00002-of-00002.safetensors": names[5:]}
-    for file, members in parts.items():
-        save_file({k: held[k].contiguous() for k in members}, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {k: file for file, members in parts.items() for k in members}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def index_entry(name, file):
-    def spoil(folder):
-        path = folder / "model.safetensors.index.json"
-        held = json.loads(path.read_text())
-        held["weight_map"][name] = file
-        path.write_text(json.dumps(held))
-
-    return spoil
-
-
-PAYLOAD = "import pathlib; pathlib.Path('EXECUTED').touch()"
-
-
-class _Bomb:
-    def __reduce__(self):
-        return exec, (PAYLOAD,)
-
-
-def pickled(name):
-    """Weights as a pickle that would run code, instead of safetensors."""
-
-    def spoil(folder):
-        for old in folder.glob("*.safetensors"):
-            old.unlink()
-        torch.save({"model.embed_tokens.weight": _Bomb()}, folder / name)
-
-    return spoil
-
-
-def remote_code(folder):
-    settings(
-        model_type="mine",
-        architectures=["Mine"],
-        auto_map={"AutoConfig": "modeling_mine.Config", "AutoModelForCausalLM": "modeling_mine.Mine"},
-    )(folder)
-    (folder / "modeling_mine.py").write_text(PAYLOAD)
-
-
-def remote_code_of_a_known_type(folder):
-    settings(auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})(folder)
-    (folder / "modeling_mine.py").write_text(PAYLOAD)
-
-
-def remote_tokenizer(folder):
-    settings("tokenizer_config.json", auto_map={"AutoTokenizer": ["tok.Mine", "tok.Mine"]}, tokenizer_class="Mine")(
-        folder
-    )
-    (folder / "tok.py").write_text(PAYLOAD)
-
-
-def adapter(change=lambda folder: None, on="llama", **lora):
-    """The folder becomes an adapter on a good model."""
-
-    def spoil(folder):
-        shutil.rmtree(folder)
-        model = LlamaForCausalLM.from_pretrained(base(on), dtype=torch.float32)
-        options = {
-            "r": 4,
-            "target_modules": ["q_proj", "v_proj"],
-            "init_lora_weights": False,
-            "task_type": "CAUSAL_LM",
-        } | lora
-        get_peft_model(model, LoraConfig(**options)).save_pretrained(folder)
-        tiny.tokenizer().save_pretrained(folder)
-        change(folder)
-
-    return spoil
-
-
-def adapter_tensors(change):
-    def spoil(folder):
-        held = load_file(folder / "adapter_model.safetensors")
-        moved = change(held)
-        save_file(moved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-    return spoil
-
-
-def template(text):
-    return lambda folder: (folder / "chat_template.jinja").write_text(text)
-
-
-def more_tokens(used):
-    """The tokenizer knows a token that the embedding has no row for; the template uses it, or nothing does."""
-
-    def spoil(folder):
-        made = tiny.tokenizer()
-        made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *(f"<|more{i}|>" for i in range(40))]})
-        if used:
-            made.chat_template = "<|more39|>" + tiny.CHATML
-        made.save_pretrained(folder)
-
-    return spoil
-
-
-def slow_tokenizer(folder):
-    for old in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / old).unlink()
-    (folder / "vocab.json").write_text(json.dumps({"a</w>": 0, "b</w>": 1, "<unk>": 2}))
-    (folder / "merges.txt").write_text("#version: 0.2\na b</w>\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CTRLTokenizer"}))
-
-
-def header_size(folder):
-    """A header that claims more bytes than there are."""
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 40) + data[8:])
-
-
-def is_a_file(folder):
-    shutil.rmtree(folder)
-    folder.write_text("not a folder")
-
-
-def link_loop(folder):
-    (folder / "config.json").unlink()
-    (folder / "config.json").symlink_to(folder / "other.json")
-    (folder / "other.json").symlink_to(folder / "config.json")
-
-
-def is_a_link_loop(folder):
-    shutil.rmtree(folder)
-    folder.symlink_to(folder)
-
-
-def is_a_folder(name):
-    def spoil(folder):
-        (folder / name).unlink()
-        (folder / name).mkdir()
-
-    return spoil
-
-
-def attention_buffers(folder):
-    """What older transformers stored beside GPT-2's weights."""
-    tensors(
-        lambda held: held.update(
-            {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 512, 512, dtype=torch.uint8) for i in range(2)}
-            | {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
-        )
-    )(folder)
-
-
-def rotary_buffers(folder):
-    tensors(
-        lambda held: held.update({f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)})
-    )(folder)
-
-
-def stored_head(folder):
-    tensors(lambda held: held.update({"lm_head.weight": held["model.embed_tokens.weight"].clone()}))(folder)
-
-
-def other_head(folder):
-    """The config says the head is the embedding; the file holds another head."""
-    tensors(lambda held: held.update({"lm_head.weight": torch.randn_like(held["model.embed_tokens.weight"])}))(folder)
-
-
 _Q = "model.layers.0.self_attn.q_proj.weight"
 CASES = {
     # tensors
@@ -402,6 +102,10 @@ CASES = {
         without("model.layers.0.self_attn.q_proj.bias"), ("model.layers.0.self_attn.q_proj.bias",), base="qwen2"
     ),
     "missing embedding": Case(without("model.embed_tokens.weight"), ("model.embed_tokens.weight",), base="untied"),
+    "missing embedding, tied": Case(without("model.embed_tokens.weight"), ("model.embed_tokens.weight",)),
+    "LoRA on a missing weight": Case(
+        without("model.layers.1.mlp.down_proj.weight"), ("model.layers.1.mlp.down_proj.weight",), "lora"
+    ),
     "unexpected bias": Case(
         plus("model.layers.0.self_attn.q_proj.bias", 32), ("model.layers.0.self_attn.q_proj.bias",)
     ),
@@ -414,11 +118,10 @@ CASES = {
     "smaller vocabulary in config": Case(settings(vocab_size=300), ("300",)),
     "other key-value heads": Case(settings(num_key_value_heads=4), ("k_proj",)),
     "untied in config only": Case(settings(tie_word_embeddings=False), ("lm_head.weight",)),
-    "head differs though tied": Case(other_head, ("lm_head.weight",)),
     "NaN": Case(fill(_Q, float("nan")), ("not finite",)),
     "infinity": Case(fill(_Q, float("inf")), ("not finite",)),
     "NaN in a bias": Case(fill("model.layers.0.self_attn.v_proj.bias", float("nan")), ("not finite",), base="qwen2"),
-    "float16 overflow": Case(both(tensors(lambda held: held[_Q].mul_(1e7)), cast(torch.float16)), ("not finite",)),
+    "float16 overflow": Case(both(grown(_Q), cast(torch.float16)), ("not finite",)),
     "int8 tensors": Case(cast(torch.int8), ("int8",)),
     "one int8 tensor": Case(cast(torch.int8, _Q), ("int8",)),
     # the weights file
@@ -473,12 +176,12 @@ CASES = {
         settings("generation_config.json", eos_token_id="end"), ("eos_token_id",)
     ),
     # other kinds of model
-    "bidirectional BERT": Case(lambda folder: None, ("later",), base="bert"),
-    "BERT without head": Case(lambda folder: None, (), base="bert body"),
-    "Llama without head": Case(lambda folder: None, ("lm_head.weight",), base="llama body"),
-    "encoder-decoder": Case(lambda folder: None, (), base="t5"),
-    "vision model": Case(lambda folder: None, (), base="vit"),
-    "a classifier as language model": Case(lambda folder: None, ("score.weight",), base="scalar"),
+    "bidirectional BERT": Case(as_it_is, ("later",), base="bert"),
+    "BERT without head": Case(as_it_is, (), base="bert body"),
+    "Llama without head": Case(as_it_is, ("lm_head.weight",), base="llama body"),
+    "encoder-decoder": Case(as_it_is, (), base="t5"),
+    "vision model": Case(as_it_is, (), base="vit"),
+    "a classifier as language model": Case(as_it_is, ("score.weight",), base="scalar"),
     "encoder's architecture": Case(settings(architectures=["BertForMaskedLM"], model_type="bert"), ()),
     # tokenizer
     "no tokenizer": Case(gone("tokenizer.json"), ("tokenizer",)),
@@ -528,14 +231,14 @@ CASES = {
     "a link to itself": Case(is_a_link_loop),
     "empty folder": Case(lambda folder: [path.unlink() for path in folder.iterdir() if path.is_file()]),
     # as reward model
-    "plain LM scores": Case(lambda folder: None, ("score.weight",), "score"),
-    "plain LM rewards PPO": Case(lambda folder: None, ("score.weight",), "ppo"),
-    "plain LM judges": Case(lambda folder: None, ("score.weight",), "judge reward"),
-    "two labels score": Case(lambda folder: None, ("2",), "score", "two labels"),
-    "three labels judge": Case(lambda folder: None, ("3",), "judge reward", "three labels"),
-    "three labels score": Case(lambda folder: None, ("3",), "score", "three labels"),
-    "three labels reward PPO": Case(lambda folder: None, ("3",), "ppo", "three labels"),
-    "three labels start a reward model": Case(lambda folder: None, ("3",), "reward", "three labels"),
+    "plain LM scores": Case(as_it_is, ("score.weight",), "score"),
+    "plain LM rewards PPO": Case(as_it_is, ("score.weight",), "ppo"),
+    "plain LM judges": Case(as_it_is, ("score.weight",), "judge reward"),
+    "two labels score": Case(as_it_is, ("2",), "score", "two labels"),
+    "three labels judge": Case(as_it_is, ("3",), "judge reward", "three labels"),
+    "three labels score": Case(as_it_is, ("3",), "score", "three labels"),
+    "three labels reward PPO": Case(as_it_is, ("3",), "ppo", "three labels"),
+    "three labels start a reward model": Case(as_it_is, ("3",), "reward", "three labels"),
     "reward model without its head": Case(without("score.weight"), ("score.weight",), "score", "scalar"),
     "reward model with a renamed tensor": Case(
         rename("layers.0.mlp.up_proj", "layers.0.mlp.up"), ("up_proj",), "score", "scalar"
@@ -547,8 +250,8 @@ CASES = {
     "reward model with an unexpected tensor": Case(
         plus("value_head.weight", 1, 32), ("value_head.weight",), "score", "scalar"
     ),
-    "BERT as reward model": Case(lambda folder: None, (), "score", "bert"),
-    "T5 as reward model": Case(lambda folder: None, (), "score", "t5"),
+    "BERT as reward model": Case(as_it_is, (), "score", "bert"),
+    "T5 as reward model": Case(as_it_is, (), "score", "t5"),
     "reward model with NaN": Case(fill("score.weight", float("nan")), (), "score", "scalar"),
     "reward start with a renamed tensor": Case(
         rename("layers.0.self_attn.q_proj", "layers.0.self_attn.query"), (_Q,), "reward"
@@ -556,7 +259,7 @@ CASES = {
     "reward start, one layer too many": Case(
         settings(num_hidden_layers=3, layer_types=None), ("model.layers.2.",), "reward"
     ),
-    "reward start from BERT": Case(lambda folder: None, (), "reward", "bert"),
+    "reward start from BERT": Case(as_it_is, (), "reward", "bert"),
     "reward start from a pickle": Case(pickled("pytorch_model.bin"), ("safetensors",), "reward"),
     # as judge, in evaluation, in sampling
     "judge with a renamed tensor": Case(
@@ -570,29 +273,31 @@ CASES = {
     "run's model spoilt before eval": Case(without("model.norm.weight"), ("model.norm.weight",), "eval"),
     "implicit reward of a spoilt run": Case(without("model.norm.weight"), ("model.norm.weight",), "implicit"),
     # odd, and fine
-    "as saved": Case(lambda folder: None, WORKS),
-    "untied": Case(lambda folder: None, WORKS, base="untied"),
+    "as saved": Case(as_it_is, WORKS),
+    "untied": Case(as_it_is, WORKS, base="untied"),
     "GPT-2 with attention buffers": Case(attention_buffers, WORKS, base="gpt2"),
     "rotary buffers": Case(rotary_buffers, WORKS),
     "head stored though tied": Case(stored_head, WORKS),
+    # transformers unties them then, and both are saved
+    "head differs though tied": Case(other_head, WORKS),
     "sharded": Case(shards, WORKS),
-    "names without their prefix": Case(lambda folder: None, WORKS, base="tied body"),
+    "names without their prefix": Case(as_it_is, WORKS, base="tied body"),
     "float16 weights": Case(cast(torch.float16), WORKS),
     "no architectures": Case(settings(architectures=None), WORKS),
     "unused keys in config": Case(settings(colour="blue"), WORKS),
     "remote code beside a known type": Case(remote_code_of_a_known_type, WORKS),
     "no template, so a transcript": Case(gone("chat_template.jinja"), WORKS, "chat"),
     "no generation_config": Case(gone("generation_config.json"), WORKS),
-    "a pickle beside the weights": Case(lambda folder: torch.save({"a": _Bomb()}, folder / "pytorch_model.bin"), WORKS),
+    "a pickle beside the weights": Case(pickle_beside, WORKS),
     "more tokens than rows, unused": Case(more_tokens(used=False), WORKS),
     "sound adapter": Case(adapter(), WORKS),
-    "BERT as decoder": Case(lambda folder: None, WORKS, base="bert decoder"),
-    "Llama 4's text model": Case(lambda folder: None, WORKS, base="llama4"),
-    "plain LM starts a reward model": Case(lambda folder: None, WORKS, "reward"),
-    "reward model scores": Case(lambda folder: None, WORKS, "score", "scalar"),
-    "reward model rewards PPO": Case(lambda folder: None, WORKS, "ppo", "scalar"),
-    "reward model goes on training": Case(lambda folder: None, WORKS, "reward", "scalar"),
-    "sound judge": Case(lambda folder: None, WORKS, "judge hf"),
+    "BERT as decoder": Case(as_it_is, WORKS, base="bert decoder"),
+    "Llama 4's text model": Case(as_it_is, WORKS, base="llama4"),
+    "plain LM starts a reward model": Case(as_it_is, WORKS, "reward"),
+    "reward model scores": Case(as_it_is, WORKS, "score", "scalar"),
+    "reward model rewards PPO": Case(as_it_is, WORKS, "ppo", "scalar"),
+    "reward model goes on training": Case(as_it_is, WORKS, "reward", "scalar"),
+    "sound judge": Case(as_it_is, WORKS, "judge hf"),
 }
 
 
@@ -604,6 +309,8 @@ def words(command, broken, here):
     reward = ["reward.kind=model", f"reward.path={broken}"]
     if command in ("train", "chat", "sft", "reward"):
         return ["train" if command == "chat" else command, *train, f"model.path={broken}"]
+    if command == "lora":
+        return ["train", *train, f"model.path={broken}", "model.lora.rank=2"]
     if command == "ppo":
         return ["ppo", *train, f"model.path={good}", *reward, "sample.max_new_tokens=4"]
     if command == "score":
