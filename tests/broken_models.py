@@ -83,12 +83,14 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """refused, unclear (refused, but not as it should be), SILENT, TRACEBACK, EXECUTED, LEFT (files) or works."""
+    """refused, unclear (refused, but not as it should be), SILENT, TRACEBACK, EXECUTED, CHANGED or LEFT (files), or works."""
 
     kind: str
     message: str
 
 
+# what a start that fails after opening its run folder may leave there
+_MAY_STAY = ("config.toml", "data.json", "metrics.jsonl")
 _Q = "model.layers.0.self_attn.q_proj.weight"
 CASES = {
     # tensors
@@ -364,24 +366,22 @@ def judge(name, here):
     else:
         shutil.copytree(base(case.base), broken)
     case.spoil(broken)
+    arguments = words(case.command, broken, here)
     before = _files(here)
-    code, err = run(words(case.command, broken, here), here)
-    if list(here.rglob("EXECUTED")):
+    code, err = run(arguments, here)
+    after = _files(here)
+    if any(path.name == "EXECUTED" for path in after):
         return Result("EXECUTED", err)
     if isinstance(code, str):
         return Result("TRACEBACK", f"{code} ({err})")
+    if any(after.get(path) != content for path, content in before.items() if "run" not in path.parts):
+        return Result("CHANGED", err)
     if case.expected == WORKS:
         return Result("works" if code == 0 else "unclear", err)
     if code == 0:
         return Result("SILENT", err)
-    left = {
-        path
-        for path in _files(here) - before
-        if path.name not in ("config.toml", "data.json", "metrics.jsonl", "winrate.toml")
-    }
-    left -= {here / "data.jsonl", here / "a.jsonl", here / "b.jsonl"}
-    if left:
-        return Result("LEFT", f"{', '.join(str(path.relative_to(here)) for path in sorted(left))}: {err}")
+    if left := sorted(path.name for path in set(after) - set(before) if path.name not in _MAY_STAY):
+        return Result("LEFT", f"{', '.join(left)}: {err}")
     lines = err.strip().splitlines()
     folder = str(broken.parent if case.command in ("eval", "implicit") else broken)
     good = code == 2 and len(lines) == 1 and lines[0].startswith("favor: ")
@@ -391,7 +391,7 @@ def judge(name, here):
 
 
 def _files(folder):
-    return {path for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def right(name, result):

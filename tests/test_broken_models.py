@@ -1,7 +1,11 @@
 """Damaged, mislabelled and hostile model folders: one clear line and nothing executed, or, where nothing is wrong, success."""
 
+import shutil
+from pathlib import Path
+
 import broken_models
 import pytest
+import spoil
 import torch
 from broken_models import CASES
 
@@ -28,3 +32,18 @@ def test_folder(name, tmp_path):
     torch.set_num_threads(1)
     result = broken_models.judge(name, tmp_path)
     assert broken_models.right(name, result), result
+
+
+def test_the_planted_code_would_run(tmp_path, monkeypatch):
+    """The payloads are live: unpickled, or trusted, they do what must never happen."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(spoil.base("llama"), tmp_path / "broken")
+    spoil.pickled("pytorch_model.bin")(tmp_path / "broken")
+    torch.load(tmp_path / "broken/pytorch_model.bin", weights_only=False)
+    mark = Path("EXECUTED")
+    assert mark.exists()
+    mark.unlink()
+    spoil.remote_code(tmp_path / "broken")
+    words = broken_models.words("train", tmp_path / "broken", tmp_path)
+    broken_models.run([*words, "model.trust_remote_code=true"], tmp_path)
+    assert mark.exists()
