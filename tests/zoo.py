@@ -23,7 +23,7 @@ from favor.data.pack import build
 from favor.errors import FavorError
 from favor.model.heads import response_scores
 from favor.model.layout import settle
-from favor.model.load import ModelConfig, make_policy
+from favor.model.load import ModelConfig, frozen_copy, make_policy
 from favor.model.logprobs import response_logps
 
 # largest error that rounding explains: log-probs relative to their size in nats, gradients relative to the largest one
@@ -250,12 +250,20 @@ def logp_error(found, expected):
 
 
 def gradient_error(found, expected):
+    """Relative to the largest gradient, and a hundredth of the error relative to the parameter's own where that is not tiny."""
     scale = max(g.abs().max() for g in expected.values())
-    return float(max((found[name] - expected[name]).abs().max() for name in expected) / scale)
+    errors = {name: (found[name] - expected[name]).abs().max() for name in expected}
+    own = {name: g.abs().max() for name, g in expected.items() if g.abs().max() > 1e-3 * scale}
+    return float(max(max(errors.values()) / scale, max(errors[name] / size for name, size in own.items()) / 100))
+
+
+def _of_reference(policy, trees):
+    reference = frozen_copy(policy)
+    return response_logps(reference, build(trees, reference.layout))
 
 
 def outcome(model, asked, trees, expected):
-    """Settle and compute as training does, on everything at once and on each tree alone."""
+    """Settle and compute as training does: policy and reference on everything at once, the policy on each tree alone."""
     measure = response_scores if zoo_models.scores_text(model) else response_logps
     try:
         policy = make_policy(model, tiny.tokenizer(), ModelConfig(path="zoo", dtype="float32", device="cpu"))
@@ -263,12 +271,13 @@ def outcome(model, asked, trees, expected):
         found = measure(policy, build(trees, policy.layout))
         got = gradients(found, policy.model)
         with torch.no_grad():
+            again = found if zoo_models.scores_text(model) else _of_reference(policy, trees)
             alone = torch.cat([measure(policy, build([item], policy.layout)) for item in trees])
     except FavorError as error:
         return Outcome("refused", why=str(error))
     except Exception as error:  # noqa: BLE001 (the outcome that must not be)
         return Outcome("TRACEBACK", why=f"{type(error).__name__}: {error}")
-    logp = max(logp_error(found, expected.logp), logp_error(alone, expected.logp))
+    logp = max(logp_error(value, expected.logp) for value in (found, again, alone))
     gradient = gradient_error(got, expected.gradient) if expected.gradient is not None else float("inf")
     if not expected.causal:
         return Outcome("WRONG", policy.layout, logp, gradient, "later tokens change earlier logits; " + why)
