@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo frontier matrix test test-all check bench clean
+.PHONY: demo frontier matrix zoo test test-all check bench clean
 
 demo: .venv/.ready
 	$(BIN)/favor demo
@@ -13,6 +13,9 @@ frontier: .venv/.ready
 
 matrix: .venv/.ready
 	cd tests && ../$(BIN)/python -W ignore matrix.py
+
+zoo: .venv/.ready
+	cd tests && ../$(BIN)/python -W ignore zoo.py
 
 test: .venv/.ready
 	$(BIN)/pytest -m "not slow"
