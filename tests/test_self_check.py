@@ -217,7 +217,7 @@ def test_a_reward_model_needs_a_trained_head_of_one_number(tmp_path):
     three.save_pretrained(tmp_path / "three")
     tiny.tokenizer().save_pretrained(tmp_path / "three")
     for fresh_start in (True, False):
-        with pytest.raises(CheckpointError, match="several labels"):
+        with pytest.raises(CheckpointError, match="a classifier of 3 labels"):
             load_scalar_model(ModelConfig(path=str(tmp_path / "three")), fresh=fresh_start)
 
 

@@ -21,7 +21,7 @@ from zoo_models import ENCODERS, FAMILIES, WORDS, NotBuiltError
 
 from favor.data.pack import build
 from favor.errors import FavorError
-from favor.model.heads import response_scores
+from favor.model.heads import response_scores, settle_scores
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, frozen_copy, make_policy
 from favor.model.logprobs import response_logps
@@ -267,7 +267,8 @@ def outcome(model, asked, trees, expected):
     measure = response_scores if zoo_models.scores_text(model) else response_logps
     try:
         policy = make_policy(model, tiny.tokenizer(), ModelConfig(path="zoo", dtype="float32", device="cpu"))
-        policy, why = settle(policy, asked, trees, measure)
+        settled = settle_scores if zoo_models.scores_text(model) else settle
+        policy, why = settled(policy, asked, trees, train=True)
         found = measure(policy, build(trees, policy.layout))
         got = gradients(found, policy.model)
         with torch.no_grad():

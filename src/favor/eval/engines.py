@@ -19,8 +19,9 @@ from favor.data.tokenize import TokensConfig, plain_prompt
 from favor.data.types import Text
 from favor.errors import ConfigError, DataError
 from favor.eval.partial import Sampled
-from favor.model.load import ModelConfig, check_path, load_policy, load_tokenizer, readable
+from favor.model.load import ModelConfig, load_policy, load_tokenizer
 from favor.model.sample import SampleConfig, sample
+from favor.model.weights import check_path, readable
 from favor.scoring.source import RewardConfig
 from favor.server import Reply, ServerConfig, chat, complete, parallel
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from favor.errors import ConfigError
-from favor.model.load import readable
+from favor.model.weights import readable
 from favor.run import atomic_folder
 
 

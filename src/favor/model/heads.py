@@ -19,14 +19,12 @@ from favor.model.layout import Method, settle
 from favor.model.load import (
     ModelConfig,
     Policy,
-    Unmatched,
-    check_path,
     load_tokenizer,
-    load_weights,
     make_policy,
     merge_adapter,
 )
 from favor.model.logprobs import head_states, logps_of_states, scored_logps
+from favor.model.weights import Unmatched, check_path, load_weights
 
 # names under which a causal LM keeps the head that a reward model replaces
 _LM_HEAD = frozenset({"lm_head.weight", "lm_head.bias", "embed_out.weight", "output.weight"})
@@ -42,12 +40,14 @@ def load_scalar_model(config: ModelConfig, seed: int = 0, *, fresh: bool = False
     """
     check_path(config.path)
     tokenizer = load_tokenizer(config)
-    model, found = load_weights(AutoModelForSequenceClassification, config, num_labels=1)
+    model, found = load_weights(
+        AutoModelForSequenceClassification, config.path, config.revision, config.trust_remote_code, num_labels=1
+    )
     headless = "score.weight" in found.missing
     _check_head(config.path, found, headless=headless and not fresh)
     if headless:
         # the plain LM's own head has no place here
-        found = Unmatched(found.missing - {"score.weight"}, found.unexpected - _LM_HEAD, found.mismatched)
+        found = found.without(_LM_HEAD | {"score.weight"})
     found.refuse(config.path)
     plain = merge_adapter(model, config.lora, config.path)
     if not isinstance(dict(plain.named_children()).get("score"), nn.Linear):
@@ -64,11 +64,12 @@ def load_scalar_model(config: ModelConfig, seed: int = 0, *, fresh: bool = False
 def _check_head(path: str, found: Unmatched, *, headless: bool) -> None:
     if headless:
         raise CheckpointError(
-            f"{path}: a language model without a trained score, not a reward model: it would score everything 0; "
+            f"{path}: a language model without a trained score (score.weight), no reward model: it would score everything 0; "
             "train one from it with favor reward"
         )
     if "score.weight" in found.mismatched:
-        raise CheckpointError(f"{path}: a classifier of several labels; a reward model gives one number, name another")
+        labels = found.mismatched["score.weight"][0][0]
+        raise CheckpointError(f"{path}: a classifier of {labels} labels; a reward model gives one number, name another")
 
 
 def response_scores(policy: Policy, batch: Batch) -> Tensor:

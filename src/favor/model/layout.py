@@ -172,8 +172,7 @@ def _plain(policy: Policy, trees: Sequence[TokenTree], method: Method, *, train:
         for name, gradient in found.items():
             total[name] = total[name] + gradient if name in total else gradient
     value_R = torch.stack(values)
-    if not bool(torch.isfinite(value_R).all()):
-        raise NumericsError(f"{policy.source}: its outputs are not finite; its weights are damaged, fetch them again")
+    _check_finite(policy, value_R)
     return Probe(trees, value_R, total)
 
 
@@ -242,10 +241,11 @@ def _finished(policy: Policy, found: Policy, why: str, truth: Probe, method: Met
     if found.fast_head is None and policy.fast_head is not None:
         why += "; the model changes its logits after the linear head, so its own head is used (slower)"
     found = replace(found, compute_dtype=policy.compute_dtype)
+    with torch.no_grad():
+        # in float32 too: some models keep their last states, and one that keeps a graph could not be copied as a reference
+        value_R = method.measure(found, build(truth.trees, found.layout).to(found.device)).double()
     if found.compute_dtype == torch.float32:
         return found, why
-    with torch.no_grad():
-        value_R = method.measure(found, build(truth.trees, found.layout).to(found.device)).double()
     if not bool(torch.isfinite(value_R).all()):
         raise NumericsError(f"{policy.source}: its outputs overflow in bfloat16; set model.dtype=float32")
     off_R = (value_R - truth.value_R).abs()
@@ -265,12 +265,18 @@ def _check_causal(policy: Policy, tree: TokenTree) -> None:
     ids = torch.tensor([row, row[:cut] + [other] * (len(row) - cut)], device=policy.device)
     with torch.no_grad():
         first, second = (plain_logits(policy, each[None], len(row))[:cut].log_softmax(-1) for each in ids.unbind())
+    _check_finite(policy, first)
     moved = float((first - second).abs().max())
     if not moved <= 0.1 * _TOLERANCE * (1 + float(first.abs().max())):
         raise CheckpointError(
             f"{policy.source}: {type(policy.causal_lm).__name__} reads later tokens too (one changed an earlier log-prob by "
             f"{moved:.2g} nats), so it is not a causal language model; choose one that is"
         )
+
+
+def _check_finite(policy: Policy, values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise NumericsError(f"{policy.source}: its outputs are not finite; its weights are damaged, fetch them again")
 
 
 def _cut(tree: TokenTree) -> TokenTree:

@@ -6,12 +6,10 @@ its log-probs random. Next: attention.py.
 
 import contextlib
 import ctypes
-import json
 import platform
 from collections.abc import Generator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,7 +17,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from pydantic import BaseModel, Field, model_validator
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -28,12 +25,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import find_adapter_config_file
 
 from favor.config import STRICT
 from favor.data.types import Layout
 from favor.errors import CheckpointError, ConfigError
 from favor.model.rope import row_by_row
+from favor.model.weights import check_path, load_weights, readable
 
 
 class LoraSettings(BaseModel):
@@ -119,7 +116,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None) ->
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer alone (fast). Raises CheckpointError when the folder or id has none."""
-    with readable(config.path):
+    with readable(config.path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -137,74 +134,9 @@ def load_policy(config: ModelConfig, seed: int = 0) -> Policy:
     """
     check_path(config.path)
     tokenizer = load_tokenizer(config)
-    model, found = load_weights(AutoModelForCausalLM, config)
+    model, found = load_weights(AutoModelForCausalLM, config.path, config.revision, config.trust_remote_code)
     found.refuse(config.path)
     return make_policy(model, tokenizer, config, seed)
-
-
-@dataclass(frozen=True)
-class Unmatched:
-    """Names of tensors that model and files do not have in common, or with other shapes; tied weights left out."""
-
-    missing: frozenset[str]
-    unexpected: frozenset[str]
-    mismatched: frozenset[str]
-
-    def refuse(self, path: str) -> None:
-        """Raise CheckpointError when there are any: what is missing would be random, what is left over ignored."""
-        problems = {
-            "lack": self.missing,
-            "hold, but the model has no place for": self.unexpected,
-            "hold in another shape": self.mismatched,
-        }
-        said = [f"{verb} {_few(names)}" for verb, names in problems.items() if names]
-        if said:
-            raise CheckpointError(
-                f"{path}: weights and config.json do not belong together: the files {'; they '.join(said)}; "
-                "fetch the model again, or correct its config.json"
-            )
-
-
-def load_weights(loader: Any, config: ModelConfig, **more: Any) -> tuple[Any, Unmatched]:
-    """A model by one of transformers' Auto classes, float32, from safetensors only; an adapter's base first.
-
-    Raises CheckpointError for what cannot be loaded.
-    """
-    path, revision = config.path, config.revision
-    with readable(config.path):
-        adapter = find_adapter_config_file(path, revision=revision)
-        if adapter is not None:
-            path, revision = str(json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]), None
-            check_path(path)
-        model, info = loader.from_pretrained(
-            path,
-            revision=revision,
-            dtype=torch.float32,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **more,
-        )
-        found = _unmatched(info)
-        if adapter is not None:
-            info = model.load_adapter(config.path, adapter_kwargs={"revision": config.revision})
-            found = _joined(found, _unmatched(info.to_dict()))
-    return model, found
-
-
-def _unmatched(info: dict[str, Any]) -> Unmatched:
-    names = frozenset(str(item[0]) for item in info["mismatched_keys"])
-    return Unmatched(frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), names)
-
-
-def _joined(a: Unmatched, b: Unmatched) -> Unmatched:
-    return Unmatched(a.missing | b.missing, a.unexpected | b.unexpected, a.mismatched | b.mismatched)
-
-
-def _few(names: frozenset[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
 def check_ids(policy: "Policy", largest: int) -> None:
@@ -214,8 +146,8 @@ def check_ids(policy: "Policy", largest: int) -> None:
     rows = table.weight.shape[0]
     if largest >= rows:
         raise CheckpointError(
-            f"{policy.source}: its tokenizer gives the id {largest}, but its embedding has {rows} rows; "
-            "tokenizer and weights do not belong together, fetch the model again"
+            f"{policy.source}: its tokenizer gives the id {largest} ({policy.tokenizer.convert_ids_to_tokens(largest)}), but its "
+            f"embedding has {rows} rows; tokenizer and weights do not belong together, fetch the model again"
         )
 
 
@@ -360,33 +292,3 @@ def _checkpoint_layers(policy: Policy) -> None:
         )
     for layer in layers:
         layer.training = True
-
-
-def check_path(path: str) -> None:
-    """Raises CheckpointError when `path` is a folder without a model, or no folder and no hub id."""
-    folder = Path(path)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{path}: no config.json or adapter_config.json in this folder; name a model folder")
-    if not folder.exists() and looks_local:
-        raise CheckpointError(f"{path}: no such model folder; give a local folder or a hub id like owner/name")
-
-
-@contextlib.contextmanager
-def readable(path: str) -> Generator[None]:
-    """Turn what transformers raises for a missing or damaged model into a CheckpointError."""
-    try:
-        yield
-    except (*_UNREADABLE, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path}: cannot be loaded as a language model ({type(error).__name__}: {first}); check the path and its files, "
-            "or download it first"
-        ) from None
-
-
-# what transformers, tokenizers, peft and torch raise for folders that are not what they should be
-_UNREADABLE = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError),
-    *(RuntimeError, ImportError, AssertionError, ZeroDivisionError),
-)

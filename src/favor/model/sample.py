@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from favor.config import STRICT
+from favor.errors import NumericsError
 from favor.model.load import Policy, check_ids, plain_attention
 from favor.model.logprobs import precision
 
@@ -70,7 +71,7 @@ def _sample_batch(
         ids,
         attention_mask=mask,
         generation_config=settings,
-        logits_processor=LogitsProcessorList([_PerPromptNoise(seeds, config.temperature, policy.device)]),
+        logits_processor=LogitsProcessorList([_PerPromptNoise(seeds, config.temperature, policy)]),
     )
     return [_until_end(row, frozenset(ends)) for row in out[:, width:].tolist()]
 
@@ -78,11 +79,19 @@ def _sample_batch(
 class _PerPromptNoise(LogitsProcessor):
     """Gumbel noise from one generator per prompt: the greedy choice of logits / t + noise is a sample of softmax(logits / t)."""
 
-    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: Sequence[int], temperature: float, policy: Policy) -> None:
+        self._generators = [torch.Generator(policy.device).manual_seed(seed) for seed in seeds]
         self._temperature = temperature
+        self._source = policy.source
+        self._checked = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 (transformers' signature)
+        # the first token tells; asking at every one would wait for the device each time
+        if not self._checked and bool(torch.isnan(scores).any()):
+            raise NumericsError(
+                f"{self._source}: its outputs are not finite, so nothing can be sampled; its weights are damaged, fetch them again"
+            )
+        self._checked = True
         noise = torch.stack(
             [torch.empty_like(scores[0]).exponential_(generator=generator) for generator in self._generators]
         )

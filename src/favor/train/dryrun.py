@@ -13,7 +13,8 @@ from favor.data.read import DataConfig, parts_of
 from favor.data.types import TokenTree
 from favor.dist.world import World
 from favor.model.layout import config_obstacle
-from favor.model.load import ModelConfig, end_ids, load_tokenizer, precision_of, readable
+from favor.model.load import ModelConfig, end_ids, load_tokenizer, precision_of
+from favor.model.weights import readable
 from favor.train.data import summary
 from favor.train.loop import num_steps
 from favor.train.preference import TrainConfig

@@ -1,0 +1,205 @@
+"""The files of a model -> a transformers model whose every weight came from them, or a clear refusal.
+
+In: a folder or hub id. Out: the model, float32, and the names that files and model do not have in common. Only safetensors
+are read. Next: load.py.
+"""
+
+import contextlib
+import json
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
+
+from favor.errors import CheckpointError
+
+# what transformers, tokenizers, peft and torch raise for folders that are not what they should be
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError, StrictDataclassError),
+    *(RuntimeError, ImportError, AssertionError, ZeroDivisionError),
+)
+# files of a model folder that must hold one JSON object each
+_OBJECTS = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("adapter_config.json", "model.safetensors.index.json"),
+)
+_FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """Names of tensors that model and files do not have in common, tied weights left out.
+
+    mismatched: those of another shape, with the shape in the files and in the model.
+    """
+
+    missing: frozenset[str]
+    unexpected: frozenset[str]
+    mismatched: Mapping[str, tuple[Any, Any]]
+
+    def refuse(self, path: str) -> None:
+        """Raise CheckpointError when there are any: what is missing would be random, what is left over ignored."""
+        shapes = frozenset(
+            f"{name} ({_shape(here)}, not {_shape(there)})" for name, (here, there) in self.mismatched.items()
+        )
+        problems = {
+            "lack": self.missing,
+            "hold, but the model has no place for": self.unexpected,
+            "hold in another shape": shapes,
+        }
+        said = [f"{verb} {_few(names)}" for verb, names in problems.items() if names]
+        if said:
+            raise CheckpointError(
+                f"{path}: weights and config.json do not belong together: the files {'; they '.join(said)}; "
+                "fetch the model again, or correct its config.json"
+            )
+
+    def without(self, names: frozenset[str]) -> "Unmatched":
+        """The same, those names left out."""
+        return Unmatched(self.missing - names, self.unexpected - names, self.mismatched)
+
+
+def load_weights(loader: Any, path: str, revision: str | None, trust: bool, **more: Any) -> tuple[Any, Unmatched]:
+    """A model by one of transformers' Auto classes, float32, from safetensors only; an adapter's base first.
+
+    Raises CheckpointError for what cannot be loaded, for numbers that are no floats, and for quantized weights.
+    """
+    with readable(path):
+        adapter = find_adapter_config_file(path, revision=revision)
+    if adapter is None:
+        return _whole(loader, path, revision, trust, **more)
+    _check_objects(Path(adapter).parent)
+    base = str(json.loads(Path(adapter).read_text("utf-8")).get("base_model_name_or_path"))
+    try:
+        check_path(base)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: an adapter whose base model cannot be loaded: {error}") from None
+    model, found = _whole(loader, base, None, trust, **more)
+    with readable(path, "adapter"):
+        info = model.load_adapter(path, adapter_kwargs={"revision": revision}, ignore_mismatched_sizes=True).to_dict()
+    added = _unmatched(info)
+    missing, unexpected = found.missing | added.missing, found.unexpected | added.unexpected
+    return model, Unmatched(missing, unexpected, {**found.mismatched, **added.mismatched})
+
+
+def check_path(path: str) -> None:
+    """Raises CheckpointError when `path` is a folder without a model, or no folder and no hub id."""
+    folder = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{path}: no config.json or adapter_config.json in this folder; name a model folder")
+    if not folder.exists() and looks_local:
+        raise CheckpointError(f"{path}: no such model folder; give a local folder or a hub id like owner/name")
+    if folder.is_dir():
+        _check_objects(folder)
+
+
+@contextlib.contextmanager
+def readable(path: str, what: str = "language model") -> Generator[None]:
+    """Turn what transformers raises for a missing or damaged model into a CheckpointError."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        said = " ".join(str(error).split())[:400]
+        raise CheckpointError(
+            f"{path}: its {what} cannot be loaded ({type(error).__name__}: {said}); check the path and its files, "
+            "or download it first"
+        ) from None
+
+
+def _whole(loader: Any, path: str, revision: str | None, trust: bool, **more: Any) -> tuple[Any, Unmatched]:
+    with readable(path):
+        model, info = loader.from_pretrained(
+            path,
+            revision=revision,
+            dtype=torch.float32,
+            trust_remote_code=trust,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **more,
+        )
+        tensors = _tensors(Path(str(cached_file(path, CONFIG_NAME, revision=revision))).parent)
+    _check_kinds(path, model, tensors)
+    leftover = frozenset(name for name in info["unexpected_keys"] if _is_mask(name, tensors))
+    return model, _unmatched(info).without(leftover)
+
+
+def _unmatched(info: dict[str, Any]) -> Unmatched:
+    mismatched = {str(name): (here, there) for name, here, there in info["mismatched_keys"]}
+    return Unmatched(frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched)
+
+
+def _tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """Name -> (number format, shape) of every tensor in the folder's safetensors files."""
+    found: dict[str, tuple[str, list[int]]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                part = file.get_slice(name)
+                found[name] = (str(part.get_dtype()), list(part.get_shape()))
+    return found
+
+
+def _check_kinds(path: str, model: Any, tensors: Mapping[str, tuple[str, list[int]]]) -> None:
+    """Raises CheckpointError for weights that would be read as other numbers than they stand for."""
+    quantized = model.config.to_dict().get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
+        raise CheckpointError(
+            f"{path}: its weights are quantized (quantization_config: {method}), which favor cannot train or score exactly; "
+            "name the model it was made from"
+        )
+    floats = (name for name, value in model.state_dict().items() if value.is_floating_point())
+    wrong = next((name for name in floats if name in tensors and tensors[name][0] not in _FLOATS), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{path}: holds {wrong} as {_KINDS.get(tensors[wrong][0], tensors[wrong][0])} numbers, not floats: quantized or "
+            "damaged; name the model it was made from"
+        )
+    ends = model.generation_config.eos_token_id if model.can_generate() else None
+    if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends]) if end is not None):
+        raise CheckpointError(
+            f"{path}: generation_config.json: eos_token_id is {ends!r}, expected token ids; correct it"
+        )
+
+
+_KINDS = {"I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool"}
+
+
+def _is_mask(name: str, tensors: Mapping[str, tuple[str, list[int]]]) -> bool:
+    """Causal masks and their fill value, which old files keep beside the weights and no model reads any more."""
+    kind, shape = tensors.get(name, ("", [0]))
+    square = len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3]
+    return kind in ("BOOL", "U8") or square or (name.endswith("masked_bias") and shape in ([], [1]))
+
+
+def _check_objects(folder: Path) -> None:
+    """Raises CheckpointError for a JSON file of a model folder that is damaged: transformers passes over some of them."""
+    for name in _OBJECTS:
+        if not (folder / name).exists():
+            continue
+        try:
+            value = json.loads((folder / name).read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{folder / name}: cannot be read as JSON ({error}); fetch the file again") from None
+        if not isinstance(value, dict):
+            raise CheckpointError(
+                f"{folder / name}: holds a {type(value).__name__}, expected an object; fetch the file again"
+            )
+        if name.endswith("index.json") and not isinstance(value.get("weight_map"), dict):
+            raise CheckpointError(f"{folder / name}: has no weight_map; fetch the file again")
+
+
+def _shape(shape: Any) -> str:
+    return " x ".join(map(str, shape)) or "one number"
+
+
+def _few(names: frozenset[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
