@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from favor.config import STRICT
+from favor.config import STRICT, Seed
 from favor.data.read import DataConfig, read, read_parts
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.data.types import Batch, PromptTree, TokenTree
@@ -43,12 +43,12 @@ class EvalConfig(BaseModel):
     reference: str | None = None
     data: str | None = None
     beta: float | None = Field(default=None, gt=0)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     sample: SampleConfig = SampleConfig()
     max_tokens_per_pack: int = Field(default=2048, ge=1)
     max_rows: int | None = Field(default=None, ge=1)
     sample_prompts: int = Field(default=20, ge=0)
-    samples_per_prompt: int = Field(default=2, ge=1)
+    samples_per_prompt: int = Field(default=2, ge=1, le=1000)
 
 
 @dataclass(frozen=True)

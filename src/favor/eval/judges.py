@@ -20,7 +20,8 @@ from favor.model.layout import settle
 from favor.model.load import ModelConfig, load_policy
 from favor.model.logprobs import response_logps
 from favor.scoring.model import encode, measure
-from favor.scoring.source import RewardConfig, find_function, make_scorer
+from favor.scoring.source import RewardConfig, make_scorer
+from favor.scoring.user import find_function
 from favor.server import ServerConfig, chat, parallel
 
 PROMPT = """Compare two responses to the same prompt. Judge how well each one does what the prompt asks: whether it is \
@@ -207,7 +208,8 @@ def _callable(config: JudgeConfig) -> Judge:
         (duel,) = duels
         prompt = duel.prompt if isinstance(duel.prompt, str) else list(duel.prompt)
         found = function(prompt, duel.first, duel.second)
-        if found not in _VERDICTS:
+        # by type first: an array answers "is it one of these" with an array
+        if not isinstance(found, str) or found not in _VERDICTS:
             raise DataError(f"judge {config.path}: returned {found!r:.80}; return one of {', '.join(_VERDICTS)}")
         return [found]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT
+from favor.config import STRICT, Seed
 from favor.data.tokenize import TokensConfig
 from favor.errors import DataError
 from favor.eval.engines import Engine, SamplesConfig, check_engine
@@ -37,7 +37,7 @@ class PreferConfig(BaseModel):
     samples_per_prompt: int = Field(default=4, ge=2, le=1000)
     reward: RewardConfig
     max_prompts: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "PreferConfig":

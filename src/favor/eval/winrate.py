@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT, dump
+from favor.config import STRICT, Seed, dump
 from favor.data.prompts import read_prompts
 from favor.data.tokenize import TokensConfig
 from favor.errors import ConfigError, DataError
@@ -44,8 +44,8 @@ class WinrateConfig(BaseModel):
     max_prompts: int | None = Field(default=None, ge=1)
     tokens: TokensConfig = TokensConfig()
     sample: SampleConfig = SampleConfig()
-    samples_per_prompt: int = Field(default=1, ge=1)
-    seed: int = Field(default=0, ge=0)
+    samples_per_prompt: int = Field(default=1, ge=1, le=1000)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "WinrateConfig":

@@ -37,7 +37,7 @@ class LoraSettings(BaseModel):
     """Train low-rank adapters; the model without them is the reference."""
 
     model_config = STRICT
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=1 << 16)
     alpha: int = Field(default=32, ge=1)
     targets: str | tuple[str, ...] = "all-linear"
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from favor.config import STRICT, dump
+from favor.config import STRICT, Seed, dump
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.prompts import encode_prompts, read_prompts
 from favor.data.tokenize import TokensConfig
@@ -62,7 +62,7 @@ class PpoSettings(BaseModel):
 
     model_config = STRICT
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
-    samples_per_prompt: int = Field(default=4, ge=1)
+    samples_per_prompt: int = Field(default=4, ge=1, le=1000)
     updates: int = Field(default=2, ge=1)
     minibatch_prompts: int | None = Field(default=None, ge=1)
     gamma: float = Field(default=1.0, gt=0, le=1)
@@ -103,7 +103,7 @@ class PpoConfig(BaseModel):
 
     model_config = STRICT
     run: str
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     resume: bool = False
     model: ModelConfig
     data: PromptsConfig
@@ -226,7 +226,7 @@ def _loop(config: PpoConfig, prompts: Sequence[Prompt], actors: Actors, session:
     total = num_steps(loop, len(prompts))
     order = Order(len(prompts), loop.batch_prompts, config.seed, loop.shuffle)
     began = time.monotonic() - state.seconds
-    with Bar(session, "ppo", total, state.step) as bar:
+    with session.stop.looked_at(), Bar(session, "ppo", total, state.step) as bar:
         for indices, place in batches(order, LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break

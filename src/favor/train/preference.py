@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, model_validator
 from torch import Tensor
 
 from favor import losses
-from favor.config import STRICT, dump
+from favor.config import STRICT, Seed, dump
 from favor.data import pack
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
@@ -56,7 +56,7 @@ class TrainConfig(BaseModel):
 
     model_config = STRICT
     run: str
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     resume: bool = False
     model: ModelConfig
     data: DataConfig
@@ -166,7 +166,7 @@ def _loop(
     kl: dict[str, float] = {}
     began = time.monotonic() - state.seconds
 
-    with Bar(session, "train", total, state.step) as bar:
+    with session.stop.looked_at(), Bar(session, "train", total, state.step) as bar:
         for indices, place in batches(order, LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from favor.config import STRICT, dump
+from favor.config import STRICT, Seed, dump
 from favor.data import pack
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
@@ -56,7 +56,7 @@ class RewardTrainConfig(BaseModel):
 
     model_config = STRICT
     run: str
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     resume: bool = False
     model: ModelConfig
     data: DataConfig
@@ -155,7 +155,7 @@ def _loop(config: RewardTrainConfig, policy: Policy, splits: Splits, session: Se
     objective, total = make_objective(config.reward, policy), num_steps(loop, len(trees))
     order = Order(len(trees), loop.batch_prompts, config.seed, loop.shuffle)
     began = time.monotonic() - state.seconds
-    with Bar(session, "reward", total, state.step) as bar:
+    with session.stop.looked_at(), Bar(session, "reward", total, state.step) as bar:
         for indices, place in batches(order, LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break

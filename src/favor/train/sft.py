@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from torch import Tensor
 
-from favor.config import STRICT, dump
+from favor.config import STRICT, Seed, dump
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
@@ -35,7 +35,7 @@ class SftConfig(BaseModel):
 
     model_config = STRICT
     run: str
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     resume: bool = False
     model: ModelConfig
     data: DataConfig
@@ -99,7 +99,7 @@ def _loop(config: SftConfig, policy: Policy, trees: Sequence[TokenTree], data: s
     objective, total = make_objective(policy), num_steps(loop, len(trees))
     order = Order(len(trees), loop.batch_prompts, config.seed, loop.shuffle)
     began = time.monotonic() - state.seconds
-    with Bar(session, "sft", total, state.step) as bar:
+    with session.stop.looked_at(), Bar(session, "sft", total, state.step) as bar:
         for indices, place in batches(order, LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break
