@@ -8,16 +8,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from favor.dist.world import World
+from favor.dist.world import World, current
 from favor.errors import FavorError
-from favor.run import RunFolder, append
+from favor.run import RunFolder, append, start
 
 
 class StoppedError(FavorError):
@@ -58,6 +59,13 @@ class Session:
         """Something worth knowing beside the curves: printed and recorded."""
         self.say(message)
         self.record({"kind": "event", "step": step, "name": name, "message": message, **extra})
+
+
+@contextlib.contextmanager
+def running(run: str, recipe: str, *, resume: bool, open_session: Callable[[Path], Session]) -> Generator[Session]:
+    """The session of a run whose folder this process holds. Raises what `run.start` raises."""
+    with start(Path(run), recipe, resume=resume, main=current().is_main) as folder:
+        yield open_session(folder.root)
 
 
 @contextlib.contextmanager
