@@ -69,6 +69,11 @@ def _local_rank() -> int:
     return rank
 
 
+def current() -> World:
+    """The group that `world` has joined; one process without one."""
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else World()
+
+
 def barrier(members: World) -> None:
     """Wait for every rank."""
     if members.size > 1:

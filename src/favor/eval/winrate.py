@@ -17,9 +17,10 @@ from favor.data.prompts import read_prompts
 from favor.data.tokenize import TokensConfig
 from favor.errors import ConfigError, DataError
 from favor.eval.judges import Duel, JudgeConfig, describe
-from favor.eval.judgments import content, judge_all
+from favor.eval.judgments import judge_all
 from favor.eval.sides import Placed, Sampling, SideConfig, read_responses, sampled_responses
 from favor.eval.winstats import JudgedPair, win_figures
+from favor.guard import content
 from favor.model.sample import SampleConfig
 from favor.run import RunFolder, make_folder, write_json, write_text
 

@@ -4,10 +4,14 @@ In: RewardConfig. Out: a Scorer, (prompts, responses as text) -> one finite numb
 Next: model.py.
 """
 
+import importlib.util
 import itertools
+import json
 import math
 import reprlib
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -17,6 +21,8 @@ from favor.config import STRICT
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import DataError, clipped
+from favor.guard import content, sha
+from favor.run import read_text
 from favor.scoring.user import find_function, guarded
 
 Scorer: TypeAlias = Callable[[Sequence[Text], Sequence[str]], list[float]]
@@ -47,6 +53,20 @@ class RewardConfig(BaseModel):
         if self.tokens != TokensConfig(max_tokens=4096) and self.kind in ("classifier", "callable"):
             raise ValueError(f"reward.tokens is not read by kind '{self.kind}', which scores text; remove it")
         return self
+
+
+def identity(config: RewardConfig) -> str:
+    """A hash of the section and of the content of everything it names: another reward has another one."""
+    named = [config.path, config.reference]
+    place, _, _ = config.path.rpartition(":")
+    if config.kind == "callable" and place and not place.endswith(".py"):
+        spec = _spec(place)
+        named.append(spec.origin if spec else None)
+    recipe = Path(config.path) / "config.toml"
+    if config.kind == "implicit" and recipe.exists():
+        # its reference is the model the run started from
+        named.append(tomllib.loads(read_text(recipe)).get("model", {}).get("path"))
+    return sha(json.dumps([config.model_dump(mode="json"), [content(str(name)) for name in named if name]]))
 
 
 def make_scorer(config: RewardConfig) -> Scorer:
@@ -104,6 +124,14 @@ def check_scorer(config: RewardConfig) -> None:
     elif not Path(config.path).exists():
         what = "no finished run" if config.kind == "implicit" else "no such file"
         raise DataError(f"{config.path}: {what}; check reward.path")
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        # make_scorer says what is wrong
+        return None
 
 
 def _checked(score: Scorer, what: str) -> Scorer:

@@ -3,15 +3,17 @@
 In: a run folder and a World. Out: a Session whose parts the loops call. Next: preference.py.
 """
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from favor.dist.world import World
-from favor.run import RunFolder, append
+from favor.dist.world import World, current
+from favor.run import RunFolder, append, start
 from favor.stop import StoppedError, StopRequest
 
 __all__ = ["Bar", "Session", "StopRequest", "StoppedError"]
@@ -40,6 +42,13 @@ class Session:
         """Something worth knowing beside the curves: printed and recorded."""
         self.say(message)
         self.record({"kind": "event", "step": step, "name": name, "message": message, **extra})
+
+
+@contextlib.contextmanager
+def running(run: str, recipe: str, *, resume: bool, open_session: Callable[[Path], Session]) -> Generator[Session]:
+    """The session of a run whose folder this process holds. Raises what `run.start` raises."""
+    with start(Path(run), recipe, resume=resume, main=current().is_main) as folder:
+        yield open_session(folder.root)
 
 
 class Bar:
