@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from favor.data import sources
-from favor.data.formats import FORMATS, RowError, columns_of, recognise
-from favor.data.read import renamed
+from favor.data.formats import RowError, columns_of, recognise
+from favor.data.read import judge, renamed
 from favor.data.settings import SourceConfig
 from favor.errors import CheckpointError, ConfigError, DataError
 from favor.lint import fix
@@ -85,11 +85,12 @@ def _rows(config: LintConfig, source: SourceConfig, part: str, known: dict[str, 
             whole = sources.as_object(raw)
             row = renamed(whole, columns)
             name = recognise(row) if name == "auto" else name
-            yield Row(part, source.path, number, whole, FORMATS[name](row), None)
+            yield Row(part, source.path, number, whole, judge(row, name, source), None)
         except RowError as error:
-            yield Row(part, source.path, number, raw if isinstance(raw, dict) else {"row": raw}, None, str(error))
+            known_row = raw if isinstance(raw, dict) else {} if isinstance(raw, RowError) else {"row": raw}
+            yield Row(part, source.path, number, known_row, None, str(error))
     if not count:
-        raise DataError(f"{source.path}: it holds no rows")
+        raise DataError(f"{source.path}: it holds no rows; name a file with rows")
     read = columns_of(name) if name != "auto" else frozenset[str]()
     known[source.path] = read | {path.split(".")[0] for path in columns.values()}
 
