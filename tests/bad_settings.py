@@ -158,8 +158,12 @@ def function(name, code, *names, command="score", entry="score", check=lambda he
     return Case(f"function: {name} ({command})", words, names and ("mine.py", *names), check)
 
 
+def config_of(run):
+    return tomllib.loads((run / "config.toml").read_text("utf-8"))
+
+
 def config(here):
-    return tomllib.loads((here / "run/config.toml").read_text("utf-8"))
+    return config_of(here / "run")
 
 
 def scores(here):
@@ -274,7 +278,7 @@ def words_and_types():
         ("data.sources=[1]", "data.sources"),
         ('data.columns={prompt = ""}', "data.columns.prompt"),
         ("data.columns=[1]", "data.columns"),
-        ("data.columns.prompt=1.5e400", "data.columns.prompt"),
+        ("data.columns.prompt=1.5e400", "1.5e400"),
         ("loss.also=[1]", "loss.also"),
         ("loss.also={name = 'sft'}", "loss.also"),
         ("loss.name=dpo", "loss.name"),
@@ -286,22 +290,23 @@ def words_and_types():
         ("optim.name=adam", "optim.name"),
         ("optim..lr=1", "optim..lr"),
         (".lr=1", ".lr=1"),
-        ("modell.path=x", "modell.path"),
-        ('"model.path"=x', "model.path"),
-        ("modèle.chemin=x", "modèle.chemin"),
+        ("modell.path=x", "modell", "model"),
+        ('"model.path"=x', '"model'),
+        ("modèle.chemin=x", "modèle"),
         ("__class__=1", "__class__"),
         ("model.path=\ud800x", "model.path"),
-        ("run=a\nseed = 2", "run"),
         ("seed=1\nrun = 'other'", "seed"),
     ):
         yield bad("train", word, names=names, name=f"train {word.encode('unicode_escape').decode()}"[:90])
-    yield bad("train", "run=" + "x" * 300, names=["run", "File name too long"])
+    yield bad("train", "run=" + "x" * 300, names=["File name too long"])
     yield bad("train", "run=" + "y/" * 3000, names=["cannot be"], name="train run= of 3,000 folders")
-    yield bad("train", "model.path=" + "x" * 10**5, names=["no such model"], name="train model.path of 100,000 letters")
+    yield bad(
+        "train", "model.path=" + "x" * 10**5, names=["File name too long"], name="train model.path of 100,000 letters"
+    )
     yield bad(
         "train",
         "data.train=" + "x" * 10**5 + ".jsonl",
-        names=["no such file"],
+        names=["File name too long"],
         name="train data.train of 100,000 letters",
     )
     yield bad("train", "x" * 10**5 + "=1", names=["unknown key"], name="train key of 100,000 letters")
@@ -311,13 +316,14 @@ def words_and_types():
         "train", "data.columns=" + "[" * 3000 + "]" * 3000, names=["data.columns"], name="train list of 3,000 levels"
     )
     yield odd("train", "run=2024-11-24", check=lambda here: (here / "2024-11-24/model").is_dir())
+    yield odd("train", "run=a\nseed = 2", check=lambda here: config_of(here / "a\nseed = 2")["seed"] == 0)
     yield odd("train", "run=123", check=lambda here: (here / "123/model").is_dir())
     yield odd("train", "run=true", check=lambda here: (here / "true/model").is_dir())
     yield odd("train", "run=été 日本", check=lambda here: (here / "été 日本/model").is_dir())
     yield odd("train", "seed=1", "seed=2", check=lambda here: config(here)["seed"] == 2)
     yield odd("train", "seed = 7", check=lambda here: config(here)["seed"] == 7)
     yield odd("train", "run=a=b", check=lambda here: (here / "a=b/model").is_dir())
-    yield bad("train", "lint.near=0.5", names=["lint.near"])
+    yield bad("train", "lint.near=0.5", names=["'lint'"])
     yield bad("lint", "lnt.near=0.5", names=["lnt"])
     yield bad("lint", "dta.train=x", names=["dta"])
     yield odd("lint", "loss.beta=0.2")
@@ -681,7 +687,7 @@ def judged(case, code, err, here, seconds):
     problems += ["a traceback"] if "Traceback" in err else []
     problems += [f"{seconds:.0f} s"] if seconds > 20 else []
     problems += ["left-over temporary files"] if list(here.rglob("*.tmp")) else []
-    return Outcome("unclear", "; ".join(problems) + f": {err.strip()[:100]}") if problems else Outcome("refused", "")
+    return Outcome("unclear", "; ".join(problems) + f": {err.strip()[:60]} ... {err.strip()[-160:]}") if problems else Outcome("refused", "")
 
 
 def program():

@@ -3,8 +3,12 @@
 In: nothing. Out: one base class and its kinds, and what the operating system refuses as one line. Next: config.py.
 """
 
+import contextlib
 import errno
+from collections.abc import Generator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 _LONGEST = 120
 _REMEDIES = {
@@ -56,12 +60,25 @@ class StorageError(FavorError):
 
 
 def refused(error: OSError, path: Path | None = None) -> str:
-    """What the operating system refused: the file, its reason, and what to do. `path`: the file where the error names none."""
-    named = error.filename if isinstance(error.filename, str) else path
-    where = "a file" if named is None else clipped(str(named))
+    """What the operating system refused: `path`, or the file that the error names; its reason, and what to do."""
+    where = clipped(str(path or error.filename or "a file"))
     verb = "written" if error.errno in _WRITING else "used"
     remedy = _REMEDIES.get(error.errno or 0, "check the path and its rights")
     return f"{where}: cannot be {verb} ({error.strerror or error}); {remedy}"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Name the file in what the operating system, or safetensors for it, refuses. Raises StorageError."""
+    try:
+        yield
+    except OSError as error:
+        # what is written aside has a name that nobody knows
+        mine = not isinstance(error.filename, str) or error.filename.startswith(str(path.parent))
+        raise StorageError(refused(error, path if mine else Path(error.filename))) from None
+    except SafetensorError as error:
+        said = " ".join(str(error).split())
+        raise StorageError(f"{path}: cannot be written ({said}); free some space, or choose another place") from None
 
 
 def clipped(text: str) -> str:

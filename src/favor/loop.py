@@ -22,7 +22,7 @@ from favor.losses import LossConfig
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
 from favor.run import RunFolder, make_folder, start, write_json, write_text
-from favor.scoring.source import RewardConfig
+from favor.scoring.source import RewardConfig, check_scorer
 from favor.stop import StoppedError
 from favor.train.checkpoint import checkpoints
 from favor.train.loop import LoopConfig
@@ -94,11 +94,12 @@ def loop(config: LoopRunConfig, open_session: Callable[[Path], Session], progres
 
     Raises ConfigError for a folder that holds a run, and what sampling, scoring and training raise.
     """
+    prompts = read_prompts(config.prompts, config.split)
+    check_scorer(config.reward)
     folder = _start(config)
     session = open_session(folder.root)
     if session.world.size > 1:
         raise ConfigError("favor loop runs in one process; start it without torchrun")
-    prompts = read_prompts(config.prompts, config.split)
     for number in range(1, config.rounds + 1):
         place = _folder(config, number)
         if not place.train.model.exists():

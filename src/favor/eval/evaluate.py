@@ -102,9 +102,9 @@ def _subject(config: EvalConfig, say: Callable[[str], None]) -> Subject:
     data = DataConfig.model_validate({**recipe["data"], "max_rows": limit})
     if config.data is None and data.eval is None and not data.eval_share:
         raise ConfigError(f"{config.run}: the run had no data.eval; name held-out preferences with data=FILE")
+    texts, report = read(config.data, data, data.eval_split) if config.data else read_parts(data)["eval"]
     policy = load_policy(model.model_copy(update={"path": str(RunFolder(Path(config.run)).model), "revision": None}))
     reference = load_policy(model if config.reference is None else model.model_copy(update={"path": config.reference}))
-    texts, report = read(config.data, data, data.eval_split) if config.data else read_parts(data)["eval"]
     tokens = TokensConfig.model_validate(recipe.get("tokens", {}))
     trees, _ = tokenize(texts, policy.tokenizer, tokens, policy.end_ids, data.bad_rows)
     trees = [tree for tree in trees if tree.comparisons]

@@ -17,10 +17,10 @@ from favor.data.types import Text
 from favor.errors import ConfigError, DataError
 from favor.eval.winstats import Verdict
 from favor.model.layout import settle
-from favor.model.load import ModelConfig, load_policy
+from favor.model.load import ModelConfig, check_path, load_policy
 from favor.model.logprobs import response_logps
 from favor.scoring.model import encode, measure
-from favor.scoring.source import RewardConfig, make_scorer
+from favor.scoring.source import RewardConfig, check_scorer, make_scorer
 from favor.scoring.user import find_function
 from favor.server import ServerConfig, chat, parallel
 
@@ -125,6 +125,16 @@ def make_judge(config: JudgeConfig) -> Judge:
     """
     makers = {"reward": _reward, "callable": _callable, "hf": _hf, "openai": _openai}
     return makers[config.kind](config)
+
+
+def check_judge(config: JudgeConfig) -> None:
+    """Look for what judges without loading it: before anything is sampled for it. Raises as `make_judge`."""
+    if config.reward is not None:
+        check_scorer(config.reward)
+    elif config.path is not None:
+        find_function(config.path)
+    elif config.model is not None:
+        check_path(config.model.path)
 
 
 def describe(config: JudgeConfig) -> str:

@@ -18,7 +18,7 @@ from favor.eval.engines import Engine, SamplesConfig, check_engine
 from favor.eval.samples import Drawn, Progress, draw_all, score, write_rows
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
-from favor.scoring.source import RewardConfig
+from favor.scoring.source import RewardConfig, check_scorer
 from favor.server import ServerConfig
 
 
@@ -76,6 +76,7 @@ def prefer(config: PreferConfig, progress: Progress) -> Preferred:
 
     Samples of a run that failed or was stopped are kept and continued; they are then scored again.
     """
+    check_scorer(config.reward)
     found = draw_all(_sampling(config), progress)
     told = [_not_blank(each) for each in found]
     if not any(each.texts for each in told):

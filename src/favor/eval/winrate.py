@@ -16,7 +16,7 @@ from favor.config import STRICT, Seed, dump
 from favor.data.prompts import read_prompts
 from favor.data.tokenize import TokensConfig
 from favor.errors import ConfigError, DataError
-from favor.eval.judges import Duel, JudgeConfig, describe
+from favor.eval.judges import Duel, JudgeConfig, check_judge, describe
 from favor.eval.judgments import judge_all
 from favor.eval.sides import Placed, Sampling, SideConfig, read_responses, sampled_responses
 from favor.eval.winstats import JudgedPair, win_figures
@@ -86,6 +86,7 @@ def winrate(config: WinrateConfig, say: Callable[[str], None], progress: Progres
     """
     files = {name: read_responses(side.file, config.split) for name, side in config.sides.items() if side.file}
     asked, left_out = _common(config, files)
+    check_judge(config.judge)
     folder = _open(config)
     responses = {name: {key: texts for key, (_, texts) in rows.items()} for name, rows in files.items()}
     for name, side in config.sides.items():

@@ -7,6 +7,7 @@ its log-probs random. Next: attention.py.
 import contextlib
 import ctypes
 import platform
+import re
 from collections.abc import Generator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -239,7 +240,7 @@ def _with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Pef
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config).eval()
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             raise ConfigError(f"model.lora.targets = {settings.targets!r}: {error}") from None
 
 

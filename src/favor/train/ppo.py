@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from favor.config import STRICT, Seed, dump
+from favor.data import sources
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.prompts import encode_prompts, read_prompts
 from favor.data.tokenize import TokensConfig
@@ -27,7 +28,7 @@ from favor.model.heads import Critic, logps_and_values, make_critic
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, frozen_copy, load_policy
 from favor.model.sample import SampleConfig
-from favor.scoring.source import RewardConfig, make_scorer
+from favor.scoring.source import RewardConfig, check_scorer, make_scorer
 from favor.scoring.source import identity as reward_identity
 from favor.train import checkpoint
 from favor.train.checkpoint import TrainingState
@@ -123,6 +124,8 @@ class PpoConfig(BaseModel):
 
 def train_ppo(config: PpoConfig, open_session: Callable[[Path], Session]) -> None:
     """Train a policy on a reward. Raises the errors of every part; NumericsError when the KL explodes."""
+    sources.check(config.data.train)
+    check_scorer(config.reward)
     with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
         _improve(config, session)
 

@@ -26,11 +26,11 @@ from favor.errors import NumericsError
 from favor.losses import LossConfig
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
-from favor.scoring.source import RewardConfig, make_scorer
+from favor.scoring.source import RewardConfig, check_scorer, make_scorer
 from favor.scoring.source import identity as reward_identity
 from favor.train import reference, twopass
 from favor.train.checkpoint import TrainingState
-from favor.train.data import Splits, load_splits
+from favor.train.data import Splits, check_sources, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import Reference, ReferenceConfig
@@ -91,6 +91,9 @@ class TrainConfig(BaseModel):
 
 def train(config: TrainConfig, open_session: Callable[[Path], Session]) -> None:
     """Train a policy on preferences. Raises the errors of every part; nothing half-written is left behind."""
+    check_sources(config.data)
+    if config.reward is not None:
+        check_scorer(config.reward)
     with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
         _train(config, session)
 

@@ -27,7 +27,7 @@ from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy
 from favor.run import write_json
 from favor.train.checkpoint import TrainingState
-from favor.train.data import Splits, load_splits
+from favor.train.data import Splits, check_sources, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import identity
@@ -69,6 +69,7 @@ class RewardTrainConfig(BaseModel):
 
 def train_reward(config: RewardTrainConfig, open_session: Callable[[Path], Session]) -> Calibration | None:
     """Train a reward model; held-out figures go to eval.json. Raises the errors of every part."""
+    check_sources(config.data)
     with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
         return _learn(config, session)
 

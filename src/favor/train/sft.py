@@ -21,7 +21,7 @@ from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
 from favor.train.checkpoint import TrainingState
-from favor.train.data import load_splits
+from favor.train.data import check_sources, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import identity
@@ -46,6 +46,7 @@ class SftConfig(BaseModel):
 
 def sft(config: SftConfig, open_session: Callable[[Path], Session]) -> None:
     """Maximise the likelihood of preferred responses: loss = -(sum of token log-probs) / (number of tokens), nats a token."""
+    check_sources(config.data)
     with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
         _tune(config, session)
 
