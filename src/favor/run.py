@@ -331,6 +331,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Generator[Path]:
     """Fill a file aside, fsync, rename it into place; on an error nothing of it remains and an older file stays."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name a file")
     aside = guard.aside(path)
     try:
         with writing(path):
@@ -339,7 +341,8 @@ def whole_file(path: Path) -> Generator[Path]:
             aside.replace(path)
             fsync(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from favor.data.formats import RowError, columns_of, recognise
 from favor.data.read import judge, renamed
 from favor.data.settings import SourceConfig
 from favor.errors import CheckpointError, ConfigError, DataError
+from favor.hide import places_in
 from favor.lint import fix
 from favor.lint.noise import model_gaps, noise_findings, reward_gaps
 from favor.lint.page import write_page
@@ -116,4 +117,5 @@ def _write(config: LintConfig, rows: list[Row], found: list[Finding]) -> None:
     if settings.out is not None:
         write_json(Path(settings.out), {"findings": [finding._asdict() for finding in found]})
     if settings.page is not None:
-        write_page(found, config.data.training, Path(settings.page))
+        known = places_in(config.model_dump(mode="json"))
+        write_page(found, config.data.training, Path(settings.page), known)

@@ -16,6 +16,8 @@ from favor.model.load import ModelConfig
 from favor.scoring.source import RewardConfig
 
 Severity = Literal["error", "warning", "note"]
+# what a training recipe holds besides, and lint does not look at
+ELSEWHERE = {"run", "seed", "resume", "loss", "optim", "reference", "train", "watch", "ppo", "sample"}
 ORDER: tuple[Severity, ...] = ("error", "warning", "note")
 
 
@@ -57,12 +59,19 @@ class LintConfig(BaseModel):
     A whole training recipe serves too; its other sections are not looked at.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = STRICT | ConfigDict(extra="ignore")
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
     lint: LintSettings = LintSettings()
     model: ModelConfig | None = None
     reward: RewardConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        if unknown := [key for key in given if key not in cls.model_fields and key not in ELSEWHERE]:
+            raise ValueError(f"unknown key '{unknown[0]}'; known here: {', '.join(cls.model_fields)}")
+        return given
 
 
 class Row(NamedTuple):
