@@ -8,15 +8,26 @@ import difflib
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from favor.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
 STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+def _named(value: str) -> str:
+    if not value.strip() or "\0" in value:
+        raise ValueError(f"is {value!r}, which names nothing; give a path")
+    # zsh leaves run=~/x as it is
+    return str(Path(value).expanduser()) if value.startswith("~") else value
+
+
+# a file or folder that a recipe names
+Place = Annotated[str, AfterValidator(_named)]
 
 
 def load(schema: type[M], recipe: Path | None, overrides: Sequence[str] = ()) -> M:

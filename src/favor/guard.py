@@ -14,9 +14,9 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from favor.errors import ConfigError
 
@@ -73,7 +73,7 @@ def held(lock: Path, what: str) -> Generator[None]:
     except OSError as error:
         raise ConfigError(f"{what}: cannot be written ({error.strerror}); choose another place") from None
     # a soft lock (a file system without flock) keeps its own marks in the file, and removes it
-    soft = isinstance(guard, SoftFileLock)
+    soft = isinstance(cast(BaseFileLock, guard), SoftFileLock)
     try:
         if not soft:
             lock.write_text(json.dumps(_me()), "utf-8")
@@ -135,4 +135,4 @@ def file_hash(path: Path) -> str:
 
 def sha(text: str) -> str:
     """SHA-256 of a text."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from favor.config import STRICT
+from favor.config import STRICT, Place
 from favor.data.formats import FORMATS, columns_of
 from favor.data.pairing import Pairing, Rules, Votes
 
@@ -25,7 +25,7 @@ class SourceConfig(BaseModel):
     """
 
     model_config = STRICT
-    path: str
+    path: Place
     weight: float = Field(default=1.0, gt=0)
     format: str | None = None
     split: str | None = None
@@ -53,9 +53,9 @@ class DataConfig(BaseModel):
     """
 
     model_config = STRICT
-    train: str | None = None
+    train: Place | None = None
     sources: tuple[SourceConfig, ...] = ()
-    eval: str | None = None
+    eval: Place | None = None
     eval_share: float = Field(default=0.0, ge=0, le=0.5)
     eval_seed: int = Field(default=0, ge=0)
     format: str = "auto"

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT
+from favor.config import STRICT, Place
 from favor.data.formats import RowError
 from favor.data.prompts import encode_prompts
 from favor.data.tokenize import TokensConfig, plain_prompt
@@ -44,12 +44,12 @@ class SamplesConfig(BaseModel):
     """A recipe for `favor sample`. `prompts` is any file `favor` reads; its prompt column (text or messages) counts.
 
     engine: transformers (this process), vllm (needs favor[vllm]), openai (section [server]). With `best_of` = N each
-    response kept is the one with the highest [reward] of N.
+    response kept is the one with the highest [reward] of N. overwrite: replace a finished `out` of other settings.
     """
 
     model_config = STRICT
-    out: str
-    prompts: str
+    out: Place
+    prompts: Place
     split: str = "train"
     engine: Engine = "transformers"
     model: ModelConfig | None = None
@@ -61,6 +61,7 @@ class SamplesConfig(BaseModel):
     reward: RewardConfig | None = None
     max_prompts: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
+    overwrite: bool = False
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "SamplesConfig":

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from favor.config import STRICT
+from favor.config import STRICT, Place
 from favor.data.read import DataConfig, read, read_parts
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.data.types import Batch, PromptTree, TokenTree
@@ -27,7 +27,7 @@ from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
-from favor.run import RunFolder, write_json, write_text
+from favor.run import RunFolder, opened, write_json, write_text
 
 Scorer = Callable[[Sequence[str]], Sequence[float]]
 
@@ -39,9 +39,9 @@ class EvalConfig(BaseModel):
     """
 
     model_config = STRICT
-    run: str
+    run: Place
     reference: str | None = None
-    data: str | None = None
+    data: Place | None = None
     beta: float | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
     sample: SampleConfig = SampleConfig()
@@ -73,7 +73,18 @@ def evaluate(
     `scorer` is (name, function text -> score); with it the samples of policy and reference are compared by a
     bootstrap over prompts. Raises CheckpointError, DataError or ConfigError when something cannot be used.
     """
-    subject = _subject(config, say)
+    folder = RunFolder(Path(config.run))
+    recipe = _recipe(folder.root)
+    with opened(folder):
+        return _evaluate(config, _subject(config, recipe, say), progress, scorer)
+
+
+def _evaluate(
+    config: EvalConfig,
+    subject: Subject,
+    progress: Callable[[str, int, int], None],
+    scorer: tuple[str, Scorer] | None,
+) -> dict[str, Any]:
     folder = RunFolder(Path(config.run))
     total = len(subject.trees)
     pairs = pair_figures(
@@ -94,8 +105,7 @@ def evaluate(
     return figures
 
 
-def _subject(config: EvalConfig, say: Callable[[str], None]) -> Subject:
-    recipe = _recipe(Path(config.run))
+def _subject(config: EvalConfig, recipe: dict[str, Any], say: Callable[[str], None]) -> Subject:
     model = ModelConfig.model_validate({**recipe["model"], "lora": None, "gradient_checkpointing": False})
     # a share held out is a share of the rows that training read
     limit = config.max_rows or (recipe["data"].get("max_rows") if recipe["data"].get("eval_share") else None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT
+from favor.config import STRICT, Place
 from favor.data.tokenize import TokensConfig
 from favor.scoring.source import RewardConfig
 
@@ -24,7 +24,7 @@ class TaskConfig(BaseModel):
 
     model_config = STRICT
     model: str
-    prompts: str
+    prompts: Place
     eval_prompts: str
     reward: RewardConfig
     sft: str | None = None

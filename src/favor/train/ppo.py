@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from favor.config import STRICT, dump
+from favor.config import STRICT, Place, dump
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.prompts import encode_prompts, read_prompts
 from favor.data.tokenize import TokensConfig
@@ -45,7 +45,7 @@ class PromptsConfig(BaseModel):
     """Section [data] of `favor ppo`: any file favor reads; its prompts count."""
 
     model_config = STRICT
-    train: str
+    train: Place
     split: str = "train"
     max_prompts: int | None = Field(default=None, ge=1)
 
@@ -102,7 +102,7 @@ class PpoConfig(BaseModel):
     """A recipe for `favor ppo`. train.batch_prompts prompts form one rollout; train.max_steps counts rollouts."""
 
     model_config = STRICT
-    run: str
+    run: Place
     seed: int = Field(default=0, ge=0)
     resume: bool = False
     model: ModelConfig

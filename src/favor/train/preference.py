@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from favor import losses
-from favor.config import STRICT, dump
+from favor.config import STRICT, Place, dump
 from favor.data import pack
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
@@ -55,7 +55,7 @@ class TrainConfig(BaseModel):
     """A recipe for `favor train`. [reward], if there, scores the samples of the KL probe; it trains nothing."""
 
     model_config = STRICT
-    run: str
+    run: Place
     seed: int = Field(default=0, ge=0)
     resume: bool = False
     model: ModelConfig

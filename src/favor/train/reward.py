@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from favor.config import STRICT, dump
+from favor.config import STRICT, Place, dump
 from favor.data import pack
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
@@ -56,7 +56,7 @@ class RewardTrainConfig(BaseModel):
     """A recipe for `favor reward`."""
 
     model_config = STRICT
-    run: str
+    run: Place
     seed: int = Field(default=0, ge=0)
     resume: bool = False
     model: ModelConfig

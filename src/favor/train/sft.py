@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from favor.config import STRICT, dump
+from favor.config import STRICT, Place, dump
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
@@ -34,7 +34,7 @@ class SftConfig(BaseModel):
     """A recipe for `favor sft`."""
 
     model_config = STRICT
-    run: str
+    run: Place
     seed: int = Field(default=0, ge=0)
     resume: bool = False
     model: ModelConfig
