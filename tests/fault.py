@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 import tiny
 
 GOOD = [{"prompt": f"Film {i}?", "chosen": f"good {i} film", "rejected": f"bad {i}"} for i in range(6)]
@@ -78,7 +79,7 @@ def commands(inputs):
         "score": Command(["score", "out=c.jsonl", f"data={data}", *reward], False, ("c.jsonl", "c.jsonl.figures.json")),
         "winrate": Command(
             ["winrate", "run=run", f"a.model={inputs}/model", f"b.model={inputs}/other", *drawn[:2]]
-            + [f"judge.reward.path={inputs}/length.py:score", "judge.reward.kind=callable"],
+            + [f"judge.reward.path={inputs}/length.py:score", "judge.reward.kind=callable", "judge.kind=reward"],
             False,
             ("run/winrate.json", "run/winrate-samples.jsonl"),
         ),
@@ -346,7 +347,6 @@ def unbroken(root, name, command):
 
 
 def main(arguments):
-    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     import torch
 
     import favor.cli

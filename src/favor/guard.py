@@ -4,6 +4,7 @@ In: paths. Out: SHA-256, a block in which nobody else writes, or one clear error
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -26,9 +27,10 @@ _ENDINGS = (".safetensors", ".bin", ".json", ".jinja", ".toml", ".txt", ".model"
 
 
 def aside(path: Path) -> Path:
-    """Where this process writes what is to become `path`; `sweep` knows such names."""
+    """Where this process writes what is to become `path`; what a killed process left of it is removed."""
     # a name may have 255 bytes
     name = path.name.encode()[:200].decode(errors="ignore")
+    sweep(path.parent, f".{glob.escape(name)}.*.tmp")
     return path.with_name(f".{name}.{os.getpid()}.tmp")
 
 

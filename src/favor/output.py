@@ -49,7 +49,6 @@ def claimed(output: Output, inputs: Iterable[str | None]) -> Generator[Output]:
         if name is not None:
             _refuse_input(output, name)
     with guard.held(path.with_name(f".{path.name}.lock"), str(path)):
-        guard.sweep(path.parent, f".{glob.escape(path.name)}*.tmp")
         yield output
 
 
