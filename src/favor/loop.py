@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT, Place, dump
+from favor.config import STRICT, Seed, dump
 from favor.data.prompts import NumberedPrompts, read_prompts
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
@@ -23,12 +23,13 @@ from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
 from favor.output import hashes
 from favor.run import RunFolder, make_folder, read_json, remove_folder, same_inputs, write_json, write_text
-from favor.scoring.source import RewardConfig, identity
+from favor.scoring.source import RewardConfig, check_scorer, identity
+from favor.stop import StoppedError
 from favor.train.checkpoint import checkpoints
 from favor.train.loop import LoopConfig
 from favor.train.optim import OptimConfig
 from favor.train.preference import TrainConfig, train
-from favor.train.session import Session, StoppedError, running
+from favor.train.session import Session, running
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,12 +38,12 @@ class LoopRunConfig(BaseModel):
     """A recipe for `favor loop`. Round r takes the r-th `prompts_per_round` prompts, and begins anew after the last."""
 
     model_config = STRICT
-    run: Place
-    seed: int = Field(default=0, ge=0)
+    run: str
+    seed: Seed = 0
     resume: bool = False
     rounds: int = Field(default=3, ge=1)
     model: ModelConfig
-    prompts: Place
+    prompts: str
     split: str = "train"
     prompts_per_round: int = Field(default=256, ge=1)
     samples_per_prompt: int = Field(default=4, ge=2, le=1000)
@@ -94,16 +95,21 @@ def loop(config: LoopRunConfig, open_session: Callable[[Path], Session], progres
 
     Raises ConfigError for a folder that holds a run, and what sampling, scoring and training raise.
     """
+    prompts = read_prompts(config.prompts, config.split)
+    check_scorer(config.reward)
     with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
-        _rounds(config, session, open_session, progress)
+        _rounds(config, prompts, session, open_session, progress)
 
 
 def _rounds(
-    config: LoopRunConfig, session: Session, open_session: Callable[[Path], Session], progress: Progress
+    config: LoopRunConfig,
+    prompts: NumberedPrompts,
+    session: Session,
+    open_session: Callable[[Path], Session],
+    progress: Progress,
 ) -> None:
     if session.world.size > 1:
         raise ConfigError("favor loop runs in one process; start it without torchrun")
-    prompts = read_prompts(config.prompts, config.split)
     entered = {
         "content of model": content(config.model.path),
         "content of prompts": [prompt for _, prompt in prompts],
@@ -179,7 +185,7 @@ def _prefer_recipe(config: LoopRunConfig, number: int) -> PreferConfig:
         sample=config.sample,
         samples_per_prompt=config.samples_per_prompt,
         reward=config.reward,
-        seed=config.seed + number,
+        seed=(config.seed + number) % (1 << 32),
     )
 
 
@@ -187,7 +193,7 @@ def _train_recipe(config: LoopRunConfig, number: int) -> TrainConfig:
     place = _folder(config, number)
     return TrainConfig(
         run=str(place.train.root),
-        seed=config.seed + number,
+        seed=(config.seed + number) % (1 << 32),
         model=_model(config, number),
         # a sample may be too long, or spell out a special token
         data=DataConfig(train=str(place.preferences), bad_rows="drop"),

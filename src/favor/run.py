@@ -16,7 +16,7 @@ from typing import Any
 import tomli_w
 
 from favor import guard
-from favor.errors import CheckpointError, ConfigError
+from favor.errors import CheckpointError, ConfigError, writing
 
 # what a start writes before anything is made of it, by name; the reference store is checked before it is reused
 _OPENING = {
@@ -271,7 +271,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """Append text and hand it to the operating system; on an error the file is as it was."""
-    with path.open("ab", buffering=0) as file:
+    with writing(path), path.open("ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
             rest = text.encode("utf-8", "backslashreplace")
@@ -331,14 +331,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Generator[Path]:
     """Fill a file aside, fsync, rename it into place; on an error nothing of it remains and an older file stays."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name a file")
     aside = guard.aside(path)
     try:
-        yield aside
-        fsync(aside)
-        aside.replace(path)
-        fsync(path.parent)
+        with writing(path):
+            yield aside
+            fsync(aside)
+            aside.replace(path)
+            fsync(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -361,14 +365,15 @@ def atomic_folder(path: Path) -> Generator[Path]:
     """
     aside = guard.aside(path)
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
-        yield aside
-        for file in sorted(aside.rglob("*")):
-            fsync(file)
-        remove_folder(path)
-        aside.replace(path)
-        fsync(path.parent)
+        with writing(path):
+            aside.mkdir(parents=True)
+            yield aside
+            for file in sorted(aside.rglob("*")):
+                fsync(file)
+            remove_folder(path)
+            aside.replace(path)
+            fsync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -5,6 +5,7 @@ shapes are in formats/ and docs/formats.md, DataConfig is in settings.py. Next: 
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -153,6 +154,12 @@ def judged(
 def judge(row: dict[str, Any], name: str, source: SourceConfig) -> Judgment:
     """What a row under our names says, with its source's weight. Raises RowError."""
     judgment = FORMATS[name](row)
+    if judgment.tools or not all(isinstance(text, str) for text in (judgment.prompt, *judgment.responses)):
+        try:
+            json.dumps([judgment.prompt, judgment.responses, judgment.tools])
+        except TypeError as error:
+            # a Parquet file can hold bytes in a turn
+            raise RowError(f"its turns or tools hold what is neither text nor number ({error})") from None
     return judgment._replace(weight=judgment.weight * source.weight)
 
 
@@ -190,7 +197,7 @@ class Seen:
         if not self.trees and half == "all":
             bad = self.dropped
             reason = f"all {len(bad)} rows are bad, the first: {bad[0][1]}" if bad else "it holds no rows"
-            raise DataError(f"{source}: nothing to use: {reason}")
+            raise DataError(f"{source}: nothing to use: {reason}; name a file with usable rows")
         return ReadReport(
             source=source,
             format=self.format,

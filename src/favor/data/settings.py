@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from favor.config import STRICT, Place
+from favor.config import STRICT, Seed
 from favor.data.formats import FORMATS, columns_of
 from favor.data.pairing import Pairing, Rules, Votes
 
@@ -25,7 +25,7 @@ class SourceConfig(BaseModel):
     """
 
     model_config = STRICT
-    path: Place
+    path: str
     weight: float = Field(default=1.0, gt=0)
     format: str | None = None
     split: str | None = None
@@ -53,11 +53,11 @@ class DataConfig(BaseModel):
     """
 
     model_config = STRICT
-    train: Place | None = None
+    train: str | None = None
     sources: tuple[SourceConfig, ...] = ()
-    eval: Place | None = None
+    eval: str | None = None
     eval_share: float = Field(default=0.0, ge=0, le=0.5)
-    eval_seed: int = Field(default=0, ge=0)
+    eval_seed: Seed = 0
     format: str = "auto"
     columns: dict[str, str] = {}
     pairing: Pairing = "auto"

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT, Place
+from favor.config import STRICT, Seed
 from favor.data.formats import RowError
 from favor.data.prompts import encode_prompts
 from favor.data.tokenize import TokensConfig, plain_prompt
@@ -48,8 +48,8 @@ class SamplesConfig(BaseModel):
     """
 
     model_config = STRICT
-    out: Place
-    prompts: Place
+    out: str
+    prompts: str
     split: str = "train"
     engine: Engine = "transformers"
     model: ModelConfig | None = None
@@ -57,10 +57,10 @@ class SamplesConfig(BaseModel):
     tokens: TokensConfig = TokensConfig()
     sample: SampleConfig = SampleConfig()
     samples_per_prompt: int = Field(default=1, ge=1, le=1000)
-    best_of: int | None = Field(default=None, ge=1)
+    best_of: int | None = Field(default=None, ge=1, le=1000)
     reward: RewardConfig | None = None
     max_prompts: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     overwrite: bool = False
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from favor.errors import ConfigError
+from favor.errors import ConfigError, writing
 from favor.run import append_text, write_text
 
 
@@ -30,7 +30,8 @@ class Partial:
 
     def keep(self, texts: Mapping[int, Sampled]) -> None:
         """Append texts in one write, so that a kill loses at most what was not handed over yet."""
-        append_text(self.path, "".join(_line([index, *one]) for index, one in texts.items()))
+        with writing(self.path):
+            append_text(self.path, "".join(_line([index, *one]) for index, one in texts.items()))
 
 
 def open_partial(out: Path, fingerprint: str, *, overwrite: bool = False) -> Partial:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from favor import output
-from favor.config import STRICT, Place
+from favor.config import STRICT, Seed
 from favor.data.prompts import read_prompts
 from favor.data.tokenize import TokensConfig
 from favor.errors import DataError
@@ -21,7 +21,7 @@ from favor.eval.samples import Drawn, Progress, already, draw_all, inputs_of, ma
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
 from favor.output import Output
-from favor.scoring.source import RewardConfig
+from favor.scoring.source import RewardConfig, check_scorer
 from favor.server import ServerConfig
 
 
@@ -29,8 +29,8 @@ class PreferConfig(BaseModel):
     """A recipe for `favor prefer`. Engines and sampling are those of `favor sample`; [reward] says what is better."""
 
     model_config = STRICT
-    out: Place
-    prompts: Place
+    out: str
+    prompts: str
     split: str = "train"
     engine: Engine = "transformers"
     model: ModelConfig | None = None
@@ -40,7 +40,7 @@ class PreferConfig(BaseModel):
     samples_per_prompt: int = Field(default=4, ge=2, le=1000)
     reward: RewardConfig
     max_prompts: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     overwrite: bool = False
 
     @model_validator(mode="after")
@@ -80,6 +80,7 @@ def prefer(config: PreferConfig, progress: Progress) -> Preferred:
 
     Samples of a run that failed or was stopped are kept and continued; they are then scored again.
     """
+    check_scorer(config.reward)
     sampling = _sampling(config)
     inputs = [*inputs_of(sampling), config.reward.path]
     with output.claimed(Output(Path(config.out), "out", config.overwrite), inputs) as out:

@@ -17,7 +17,7 @@ from favor.eval.engines import Job, SamplesConfig, draw
 from favor.eval.partial import Sampled, open_partial
 from favor.guard import content, sha
 from favor.output import Output
-from favor.scoring.source import RewardConfig, identity, make_scorer
+from favor.scoring.source import RewardConfig, check_scorer, identity, make_scorer
 
 Progress = Callable[[str, int, int], None]
 # What has no part in a sample's text: a run may continue with other values of these.
@@ -44,6 +44,8 @@ def write_samples(config: SamplesConfig, progress: Progress) -> int:
     CheckpointError for an unusable model, ConfigError for an `out` or a partial file of other settings, ServerError
     when a server gives up; what was sampled until then is kept.
     """
+    if config.reward is not None:
+        check_scorer(config.reward)
     with output.claimed(Output(Path(config.out), "out", config.overwrite), inputs_of(config)) as out:
         prompts = read_prompts(config.prompts, config.split, config.max_prompts)
         out = replace(out, settings=made_from(config, prompts, config.reward))

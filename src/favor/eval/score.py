@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from favor import output
-from favor.config import STRICT, Place
+from favor.config import STRICT, Seed
 from favor.data.formats import FORMATS, Judgment, RowError, recognise
 from favor.data.sources import read_objects
 from favor.data.types import Text
@@ -34,12 +34,12 @@ class ScoreConfig(BaseModel):
     """
 
     model_config = STRICT
-    out: Place
-    data: Place
+    out: str
+    data: str
     split: str = "test"
     max_rows: int | None = Field(default=None, ge=1)
     reward: RewardConfig
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     overwrite: bool = False
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from favor import output
 from favor.data import sources
-from favor.data.formats import FORMATS, RowError, columns_of, recognise
-from favor.data.read import renamed
+from favor.data.formats import RowError, columns_of, recognise
+from favor.data.read import judge, renamed
 from favor.data.settings import SourceConfig
 from favor.errors import CheckpointError, ConfigError, DataError
+from favor.hide import places_in
 from favor.lint import fix
 from favor.lint.noise import model_gaps, noise_findings, reward_gaps
 from favor.lint.page import write_page
@@ -111,11 +112,12 @@ def _rows(config: LintConfig, source: SourceConfig, part: str, known: dict[str, 
             whole = sources.as_object(raw)
             row = renamed(whole, columns)
             name = recognise(row) if name == "auto" else name
-            yield Row(part, source.path, number, whole, FORMATS[name](row), None)
+            yield Row(part, source.path, number, whole, judge(row, name, source), None)
         except RowError as error:
-            yield Row(part, source.path, number, raw if isinstance(raw, dict) else {"row": raw}, None, str(error))
+            known_row = raw if isinstance(raw, dict) else {} if isinstance(raw, RowError) else {"row": raw}
+            yield Row(part, source.path, number, known_row, None, str(error))
     if not count:
-        raise DataError(f"{source.path}: it holds no rows")
+        raise DataError(f"{source.path}: it holds no rows; name a file with rows")
     read = columns_of(name) if name != "auto" else frozenset[str]()
     known[source.path] = read | {path.split(".")[0] for path in columns.values()}
 
@@ -143,6 +145,7 @@ def _write(config: LintConfig, rows: list[Row], found: list[Finding]) -> None:
     if settings.out is not None:
         write_json(Path(settings.out), {"findings": [finding._asdict() for finding in found]})
     if settings.page is not None:
-        write_page(found, config.data.training, Path(settings.page))
+        known = places_in(config.model_dump(mode="json"))
+        write_page(found, config.data.training, Path(settings.page), known)
     for out in _outputs(config):
         output.remember(out, written=True)

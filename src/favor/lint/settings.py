@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from favor.config import STRICT, Place
+from favor.config import STRICT
 from favor.data.formats import Judgment
 from favor.data.settings import DataConfig
 from favor.data.tokenize import TokensConfig
@@ -16,6 +16,8 @@ from favor.model.load import ModelConfig
 from favor.scoring.source import RewardConfig
 
 Severity = Literal["error", "warning", "note"]
+# what a training recipe holds besides, and lint does not look at
+ELSEWHERE = {"run", "seed", "resume", "loss", "optim", "reference", "train", "watch", "ppo", "sample"}
 ORDER: tuple[Severity, ...] = ("error", "warning", "note")
 
 
@@ -31,9 +33,9 @@ class LintSettings(BaseModel):
     """
 
     model_config = STRICT
-    out: Place | None = None
-    page: Place | None = None
-    fix: Place | None = None
+    out: str | None = None
+    page: str | None = None
+    fix: str | None = None
     overwrite: bool = False
     fail_on: Literal["error", "warning", "never"] = "error"
     near: float = Field(default=0.8, ge=0, le=1)
@@ -59,12 +61,19 @@ class LintConfig(BaseModel):
     A whole training recipe serves too; its other sections are not looked at.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = STRICT | ConfigDict(extra="ignore")
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
     lint: LintSettings = LintSettings()
     model: ModelConfig | None = None
     reward: RewardConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        if unknown := [key for key in given if key not in cls.model_fields and key not in ELSEWHERE]:
+            raise ValueError(f"unknown key '{unknown[0]}'; known here: {', '.join(cls.model_fields)}")
+        return given
 
 
 class Row(NamedTuple):

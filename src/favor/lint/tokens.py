@@ -23,6 +23,8 @@ def token_findings(
 ) -> list[Finding]:
     """Tokenise every row as training would; whatever it would refuse, cut or render differently is a finding."""
     read = [row for row in rows if row.judgment is not None]
+    if not read:
+        return []
     trees = [as_tree(row, index) for index, row in enumerate(read)]
     try:
         kept, report = tokenize(trees, tokenizer, tokens, end_ids, "drop")

@@ -19,6 +19,7 @@ from favor.config import STRICT
 from favor.data.loader import LoaderState
 from favor.errors import CheckpointError
 from favor.guard import file_hash, sha
+from favor.hide import without_places
 from favor.model.load import Policy
 from favor.run import atomic_folder, refuse_changed, remove_folder
 
@@ -197,6 +198,10 @@ def save_model(policy: Policy, folder: Path) -> None:
     with atomic_folder(folder) as aside:
         policy.model.save_pretrained(aside)
         policy.tokenizer.save_pretrained(aside)
+        card = aside / "README.md"
+        if card.exists():
+            # PEFT's names the base model by its path on this machine; adapter_config.json needs it, readers do not
+            card.write_text(without_places(card.read_text("utf-8"), [policy.source]), "utf-8")
 
 
 def _optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -14,9 +14,10 @@ from favor.dist.reduce import largest
 from favor.dist.world import World, barrier
 from favor.errors import CheckpointError
 from favor.model.load import Policy
+from favor.stop import StoppedError
 from favor.train import checkpoint
 from favor.train.checkpoint import TrainingState
-from favor.train.session import Session, StoppedError
+from favor.train.session import Session
 from favor.train.step import Machine
 
 

@@ -15,7 +15,8 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from favor.config import STRICT, Place, dump
+from favor.config import STRICT, Seed, dump
+from favor.data import sources
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.prompts import encode_prompts, read_prompts
 from favor.data.tokenize import TokensConfig
@@ -27,7 +28,7 @@ from favor.model.heads import Critic, logps_and_values, make_critic
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, frozen_copy, load_policy
 from favor.model.sample import SampleConfig
-from favor.scoring.source import RewardConfig, make_scorer
+from favor.scoring.source import RewardConfig, check_scorer, make_scorer
 from favor.scoring.source import identity as reward_identity
 from favor.train import checkpoint
 from favor.train.checkpoint import TrainingState
@@ -45,7 +46,7 @@ class PromptsConfig(BaseModel):
     """Section [data] of `favor ppo`: any file favor reads; its prompts count."""
 
     model_config = STRICT
-    train: Place
+    train: str
     split: str = "train"
     max_prompts: int | None = Field(default=None, ge=1)
 
@@ -62,7 +63,7 @@ class PpoSettings(BaseModel):
 
     model_config = STRICT
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
-    samples_per_prompt: int = Field(default=4, ge=1)
+    samples_per_prompt: int = Field(default=4, ge=1, le=1000)
     updates: int = Field(default=2, ge=1)
     minibatch_prompts: int | None = Field(default=None, ge=1)
     gamma: float = Field(default=1.0, gt=0, le=1)
@@ -102,8 +103,8 @@ class PpoConfig(BaseModel):
     """A recipe for `favor ppo`. train.batch_prompts prompts form one rollout; train.max_steps counts rollouts."""
 
     model_config = STRICT
-    run: Place
-    seed: int = Field(default=0, ge=0)
+    run: str
+    seed: Seed = 0
     resume: bool = False
     model: ModelConfig
     data: PromptsConfig
@@ -123,6 +124,8 @@ class PpoConfig(BaseModel):
 
 def train_ppo(config: PpoConfig, open_session: Callable[[Path], Session]) -> None:
     """Train a policy on a reward. Raises the errors of every part; NumericsError when the KL explodes."""
+    sources.check(config.data.train)
+    check_scorer(config.reward)
     with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
         _improve(config, session)
 
@@ -232,7 +235,7 @@ def _loop(config: PpoConfig, prompts: Sequence[Prompt], actors: Actors, session:
     total = num_steps(loop, len(prompts))
     order = Order(len(prompts), loop.batch_prompts, config.seed, loop.shuffle)
     began = time.monotonic() - state.seconds
-    with Bar(session, "ppo", total, state.step) as bar:
+    with session.stop.looked_at(), Bar(session, "ppo", total, state.step) as bar:
         for indices, place in batches(order, LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break

@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, model_validator
 from torch import Tensor
 
 from favor import losses
-from favor.config import STRICT, Place, dump
+from favor.config import STRICT, Seed, dump
 from favor.data import pack
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
@@ -26,11 +26,11 @@ from favor.errors import NumericsError
 from favor.losses import LossConfig
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
-from favor.scoring.source import RewardConfig, make_scorer
+from favor.scoring.source import RewardConfig, check_scorer, make_scorer
 from favor.scoring.source import identity as reward_identity
 from favor.train import reference, twopass
 from favor.train.checkpoint import TrainingState
-from favor.train.data import Splits, load_splits
+from favor.train.data import Splits, check_sources, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import Reference, ReferenceConfig
@@ -55,8 +55,8 @@ class TrainConfig(BaseModel):
     """A recipe for `favor train`. [reward], if there, scores the samples of the KL probe; it trains nothing."""
 
     model_config = STRICT
-    run: Place
-    seed: int = Field(default=0, ge=0)
+    run: str
+    seed: Seed = 0
     resume: bool = False
     model: ModelConfig
     data: DataConfig
@@ -91,6 +91,9 @@ class TrainConfig(BaseModel):
 
 def train(config: TrainConfig, open_session: Callable[[Path], Session]) -> None:
     """Train a policy on preferences. Raises the errors of every part; nothing half-written is left behind."""
+    check_sources(config.data)
+    if config.reward is not None:
+        check_scorer(config.reward)
     with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
         _train(config, session)
 
@@ -169,7 +172,7 @@ def _loop(
     kl = state.kl
     began = time.monotonic() - state.seconds
 
-    with Bar(session, "train", total, state.step) as bar:
+    with session.stop.looked_at(), Bar(session, "train", total, state.step) as bar:
         for indices, place in batches(order, LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break

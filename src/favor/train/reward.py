@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from favor.config import STRICT, Place, dump
+from favor.config import STRICT, Seed, dump
 from favor.data import pack
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
@@ -27,7 +27,7 @@ from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy
 from favor.run import write_json
 from favor.train.checkpoint import TrainingState
-from favor.train.data import Splits, load_splits
+from favor.train.data import Splits, check_sources, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import identity
@@ -56,8 +56,8 @@ class RewardTrainConfig(BaseModel):
     """A recipe for `favor reward`."""
 
     model_config = STRICT
-    run: Place
-    seed: int = Field(default=0, ge=0)
+    run: str
+    seed: Seed = 0
     resume: bool = False
     model: ModelConfig
     data: DataConfig
@@ -69,6 +69,7 @@ class RewardTrainConfig(BaseModel):
 
 def train_reward(config: RewardTrainConfig, open_session: Callable[[Path], Session]) -> Calibration | None:
     """Train a reward model; held-out figures go to eval.json. Raises the errors of every part."""
+    check_sources(config.data)
     with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
         return _learn(config, session)
 
@@ -159,7 +160,7 @@ def _loop(config: RewardTrainConfig, policy: Policy, splits: Splits, session: Se
     objective, total = make_objective(config.reward, policy), num_steps(loop, len(trees))
     order = Order(len(trees), loop.batch_prompts, config.seed, loop.shuffle)
     began = time.monotonic() - state.seconds
-    with Bar(session, "reward", total, state.step) as bar:
+    with session.stop.looked_at(), Bar(session, "reward", total, state.step) as bar:
         for indices, place in batches(order, LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from torch import Tensor
 
-from favor.config import STRICT, Place, dump
+from favor.config import STRICT, Seed, dump
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
@@ -21,7 +21,7 @@ from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
 from favor.train.checkpoint import TrainingState
-from favor.train.data import load_splits
+from favor.train.data import check_sources, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import identity
@@ -34,8 +34,8 @@ class SftConfig(BaseModel):
     """A recipe for `favor sft`."""
 
     model_config = STRICT
-    run: Place
-    seed: int = Field(default=0, ge=0)
+    run: str
+    seed: Seed = 0
     resume: bool = False
     model: ModelConfig
     data: DataConfig
@@ -46,6 +46,7 @@ class SftConfig(BaseModel):
 
 def sft(config: SftConfig, open_session: Callable[[Path], Session]) -> None:
     """Maximise the likelihood of preferred responses: loss = -(sum of token log-probs) / (number of tokens), nats a token."""
+    check_sources(config.data)
     with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
         _tune(config, session)
 
@@ -105,7 +106,7 @@ def _loop(
     objective, total = make_objective(policy), num_steps(loop, len(trees))
     order = Order(len(trees), loop.batch_prompts, config.seed, loop.shuffle)
     began = time.monotonic() - state.seconds
-    with Bar(session, "sft", total, state.step) as bar:
+    with session.stop.looked_at(), Bar(session, "sft", total, state.step) as bar:
         for indices, place in batches(order, LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break

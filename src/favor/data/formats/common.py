@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from favor.data.strict import parse
 from favor.data.types import Message, Text
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -236,9 +237,9 @@ def tools_of(row: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise RowError(f"tools is not JSON ({error.msg})") from None
+            tools = parse(tools)
+        except ValueError as error:
+            raise RowError(f"tools is not JSON that can be used: {error}") from None
     if tools is None or tools == []:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
