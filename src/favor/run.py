@@ -238,7 +238,7 @@ def refuse_changed(where: str, before: Mapping[str, str], now: Mapping[str, str]
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if changed:
         raise CheckpointError(
-            f"{where}: was written with another {', another '.join(changed)}; resume with what the run started with, "
+            f"{where}: began with another {', another '.join(changed)}; resume with what the run started with, "
             "or start a new run"
         )
 

@@ -24,7 +24,8 @@ ORDER: tuple[Severity, ...] = ("error", "warning", "note")
 class LintSettings(BaseModel):
     """Section [lint]; docs/lint.md gives every check with its threshold.
 
-    out, page, fix: the findings as JSON and as an HTML page; a cleaned copy of the training rows (JSONL). fail_on: the
+    out, page, fix: the findings as JSON and as an HTML page; a cleaned copy of the training rows (JSONL). They replace what
+    favor lint wrote there before; overwrite: any other file too. fail_on: the
     least severe finding that makes the exit code 1. near: Jaccard similarity of word triples from which texts count as
     near-duplicates (0: not looked for). noise: how many standard deviations below its
     median a reward difference must lie to doubt its label. doubt: ask [model] about the labels, by the mean log-prob of a
@@ -35,6 +36,7 @@ class LintSettings(BaseModel):
     out: str | None = None
     page: str | None = None
     fix: str | None = None
+    overwrite: bool = False
     fail_on: Literal["error", "warning", "never"] = "error"
     near: float = Field(default=0.8, ge=0, le=1)
     language: bool = True

@@ -21,7 +21,7 @@ from favor.errors import CheckpointError
 from favor.guard import file_hash, sha
 from favor.hide import without_places
 from favor.model.load import Policy
-from favor.run import atomic_folder, fsync, refuse_changed, remove_folder
+from favor.run import atomic_folder, refuse_changed, remove_folder
 
 _POLICY, _OPTIMIZER, _BESIDE, _STATE = "policy", "optimizer", "reference", "state.json"
 Share = Annotated[float, Field(ge=0)]
@@ -96,7 +96,6 @@ def save(
             if tensors or name != _BESIDE:
                 file = aside / f"{name}.safetensors"
                 save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, file)
-                fsync(file)
                 files[file.name] = file_hash(file)
         sealed = _Sealed(state=state, files=files)
         sealed = sealed.model_copy(update={"sha256": sealed.seal()})
