@@ -333,7 +333,11 @@ def words_and_types():
     yield Case("report of an over-long path", lambda i, h: ["report", "x" * 5000], ("File name too long",))
     yield Case("report with key=value", lambda i, h: ["report", str(i / "run"), "seed=1"], ("seed=1",))
     yield Case("lint --fix of an empty word", lambda i, h: [*base("lint", i), "--fix", ""], ("fix",))
-    yield Case("lint --fix into no folder", lambda i, h: [*base("lint", i), "--fix", "no/where.jsonl"], ("no/where",))
+    yield Case(
+        "lint --fix into no folder",
+        lambda i, h: [*base("lint", i), "--fix", "no/where.jsonl"],
+        ("no: no such folder", "lint.fix=FILE"),
+    )
 
 
 def recipes():
@@ -380,8 +384,10 @@ def places():
         yield bad(command, f"{key}=/dev/null", names=["/dev/null"])
         yield bad(command, f"{key}=/dev/null/x", names=["/dev/null/x"])
     for command in ("sample", "prefer", "score"):
-        for place in ("/proc/favor.jsonl", "/dev/null/x.jsonl", "x" * 300, ".", "no/where.jsonl", ""):
+        for place in ("/proc/favor.jsonl", "x" * 300, ".", ""):
             yield bad(command, f"out={place}", names=[place or "out"])
+        yield bad(command, "out=/dev/null/x.jsonl", names=["/dev/null"])
+        yield bad(command, "out=no/where.jsonl", names=["no: no such folder", "out=FILE"])
     for key in ("lint.out", "lint.page", "lint.fix"):
         yield bad("lint", f"{key}=/proc/x", names=["/proc/x"])
         yield bad("lint", f"{key}={'x' * 300}", names=["File name too long"])

@@ -182,7 +182,8 @@ def loop(words: Words = None) -> None:
 
     config = load(LoopRunConfig, *split_arguments(words or []))
     progress = _progress(_console())
-    _in_session(lambda open_session: run(config, open_session, progress))
+    kept = "what was made so far is kept; run the same command again, with resume=true"
+    _in_session(lambda open_session: run(config, open_session, progress), kept)
 
 
 @app.command()
@@ -286,8 +287,14 @@ def _continued() -> "AbstractContextManager[StopRequest]":
     return stop_signals("what was made so far is kept; run the same command again to continue")
 
 
-def _in_session(run: "Callable[[Callable[[Path], Session]], object]") -> None:
-    """Call `run` with a way to open its session, inside the process group and the signal handlers."""
+_NOTHING_KEPT = "no step was under way, so there was nothing to save; run the same command again"
+
+
+def _in_session(run: "Callable[[Callable[[Path], Session]], object]", kept: str = _NOTHING_KEPT) -> None:
+    """Call `run` with a way to open its session, inside the process group and the signal handlers.
+
+    kept: what is said when a signal comes while no step is under way.
+    """
     from favor.dist.world import world
     from favor.model.load import memory_settings
     from favor.run import RunFolder
@@ -296,7 +303,6 @@ def _in_session(run: "Callable[[Callable[[Path], Session]], object]") -> None:
 
     memory_settings()
     console = _console()
-    kept = "no step was under way, so there was nothing to save; run the same command again"
     with world() as members, stop_signals(kept) as stop:
         run(lambda root: Session(RunFolder(root), members, console, stop))
 

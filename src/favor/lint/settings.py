@@ -3,9 +3,10 @@
 In: a recipe. Out: LintConfig, Row, Finding. Next: rows.py.
 """
 
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from favor.config import STRICT
 from favor.data.formats import Judgment
@@ -47,6 +48,13 @@ class LintSettings(BaseModel):
     doubt: bool = False
     reference: str | None = None
     examples: int = Field(default=5, ge=0)
+
+    @field_validator("out", "page", "fix")
+    @classmethod
+    def _is_a_file(cls, path: str | None) -> str | None:
+        if path is not None and not Path(path).name:
+            raise ValueError(f"{path} is a folder; name a file")
+        return path
 
     @model_validator(mode="after")
     def _reference_is_read(self) -> "LintSettings":
