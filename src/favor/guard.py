@@ -135,6 +135,12 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def length_and_hash(path: Path, length: int | None = None) -> tuple[int, str]:
+    """The length of a file, or of its beginning of that length, in bytes, and the beginning's SHA-256."""
+    raw = path.read_bytes()[:length] if path.exists() else b""
+    return len(raw), hashlib.sha256(raw).hexdigest()
+
+
 def sha(text: str) -> str:
     """SHA-256 of a text."""
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
