@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo frontier matrix bad-settings test test-all check smoke lock bench clean
+.PHONY: demo fault frontier matrix bad-settings test test-all check smoke lock bench clean
 
 demo: .venv/.ready
 	$(BIN)/favor demo
@@ -13,6 +13,10 @@ frontier: .venv/.ready
 
 matrix: .venv/.ready
 	cd tests && ../$(BIN)/python -W ignore matrix.py
+
+# kills, full disks and damage against every command that writes; at most 20 minutes
+fault: .venv/.ready
+	cd tests && ../$(BIN)/python -W ignore fault.py
 
 bad-settings: .venv/.ready
 	cd tests && ../$(BIN)/python -W ignore bad_settings.py

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -26,9 +27,12 @@ import tiny
 
 GOOD = [{"prompt": f"Film {i}?", "chosen": f"good {i} film", "rejected": f"bad {i}"} for i in range(6)]
 CLOCK = {"seconds", "pairs_per_s", "tokens_per_s", "sampling_s"}
-OUTCOMES = ("equal", "refused", "wrong", "traceback")
+OUTCOMES = ("equal", "told", "refused", "wrong", "traceback")
 KINDS = ("kill", "aimed kill", "full disk", "small disk", "torn lines", "damage")
 DIED, RAISED = 137, 70
+# curves that a run says are damaged
+TOLD = "told"
+_UNIQUE = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
 class Command(NamedTuple):
@@ -201,8 +205,13 @@ def results(here, command):
             name = str(path.relative_to(here))
             if path.name == "metrics.jsonl":
                 record = collect(path.parent)
+                if any("is not what was written" in event["message"] for event in record.events):
+                    found[name] = TOLD
+                    continue
                 curves = [{k: v for k, v in r.items() if k not in CLOCK} for r in (*record.steps, *record.evals)]
                 found[name] = json.dumps(curves, sort_keys=True)
+            elif path.suffix == ".html":
+                found[name] = _UNIQUE.sub("", path.read_text())
             else:
                 found[name] = path.read_bytes()
     return found
@@ -238,8 +247,13 @@ def outcome(here, command, expected, *, repeat=True):
     code, said = goes_on(here, command)
     verdict = judge(code, said)
     if verdict == "done":
-        same = results(here, command) == expected and not left_over(here)
-        return ("equal" if same else "wrong"), said or str(left_over(here))
+        found, litter = results(here, command), left_over(here)
+        if found == expected and not litter:
+            return "equal", said
+        told = TOLD in found.values() and not litter
+        same = found.keys() == expected.keys() and all(v in (TOLD, expected[k]) for k, v in found.items())
+        differs = [k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)]
+        return ("told" if told and same else "wrong"), f"{said}differs: {differs}, lies about: {litter}"
     return verdict, said
 
 
@@ -394,7 +408,16 @@ def show(counts, names, kinds):
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("command", "fault", "trials", "equal", "refused in one line", "silently wrong", "traceback")
+    table = Table(
+        "command",
+        "fault",
+        "trials",
+        "equal",
+        "equal but curves, said",
+        "refused in one line",
+        "silently wrong",
+        "traceback",
+    )
     for name in names:
         for kind in kinds:
             row = [counts[name, kind, each] for each in OUTCOMES]

@@ -72,7 +72,20 @@ ALLOWED = {
         "train",
         "embedded",
     },
-    "loop": {"errors", "stop", "config", "run", "guard", "data", "losses", "model", "scoring", "eval", "train"},
+    "loop": {
+        "errors",
+        "output",
+        "stop",
+        "config",
+        "run",
+        "guard",
+        "data",
+        "losses",
+        "model",
+        "scoring",
+        "eval",
+        "train",
+    },
     "cli": {"errors", "config", "run", "guard", "data", "model", "dist", "scoring", "eval", "train", "report"}
     | {"demo", "loop", "frontier", "lint", "edge", "stop", "hide"},
 }

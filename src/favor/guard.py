@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,6 +133,22 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with a hash of itself, for one line of a file that grows."""
+    return {**record, "check": sha(json.dumps(record, sort_keys=True))[:16]}
+
+
+def is_sealed(record: Mapping[str, Any]) -> bool:
+    """Whether a record is what `seal` gave."""
+    return seal({name: value for name, value in record.items() if name != "check"}) == record
+
+
+def length_and_hash(path: Path, length: int | None = None) -> tuple[int, str]:
+    """The length of a file, or of its beginning of that length, in bytes, and the beginning's SHA-256."""
+    raw = path.read_bytes()[:length] if path.exists() else b""
+    return len(raw), hashlib.sha256(raw).hexdigest()
 
 
 def sha(text: str) -> str:

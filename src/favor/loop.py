@@ -15,7 +15,7 @@ from favor.config import STRICT, Seed, dump
 from favor.data.prompts import NumberedPrompts, read_prompts
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
-from favor.errors import ConfigError
+from favor.errors import CheckpointError, ConfigError
 from favor.eval.prefer import PreferConfig, prefer
 from favor.guard import content
 from favor.losses import LossConfig
@@ -85,6 +85,11 @@ class RoundFolder:
         return self.root / "figures.json"
 
     @property
+    def made(self) -> Path:
+        """Hashes of the round's preferences and model (JSON): what the next round goes on from."""
+        return self.root / "made.json"
+
+    @property
     def train(self) -> RunFolder:
         """The round's training run."""
         return RunFolder(self.root / "train")
@@ -122,6 +127,7 @@ def _rounds(
             session.say(f"round {number} of {config.rounds}")
             _round(config, number, prompts, session, progress)
             _train(config, number, open_session)
+        _seal(place)
         # written from the rounds' own figures, so that a kill between two files loses none
         _record(config, number)
     session.say(f"{config.rounds} rounds done; model in {_folder(config, config.rounds).train.model}")
@@ -147,6 +153,18 @@ def _round(config: LoopRunConfig, number: int, prompts: NumberedPrompts, session
     report = prefer(_prefer_recipe(config, number), stoppable)
     session.say(str(report))
     write_json(place.figures, {"round": number, **asdict(report)})
+
+
+def _seal(place: RoundFolder) -> None:
+    """Keep the hashes of what a round made. Raises CheckpointError when it is no longer that."""
+    now = {"model": content(str(place.train.model)), "preferences": content(str(place.preferences))}
+    if not place.made.exists():
+        write_json(place.made, now)
+    elif damaged := [name for name, value in read_json(place.made).items() if now.get(name) != value]:
+        raise CheckpointError(
+            f"{place.root}: its {' and '.join(damaged)} are not what was written; delete this round's folder and all later "
+            "ones to make them again"
+        )
 
 
 def _train(config: LoopRunConfig, number: int, open_session: Callable[[Path], Session]) -> None:

@@ -152,12 +152,13 @@ def start(root: Path, config_text: str, *, resume: bool, main: bool = True) -> G
             _refuse_run(folder)
             folder.metrics.unlink(missing_ok=True)
             write_text(folder.config, config_text)
+        done = resume
         try:
             yield folder
-        except BaseException:
-            if not resume:
+            done = True
+        finally:
+            if not done:
                 _take_back(folder, before)
-            raise
 
 
 @contextlib.contextmanager

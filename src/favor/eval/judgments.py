@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from favor.data.types import Text
+from favor.errors import CheckpointError
 from favor.eval.judges import Duel, JudgeConfig, make_judge, settings_that_count
 from favor.eval.winstats import Verdict
-from favor.guard import content, sha
+from favor.guard import content, is_sealed, seal, sha
 from favor.run import append, cut_torn_line, read_jsonl
 
 
@@ -29,19 +30,30 @@ def judge_all(
     settings = identity(config)
     keys = [key_of(settings, duel) for duel in duels]
     cut_torn_line(path)
-    known: dict[str, Verdict] = {r["key"]: r["verdict"] for r in read_jsonl(path)} if path.exists() else {}
+    known: dict[str, Verdict] = {r["key"]: r["verdict"] for r in read_sealed(path)}
     missing = {key: duel for key, duel in zip(keys, duels, strict=True) if key not in known}
     say(f"judgments: {len(missing)} to make, {len(set(keys)) - len(missing)} kept in {path}")
     names = list(missing)
 
     def done(index: int, verdict: Verdict) -> None:
         known[names[index]] = verdict
-        append(path, {"key": names[index], "verdict": verdict})
+        append(path, seal({"key": names[index], "verdict": verdict}))
         progress(1, len(names))
 
     if missing:
         make_judge(config)(list(missing.values()), done)
     return [known[key] for key in keys]
+
+
+def read_sealed(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that grows, if there is one. Raises CheckpointError naming a line that is not what was written."""
+    records = read_jsonl(path) if path.exists() else []
+    for number, record in enumerate(records, 1):
+        if not is_sealed(record):
+            raise CheckpointError(
+                f"{path}, line {number}: damaged, not what was written; remove that line to make it again"
+            )
+    return records
 
 
 def key_of(settings: dict[str, Any], duel: Duel) -> str:

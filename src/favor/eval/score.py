@@ -86,6 +86,7 @@ def _score(
         gaps += [mine[a] - mine[b] for a, b in pairs]
         prompt_of += [index] * len(pairs)
     found = {"calibration": calibrate(np.array(gaps), np.array(prompt_of), config.seed).as_json()} if gaps else None
+    output.remember(out, written=False)
     if found:
         write_json(out.also[0], found)
     else:

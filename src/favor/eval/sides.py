@@ -18,7 +18,8 @@ from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import DataError
 from favor.eval.judges import path_as_section
-from favor.eval.judgments import text_key
+from favor.eval.judgments import read_sealed, text_key
+from favor.guard import seal
 from favor.model.load import ModelConfig, load_policy
 from favor.model.sample import SampleConfig, sample
 from favor.run import append, cut_torn_line
@@ -99,9 +100,7 @@ def sampled_responses(
 ) -> dict[str, list[str]]:
     """Prompt key -> responses of a model; what `kept_in` has is not sampled again, and what is new is added to it."""
     cut_torn_line(kept_in)
-    known: dict[str, list[str]] = {}
-    if kept_in.exists() and kept_in.stat().st_size:
-        known = {key: responses for key, (_, responses) in read_responses(str(kept_in), "train").items()}
+    known: dict[str, list[str]] = {text_key(row["prompt"]): row["responses"] for row in read_sealed(kept_in)}
     missing = [item for item in asked if item.key not in known]
     if not missing:
         return known
@@ -116,7 +115,7 @@ def sampled_responses(
         texts = policy.tokenizer.batch_decode([list(x) for x in out], skip_special_tokens=True)
         for i, item in enumerate(part):
             known[item.key] = texts[i * how.each : (i + 1) * how.each]
-            append(kept_in, {"prompt": item.prompt, "responses": known[item.key]})
+            append(kept_in, seal({"prompt": item.prompt, "responses": known[item.key]}))
     return known
 
 

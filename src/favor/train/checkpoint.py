@@ -30,7 +30,8 @@ Share = Annotated[float, Field(ge=0)]
 class TrainingState(BaseModel):
     """Where training stands after `step` optimizer steps, and what it came from.
 
-    inputs: name -> hash of everything that enters. kl, below: the last KL probe and the displacement window.
+    inputs: name -> hash of everything that enters. kl, below: the last KL probe and the displacement window. metrics:
+    how long metrics.jsonl was, and its hash.
     """
 
     model_config = STRICT
@@ -42,6 +43,7 @@ class TrainingState(BaseModel):
     kl_coef: float | None = Field(default=None, ge=0)
     kl: dict[str, float] = {}
     below: tuple[tuple[Share, Share], ...] = ()
+    metrics: tuple[int, str] = (0, "")
 
     def after_step(self, place: LoaderState, seconds: float) -> "TrainingState":
         """The state one step later; `place` is where the loader then stands."""
