@@ -15,7 +15,7 @@ from favor.errors import DataError
 from favor.lint import brief as lint
 from favor.model.load import Policy
 from favor.run import write_json
-from favor.train.prepared import Part, Recipe, prepare
+from favor.train.prepared import Part, Recipe, prepare, refuse_changed, stamps_of
 from favor.train.session import Session
 
 
@@ -50,7 +50,9 @@ def load_splits(
     Raises DataError when a part cannot be used, or holds no comparison where one is needed.
     """
     parts: dict[str, Part] = {}
-    for wanted in parts_of(data):
+    wanted_parts = parts_of(data)
+    before = stamps_of(wanted_parts)
+    for wanted in wanted_parts:
         recipe = Recipe(wanted, data, tokens, policy.tokenizer, policy.end_ids)
         part = parts[wanted.name] = prepare(recipe, session.world, session.say)
         if need_comparisons and not any(tree.comparisons for tree in part.trees):
@@ -58,6 +60,8 @@ def load_splits(
                 f"{recipe.names}: no comparison left to train on; give chosen and rejected, a ranking or scores"
             )
         session.say(f"{wanted.name}: {summary(part.read, part.tokens)}")
+    # both halves of a file must be halves of the same
+    refuse_changed(wanted_parts, before)
     findings = [finding for part in parts.values() for finding in part.findings]
     if "eval" in parts:
         findings += lint.leaks(parts["train"].texts, parts["eval"].texts)
