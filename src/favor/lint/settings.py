@@ -3,6 +3,7 @@
 In: a recipe. Out: LintConfig, Row, Finding. Next: rows.py.
 """
 
+import difflib
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +18,8 @@ from favor.scoring.source import RewardConfig
 
 Severity = Literal["error", "warning", "note"]
 ORDER: tuple[Severity, ...] = ("error", "warning", "note")
+# keys of training recipes that say nothing about their data
+_PASSED_OVER = ("run", "seed", "resume", "loss", "optim", "reference", "train", "watch", "ppo", "sample")
 
 
 class LintSettings(BaseModel):
@@ -54,7 +57,7 @@ class LintSettings(BaseModel):
 class LintConfig(BaseModel):
     """A recipe for `favor lint`: [data] and [lint]; [model] tries its tokenizer and template, [reward] doubts labels.
 
-    A whole training recipe serves too; its other sections are not looked at.
+    A whole training recipe serves too; its other sections are not looked at. What no such recipe has is refused.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -63,6 +66,17 @@ class LintConfig(BaseModel):
     lint: LintSettings = LintSettings()
     model: ModelConfig | None = None
     reward: RewardConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_other_keys(cls, tree: Any) -> Any:
+        known = [*cls.model_fields, *_PASSED_OVER]
+        for key in tree if isinstance(tree, dict) else ():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(cls.model_fields)}"
+                raise ValueError(f"unknown key '{key}'; {hint}")
+        return tree
 
 
 class Row(NamedTuple):
