@@ -157,7 +157,7 @@ def _trained(command: str, source: Source, ran: Ran, here: Path) -> "list[str]":
     if not source.good:
         return _refused(ran, (f"all {len(rows)} rows are bad",) if source.bad else ())
     if not source.compares:
-        return _refused(ran, ("no comparison",)) + _contents(source)
+        return _refused(ran, ("nothing to learn from",)) + _contents(source)
     if ran.code:
         return [f"exit code {ran.code}, expected 0: {ran.err[-300:]!r}"]
     report = json.loads((here / "run/data.json").read_text("utf-8"))["train"]

@@ -35,7 +35,7 @@ def read_prompts(source: str, split: str, limit: int | None = None) -> NumberedP
         if limit is not None and len(seen) >= limit:
             break
     if not seen:
-        raise DataError(f"{source}: nothing to use: it holds no rows")
+        raise DataError(f"{source}: nothing to use: it holds no rows; name a file with rows")
     return list(seen.values())
 
 

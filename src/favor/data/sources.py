@@ -235,7 +235,7 @@ def _of_data_set(source: str, split: str, *, streaming: bool) -> Iterator[Any]:
     import datasets
 
     found = _load_dataset(source, split, streaming=streaming)
-    if not isinstance(found, datasets.Dataset):
+    if not isinstance(found, datasets.Dataset) or not len(found):
         yield from found
         return
     with _loading(source):

@@ -84,7 +84,7 @@ def _judgments(config: ScoreConfig) -> list[Judgment]:
         if config.max_rows is not None and len(found) >= config.max_rows:
             break
     if not found:
-        raise DataError(f"{config.data}: nothing to score: it holds no rows")
+        raise DataError(f"{config.data}: nothing to score: it holds no rows; name a file with rows")
     return found
 
 

@@ -3,6 +3,7 @@
 In: Rows and what the checks found. Out: a JSONL file of rows and one of actions. Next: run.py.
 """
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,10 +49,15 @@ def clean(rows: Sequence[Row], findings: Sequence[Finding]) -> tuple[list[dict[s
 
 def write(kept: Sequence[Mapping[str, Any]], actions: Sequence[Action], path: Path) -> Path:
     """The clean copy at `path`, its actions beside it; returns where these are."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=_as_text) + "\n" for row in kept))
     log = path.with_name(f"{path.stem}.actions.jsonl")
     write_text(log, "".join(json.dumps(action._asdict(), ensure_ascii=False) + "\n" for action in actions))
     return log
+
+
+def _as_text(value: bytes) -> str:
+    """Bytes, which a Parquet column may hold, have no other form in JSON."""
+    return base64.b64encode(value).decode()
 
 
 def _reasons(rows: Sequence[Row], findings: Sequence[Finding]) -> dict[tuple[str, int], str]:
