@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from favor.data.formats import FORMATS, RowError, recognise
-from favor.data.formats.common import as_text, check_unicode, strings
+from favor.data.formats.common import as_text, check_unicode, joined_parts, shown, strings
 from favor.data.sources import read_objects
 from favor.data.tokenize import TokensConfig, prompt_encoder
 from favor.data.types import Text
@@ -65,6 +65,19 @@ def prompt_of(row: dict[str, Any]) -> Text:
     for text in strings(prompt):
         check_unicode(text)
     return prompt
+
+
+def sample_text(value: Any, name: str) -> str:
+    """The text of a sample, which may be blank: text as it is, or the content of one assistant turn. Raises RowError."""
+    value = joined_parts(value, name)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict):
+        value = joined_parts(value.get("content"), f"{name}.content")
+    if not isinstance(value, str):
+        raise RowError(f"{name} holds {shown(value)}, expected text or the turn of an assistant")
+    check_unicode(value)
+    return value
 
 
 def _prompt(row: dict[str, Any]) -> Text:
