@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from favor.config import STRICT
 from favor.data.formats import FORMATS, Judgment, RowError, recognise
+from favor.data.prompts import prompt_of, sample_text
 from favor.data.sources import read_objects
 from favor.data.types import Text
 from favor.errors import DataError
@@ -90,10 +91,9 @@ def _judgments(config: ScoreConfig) -> list[Judgment]:
 
 def _judgment(row: dict[str, Any]) -> Judgment:
     if "responses" in row and not row.keys() & {"ranking", "scores", "votes", "choices"}:
-        prompt, responses = row.get("prompt"), row["responses"]
-        if not isinstance(prompt, str | list) or not isinstance(responses, list):
+        if not isinstance(row["responses"], list):
             raise RowError("samples are a prompt and a list of responses")
-        return Judgment(prompt if isinstance(prompt, str) else tuple(prompt), tuple(responses), ())
+        return Judgment(prompt_of(row), tuple(sample_text(value, "responses") for value in row["responses"]), ())
     return FORMATS[recognise(row)](row)
 
 

@@ -16,7 +16,7 @@ from favor.run import write_text
 
 # findings whose rows are left out: nothing in the row itself says how to mend it
 _DROPPED = ("secret", "personal", "echo", "repeated_turn", "lost_characters", "special_text", "round_trip", "language")
-_ALSO = ("near_duplicate", "doubled_special", "truncation")
+_ALSO = ("equal_ids", "near_duplicate", "doubled_special", "truncation")
 
 
 class Action(NamedTuple):

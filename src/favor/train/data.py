@@ -101,4 +101,6 @@ _TOKENS = {
     "comparisons_dropped": "comparisons dropped",
     "appended_end": "end tokens appended",
     "already_ended": "already ended",
+    "responses_trimmed": "responses lose blanks around their text in the template",
+    "tools_unread": "prompts whose tools the template leaves out",
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from favor.data.formats.chat import alpaca, sharegpt
-from favor.data.formats.common import Judgment, RowError, transcript
+from favor.data.formats.common import Judgment, RowError, checked, transcript
 from favor.data.formats.pairs import (
     helpsteer2_preference,
     helpsteer3,
@@ -23,7 +23,7 @@ from favor.data.formats.shapes import columns_of, recognise
 from favor.data.formats.thumbs import thumbs
 from favor.data.formats.votes import votes
 
-FORMATS: dict[str, Callable[[dict[str, Any]], Judgment]] = {
+_READERS: dict[str, Callable[[dict[str, Any]], Judgment]] = {
     "pairs": pairs,
     "ranked": ranked,
     "sft": sft,
@@ -41,5 +41,6 @@ FORMATS: dict[str, Callable[[dict[str, Any]], Judgment]] = {
     "alpaca": alpaca,
     "sharegpt": sharegpt,
 }
+FORMATS = {name: checked(reader) for name, reader in _READERS.items()}
 
 __all__ = ["FORMATS", "Judgment", "RowError", "columns_of", "recognise", "transcript"]

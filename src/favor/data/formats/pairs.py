@@ -14,8 +14,10 @@ from favor.data.formats.common import (
     as_response,
     as_text,
     beside,
+    brief,
     common_prompt,
     distinct,
+    is_number,
     is_tie,
     margin_of,
     need,
@@ -63,8 +65,8 @@ def shp(row: dict[str, Any]) -> Judgment:
     responses = tuple(beside(prompt, as_response(need(row, name), name)) for name in ("human_ref_A", "human_ref_B"))
     distinct(responses, "comments")
     label = need(row, "labels")
-    if isinstance(label, bool) or label not in (0, 1):
-        raise RowError(f"labels is {label!r}, expected 1 (comment A is better) or 0 (comment B is)")
+    if not is_number(label) or label not in (0, 1):
+        raise RowError(f"labels is {brief(label)}, expected 1 (comment A is better) or 0 (comment B is)")
     order = (0, 1) if label == 1 else (1, 0)
     ratio = _vote_ratio(row, order)
     judgment = Judgment(prompt, responses, (order,), weight_of(row))
@@ -101,15 +103,18 @@ def openai_tldr(row: dict[str, Any]) -> Judgment:
     for name in ("subreddit", "title", "post"):
         part = info.get(name)
         if not isinstance(part, str) or not part.strip():
-            raise RowError(f"info.{name} is {part!r}, expected text (CNN/DM articles have none; they are not read)")
+            raise RowError(
+                f"info.{name} is {brief(part)}, expected text (CNN/DM articles have none; they are not read)"
+            )
         parts.append(part.strip())
     prompt = f"SUBREDDIT: r/{parts[0].removeprefix('r/')}\n\nTITLE: {parts[1]}\n\nPOST: {parts[2]}\n\nTL;DR:"
     texts = [as_response(s.get("text"), f"summaries[{i}].text") for i, s in enumerate(_two(row))]
     responses = tuple(" " + text.strip() if isinstance(text, str) else text for text in texts)
     distinct(responses, "summaries")
     choice = need(row, "choice")
-    if isinstance(choice, bool) or choice not in (0, 1):
-        raise RowError(f"choice is {choice!r}, expected 0 or 1: the index of the better summary")
+    if not is_number(choice) or choice not in (0, 1):
+        raise RowError(f"choice is {brief(choice)}, expected 0 or 1: the index of the better summary")
+    choice = int(choice)
     return Judgment(prompt, responses, ((choice, 1 - choice),), weight_of(row))
 
 
@@ -206,8 +211,10 @@ def _from_strength(row: dict[str, Any], prompt: Text, names: tuple[str, str], st
     responses = tuple(beside(prompt, as_response(need(row, name), name)) for name in names)
     distinct(responses, "responses")
     value = need(row, strength)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -3 <= value <= 3:
-        raise RowError(f"{strength} is {value!r}, expected a number from -3 (the first is better) to 3 (the second is)")
+    if not is_number(value) or not -3 <= value <= 3:
+        raise RowError(
+            f"{strength} is {brief(value)}, expected a number from -3 (the first is better) to 3 (the second is)"
+        )
     judgment = Judgment(prompt, responses, (), weight_of(row))
     if value == 0:
         return judgment._replace(ties=((0, 1),))

@@ -5,7 +5,7 @@ In: a row as a dict. Out: its Judgment, as soft labels; data.votes can ask for m
 
 from typing import Any
 
-from favor.data.formats.common import Judgment, RowError, by_scores, need, numbers_of, tools_of, weight_of
+from favor.data.formats.common import Judgment, RowError, brief, by_scores, need, numbers_of, tools_of, weight_of
 from favor.data.formats.scored import prompt_and_responses
 
 
@@ -28,7 +28,7 @@ def _counts(row: dict[str, Any], count: int) -> tuple[float, ...]:
         return _counted(need(row, "choices"), count)
     found = numbers_of(row["votes"], count, "votes")
     if min(found) < 0 or sum(found) == 0:
-        raise RowError(f"votes {row['votes']!r} must be 0 or more, and at least one above 0")
+        raise RowError(f"votes {brief(row['votes'])} must be 0 or more, and at least one above 0")
     return found
 
 
@@ -40,7 +40,9 @@ def _counted(choices: Any, count: int) -> tuple[float, ...]:
         if choice == "tie":
             counts = [c + 1 / count for c in counts]
         elif isinstance(choice, bool) or not isinstance(choice, int) or not 0 <= choice < count:
-            raise RowError(f"choices holds {choice!r}, expected the index of a response (0 to {count - 1}) or 'tie'")
+            raise RowError(
+                f"choices holds {brief(choice)}, expected the index of a response (0 to {count - 1}) or 'tie'"
+            )
         else:
             counts[choice] += 1
     return tuple(counts)
