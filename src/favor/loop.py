@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT, dump
+from favor.config import STRICT, Seed, dump
 from favor.data.prompts import NumberedPrompts, read_prompts
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
@@ -22,12 +22,13 @@ from favor.losses import LossConfig
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
 from favor.run import RunFolder, make_folder, start, write_json, write_text
-from favor.scoring.source import RewardConfig
+from favor.scoring.source import RewardConfig, check_scorer
+from favor.stop import StoppedError
 from favor.train.checkpoint import checkpoints
 from favor.train.loop import LoopConfig
 from favor.train.optim import OptimConfig
 from favor.train.preference import TrainConfig, train
-from favor.train.session import Session, StoppedError
+from favor.train.session import Session
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,7 +38,7 @@ class LoopRunConfig(BaseModel):
 
     model_config = STRICT
     run: str
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     resume: bool = False
     rounds: int = Field(default=3, ge=1)
     model: ModelConfig
@@ -93,11 +94,12 @@ def loop(config: LoopRunConfig, open_session: Callable[[Path], Session], progres
 
     Raises ConfigError for a folder that holds a run, and what sampling, scoring and training raise.
     """
+    prompts = read_prompts(config.prompts, config.split)
+    check_scorer(config.reward)
     folder = _start(config)
     session = open_session(folder.root)
     if session.world.size > 1:
         raise ConfigError("favor loop runs in one process; start it without torchrun")
-    prompts = read_prompts(config.prompts, config.split)
     for number in range(1, config.rounds + 1):
         place = _folder(config, number)
         if not place.train.model.exists():
@@ -175,7 +177,7 @@ def _prefer_recipe(config: LoopRunConfig, number: int) -> PreferConfig:
         sample=config.sample,
         samples_per_prompt=config.samples_per_prompt,
         reward=config.reward,
-        seed=config.seed + number,
+        seed=(config.seed + number) % (1 << 32),
     )
 
 
@@ -183,7 +185,7 @@ def _train_recipe(config: LoopRunConfig, number: int) -> TrainConfig:
     place = _folder(config, number)
     return TrainConfig(
         run=str(place.train.root),
-        seed=config.seed + number,
+        seed=(config.seed + number) % (1 << 32),
         model=_model(config, number),
         # a sample may be too long, or spell out a special token
         data=DataConfig(train=str(place.preferences), bad_rows="drop"),

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from favor.config import STRICT
+from favor.config import STRICT, Seed
 from favor.data.formats import FORMATS, columns_of
 from favor.data.pairing import Pairing, Rules, Votes
 
@@ -57,7 +57,7 @@ class DataConfig(BaseModel):
     sources: tuple[SourceConfig, ...] = ()
     eval: str | None = None
     eval_share: float = Field(default=0.0, ge=0, le=0.5)
-    eval_seed: int = Field(default=0, ge=0)
+    eval_seed: Seed = 0
     format: str = "auto"
     columns: dict[str, str] = {}
     pairing: Pairing = "auto"

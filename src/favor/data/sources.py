@@ -53,14 +53,20 @@ def rows(source: str, split: str, *, streaming: bool = False) -> Numbered:
 
     Raises DataError when a file cannot be opened, is damaged, or changes while it is read.
     """
-    found = files(source)
+    found = check(source)
     if found is not None:
         for _, _, number, row in _numbered_through(found):
             yield number, row
         return
-    if _kind(Path(source)) is None and not _looks_like_hub_id(source):
-        raise DataError(f"{source}: no such file or folder; check the path")
     yield from enumerate(_of_data_set(source, split, streaming=streaming), 1)
+
+
+def check(source: str) -> list[Path] | None:
+    """`files`, and DataError also for what is no file and cannot be a hub id; nothing is read and no network tried."""
+    found = files(source)
+    if found is None and _kind(Path(source)) is None and not _looks_like_hub_id(source):
+        raise DataError(f"{source}: no such file or folder; check the path")
+    return found
 
 
 def where(source: str, number: int) -> str:

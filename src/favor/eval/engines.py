@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT
+from favor.config import STRICT, Seed
 from favor.data.formats import RowError
 from favor.data.prompts import encode_prompts
 from favor.data.render import plain_prompt
@@ -58,10 +58,10 @@ class SamplesConfig(BaseModel):
     tokens: TokensConfig = TokensConfig()
     sample: SampleConfig = SampleConfig()
     samples_per_prompt: int = Field(default=1, ge=1, le=1000)
-    best_of: int | None = Field(default=None, ge=1)
+    best_of: int | None = Field(default=None, ge=1, le=1000)
     reward: RewardConfig | None = None
     max_prompts: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "SamplesConfig":

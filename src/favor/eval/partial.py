@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from favor.errors import ConfigError
+from favor.errors import ConfigError, writing
 from favor.run import write_text
 
 
@@ -30,7 +30,7 @@ class Partial:
 
     def keep(self, texts: Mapping[int, Sampled]) -> None:
         """Append texts in one write, so that a kill loses at most what was not handed over yet."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(_line([index, *one]) for index, one in texts.items()))
 
 

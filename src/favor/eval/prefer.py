@@ -11,14 +11,14 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT
+from favor.config import STRICT, Seed
 from favor.data.tokenize import TokensConfig
 from favor.errors import DataError
 from favor.eval.engines import Engine, SamplesConfig, check_engine
 from favor.eval.samples import Drawn, Progress, draw_all, score, write_rows
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
-from favor.scoring.source import RewardConfig
+from favor.scoring.source import RewardConfig, check_scorer
 from favor.server import ServerConfig
 
 
@@ -37,7 +37,7 @@ class PreferConfig(BaseModel):
     samples_per_prompt: int = Field(default=4, ge=2, le=1000)
     reward: RewardConfig
     max_prompts: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "PreferConfig":
@@ -76,6 +76,7 @@ def prefer(config: PreferConfig, progress: Progress) -> Preferred:
 
     Samples of a run that failed or was stopped are kept and continued; they are then scored again.
     """
+    check_scorer(config.reward)
     found = draw_all(_sampling(config), progress)
     told = [_not_blank(each) for each in found]
     if not any(each.texts for each in told):

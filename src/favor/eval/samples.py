@@ -16,7 +16,7 @@ from favor.errors import ConfigError
 from favor.eval.engines import Job, SamplesConfig, draw
 from favor.eval.partial import Sampled, open_partial
 from favor.run import write_text
-from favor.scoring.source import RewardConfig, make_scorer
+from favor.scoring.source import RewardConfig, check_scorer, make_scorer
 
 Progress = Callable[[str, int, int], None]
 # What has no part in a sample's text: a run may continue with other values of these.
@@ -41,6 +41,8 @@ def write_samples(config: SamplesConfig, progress: Progress) -> int:
     Raises DataError for a row without a usable prompt, CheckpointError for an unusable model, ConfigError for a
     partial file of other settings, ServerError when a server gives up; what was sampled until then is kept.
     """
+    if config.reward is not None:
+        check_scorer(config.reward)
     found = draw_all(config, progress)
     if config.reward is None:
         rows: list[dict[str, Any]] = [

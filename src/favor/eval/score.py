@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, Field
 
-from favor.config import STRICT
+from favor.config import STRICT, Seed
 from favor.data.formats import FORMATS, Judgment, RowError, recognise
 from favor.data.prompts import prompt_of, sample_text
 from favor.data.sources import read_objects
@@ -37,7 +37,7 @@ class ScoreConfig(BaseModel):
     split: str = "test"
     max_rows: int | None = Field(default=None, ge=1)
     reward: RewardConfig
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
 
 def score(config: ScoreConfig, progress: Callable[[str, int, int], None]) -> dict[str, Any] | None:

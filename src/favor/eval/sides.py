@@ -19,10 +19,10 @@ from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import DataError
 from favor.eval.judges import path_as_section
-from favor.eval.judgments import mend, text_key
+from favor.eval.judgments import text_key
 from favor.model.load import ModelConfig, load_policy
 from favor.model.sample import SampleConfig, sample
-from favor.run import append
+from favor.run import append, cut_torn_line
 
 # Batches between two writes of the responses: what a killed run loses.
 _BATCHES = 4
@@ -100,7 +100,7 @@ def sampled_responses(
     side: ModelConfig, asked: Sequence[Placed], how: Sampling, kept_in: Path, progress: Callable[[int, int], None]
 ) -> dict[str, list[str]]:
     """Prompt key -> responses of a model; what `kept_in` has is not sampled again, and what is new is added to it."""
-    mend(kept_in)
+    cut_torn_line(kept_in)
     known: dict[str, list[str]] = {}
     if kept_in.exists() and kept_in.stat().st_size:
         known = {key: responses for key, (_, responses) in read_responses(str(kept_in), "train").items()}

@@ -12,14 +12,15 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT, dump
+from favor.config import STRICT, Seed, dump
 from favor.data.prompts import read_prompts
 from favor.data.tokenize import TokensConfig
 from favor.errors import ConfigError, DataError
-from favor.eval.judges import Duel, JudgeConfig, describe
-from favor.eval.judgments import content, judge_all
+from favor.eval.judges import Duel, JudgeConfig, check_judge, describe
+from favor.eval.judgments import judge_all
 from favor.eval.sides import Placed, Sampling, SideConfig, read_responses, sampled_responses
 from favor.eval.winstats import JudgedPair, win_figures
+from favor.guard import content
 from favor.model.sample import SampleConfig
 from favor.run import RunFolder, make_folder, write_json, write_text
 
@@ -44,8 +45,8 @@ class WinrateConfig(BaseModel):
     max_prompts: int | None = Field(default=None, ge=1)
     tokens: TokensConfig = TokensConfig()
     sample: SampleConfig = SampleConfig()
-    samples_per_prompt: int = Field(default=1, ge=1)
-    seed: int = Field(default=0, ge=0)
+    samples_per_prompt: int = Field(default=1, ge=1, le=1000)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "WinrateConfig":
@@ -85,6 +86,7 @@ def winrate(config: WinrateConfig, say: Callable[[str], None], progress: Progres
     """
     files = {name: read_responses(side.file, config.split) for name, side in config.sides.items() if side.file}
     asked, left_out = _common(config, files)
+    check_judge(config.judge)
     folder = _open(config)
     responses = {name: {key: texts for key, (_, texts) in rows.items()} for name, rows in files.items()}
     for name, side in config.sides.items():

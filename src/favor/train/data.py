@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from favor.data import sources
 from favor.data.digest import hash_all
 from favor.data.read import LEFT_OUT, DataConfig, parts_of
 from favor.data.tokenize import TokensConfig
@@ -40,6 +41,13 @@ class Splits:
     def identity(self) -> str:
         """A hash of every token id and comparison."""
         return hash_all({"train": self.train, "eval": self.eval})
+
+
+def check_sources(data: DataConfig) -> None:
+    """Look for the files before a model is fetched or loaded. Raises DataError for one that is not there."""
+    for part in parts_of(data):
+        for source in part.sources:
+            sources.check(source.path)
 
 
 def load_splits(
