@@ -687,7 +687,11 @@ def judged(case, code, err, here, seconds):
     problems += ["a traceback"] if "Traceback" in err else []
     problems += [f"{seconds:.0f} s"] if seconds > 20 else []
     problems += ["left-over temporary files"] if list(here.rglob("*.tmp")) else []
-    return Outcome("unclear", "; ".join(problems) + f": {err.strip()[:60]} ... {err.strip()[-160:]}") if problems else Outcome("refused", "")
+    return (
+        Outcome("unclear", "; ".join(problems) + f": {err.strip()[:60]} ... {err.strip()[-160:]}")
+        if problems
+        else Outcome("refused", "")
+    )
 
 
 def program():

@@ -30,7 +30,9 @@ class RowError(Exception):
     """
 
     def __init__(self, reason: str, kind: str = "", place: int = 0) -> None:
-        super().__init__(" ".join(reason.encode("utf-8", "backslashreplace").decode().split()))
+        line = " ".join(reason.split())
+        # a file's own names may hold what a terminal would obey
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
         self.kind, self.place = kind, place
 
 
