@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo frontier matrix test test-all check bench clean
+.PHONY: demo frontier matrix sources test test-all check bench clean
 
 demo: .venv/.ready
 	$(BIN)/favor demo
@@ -13,6 +13,9 @@ frontier: .venv/.ready
 
 matrix: .venv/.ready
 	cd tests && ../$(BIN)/python -W ignore matrix.py
+
+sources: .venv/.ready
+	cd tests && ../$(BIN)/python -W ignore bad_sources.py
 
 test: .venv/.ready
 	$(BIN)/pytest -m "not slow"

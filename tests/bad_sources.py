@@ -15,6 +15,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,12 @@ class Verdict(NamedTuple):
 
     kind: str
     wrong: tuple[str, ...]
+
+
+@cache
+def _watched() -> None:
+    # a hook cannot be taken away again
+    sys.addaudithook(_watch)
 
 
 def _watch(event: str, args: tuple[Any, ...]) -> None:
@@ -261,7 +268,8 @@ def outcome(name: str, command: str, here: Path, model: Path) -> Verdict | None:
 
 def corpus(commands: "tuple[str, ...]" = COMMANDS, names: "list[str] | None" = None) -> dict[tuple[str, str], Verdict]:
     """(source, command) -> verdict."""
-    sys.addaudithook(_watch)
+    _watched()
+    before = os.environ.get("FAVOR_CACHE")
     found: dict[tuple[str, str], Verdict] = {}
     with tempfile.TemporaryDirectory() as work:
         model = tiny.save(Path(work) / "model")
@@ -273,6 +281,8 @@ def corpus(commands: "tuple[str, ...]" = COMMANDS, names: "list[str] | None" = N
                 shutil.rmtree(here)
                 if verdict is not None:
                     found[name, command] = verdict
+    os.environ.pop("FAVOR_CACHE", None)
+    os.environ.update({} if before is None else {"FAVOR_CACHE": before})
     return found
 
 
