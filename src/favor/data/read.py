@@ -5,7 +5,6 @@ shapes are in formats/ and docs/formats.md, DataConfig is in settings.py. Next: 
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -154,12 +153,6 @@ def judged(
 def judge(row: dict[str, Any], name: str, source: SourceConfig) -> Judgment:
     """What a row under our names says, with its source's weight. Raises RowError."""
     judgment = FORMATS[name](row)
-    if judgment.tools or not all(isinstance(text, str) for text in (judgment.prompt, *judgment.responses)):
-        try:
-            json.dumps([judgment.prompt, judgment.responses, judgment.tools])
-        except TypeError as error:
-            # a Parquet file can hold bytes in a turn
-            raise RowError(f"its turns or tools hold what is neither text nor number ({error})") from None
     return judgment._replace(weight=judgment.weight * source.weight)
 
 

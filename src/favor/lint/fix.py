@@ -55,9 +55,9 @@ def write(kept: Sequence[Mapping[str, Any]], actions: Sequence[Action], path: Pa
     return log
 
 
-def _as_text(value: bytes) -> str:
-    """Bytes, which a Parquet column may hold, have no other form in JSON."""
-    return base64.b64encode(value).decode()
+def _as_text(value: object) -> str:
+    """What a Parquet column may hold and JSON has not."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def _reasons(rows: Sequence[Row], findings: Sequence[Finding]) -> dict[tuple[str, int], str]:

@@ -101,7 +101,7 @@ def common_prompt(
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text inside a value, names of fields too. Raises RowError where it is nested too deeply."""
+    """Every text inside a value, names of fields too. Raises RowError where it is nested too deeply or holds what JSON has not."""
     level = [value]
     for _ in range(_DEEPEST):
         deeper: list[Any] = []
@@ -112,6 +112,9 @@ def strings(value: Any) -> Iterator[str]:
                 deeper += [*item.keys(), *item.values()]
             elif isinstance(item, list | tuple):
                 deeper += item
+            elif item is not None and not isinstance(item, int | float):
+                # a Parquet file can hold bytes in a turn
+                raise RowError(f"it holds {type(item).__name__} where text, a number or a list belongs")
         if not deeper:
             return
         level = deeper
