@@ -52,6 +52,7 @@ MEANT = {
     "kto_sharegpt": ("sharegpt", [([], [], [Thumb(0, True), Thumb(1, False)])]),
     "votes": ("votes", [([C((0, 1), label=0.75)], [], []), ([C((0, 2, 1))], [], []), ([], [C((0, 1))], [])]),
     "votes_choices": ("votes", [([C((0, 1), label=0.625)], [], []), ([C((1, 0))], [], [])]),
+    "verdict": ("verdict", [([C((0, 1))], [], []), ([C((1, 0), label=5 / 6)], [], []), ([], [], [Thumb(0, False), Thumb(1, False)]), ([], [C((0, 1))], [])]),
     "ties": ("pairs", [([], [C((0, 1))], []), ([C((0, 1))], [], [])]),
     "ranked": ("ranked", [([C((2, 1, 0))], [], []), ([C((0, 1), gaps=(4.0,)), C((2, 1), gaps=(4.0,))], [C((0, 2))], [])]),
     "sft": ("sft", [([], [], []), ([], [], [])]),
@@ -64,6 +65,8 @@ def rows_of(name):
 
 def load(name, **settings):
     path = str(FOLDER / f"{name}.jsonl")
+    # a list of answers is a ranking only where the format is named
+    settings = {"format": "alpaca"} | settings if name == "alpaca_ranking" else settings
     return read(path, DataConfig(train=path, **settings), "train")
 
 

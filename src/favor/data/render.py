@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from favor.data.formats.common import SAID, RowError, check_unicode, shown, strings
 from favor.data.types import Message, PromptTree, Text
@@ -176,7 +176,7 @@ class Renderer:
     def _normalizer(self) -> Any:
         """The tokenizer's normalizer, where it works on the text of added tokens too."""
         normalizes = any(token.normalized for token in self.tokenizer.added_tokens_decoder.values())
-        return self.tokenizer.backend_tokenizer.normalizer if normalizes else None  # pyright: ignore[reportAttributeAccessIssue]
+        return cast(PreTrainedTokenizerFast, self.tokenizer).backend_tokenizer.normalizer if normalizes else None
 
     def _without_end(self, response: Text) -> tuple[Text]:
         """A plain response may already carry the end-of-sequence text; then it must not be taken for a forgery."""
