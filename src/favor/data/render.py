@@ -103,9 +103,12 @@ class Renderer:
         values: list[str] = []
         marked = {name: _mark(value, values) if name in said else value for name, value in turn.items()}
         shape = self._shape(tree, marked, prompt)
-        missing = {i for i, value in enumerate(values) if value.strip()} - {int(i) for i in shape[1::2]}
+        places = [int(place) for place in shape[1::2]]
+        missing = {i for i, value in enumerate(values) if value.strip()}.difference(places)
         if missing:
             raise RowError(f"the chat template leaves out {shown(values[min(missing)])} of the response{_REMEDY}")
+        if len(set(places)) < len(places):
+            raise RowError(f"the chat template changes its response: it writes a part of it twice{_REMEDY}")
         pieces = [values[int(piece)] if i % 2 else piece for i, piece in enumerate(shape)]
         # reasoning inside the text may replace what the template would write before it
         if not _fits(tail, pieces) and not _fits(tail, pieces[1:]):
