@@ -66,7 +66,7 @@ class Renderer:
             trimmed += blanks
         if chat:
             _check_prompt(tree.prompt, prompt)
-        unread = chat and tree.tools is not None and not _names(tree.tools) <= set(re.findall(r"[\w.-]+", prompt))
+        unread = tree.tools is not None and not (chat and _names(tree.tools) <= set(re.findall(r"[\w.-]+", prompt)))
         return Rendered(prompt, tuple(full), trimmed, unread)
 
     def prompt(self, prompt: Text, tools: Tools = None, *, proven: bool = True) -> str:

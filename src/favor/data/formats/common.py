@@ -333,8 +333,8 @@ def tools_of(row: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise RowError(f"tools is not JSON ({error.msg})") from None
+        except ValueError as error:
+            raise RowError(f"tools is not JSON ({error})") from None
     if tools is None or tools == []:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

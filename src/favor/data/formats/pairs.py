@@ -197,7 +197,7 @@ def _vote_ratio(row: dict[str, Any], order: tuple[int, ...]) -> float | None:
                 f"labels says that comment {'AB'[order[0]]} is better, but score_A and score_B say otherwise"
             )
         if votes[order[1]] > 0:
-            return votes[order[0]] / votes[order[1]]
+            return number_of(votes[order[0]] / votes[order[1]], "score_A over score_B")
     if "score_ratio" not in row:
         return None
     ratio = number_of(row["score_ratio"], "score_ratio")

@@ -124,7 +124,7 @@ def _rating(annotation: Any, name: str) -> float | None:
     if rating is None or rating == "N/A":
         return None
     if isinstance(rating, str) and rating.strip().isdecimal():
-        return float(rating)
+        return number_of(float(rating), f"{name}.Rating")
     return number_of(rating, f"{name}.Rating")
 
 
