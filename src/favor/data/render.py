@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from favor.data.formats.common import SAID, RowError, check_unicode, shown, strings
 from favor.data.types import Message, PromptTree, Text
@@ -66,7 +66,7 @@ class Renderer:
             trimmed += blanks
         if chat:
             _check_prompt(tree.prompt, prompt)
-        unread = chat and tree.tools is not None and not _names(tree.tools) <= set(re.findall(r"[\w.-]+", prompt))
+        unread = tree.tools is not None and not (chat and _names(tree.tools) <= set(re.findall(r"[\w.-]+", prompt)))
         return Rendered(prompt, tuple(full), trimmed, unread)
 
     def prompt(self, prompt: Text, tools: Tools = None, *, proven: bool = True) -> str:
@@ -103,9 +103,12 @@ class Renderer:
         values: list[str] = []
         marked = {name: _mark(value, values) if name in said else value for name, value in turn.items()}
         shape = self._shape(tree, marked, prompt)
-        missing = {i for i, value in enumerate(values) if value.strip()} - {int(i) for i in shape[1::2]}
+        places = [int(place) for place in shape[1::2]]
+        missing = {i for i, value in enumerate(values) if value.strip()}.difference(places)
         if missing:
             raise RowError(f"the chat template leaves out {shown(values[min(missing)])} of the response{_REMEDY}")
+        if len(set(places)) < len(places):
+            raise RowError(f"the chat template changes its response: it writes a part of it twice{_REMEDY}")
         pieces = [values[int(piece)] if i % 2 else piece for i, piece in enumerate(shape)]
         # reasoning inside the text may replace what the template would write before it
         if not _fits(tail, pieces) and not _fits(tail, pieces[1:]):
@@ -176,7 +179,7 @@ class Renderer:
     def _normalizer(self) -> Any:
         """The tokenizer's normalizer, where it works on the text of added tokens too."""
         normalizes = any(token.normalized for token in self.tokenizer.added_tokens_decoder.values())
-        return self.tokenizer.backend_tokenizer.normalizer if normalizes else None  # pyright: ignore[reportAttributeAccessIssue]
+        return cast(PreTrainedTokenizerFast, self.tokenizer).backend_tokenizer.normalizer if normalizes else None
 
     def _without_end(self, response: Text) -> tuple[Text]:
         """A plain response may already carry the end-of-sequence text; then it must not be taken for a forgery."""

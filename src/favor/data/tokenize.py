@@ -123,7 +123,7 @@ def _kept(
                     "data.bad_rows=drop"
                 )
             others = [str(number) for number in tree.rows if number != row]
-            also = f" (with it rows {', '.join(others)} of the same prompt)" if others else ""
+            also = f" (with it rows {', '.join(others[:20])} of the same prompt)" if others else ""
             _drop(report, f"{result}{also}", row, result.kind)
             continue
         cut = _truncate(result, config, len(tools.bos), report)

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from favor.config import STRICT, Seed
-from favor.data.formats import FORMATS, Judgment, RowError, recognise
+from favor.data.formats import FORMATS, Judgment, RowError, order_assumed, recognise
 from favor.data.prompts import prompt_of, sample_text
 from favor.data.sources import read_objects
 from favor.data.types import Text
@@ -81,7 +81,7 @@ def _judgments(config: ScoreConfig) -> list[Judgment]:
         try:
             found.append(_judgment(row))
         except RowError as error:
-            raise DataError(f"{config.data}, row {number}: {error}; mend the row") from None
+            raise DataError(f"{config.data}, row {number}: {error}; fix the row") from None
         if config.max_rows is not None and len(found) >= config.max_rows:
             break
     if not found:
@@ -94,7 +94,10 @@ def _judgment(row: dict[str, Any]) -> Judgment:
         if not isinstance(row["responses"], list):
             raise RowError("samples are a prompt and a list of responses")
         return Judgment(prompt_of(row), tuple(sample_text(value, "responses") for value in row["responses"]), ())
-    return FORMATS[recognise(row)](row)
+    name = recognise(row)
+    judgment = FORMATS[name](row)
+    # answers in no known order are samples
+    return judgment._replace(orders=()) if order_assumed(row, name) else judgment
 
 
 def _words(response: Text) -> str:

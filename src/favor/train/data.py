@@ -74,7 +74,8 @@ def load_splits(
     if "eval" in parts:
         findings += lint.leaks(parts["train"].texts, parts["eval"].texts)
     for finding in findings:
-        if finding.severity != "note":
+        # how often the longer one is preferred is always shown: labels that are read wrongly show there
+        if finding.severity != "note" or finding.name == "length":
             session.say(f"{finding.severity}: {finding.message}")
     if session.world.is_main:
         lines = [{"severity": f.severity, "name": f.name, "message": f.message} for f in findings]
@@ -94,6 +95,9 @@ def summary(read_report: Mapping[str, object], token_report: Mapping[str, object
         for key, label in ({"num_thumbs": "thumbs"} | LEFT_OUT).items()
         if read_report.get(key)
     ]
+    placed, first = read_report.get("num_placed"), read_report.get("first_preferred")
+    if isinstance(placed, int) and isinstance(first, int) and placed:
+        shown.append(f"the first response preferred in {first / placed:.0%} of {placed}")
     shown += [f"{token_report[key]} {label}" for key, label in _TOKENS.items() if token_report.get(key)]
     dropped = read_report.get("dropped")
     if isinstance(dropped, list) and dropped:

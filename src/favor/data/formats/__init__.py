@@ -19,9 +19,9 @@ from favor.data.formats.pairs import (
     ultrafeedback_binarized,
 )
 from favor.data.formats.scored import helpsteer, nectar, ranked, ultrafeedback
-from favor.data.formats.shapes import columns_of, recognise
+from favor.data.formats.shapes import check_order, columns_of, order_assumed, recognise
 from favor.data.formats.thumbs import thumbs
-from favor.data.formats.votes import votes
+from favor.data.formats.votes import verdict, votes
 
 _READERS: dict[str, Callable[[dict[str, Any]], Judgment]] = {
     "pairs": pairs,
@@ -29,6 +29,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], Judgment]] = {
     "sft": sft,
     "thumbs": thumbs,
     "votes": votes,
+    "verdict": verdict,
     "ultrafeedback": ultrafeedback,
     "ultrafeedback_binarized": ultrafeedback_binarized,
     "shp": shp,
@@ -43,4 +44,13 @@ _READERS: dict[str, Callable[[dict[str, Any]], Judgment]] = {
 }
 FORMATS = {name: checked(reader) for name, reader in _READERS.items()}
 
-__all__ = ["FORMATS", "Judgment", "RowError", "columns_of", "recognise", "transcript"]
+__all__ = [
+    "FORMATS",
+    "Judgment",
+    "RowError",
+    "check_order",
+    "columns_of",
+    "order_assumed",
+    "recognise",
+    "transcript",
+]

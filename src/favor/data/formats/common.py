@@ -43,7 +43,8 @@ class Judgment(NamedTuple):
     are responses that stop before their end, as samples at a length limit do: they get no end-of-turn token.
     `labels` (one per order, or none) are the probabilities that the orders are right. `thumbs` judge single responses.
     `votes` (one number per response, or none) say how many annotators preferred each. A single response with a score
-    is compared with the scored responses that other rows give to its prompt.
+    is compared with the scored responses that other rows give to its prompt. `placed`: the responses stand in an order that
+    has nothing to do with the judgment, so how often the first is preferred says something.
     """
 
     prompt: Text
@@ -57,6 +58,7 @@ class Judgment(NamedTuple):
     labels: tuple[float, ...] = ()
     thumbs: tuple[tuple[int, bool], ...] = ()
     votes: tuple[float, ...] = ()
+    placed: bool = False
 
 
 def dialogue(text: str, name: str) -> tuple[Message, ...]:
