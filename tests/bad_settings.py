@@ -306,7 +306,7 @@ def words_and_types():
     yield bad(
         "train",
         "data.train=" + "x" * 10**5 + ".jsonl",
-        names=["File name too long"],
+        names=["too long"],
         name="train data.train of 100,000 letters",
     )
     yield bad("train", "x" * 10**5 + "=1", names=["unknown key"], name="train key of 100,000 letters")
@@ -563,41 +563,39 @@ def secrets():
             lambda i, h, c=command, w=words: [*(x for x in base(c, i) if not x.startswith("judge")), *w, url],
             ("judge.server.url", "server.api_key_env"),
         )
+
+    def served(*more, names):
+        """Sampling from a server that is not there."""
+        words = ["engine=openai", "server.model=m", "server.retries=0", *more]
+        return Case(
+            f"sample {' '.join(words)}"[:110],
+            lambda i, h: [*(x for x in base("sample", i) if not x.startswith("model.")), *words],
+            tuple(names),
+        )
+
     for query in ("?api_key=hunter2", "?token=hunter2", "#hunter2"):
-        yield bad(
-            "sample",
-            "engine=openai",
-            "server.model=m",
+        yield served(
             f"server.url=http://localhost:9/v1{query}",
             names=["server.url"],
         )
-    yield bad(
-        "sample",
-        "engine=openai",
-        "server.model=m",
+    yield served(
         "server.url=http://hunter2@localhost:9/v1",
         names=["server.api_key_env"],
     )
     yield bad("sample", "server=http://ann:hunter2@localhost:9/v1", names=["server"])
-    yield bad(
-        "sample",
-        "engine=openai",
-        "server.model=m",
+    yield served(
         "server.url=http://localhost:9/v1",
         "server.api_key_env=sk-hunter2",
         names=["server.api_key_env"],
     )
-    yield bad(
-        "sample",
-        "engine=openai",
-        "server.model=m",
+    yield served(
         "server.url=http://localhost:9/v1",
         "server.api_key=hunter2",
         names=["server.api_key"],
     )
-    yield bad("sample", "engine=openai", "server.model=m", "server.url=http://[::1", names=["server.url"])
-    yield bad("sample", "engine=openai", "server.model=m", "server.url=http://localhost:99999/v1", names=["server.url"])
-    yield bad("sample", "engine=openai", "server.model=m", "server.url=localhost/v1", names=["server.url"])
+    yield served("server.url=http://[::1", names=["server.url"])
+    yield served("server.url=http://localhost:99999/v1", names=["server.url"])
+    yield served("server.url=localhost/v1", names=["server.url"])
     yield bad("train", "model.path=https://ann:hunter2@host/x/y", names=["no such model"])
     yield bad("train", "data.train=https://ann:hunter2@host/x.jsonl", names=["no such file"])
 
@@ -681,8 +679,8 @@ def judged(case, code, err, here, seconds):
         return Outcome("unwelcome", err.strip()[:120])
     problems = [f"exit code {code}"] if code != 2 else []
     problems += [f"{len(found)} lines"] if len(found) != 1 else []
-    problems += [f"{name} not named" for name in case.names if name[:80] not in err]
-    problems += [f"{len(err)} characters"] if len(err) > 1000 else []
+    problems += [f"{name} not named" for name in case.names if name[:50] not in err]
+    problems += [f"{len(err)} characters"] if len(err) > 1500 else []
     problems += ["the secret is shown"] if "hunter2" in err else []
     problems += ["a traceback"] if "Traceback" in err else []
     problems += [f"{seconds:.0f} s"] if seconds > 20 else []

@@ -188,7 +188,7 @@ def loop(words: Words = None) -> None:
 @app.command()
 def lint(
     words: Words = None,
-    fix: Annotated[Path | None, typer.Option("--fix", help="Write a cleaned copy of the training rows here.")] = None,
+    fix: Annotated[str | None, typer.Option("--fix", help="Write a cleaned copy of the training rows here.")] = None,
 ) -> None:
     """Look for faults in preference data; exit code 1 when a finding is as severe as lint.fail_on (error)."""
     from favor.config import load, split_arguments
@@ -256,10 +256,11 @@ def main() -> None:
 
 def _end(message: str, code: int, *, at_once: bool = False) -> NoReturn:
     """The one line, without what nobody may see, and the exit code."""
+    from favor.errors import clipped
     from favor.hide import without_secrets
 
     with contextlib.suppress(OSError):
-        print(f"favor: {' '.join(without_secrets(message).splitlines())}", file=sys.stderr)
+        print(f"favor: {clipped(' '.join(without_secrets(message).splitlines()), 1400)}", file=sys.stderr)
     _flush()
     if at_once and threading.active_count() > 1:
         # the interpreter would wait for threads that wait for a server

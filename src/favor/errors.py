@@ -10,7 +10,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-_LONGEST = 120
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place",
     errno.EDQUOT: "free some of your quota, or choose another place",
@@ -81,7 +80,7 @@ def writing(path: Path) -> Generator[None]:
         raise StorageError(f"{path}: cannot be written ({said}); free some space, or choose another place") from None
 
 
-def clipped(text: str) -> str:
+def clipped(text: str, longest: int = 120) -> str:
     """A path or a value at a length that a message can hold: its beginning and its end."""
-    half = _LONGEST // 2
-    return text if len(text) <= _LONGEST else f"{text[:half]}...{text[-half:]}"
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"

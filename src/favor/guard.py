@@ -4,6 +4,7 @@ In: paths. Out: SHA-256, a block in which nobody else writes, or one clear error
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -14,9 +15,9 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from favor.errors import ConfigError
 
@@ -26,9 +27,10 @@ _ENDINGS = (".safetensors", ".bin", ".json", ".jinja", ".toml", ".txt", ".model"
 
 
 def aside(path: Path) -> Path:
-    """Where this process writes what is to become `path`; `sweep` knows such names."""
+    """Where this process writes what is to become `path`; what a killed process left of it is removed."""
     # a name may have 255 bytes
     name = path.name.encode()[:200].decode(errors="ignore")
+    sweep(path.parent, f".{glob.escape(name)}.*.tmp")
     return path.with_name(f".{name}.{os.getpid()}.tmp")
 
 
@@ -73,7 +75,7 @@ def held(lock: Path, what: str) -> Generator[None]:
     except OSError as error:
         raise ConfigError(f"{what}: cannot be written ({error.strerror}); choose another place") from None
     # a soft lock (a file system without flock) keeps its own marks in the file, and removes it
-    soft = isinstance(guard, SoftFileLock)
+    soft = isinstance(cast(BaseFileLock, guard), SoftFileLock)
     try:
         if not soft:
             lock.write_text(json.dumps(_me()), "utf-8")
@@ -133,6 +135,12 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def length_and_hash(path: Path, length: int | None = None) -> tuple[int, str]:
+    """The length of a file, or of its beginning of that length, in bytes, and the beginning's SHA-256."""
+    raw = path.read_bytes()[:length] if path.exists() else b""
+    return len(raw), hashlib.sha256(raw).hexdigest()
+
+
 def sha(text: str) -> str:
     """SHA-256 of a text."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()

@@ -5,8 +5,7 @@ In: text. Out: the text without them. Next: edge.py.
 
 import os
 import re
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _HIDDEN = "***"
@@ -27,17 +26,30 @@ def without_secrets(text: str, *secrets: str) -> str:
 
 
 def without_places(text: str, known: Iterable[str] = ()) -> str:
-    """Absolute paths cut to their last name; `known` are paths that may hold blanks."""
-    parents = {str(Path(path).parent) for path in known if Path(path).is_absolute()} - {"/"}
-    for parent in sorted(parents, key=len, reverse=True):
-        text = text.replace(f"{parent}/", "")
-    return _PATH.sub("", text)
+    """Every absolute path cut to its last name; `known` are paths that may hold blanks."""
+    return _PATH.sub("", without_known_places(text, known))
+
+
+def without_known_places(text: str, known: Iterable[str]) -> str:
+    """The folders of these paths (or patterns) taken out; other text stays as it is, whatever it looks like."""
+    # of a pattern, what stands before its first sign
+    folders = {re.split(r"[*?[]", path)[0].rpartition("/")[0] for path in known if path.startswith("/")} - {""}
+    for folder in sorted(folders, key=len, reverse=True):
+        text = text.replace(f"{folder}/", "")
+    return text
+
+
+def in_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A nested record with every string changed."""
+    if isinstance(value, dict):
+        return {key: in_texts(inner, change) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_texts(inner, change) for inner in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def places_in(value: Any) -> list[str]:
     """Every absolute path among the strings of a nested record."""
-    if isinstance(value, dict):
-        return [path for inner in value.values() for path in places_in(inner)]
-    if isinstance(value, list | tuple):
-        return [path for inner in value for path in places_in(inner)]
-    return [value] if isinstance(value, str) and Path(value).is_absolute() else []
+    found: list[str] = []
+    in_texts(value, lambda text: found.append(text) or text if text.startswith("/") else text)
+    return found

@@ -5,7 +5,6 @@ the model of round N, which is its reference too. Next: eval/prefer.py.
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,17 +17,19 @@ from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.errors import ConfigError
 from favor.eval.prefer import PreferConfig, prefer
+from favor.guard import content
 from favor.losses import LossConfig
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
-from favor.run import RunFolder, make_folder, start, write_json, write_text
-from favor.scoring.source import RewardConfig, check_scorer
+from favor.output import hashes
+from favor.run import RunFolder, make_folder, read_json, remove_folder, same_inputs, write_json, write_text
+from favor.scoring.source import RewardConfig, check_scorer, identity
 from favor.stop import StoppedError
 from favor.train.checkpoint import checkpoints
 from favor.train.loop import LoopConfig
 from favor.train.optim import OptimConfig
 from favor.train.preference import TrainConfig, train
-from favor.train.session import Session
+from favor.train.session import Session, running
 
 Progress = Callable[[str, int, int], None]
 
@@ -96,10 +97,25 @@ def loop(config: LoopRunConfig, open_session: Callable[[Path], Session], progres
     """
     prompts = read_prompts(config.prompts, config.split)
     check_scorer(config.reward)
-    folder = _start(config)
-    session = open_session(folder.root)
+    with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
+        _rounds(config, prompts, session, open_session, progress)
+
+
+def _rounds(
+    config: LoopRunConfig,
+    prompts: NumberedPrompts,
+    session: Session,
+    open_session: Callable[[Path], Session],
+    progress: Progress,
+) -> None:
     if session.world.size > 1:
         raise ConfigError("favor loop runs in one process; start it without torchrun")
+    entered = {
+        "content of model": content(config.model.path),
+        "content of prompts": [prompt for _, prompt in prompts],
+        "reward": identity(config.reward),
+    }
+    same_inputs(session.folder, hashes(entered))
     for number in range(1, config.rounds + 1):
         place = _folder(config, number)
         if not place.train.model.exists():
@@ -109,14 +125,6 @@ def loop(config: LoopRunConfig, open_session: Callable[[Path], Session], progres
         # written from the rounds' own figures, so that a kill between two files loses none
         _record(config, number)
     session.say(f"{config.rounds} rounds done; model in {_folder(config, config.rounds).train.model}")
-
-
-def _start(config: LoopRunConfig) -> RunFolder:
-    if not config.resume and _folder(config, 1).root.exists():
-        raise ConfigError(
-            f"{config.run}: already holds a run; continue it with resume=true or choose another run=FOLDER"
-        )
-    return start(Path(config.run), dump(config), resume=config.resume)
 
 
 def _round(config: LoopRunConfig, number: int, prompts: NumberedPrompts, session: Session, progress: Progress) -> None:
@@ -145,8 +153,8 @@ def _train(config: LoopRunConfig, number: int, open_session: Callable[[Path], Se
     """The round's training: continued from its newest checkpoint, or begun anew when there is none."""
     folder = _folder(config, number).train
     resume = bool(checkpoints(folder.checkpoints))
-    if not resume and folder.root.exists():
-        shutil.rmtree(folder.root)
+    if not resume:
+        remove_folder(folder.root)
     train(_train_recipe(config, number).model_copy(update={"resume": resume}), open_session)
 
 
@@ -155,7 +163,7 @@ def _folder(config: LoopRunConfig, number: int) -> RoundFolder:
 
 
 def _record(config: LoopRunConfig, number: int) -> None:
-    figures = [json.loads(_folder(config, r).figures.read_text("utf-8")) for r in range(1, number + 1)]
+    figures = [read_json(_folder(config, r).figures) for r in range(1, number + 1)]
     write_text(Path(config.run) / "rounds.jsonl", "".join(json.dumps(each) + "\n" for each in figures))
 
 

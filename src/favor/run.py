@@ -152,12 +152,13 @@ def start(root: Path, config_text: str, *, resume: bool, main: bool = True) -> G
             _refuse_run(folder)
             folder.metrics.unlink(missing_ok=True)
             write_text(folder.config, config_text)
+        done = resume
         try:
             yield folder
-        except BaseException:
-            if not resume:
+            done = True
+        finally:
+            if not done:
                 _take_back(folder, before)
-            raise
 
 
 @contextlib.contextmanager
@@ -238,7 +239,7 @@ def refuse_changed(where: str, before: Mapping[str, str], now: Mapping[str, str]
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if changed:
         raise CheckpointError(
-            f"{where}: was written with another {', another '.join(changed)}; resume with what the run started with, "
+            f"{where}: began with another {', another '.join(changed)}; resume with what the run started with, "
             "or start a new run"
         )
 
@@ -331,6 +332,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Generator[Path]:
     """Fill a file aside, fsync, rename it into place; on an error nothing of it remains and an older file stays."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name a file")
     aside = guard.aside(path)
     try:
         with writing(path):
@@ -339,7 +342,8 @@ def whole_file(path: Path) -> Generator[Path]:
             aside.replace(path)
             fsync(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -56,6 +56,8 @@ class ServerConfig(BaseModel):
                 "holds a user name, a password or a query, which would get into files and logs; give http(s)://HOST/v1 "
                 "alone, put the key into an environment variable and name that in server.api_key_env"
             )
+        if parsed.port is not None and not 0 < parsed.port < 1 << 16:
+            raise ValueError(f"port {parsed.port} cannot be; give one from 1 to 65535")
         if parsed.scheme not in ("http", "https") or not parsed.host or not parsed.path.rstrip("/").endswith("/v1"):
             raise ValueError(f"{clipped(url)!r}: expected http(s)://HOST/v1, the base url that ends in /v1")
         return url.rstrip("/")

@@ -45,7 +45,7 @@ class SamplesConfig(BaseModel):
     """A recipe for `favor sample`. `prompts` is any file `favor` reads; its prompt column (text or messages) counts.
 
     engine: transformers (this process), vllm (needs favor[vllm]), openai (section [server]). With `best_of` = N each
-    response kept is the one with the highest [reward] of N.
+    response kept is the one with the highest [reward] of N. overwrite: replace a finished `out` of other settings.
     """
 
     model_config = STRICT
@@ -62,6 +62,7 @@ class SamplesConfig(BaseModel):
     reward: RewardConfig | None = None
     max_prompts: int | None = Field(default=None, ge=1)
     seed: Seed = 0
+    overwrite: bool = False
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "SamplesConfig":

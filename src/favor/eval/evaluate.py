@@ -27,7 +27,7 @@ from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
-from favor.run import RunFolder, write_json, write_text
+from favor.run import RunFolder, opened, write_json, write_text
 
 Scorer = Callable[[Sequence[str]], Sequence[float]]
 
@@ -73,7 +73,18 @@ def evaluate(
     `scorer` is (name, function text -> score); with it the samples of policy and reference are compared by a
     bootstrap over prompts. Raises CheckpointError, DataError or ConfigError when something cannot be used.
     """
-    subject = _subject(config, say)
+    folder = RunFolder(Path(config.run))
+    recipe = _recipe(folder.root)
+    with opened(folder):
+        return _evaluate(config, _subject(config, recipe, say), progress, scorer)
+
+
+def _evaluate(
+    config: EvalConfig,
+    subject: Subject,
+    progress: Callable[[str, int, int], None],
+    scorer: tuple[str, Scorer] | None,
+) -> dict[str, Any]:
     folder = RunFolder(Path(config.run))
     total = len(subject.trees)
     pairs = pair_figures(
@@ -94,8 +105,7 @@ def evaluate(
     return figures
 
 
-def _subject(config: EvalConfig, say: Callable[[str], None]) -> Subject:
-    recipe = _recipe(Path(config.run))
+def _subject(config: EvalConfig, recipe: dict[str, Any], say: Callable[[str], None]) -> Subject:
     model = ModelConfig.model_validate({**recipe["model"], "lora": None, "gradient_checkpointing": False})
     # a share held out is a share of the rows that training read
     limit = config.max_rows or (recipe["data"].get("max_rows") if recipe["data"].get("eval_share") else None)

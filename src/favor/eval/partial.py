@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from favor.errors import ConfigError, writing
-from favor.run import write_text
+from favor.run import append_text, write_text
 
 
 class Sampled(NamedTuple):
@@ -30,19 +30,25 @@ class Partial:
 
     def keep(self, texts: Mapping[int, Sampled]) -> None:
         """Append texts in one write, so that a kill loses at most what was not handed over yet."""
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(_line([index, *one]) for index, one in texts.items()))
+        with writing(self.path):
+            append_text(self.path, "".join(_line([index, *one]) for index, one in texts.items()))
 
 
-def open_partial(out: Path, fingerprint: str) -> Partial:
-    """Continue the partial file of `out`, or start one.
+def open_partial(out: Path, fingerprint: str, *, overwrite: bool = False) -> Partial:
+    """Continue the partial file of `out`, or start one; with `overwrite` also in place of another's.
 
     Raises ConfigError when there is one with another fingerprint, when it is no such file, or cannot be written.
     """
     path = out.with_name(out.name + ".partial")
     try:
         lines = path.read_bytes().split(b"\n") if path.exists() else []
-        found = _texts(path, lines, fingerprint) if any(lines) else {}
+        found: dict[int, Sampled] = {}
+        if any(lines):
+            try:
+                found = _texts(path, lines, fingerprint)
+            except ConfigError:
+                if not overwrite:
+                    raise
         # written anew, because a kill may have torn the last line
         write_text(path, _line({"fingerprint": fingerprint}) + "".join(_line([i, *one]) for i, one in found.items()))
     except OSError as error:

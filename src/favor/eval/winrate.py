@@ -22,7 +22,7 @@ from favor.eval.sides import Placed, Sampling, SideConfig, read_responses, sampl
 from favor.eval.winstats import JudgedPair, win_figures
 from favor.guard import content
 from favor.model.sample import SampleConfig
-from favor.run import RunFolder, make_folder, write_json, write_text
+from favor.run import RunFolder, opened, read_json, write_json, write_text
 
 _SHOWN = 20
 Progress = Callable[[str, int, int], None]
@@ -87,7 +87,18 @@ def winrate(config: WinrateConfig, say: Callable[[str], None], progress: Progres
     files = {name: read_responses(side.file, config.split) for name, side in config.sides.items() if side.file}
     asked, left_out = _common(config, files)
     check_judge(config.judge)
-    folder = _open(config)
+    with opened(RunFolder(Path(config.run))):
+        return _compare(config, (asked, left_out, files), say, progress)
+
+
+def _compare(
+    config: WinrateConfig,
+    found: tuple[list[Placed], dict[str, int], dict[str, Any]],
+    say: Callable[[str], None],
+    progress: Progress,
+) -> dict[str, Any]:
+    asked, left_out, files = found
+    folder = _settle(config)
     responses = {name: {key: texts for key, (_, texts) in rows.items()} for name, rows in files.items()}
     for name, side in config.sides.items():
         if side.model:
@@ -148,16 +159,15 @@ def _common(config: WinrateConfig, files: dict[str, Any]) -> tuple[list[Placed],
     return asked[: config.max_prompts], left_out
 
 
-def _open(config: WinrateConfig) -> RunFolder:
-    """The run folder, made or opened again. Responses and figures in it must be of the same sides and settings."""
+def _settle(config: WinrateConfig) -> RunFolder:
+    """The run folder with this recipe. Responses and figures in it must be of the same sides and settings."""
     folder = RunFolder(Path(config.run))
     if folder.config.exists() and not folder.winrate_settings.exists():
         raise ConfigError(f"{config.run}: already holds a run of another kind; choose another run=FOLDER")
-    make_folder(folder.root)
     settings = {name: _settings(config, side) for name, side in config.sides.items()}
-    before = json.loads(folder.winrate_settings.read_text("utf-8")) if folder.winrate_settings.exists() else settings
+    before = read_json(folder.winrate_settings) if folder.winrate_settings.exists() else settings
     for name in config.sides:
-        # a start that failed before anything was made may be mended and repeated
+        # a start that failed before anything was made may be put right and repeated
         if folder.responses(name).exists() or folder.winrate.exists():
             _same(name, before[name], settings[name], config.run)
     write_json(folder.winrate_settings, settings)

@@ -30,9 +30,9 @@ from favor.frontier.prepare import (
 from favor.frontier.recipe import FrontierConfig, Point, points, threads
 from favor.frontier.summary import summarise
 from favor.model.load import memory_settings
-from favor.run import RunFolder, append, start, write_json
+from favor.run import RunFolder, append, write_json
 from favor.stop import StoppedAtOnceError, StoppedError, StopRequest
-from favor.train.session import Session
+from favor.train.session import Session, running
 
 
 def frontier(config: FrontierConfig, open_session: Callable[[Path], Session]) -> dict[str, Any]:
@@ -40,9 +40,13 @@ def frontier(config: FrontierConfig, open_session: Callable[[Path], Session]) ->
 
     The same command continues an unfinished picture; another recipe needs another run folder.
     """
-    folder = RunFolder(Path(config.run))
-    start(folder.root, dump(config), resume=folder.config.exists())
-    session = open_session(folder.root)
+    resume = RunFolder(Path(config.run)).config.exists()
+    with running(config.run, dump(config), resume=resume, open_session=open_session) as session:
+        return _frontier(config, session, open_session)
+
+
+def _frontier(config: FrontierConfig, session: Session, open_session: Callable[[Path], Session]) -> dict[str, Any]:
+    folder = session.folder
     places, began = Places(folder.root), time.monotonic()
     task = settle_task(config, folder.root, session.say)
     fine_tune(config, task, places, open_session)

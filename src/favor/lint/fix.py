@@ -50,7 +50,7 @@ def clean(rows: Sequence[Row], findings: Sequence[Finding]) -> tuple[list[dict[s
 def write(kept: Sequence[Mapping[str, Any]], actions: Sequence[Action], path: Path) -> Path:
     """The clean copy at `path`, its actions beside it; returns where these are."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=_as_text) + "\n" for row in kept))
-    log = path.with_name(f"{path.stem}.actions.jsonl")
+    log = actions_of(path)
     write_text(log, "".join(json.dumps(action._asdict(), ensure_ascii=False) + "\n" for action in actions))
     return log
 
@@ -58,6 +58,11 @@ def write(kept: Sequence[Mapping[str, Any]], actions: Sequence[Action], path: Pa
 def _as_text(value: object) -> str:
     """What a Parquet column may hold and JSON has not."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+def actions_of(path: Path) -> Path:
+    """Where the actions of a clean copy lie."""
+    return path.with_name(f"{path.stem}.actions.jsonl")
 
 
 def _reasons(rows: Sequence[Row], findings: Sequence[Finding]) -> dict[tuple[str, int], str]:

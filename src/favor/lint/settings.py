@@ -17,15 +17,16 @@ from favor.model.load import ModelConfig
 from favor.scoring.source import RewardConfig
 
 Severity = Literal["error", "warning", "note"]
+# what a training recipe holds besides, and lint does not look at
+ELSEWHERE = {"run", "seed", "resume", "loss", "optim", "reference", "train", "watch", "ppo", "sample"}
 ORDER: tuple[Severity, ...] = ("error", "warning", "note")
-# keys of training recipes that say nothing about their data
-_PASSED_OVER = ("run", "seed", "resume", "loss", "optim", "reference", "train", "watch", "ppo", "sample")
 
 
 class LintSettings(BaseModel):
     """Section [lint]; docs/lint.md gives every check with its threshold.
 
-    out, page, fix: the findings as JSON and as an HTML page; a cleaned copy of the training rows (JSONL). fail_on: the
+    out, page, fix: the findings as JSON and as an HTML page; a cleaned copy of the training rows (JSONL). They replace what
+    favor lint wrote there before; overwrite: any other file too. fail_on: the
     least severe finding that makes the exit code 1. near: Jaccard similarity of word triples from which texts count as
     near-duplicates (0: not looked for). noise: how many standard deviations below its
     median a reward difference must lie to doubt its label. doubt: ask [model] about the labels, by the mean log-prob of a
@@ -36,6 +37,7 @@ class LintSettings(BaseModel):
     out: str | None = None
     page: str | None = None
     fix: str | None = None
+    overwrite: bool = False
     fail_on: Literal["error", "warning", "never"] = "error"
     near: float = Field(default=0.8, ge=0, le=1)
     language: bool = True
@@ -60,7 +62,7 @@ class LintConfig(BaseModel):
     A whole training recipe serves too; its other sections are not looked at. What no such recipe has is refused.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = STRICT | ConfigDict(extra="ignore")
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
     lint: LintSettings = LintSettings()
@@ -70,7 +72,7 @@ class LintConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_other_keys(cls, tree: Any) -> Any:
-        known = [*cls.model_fields, *_PASSED_OVER]
+        known = [*cls.model_fields, *ELSEWHERE]
         for key in tree if isinstance(tree, dict) else ():
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)

@@ -19,8 +19,9 @@ from favor.config import STRICT
 from favor.data.loader import LoaderState
 from favor.errors import CheckpointError
 from favor.guard import file_hash, sha
+from favor.hide import without_places
 from favor.model.load import Policy
-from favor.run import atomic_folder, fsync, refuse_changed, remove_folder
+from favor.run import atomic_folder, refuse_changed, remove_folder
 
 _POLICY, _OPTIMIZER, _BESIDE, _STATE = "policy", "optimizer", "reference", "state.json"
 Share = Annotated[float, Field(ge=0)]
@@ -29,7 +30,8 @@ Share = Annotated[float, Field(ge=0)]
 class TrainingState(BaseModel):
     """Where training stands after `step` optimizer steps, and what it came from.
 
-    inputs: name -> hash of everything that enters. kl, below: the last KL probe and the displacement window.
+    inputs: name -> hash of everything that enters. kl, below: the last KL probe and the displacement window. metrics:
+    how long metrics.jsonl was, and its hash.
     """
 
     model_config = STRICT
@@ -41,6 +43,7 @@ class TrainingState(BaseModel):
     kl_coef: float | None = Field(default=None, ge=0)
     kl: dict[str, float] = {}
     below: tuple[tuple[Share, Share], ...] = ()
+    metrics: tuple[int, str] = (0, "")
 
     def after_step(self, place: LoaderState, seconds: float) -> "TrainingState":
         """The state one step later; `place` is where the loader then stands."""
@@ -95,7 +98,6 @@ def save(
             if tensors or name != _BESIDE:
                 file = aside / f"{name}.safetensors"
                 save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, file)
-                fsync(file)
                 files[file.name] = file_hash(file)
         sealed = _Sealed(state=state, files=files)
         sealed = sealed.model_copy(update={"sha256": sealed.seal()})
@@ -198,6 +200,10 @@ def save_model(policy: Policy, folder: Path) -> None:
     with atomic_folder(folder) as aside:
         policy.model.save_pretrained(aside)
         policy.tokenizer.save_pretrained(aside)
+        card = aside / "README.md"
+        if card.exists():
+            # PEFT's names the base model by its path on this machine; adapter_config.json needs it, readers do not
+            card.write_text(without_places(card.read_text("utf-8"), [policy.source]), "utf-8")
 
 
 def _optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -13,7 +13,9 @@ from favor.data.types import Batch, TokenTree
 from favor.dist.reduce import largest
 from favor.dist.world import World, barrier
 from favor.errors import CheckpointError
+from favor.guard import length_and_hash
 from favor.model.load import Policy
+from favor.run import fsync
 from favor.stop import StoppedError
 from favor.train import checkpoint
 from favor.train.checkpoint import TrainingState
@@ -61,6 +63,9 @@ def resume(machine: Machine, expected: TrainingState, session: Session, num_tree
             f"{stored.path}: stands at prompt {stored.state.position} of {num_trees}; resume with the data it began with"
         )
     state = checkpoint.restore(stored, machine.parameters, machine.optimizer, expected, machine.beside)
+    if session.world.is_main and length_and_hash(session.folder.metrics, state.metrics[0]) != state.metrics:
+        said = f"warning: {session.folder.metrics} is not what was written until step {state.step}: its curves may be wrong"
+        session.event(state.step, "damaged", f"{said} or have holes; weights and optimizer are as they were")
     session.event(state.step, "resume", f"resumed after step {state.step} from {stored.path}")
     return state
 
@@ -89,8 +94,11 @@ def save_or_stop(loop: LoopConfig, machine: Machine, state: TrainingState, total
     due = loop.save_every > 0 and state.step % loop.save_every == 0 and state.step < total
     if due or number:
         if session.world.is_main:
+            # what a checkpoint comes after must not be lost with the power
+            fsync(session.folder.metrics)
+            now = state.model_copy(update={"metrics": length_and_hash(session.folder.metrics)})
             folder = session.folder.checkpoints
-            checkpoint.save(folder, machine.parameters, machine.optimizer, state, loop.keep_checkpoints, machine.beside)
+            checkpoint.save(folder, machine.parameters, machine.optimizer, now, loop.keep_checkpoints, machine.beside)
         barrier(session.world)
     if number:
         raise StoppedError(f"stopped after step {state.step} of {total}; continue with resume=true", number)

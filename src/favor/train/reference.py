@@ -204,7 +204,7 @@ def _content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     digest = hashlib.sha256(json.dumps(sorted((k, v) for k, v in metadata.items() if k != _HASH)).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
