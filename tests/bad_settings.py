@@ -697,7 +697,7 @@ def program():
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     counts = Counter()
     # a bad setting must not take the machine's memory
-    resource.setrlimit(resource.RLIMIT_AS, (24 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     with tempfile.TemporaryDirectory() as place:
         inputs = Path(place) / "inputs"
         inputs.mkdir()

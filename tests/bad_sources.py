@@ -1,6 +1,6 @@
 """The commands over the corpus of bad sources: none may end in a traceback, change a file or read anything wrongly.
 
-Run as a program it prints the table: `make sources`.
+Run as a program it prints the table: `make bad-sources`.
 """
 
 import contextlib

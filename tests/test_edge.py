@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import bad_settings
 import pytest
 import torch
 from pydantic import BaseModel, ValidationError
+from safetensors.torch import load_file
 from test_server import Server
 
 from favor import edge, run
+from favor.cli import main
 from favor.errors import StorageError, writing
 from favor.hide import without_known_places, without_places, without_secrets
 from favor.lint.settings import ELSEWHERE, LintConfig
@@ -37,7 +40,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(inputs, tmp_path_factory):
     """A sample of the corpus: every eleventh case, and all that is cheap to refuse."""
-    chosen = bad_settings.CASES[::11]
+    chosen = bad_settings.CASES[::13]
     found = {}
     for case in chosen:
         if not case.slow:
@@ -50,7 +53,7 @@ def test_bad_settings_are_refused_in_one_line_or_honoured(results):
     assert len(bad_settings.CASES) > 350
     wrong = {name: found for name, found in results.items() if found.kind not in ("refused", "accepted")}
     assert not wrong
-    assert len(results) > 30
+    assert len(results) > 25
 
 
 @pytest.mark.slow
@@ -70,6 +73,20 @@ def start(here, words, **options):
     return subprocess.Popen(program, cwd=here, **streams)
 
 
+@pytest.fixture
+def favor(monkeypatch, capsys, tmp_path):
+    """Run the command line in this process: everything it says."""
+
+    def run(*words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["favor", *map(str, words)])
+        with pytest.raises(SystemExit):
+            main()
+        return "".join(capsys.readouterr())
+
+    return run
+
+
 def wait_for(path, process):
     for _ in range(6000):
         if path.exists():
@@ -83,9 +100,16 @@ def wait_for(path, process):
     ("command", "number", "kept"),
     [
         ("score", signal.SIGTERM, "nothing unfinished was kept; run the same command again"),
-        ("score", signal.SIGHUP, "nothing unfinished was kept; run the same command again"),
+        pytest.param(
+            "score", signal.SIGHUP, "nothing unfinished was kept; run the same command again", marks=pytest.mark.slow
+        ),
         ("prefer", signal.SIGINT, "what was made so far is kept; run the same command again to continue"),
-        ("ppo", signal.SIGTERM, "no step was under way, so there was nothing to save; run the same command again"),
+        pytest.param(
+            "ppo",
+            signal.SIGTERM,
+            "no step was under way, so there was nothing to save; run the same command again",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_signal_ends_any_command_with_one_line(inputs, tmp_path, command, number, kept):
@@ -107,6 +131,7 @@ def test_a_signal_ends_any_command_with_one_line(inputs, tmp_path, command, numb
     assert left <= {"out.jsonl.partial"} if command == "prefer" else not left
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_server_is_waited_for(inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     asked = threading.Event()
@@ -127,6 +152,7 @@ def test_a_signal_while_a_server_is_waited_for(inputs, tmp_path, monkeypatch):
     assert (process.returncode, len(err.splitlines())) == (143, 1), err
 
 
+@pytest.mark.slow
 def test_a_signal_that_is_ignored_stays_ignored(inputs, tmp_path):
     """As under nohup."""
     (tmp_path / "slow.py").write_text(SLOW)
@@ -144,6 +170,7 @@ def test_a_signal_that_is_ignored_stays_ignored(inputs, tmp_path):
         assert process.wait(20) == 143
 
 
+@pytest.mark.slow
 def test_a_terminal_that_hangs_up_costs_no_step(inputs, tmp_path):
     """The window is closed: the kernel sends SIGHUP and refuses every further line."""
     words = [*bad_settings.base("train", inputs), "train.max_steps=100000", "train.epochs=100000"]
@@ -173,6 +200,7 @@ def _read_all(terminal):
         pass
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_that_names_the_file(inputs, tmp_path):
     """A limit on the size of files is refused by the kernel as a full disk is, inside safetensors."""
     words = [*bad_settings.base("train", inputs), "train.max_steps=2", "train.save_every=1"]
@@ -186,7 +214,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(inputs, tmp_path):
     assert len(err.splitlines()) == 1, err
     assert "run/checkpoints/step-000001: cannot be written" in err
     assert "free some space" in err
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["reference.safetensors"]
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -240,11 +268,9 @@ def test_what_the_edge_explains_and_what_it_does_not(capsys):
     assert rest == ["RuntimeError: an odd shape"]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["report", "RUN"], ["lint", "DATA"]])
+@pytest.mark.parametrize("words", [["--help"], pytest.param(["lint", "DATA"], marks=pytest.mark.slow)])
 def test_a_reader_that_has_gone_is_no_error(inputs, tmp_path, words):
-    words = [
-        w.replace("RUN", str(inputs / "run")).replace("DATA", f"data.train={inputs / 'good.jsonl'}") for w in words
-    ]
+    words = [w.replace("DATA", f"data.train={inputs / 'good.jsonl'}") for w in words]
     reader, writer = os.pipe()
     os.close(reader)
     with start(tmp_path, words, stdout=writer) as process:
@@ -254,6 +280,7 @@ def test_a_reader_that_has_gone_is_no_error(inputs, tmp_path, words):
     assert process.returncode in (0, 1)
 
 
+@pytest.mark.slow
 def test_a_terminal_without_the_letters_shows_their_numbers(inputs, tmp_path):
     rows = [{"prompt": "été 日本", "chosen": "", "rejected": "ю"}, *bad_settings.ROWS]
     bad_settings.lines(tmp_path / "ä.jsonl", rows)
@@ -264,7 +291,7 @@ def test_a_terminal_without_the_letters_shows_their_numbers(inputs, tmp_path):
     assert "\\xe4.jsonl" in out
 
 
-def test_a_key_reaches_no_file_and_no_line(inputs, tmp_path, monkeypatch):
+def test_a_key_reaches_no_file_and_no_line(inputs, tmp_path, monkeypatch, favor):
     """From a server that repeats the key in its errors and in its answers, across the cut of an excerpt too."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("MY_KEY", KEY)
@@ -294,8 +321,7 @@ def test_a_key_reaches_no_file_and_no_line(inputs, tmp_path, monkeypatch):
         [*judge, "judge.kind=openai", *(w.format("judge.") for w in there)],
         ["report", "run"],
     ):
-        with start(tmp_path, words, stdout=subprocess.PIPE) as process:
-            said += "".join(process.communicate(timeout=60))
+        said += favor(*words)
     server.close()
     assert any(KEY in headers["Authorization"] for headers in server.headers)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -327,7 +353,7 @@ def test_paths_are_cut_to_their_last_name():
     assert without_known_places("/usr/bin/ls and /data/a/x.jsonl", ["/data/**/x.jsonl"]) == "/usr/bin/ls and a/x.jsonl"
 
 
-def test_pages_and_cards_name_no_place_of_this_machine(inputs, tmp_path):
+def test_pages_and_cards_name_no_place_of_this_machine(inputs, tmp_path, favor):
     home = tmp_path / "home of ann"
     home.mkdir()
     rows = [*bad_settings.ROWS, {"prompt": "run /usr/local/bin/tool", "chosen": "", "rejected": "x"}]
@@ -336,9 +362,7 @@ def test_pages_and_cards_name_no_place_of_this_machine(inputs, tmp_path):
     words += ["data.bad_rows=drop", "model.lora.rank=2", f"reference.store={home / 'ref.safetensors'}"]
     lint = ["lint", f"data.train={home / '*.jsonl'}", f"lint.page={home / 'lint.html'}", f"lint.fix={home / 'f.jsonl'}"]
     for command in (words, ["report", home / "run"], lint):
-        with start(tmp_path, command) as process:
-            _, err = process.communicate(timeout=120)
-        assert err == ""
+        assert "favor: " not in favor(*command)
     pages = [home / "run/report.html", home / "lint.html", home / "run/model/README.md"]
     for page in pages:
         text = re.sub(r"<script.*?</script>", "", page.read_text("utf-8"), flags=re.DOTALL)
@@ -349,6 +373,37 @@ def test_pages_and_cards_name_no_place_of_this_machine(inputs, tmp_path):
     naming = {p.name for p in (home / "run/model").iterdir() if str(inputs).encode() in p.read_bytes()}
     assert naming == {"adapter_config.json"}
     assert json.loads((home / "run/model/adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pkl", "adapter_model.bin"])
+def test_weights_other_than_safetensors_are_refused_and_never_unpickled(name, inputs, tmp_path, favor):
+    """A file that runs a command when it is unpickled, and one that torch would load, in place of the weights."""
+    kind = "adapter" if "adapter" in name else "model"
+    words = [*bad_settings.base("train", inputs), "model.path=broken"]
+    if kind == "adapter":
+        assert "favor: " not in favor(*bad_settings.base("train", inputs), "run=lora", "model.lora.rank=2")
+        (tmp_path / "lora/model").rename(tmp_path / "broken")
+        favor(*words, "run=a")
+        assert (tmp_path / "a/model").exists(), "as safetensors it must load"
+    else:
+        shutil.copytree(inputs / "model", tmp_path / "broken")
+    weights = tmp_path / f"broken/{kind}{'_model' if kind == 'adapter' else ''}.safetensors"
+    tensors = load_file(weights)
+    weights.unlink()
+    for number, content in enumerate((tensors, Bomb(tmp_path / "run by a pickle"))):
+        torch.save(content, tmp_path / "broken" / name)
+        said = favor(*words, f"run=r{number}")
+        assert said.startswith("favor: broken: "), said
+        assert not (tmp_path / f"r{number}").exists()
+        assert not (tmp_path / "run by a pickle").exists()
+
+
+class Bomb:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
 
 
 def test_lint_knows_every_section_of_a_training_recipe():

@@ -171,6 +171,8 @@ def test_only_the_place_that_runs_foreign_code_catches_anything():
         for function in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(function, ast.FunctionDef):
                 handlers = [node for node in ast.walk(function) if isinstance(node, ast.ExceptHandler)]
+                # what only cleans up passes everything on
+                handlers = [node for node in handlers if ast.unparse(node.body[-1]) != "raise"]
                 wide = any(caught(node) & {"Exception", "BaseException"} for node in handlers)
                 found += [(str(path.relative_to(PACKAGE)), function.name)] if wide else []
     # a function of the user's may raise anything

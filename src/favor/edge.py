@@ -34,16 +34,22 @@ def explained(error: Exception) -> str | None:
 
 def _by_library(error: Exception) -> str | None:
     """Errors of libraries that only a running command has imported."""
-    torch, pydantic = (sys.modules.get(name) for name in ("torch", "pydantic"))
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return f"out of memory on the GPU ({first_line(error)}); {_MEMORY}"
     if isinstance(error, SafetensorError):
         return (
             f"a safetensors file cannot be written or read ({first_line(error)}); free space, or choose another place"
         )
-    if pydantic is not None and isinstance(error, pydantic.ValidationError):
-        said = [f"'{'.'.join(map(str, item['loc']))}': {item['msg']}" for item in error.errors(include_input=False)]
-        return f"settings of {error.title}: {'; '.join(said)}; fix the recipe they come from"
+    # imported here only where they are imported already: `favor --help` needs neither
+    if "torch" in sys.modules:
+        from torch import OutOfMemoryError
+
+        if isinstance(error, OutOfMemoryError):
+            return f"out of memory on the GPU ({first_line(error)}); {_MEMORY}"
+    if "pydantic" in sys.modules:
+        from pydantic import ValidationError
+
+        if isinstance(error, ValidationError):
+            said = [f"'{'.'.join(map(str, item['loc']))}': {item['msg']}" for item in error.errors(include_input=False)]
+            return f"settings of {error.title}: {'; '.join(said)}; fix the recipe they come from"
     return None
 
 

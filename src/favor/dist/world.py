@@ -15,6 +15,7 @@ from favor.errors import ConfigError
 
 _REMEDY = "start several processes with torchrun, or unset WORLD_SIZE to train in one (SLURM and others set it)"
 
+
 @dataclass(frozen=True)
 class World:
     """Rank and number of processes."""

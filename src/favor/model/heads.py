@@ -34,6 +34,7 @@ def load_scalar_model(config: ModelConfig, seed: int = 0) -> Policy:
             dtype=torch.float32,
             num_labels=1,
             trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
             output_loading_info=True,
         )
     fresh = "score.weight" in info["missing_keys"]

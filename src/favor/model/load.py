@@ -134,7 +134,11 @@ def load_policy(config: ModelConfig, seed: int = 0) -> Policy:
     tokenizer = load_tokenizer(config)
     with readable(config.path):
         model = AutoModelForCausalLM.from_pretrained(
-            config.path, revision=config.revision, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+            config.path,
+            revision=config.revision,
+            dtype=torch.float32,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
         )
     return make_policy(model, tokenizer, config, seed)
 
@@ -286,6 +290,9 @@ def check_path(path: str) -> None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{path}: no config.json or adapter_config.json in this folder; name a model folder")
+    if (folder / "adapter_config.json").exists() and not (folder / "adapter_model.safetensors").exists():
+        # transformers would fall back to adapter_model.bin, whatever it is asked for
+        raise CheckpointError(f"{path}: no adapter_model.safetensors in this folder; save the adapter as safetensors")
     if not folder.exists() and looks_local:
         raise CheckpointError(f"{path}: no such model folder; give a local folder or a hub id like owner/name")
 
