@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo fault frontier matrix bad-settings test test-all check smoke lock bench clean
+.PHONY: demo fault frontier matrix bad-settings bad-sources test test-all check smoke lock bench clean
 
 demo: .venv/.ready
 	$(BIN)/favor demo
@@ -20,6 +20,9 @@ fault: .venv/.ready
 
 bad-settings: .venv/.ready
 	cd tests && ../$(BIN)/python -W ignore bad_settings.py
+
+bad-sources: .venv/.ready
+	cd tests && ../$(BIN)/python -W ignore bad_sources.py
 
 test: .venv/.ready
 	$(BIN)/pytest -m "not slow"

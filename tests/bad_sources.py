@@ -1,6 +1,6 @@
 """The commands over the corpus of bad sources: none may end in a traceback, change a file or read anything wrongly.
 
-Run as a program it prints the table: `make sources`.
+Run as a program it prints the table: `make bad-sources`.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from source_cases import Source, cases
 
 COMMANDS = ("train", "train, drop", "train, drop, cache", "lint", "score", "sample")
 # seconds after which a command counts as hanging
-_PATIENCE = 30
+_PATIENCE = 120
 _opened: dict[str, Callable[[], None]] = {}
 
 
@@ -41,11 +42,21 @@ class Ran(NamedTuple):
     crash: str
 
 
+class HangsError(BaseException):
+    """A command does not end; nothing catches this."""
+
+
 class Verdict(NamedTuple):
     """What became of one source under one command, and what was wrong with that."""
 
     kind: str
     wrong: tuple[str, ...]
+
+
+@cache
+def _watched() -> None:
+    # a hook cannot be taken away again
+    sys.addaudithook(_watch)
 
 
 def _watch(event: str, args: tuple[Any, ...]) -> None:
@@ -58,7 +69,7 @@ def favor(words: list[str], here: Path) -> Ran:
     from favor.cli import main
 
     def hangs(*_: object) -> None:
-        raise TimeoutError(f"no end after {_PATIENCE} s")
+        raise HangsError(f"no end after {_PATIENCE} s")
 
     streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace")]
     code, crash, before, argv = 0, "", Path.cwd(), sys.argv
@@ -157,7 +168,7 @@ def _trained(command: str, source: Source, ran: Ran, here: Path) -> "list[str]":
     if not source.good:
         return _refused(ran, (f"all {len(rows)} rows are bad",) if source.bad else ())
     if not source.compares:
-        return _refused(ran, ("no comparison",)) + _contents(source)
+        return _refused(ran, ("nothing to learn from",)) + _contents(source)
     if ran.code:
         return [f"exit code {ran.code}, expected 0: {ran.err[-300:]!r}"]
     report = json.loads((here / "run/data.json").read_text("utf-8"))["train"]
@@ -261,7 +272,8 @@ def outcome(name: str, command: str, here: Path, model: Path) -> Verdict | None:
 
 def corpus(commands: "tuple[str, ...]" = COMMANDS, names: "list[str] | None" = None) -> dict[tuple[str, str], Verdict]:
     """(source, command) -> verdict."""
-    sys.addaudithook(_watch)
+    _watched()
+    before = os.environ.get("FAVOR_CACHE")
     found: dict[tuple[str, str], Verdict] = {}
     with tempfile.TemporaryDirectory() as work:
         model = tiny.save(Path(work) / "model")
@@ -273,6 +285,8 @@ def corpus(commands: "tuple[str, ...]" = COMMANDS, names: "list[str] | None" = N
                 shutil.rmtree(here)
                 if verdict is not None:
                     found[name, command] = verdict
+    os.environ.pop("FAVOR_CACHE", None)
+    os.environ.update({} if before is None else {"FAVOR_CACHE": before})
     return found
 
 

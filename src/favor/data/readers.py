@@ -156,16 +156,14 @@ def _open_list(path: Path, text: str) -> int:
 
 def _element(path: Path, number: int, text: str, at: int) -> tuple[Any, int]:
     try:
-        try:
-            return strict.value_at(text, at)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, row {number}: not JSON ({strict.fault(error)}); write a list of objects"
-            ) from None
-        except ValueError as error:
-            return RowError(str(error)), strict.end_at(text, at)
+        return strict.value_at(text, at)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, row {number}: not JSON ({strict.fault(error)}); write a list of objects") from None
     except ValueError as error:
-        raise DataError(f"{path}, row {number}: {error}; fix the file") from None
+        end = strict.end_at(text, at)
+        if end is None:
+            raise DataError(f"{path}, row {number}: {error}, and does not end; fix the file") from None
+        return RowError(str(error)), end
 
 
 def _parquet(path: Path) -> Numbered:

@@ -244,6 +244,8 @@ def _of_data_set(source: str, split: str, *, streaming: bool) -> Iterator[Any]:
     if not isinstance(found, datasets.Dataset):
         yield from found
         return
+    if not len(found):
+        return  # which `datasets` itself cannot go through
     with _loading(source):
         # as Arrow holds them, so that one row that Python cannot hold spoils no other
         for table in found.with_format("arrow").iter(BATCH):

@@ -13,6 +13,8 @@ _DEEPEST = 100
 _DIGITS = 300
 _TOO_DEEP = f"it is nested more than {_DEEPEST} levels deep"
 _BLANKS = re.compile(r"[ \t\n\r]*")
+# texts, brackets, and all else that is not between values
+_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]|[^\s,:\[\]{}"]++', re.DOTALL)
 
 
 def parse(text: str) -> Any:
@@ -44,12 +46,14 @@ def value_at(text: str, start: int) -> tuple[Any, int]:
     return value, end
 
 
-def end_at(text: str, start: int) -> int:
-    """Where the value ends that begins at `start`, however it could be misread. Raises ValueError where it is too deep."""
-    try:
-        return _LENIENT.raw_decode(text, start)[1]
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
+def end_at(text: str, start: int) -> int | None:
+    """Where the value ends that begins at `start`, whatever `value_at` has against it; None when it does not end."""
+    depth = 0
+    for token in _TOKENS.finditer(text, start):
+        depth += (token.group() in ("[", "{")) - (token.group() in ("]", "}"))
+        if depth <= 0:
+            return token.end()
+    return None
 
 
 def blanks(text: str, start: int) -> int:
@@ -101,5 +105,3 @@ def _integer(digits: str) -> int:
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
-# the same grammar, to find where a value ends
-_LENIENT = json.JSONDecoder(parse_int=str)

@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field, model_validator
 from favor.config import STRICT, Seed
 from favor.data.formats import RowError
 from favor.data.prompts import encode_prompts
-from favor.data.tokenize import TokensConfig, plain_prompt
+from favor.data.render import plain_prompt
+from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import ConfigError, DataError
 from favor.eval.partial import Sampled

@@ -14,7 +14,8 @@ from pydantic import BaseModel, Field
 
 from favor import output
 from favor.config import STRICT, Seed
-from favor.data.formats import FORMATS, Judgment, RowError, recognise
+from favor.data.formats import FORMATS, Judgment, RowError, order_assumed, recognise
+from favor.data.prompts import prompt_of, sample_text
 from favor.data.sources import read_objects
 from favor.data.types import Text
 from favor.errors import DataError
@@ -101,21 +102,23 @@ def _judgments(config: ScoreConfig) -> list[Judgment]:
         try:
             found.append(_judgment(row))
         except RowError as error:
-            raise DataError(f"{config.data}, row {number}: {error}; mend the row") from None
+            raise DataError(f"{config.data}, row {number}: {error}; fix the row") from None
         if config.max_rows is not None and len(found) >= config.max_rows:
             break
     if not found:
-        raise DataError(f"{config.data}: nothing to score: it holds no rows")
+        raise DataError(f"{config.data}: nothing to score: it holds no rows; name a file with rows")
     return found
 
 
 def _judgment(row: dict[str, Any]) -> Judgment:
     if "responses" in row and not row.keys() & {"ranking", "scores", "votes", "choices"}:
-        prompt, responses = row.get("prompt"), row["responses"]
-        if not isinstance(prompt, str | list) or not isinstance(responses, list):
+        if not isinstance(row["responses"], list):
             raise RowError("samples are a prompt and a list of responses")
-        return Judgment(prompt if isinstance(prompt, str) else tuple(prompt), tuple(responses), ())
-    return FORMATS[recognise(row)](row)
+        return Judgment(prompt_of(row), tuple(sample_text(value, "responses") for value in row["responses"]), ())
+    name = recognise(row)
+    judgment = FORMATS[name](row)
+    # answers in no known order are samples
+    return judgment._replace(orders=()) if order_assumed(row, name) else judgment
 
 
 def _words(response: Text) -> str:

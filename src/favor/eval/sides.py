@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import BaseModel, field_validator, model_validator
 
 from favor.config import STRICT
-from favor.data.prompts import encode_prompts, sample_seeds
+from favor.data.formats.common import RowError, brief
+from favor.data.prompts import encode_prompts, prompt_of, sample_seeds, sample_text
 from favor.data.sources import read_objects
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
@@ -85,11 +86,12 @@ def read_responses(source: str, split: str) -> dict[str, tuple[Text, list[str]]]
     """Prompt key -> (prompt, responses) of a file; rows of one prompt are put together. Raises DataError with the row."""
     found: dict[str, tuple[Text, list[str]]] = {}
     for number, row in read_objects(source, split):
-        prompt = row.get("prompt")
-        if not prompt or not isinstance(prompt, str | list):
-            raise DataError(f"{source}, row {number}: no prompt (text or messages); every row needs one")
-        text: Text = prompt if isinstance(prompt, str) else tuple(prompt)
-        found.setdefault(text_key(text), (text, []))[1].extend(_responses(row, f"{source}, row {number}"))
+        where = f"{source}, row {number}"
+        try:
+            text = prompt_of(row)
+        except RowError as error:
+            raise DataError(f"{where}: {error}; every row needs a prompt, text or messages") from None
+        found.setdefault(text_key(text), (text, []))[1].extend(_responses(row, where))
     if not found:
         raise DataError(f"{source}: nothing to use: it holds no rows; give rows with prompt and responses")
     return found
@@ -124,16 +126,12 @@ def _responses(row: dict[str, Any], where: str) -> list[str]:
     if name is None:
         raise DataError(f"{where}: columns ({', '.join(sorted(row))}): no responses, response or completion; add one")
     values: list[Any] = row[name] if name == "responses" and isinstance(row[name], list) else [row[name]]
-    texts = [_content(value) for value in values]
-    if not texts or any(text is None for text in texts):
-        raise DataError(f"{where}: {name} is {row[name]!r:.80}; give text, or a list of texts as responses")
-    return [text for text in texts if text is not None]
-
-
-def _content(value: Any) -> str | None:
-    """The text of a response: text as it is, or the content of a single assistant turn."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
+    try:
+        texts = [sample_text(value, name) for value in values]
+    except RowError as error:
+        raise DataError(
+            f"{where}: {name} is {brief(row[name], 80)} ({error}); give text, or a list of texts as responses"
+        ) from None
+    if not texts:
+        raise DataError(f"{where}: {name} is {brief(row[name], 80)}; give text, or a list of texts as responses")
+    return texts

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from favor import output
 from favor.data import sources
-from favor.data.formats import RowError, columns_of, recognise
-from favor.data.read import judge, renamed
+from favor.data.formats import FORMATS, RowError, check_order, columns_of, recognise
+from favor.data.read import named
 from favor.data.settings import SourceConfig
 from favor.errors import CheckpointError, ConfigError, DataError
 from favor.hide import places_in
@@ -102,24 +102,27 @@ def fails(config: LintConfig, findings: list[Finding]) -> bool:
 
 
 def _rows(config: LintConfig, source: SourceConfig, part: str, known: dict[str, frozenset[str]]) -> Iterator[Row]:
-    name = source.format or config.data.format
+    name = asked = config.data.format_of(source)
     columns = config.data.columns if source.columns is None else source.columns
     found = sources.rows(source.path, source.split or config.data.split, streaming=config.data.streaming)
     count = 0
     for number, raw in sources.limited(found, source.max_rows or config.data.max_rows):
         count += 1
         try:
-            whole = sources.as_object(raw)
-            row = renamed(whole, columns)
+            row, whole = named(raw, source, config.data), sources.as_object(raw)
             name = recognise(row) if name == "auto" else name
-            yield Row(part, source.path, number, whole, judge(row, name, source), None)
+            if asked == "auto":
+                check_order(row, name)
+            yield Row(part, source.path, number, whole, FORMATS[name](row), None)
         except RowError as error:
             known_row = raw if isinstance(raw, dict) else {} if isinstance(raw, RowError) else {"row": raw}
             yield Row(part, source.path, number, known_row, None, str(error))
     if not count:
         raise DataError(f"{source.path}: it holds no rows; name a file with rows")
     read = columns_of(name) if name != "auto" else frozenset[str]()
-    known[source.path] = read | {path.split(".")[0] for path in columns.values()}
+    verdict = config.data.verdict_of(source)
+    mapped = [*columns.values(), *((verdict.first, verdict.second, *verdict.columns) if verdict else ())]
+    known[source.path] = read | {path.split(".")[0] for path in mapped}
 
 
 def _summary(rows: list[Row]) -> Finding:

@@ -3,6 +3,7 @@
 In: a recipe. Out: LintConfig, Row, Finding. Next: rows.py.
 """
 
+import difflib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -66,7 +67,7 @@ class LintSettings(BaseModel):
 class LintConfig(BaseModel):
     """A recipe for `favor lint`: [data] and [lint]; [model] tries its tokenizer and template, [reward] doubts labels.
 
-    A whole training recipe serves too; its other sections are not looked at.
+    A whole training recipe serves too; its other sections are not looked at. What no such recipe has is refused.
     """
 
     model_config = STRICT | ConfigDict(extra="ignore")
@@ -78,10 +79,14 @@ class LintConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, given: Any) -> Any:
-        if unknown := [key for key in given if key not in cls.model_fields and key not in ELSEWHERE]:
-            raise ValueError(f"unknown key '{unknown[0]}'; known here: {', '.join(cls.model_fields)}")
-        return given
+    def _no_other_keys(cls, tree: Any) -> Any:
+        known = [*cls.model_fields, *ELSEWHERE]
+        for key in tree if isinstance(tree, dict) else ():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(cls.model_fields)}"
+                raise ValueError(f"unknown key '{key}'; {hint}")
+        return tree
 
 
 class Row(NamedTuple):
