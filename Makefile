@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo frontier matrix zoo test test-all check bench clean
+.PHONY: demo fault frontier matrix zoo bad-settings bad-sources test test-all check smoke lock bench clean
 
 demo: .venv/.ready
 	$(BIN)/favor demo
@@ -17,6 +17,16 @@ matrix: .venv/.ready
 zoo: .venv/.ready
 	cd tests && ../$(BIN)/python -W ignore zoo.py
 
+# kills, full disks and damage against every command that writes; at most 20 minutes
+fault: .venv/.ready
+	cd tests && ../$(BIN)/python -W ignore fault.py
+
+bad-settings: .venv/.ready
+	cd tests && ../$(BIN)/python -W ignore bad_settings.py
+
+bad-sources: .venv/.ready
+	cd tests && ../$(BIN)/python -W ignore bad_sources.py
+
 test: .venv/.ready
 	$(BIN)/pytest -m "not slow"
 
@@ -28,6 +38,28 @@ check: .venv/.ready
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/pyright --warnings
 	$(MAKE) test
+	$(MAKE) smoke
+
+# What a user has: an empty environment, the core dependencies under their hashes, and the wheel. docs/security.md says why
+# torch stands apart.
+smoke:
+	rm -rf build
+	$(PYTHON) -m venv build/smoke
+	build/smoke/bin/pip install --quiet --no-deps --require-hashes -r requirements.lock
+	build/smoke/bin/pip install --quiet --constraint constraints.txt torch
+	build/smoke/bin/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	build/smoke/bin/pip install --quiet --no-deps build/wheel/favor-*.whl
+	build/smoke/bin/pip check
+	build/smoke/bin/python tests/smoke.py
+
+# Write requirements.lock anew from pyproject.toml and constraints.txt.
+lock:
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet uv
+	echo "torch; sys_platform == 'none'" > build/lock/without-torch.txt
+	build/lock/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
+		--constraint constraints.txt --override build/lock/without-torch.txt --output-file requirements.lock pyproject.toml
 
 bench: .venv/.ready
 	$(BIN)/pip install --quiet --constraint constraints.txt -e ".[bench]"

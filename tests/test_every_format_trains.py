@@ -38,6 +38,8 @@ def test_a_step(model, tmp_path, fixture):
         "tokens.max_tokens=4096",
         "train.batch_prompts=8",
     ]
+    if fixture.stem == "alpaca_ranking":
+        words.append("data.format=alpaca")
     if fixture.stem == "sft":
         sft(load(SftConfig, None, words), session)
     else:

@@ -396,3 +396,28 @@ def test_planted_fault_is_found_in_the_demo_data(files, demo, tmp_path, fault):
     found = worse_than_notes(lint(files(train, held_out, *reward(tmp_path))))
     assert set(found) == {name}
     assert [number for _, number in rows] == [number for _, number in found[name].rows]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["lnit.near=0"], "unknown key 'lnit'; did you mean 'lint'?"),
+        (["tokns.max_tokens=9"], "unknown key 'tokns'; did you mean 'tokens'?"),
+        (["zzz=1"], "unknown key 'zzz'; known here: data, tokens, lint, model, reward"),
+        (["lint.naer=0"], "did you mean 'lint.near'?"),
+    ],
+)
+def test_misspelt_sections_are_refused(words, said):
+    with pytest.raises(ConfigError) as error:
+        load(LintConfig, None, ["data.train=x.jsonl", *words])
+    assert said in str(error.value)
+
+
+def test_every_training_recipe_is_a_recipe_for_lint():
+    """What its sections say beside the data is passed over, so lint must know their names."""
+    from favor.lint.settings import ELSEWHERE
+    from favor.train import ppo, preference, reward, sft
+
+    recipes = (preference.TrainConfig, sft.SftConfig, reward.RewardTrainConfig, ppo.PpoConfig)
+    keys = {key for recipe in recipes for key in recipe.model_fields}
+    assert keys - LintConfig.model_fields.keys() == ELSEWHERE

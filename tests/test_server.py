@@ -179,7 +179,7 @@ def test_patience_ends_with_a_clear_message(serve):
 @pytest.mark.parametrize("status", [400, 401, 404, 302])
 def test_a_refusal_fails_at_once(status, serve):
     server = serve((status, {"Location": "/elsewhere"}, "no such key"), reply("well"))
-    with pytest.raises(ServerError, match=rf"status {status} after 1 attempt: no such key; mend \[server\]"):
+    with pytest.raises(ServerError, match=rf"status {status} after 1 attempt: no such key; fix \[server\]"):
         ask(settings(server))
     assert len(server.requests) == 1
 

@@ -3,18 +3,24 @@
 In: words. Out: one call per command; errors become one line and an exit code. Next: train/preference.py.
 """
 
+import contextlib
+import io
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from rich.console import Console
 
+    from favor.stop import StopRequest
     from favor.train.session import Session
 
 Words = Annotated[
@@ -137,7 +143,8 @@ def winrate(words: Words = None) -> None:
 
     config = load(WinrateConfig, *split_arguments(words or []))
     console = _console()
-    console.print(winrate_table(run(config, console.print, _progress(console))))
+    with _continued():
+        console.print(winrate_table(run(config, console.print, _progress(console))))
 
 
 @app.command()
@@ -148,7 +155,8 @@ def sample(words: Words = None) -> None:
     from favor.eval.samples import write_samples
 
     config = load(SamplesConfig, *split_arguments(words or []))
-    count = write_samples(config, _progress(_console()))
+    with _continued():
+        count = write_samples(config, _progress(_console()))
     _print(f"{count} samples in {config.out}")
 
 
@@ -160,7 +168,8 @@ def prefer(words: Words = None) -> None:
     from favor.eval.prefer import prefer as run
 
     config = load(PreferConfig, *split_arguments(words or []))
-    report = run(config, _progress(_console()))
+    with _continued():
+        report = run(config, _progress(_console()))
     _print(f"{report}; preferences in {config.out}")
 
 
@@ -173,13 +182,14 @@ def loop(words: Words = None) -> None:
 
     config = load(LoopRunConfig, *split_arguments(words or []))
     progress = _progress(_console())
-    _in_session(lambda open_session: run(config, open_session, progress))
+    kept = "what was made so far is kept; run the same command again, with resume=true"
+    _in_session(lambda open_session: run(config, open_session, progress), kept)
 
 
 @app.command()
 def lint(
     words: Words = None,
-    fix: Annotated[Path | None, typer.Option("--fix", help="Write a cleaned copy of the training rows here.")] = None,
+    fix: Annotated[str | None, typer.Option("--fix", help="Write a cleaned copy of the training rows here.")] = None,
 ) -> None:
     """Look for faults in preference data; exit code 1 when a finding is as severe as lint.fail_on (error)."""
     from favor.config import load, split_arguments
@@ -222,30 +232,78 @@ def demo(words: Words = None) -> None:
 
 
 def main() -> None:
-    """Entry point: every error that is meant for people becomes one line on stderr."""
+    """Entry point: every error that is meant for people becomes one line on stderr, and so does every signal."""
+    from favor import edge
     from favor.errors import FavorError
+    from favor.stop import StoppedAtOnceError, stop_signals
 
     _quiet()
+    sys.excepthook = edge.our_mistake
     try:
-        app()
+        with stop_signals("nothing unfinished was kept; run the same command again"):
+            app()
     except FavorError as error:
-        print(f"favor: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("favor: stopped at once; nothing was saved since the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _end(str(error), error.exit_code)
+    except StoppedAtOnceError as error:
+        _end(str(error), error.exit_code, at_once=True)
+    except edge.EXPECTED as error:
+        said = edge.explained(error)
+        if said is None:
+            raise
+        _end(said, FavorError.exit_code)
+    finally:
+        _flush()
 
 
-def _in_session(run: "Callable[[Callable[[Path], Session]], object]") -> None:
-    """Call `run` with a way to open its session, inside the process group and the signal handlers."""
+def _end(message: str, code: int, *, at_once: bool = False) -> NoReturn:
+    """The one line, without what nobody may see, and the exit code."""
+    from favor.errors import clipped
+    from favor.hide import without_secrets
+
+    with contextlib.suppress(OSError):
+        print(f"favor: {clipped(' '.join(without_secrets(message).splitlines()), 1400)}", file=sys.stderr)
+    _flush()
+    if at_once and threading.active_count() > 1:
+        # the interpreter would wait for threads that wait for a server
+        os._exit(code)
+    sys.exit(code)
+
+
+def _flush() -> None:
+    """Write out what is left. A reader that has gone (`| head`) is no error, so nothing may be left for the exit either."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+def _continued() -> "AbstractContextManager[StopRequest]":
+    """Signals in a command that keeps what it has made and takes it up again."""
+    from favor.stop import stop_signals
+
+    return stop_signals("what was made so far is kept; run the same command again to continue")
+
+
+_NOTHING_KEPT = "no step was under way, so there was nothing to save; run the same command again"
+
+
+def _in_session(run: "Callable[[Callable[[Path], Session]], object]", kept: str = _NOTHING_KEPT) -> None:
+    """Call `run` with a way to open its session, inside the process group and the signal handlers.
+
+    kept: what is said when a signal comes while no step is under way.
+    """
     from favor.dist.world import world
     from favor.model.load import memory_settings
     from favor.run import RunFolder
-    from favor.train.session import Session, stop_signals
+    from favor.stop import stop_signals
+    from favor.train.session import Session
 
     memory_settings()
     console = _console()
-    with world() as members, stop_signals() as stop:
+    with world() as members, stop_signals(kept) as stop:
         run(lambda root: Session(RunFolder(root), members, console, stop))
 
 
@@ -253,9 +311,14 @@ def _quiet() -> None:
     """Progress bars and advice of libraries would drown our own lines; their errors still come through."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal or locale that lacks a letter shows its number instead
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _console() -> "Console":

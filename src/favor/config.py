@@ -6,17 +6,22 @@ knows nobody's fields: every section is declared beside the code that reads it. 
 
 import difflib
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from favor.errors import ConfigError
+from favor.errors import ConfigError, clipped
+from favor.hide import without_secrets
 
 M = TypeVar("M", bound=BaseModel)
 STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+# what every generator of random numbers here takes (scikit-learn's is the narrowest)
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+# bytes of a recipe: more must be another kind of file
+_LARGEST = 1 << 20
 
 
 def load(schema: type[M], recipe: Path | None, overrides: Sequence[str] = ()) -> M:
@@ -26,12 +31,22 @@ def load(schema: type[M], recipe: Path | None, overrides: Sequence[str] = ()) ->
     valid name is offered), a value of the wrong type or outside its range.
     """
     tree = _read_toml(recipe) if recipe is not None else {}
-    for override in overrides:
-        _apply(tree, override)
+    words = dict(_apply(tree, override) for override in overrides)
+    where = str(recipe) if recipe else "settings"
     try:
-        return schema.model_validate(tree)
+        try:
+            found = schema.model_validate(tree)
+        except ValidationError as error:
+            # run=2024-11-24 and run=7 are TOML of other types, and meant as text
+            if not _take_as_text(tree, words, error):
+                raise
+            found = schema.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, schema, recipe)) from None
+        raise ConfigError("; ".join(_explain(item, schema, where) for item in error.errors())) from None
+    except RecursionError:
+        raise ConfigError(f"{where}: a value is nested too deeply to be read; flatten it") from None
+    _check_values(tree, found, where)
+    return found
 
 
 def dump(config: BaseModel) -> str:
@@ -49,54 +64,112 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def _read_toml(recipe: Path) -> dict[str, Any]:
+    shown = clipped(str(recipe))
     try:
-        return tomllib.loads(recipe.read_text("utf-8"))
+        with recipe.open("rb") as file:
+            raw = file.read(_LARGEST + 1)
+        if len(raw) > _LARGEST:
+            raise ConfigError(f"{shown}: larger than {_LARGEST} bytes, so it is no recipe; name a TOML file")
+        return tomllib.loads(raw.decode("utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{recipe}: no such recipe file; check the path, or start from one in recipes/") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise ConfigError(f"{recipe}: cannot be read as a recipe ({error.strerror}); name a TOML file") from None
+        raise ConfigError(f"{shown}: no such recipe file; check the path, or start from one in recipes/") from None
+    except OSError as error:
+        raise ConfigError(f"{shown}: cannot be read as a recipe ({error.strerror}); name a TOML file") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{recipe}: not UTF-8 text (byte {error.start}); a recipe is a TOML text file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{recipe}: not valid TOML: {error}; mend that line") from None
+        raise ConfigError(f"{shown}: not UTF-8 text (byte {error.start}); a recipe is a TOML text file") from None
+    except RecursionError:
+        raise ConfigError(f"{shown}: a value is nested too deeply to be read; flatten it") from None
+    # tomllib's own errors are ValueErrors, and so is an integer of thousands of digits
+    except ValueError as error:
+        raise ConfigError(f"{shown}: not valid TOML: {error}; fix that line") from None
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted key in place. The value is read as TOML; what is not TOML is taken as a string."""
+def _apply(tree: dict[str, Any], override: str) -> tuple[tuple[str, ...], str]:
+    """Set one dotted key in place; returns its path and its text, read as TOML where it is TOML and else as a string."""
     key, _, text = override.partition("=")
-    parts = key.strip().split(".")
+    parts = tuple(key.strip().split("."))
+    shown = clipped(override)
     if not all(parts):
-        raise ConfigError(f"override '{override}': expected section.key=value")
+        raise ConfigError(f"override '{shown}': expected section.key=value")
     node = tree
     for part in parts[:-1]:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override '{override}': '{part}' is a single value, it has no keys below it")
+            raise ConfigError(f"override '{shown}': '{part}' is a single value, it has no keys below it")
+    node[parts[-1]] = _value(text)
+    return parts, text
+
+
+def _value(text: str) -> Any:
     try:
-        node[parts[-1]] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        node[parts[-1]] = text
+        found = tomllib.loads(f"value = {text}")
+    # tomllib's own errors are ValueErrors, and so is an integer of thousands of digits
+    except (ValueError, RecursionError):
+        return text
+    # a line break in the text would smuggle in another key
+    return found["value"] if len(found) == 1 else text
 
 
-def _explain(error: ValidationError, schema: type[BaseModel], recipe: Path | None) -> str:
-    where = str(recipe) if recipe else "settings"
-    return "; ".join(_explain_one(item, schema, where) for item in error.errors())
+def _take_as_text(tree: dict[str, Any], words: Mapping[tuple[str, ...], str], error: ValidationError) -> bool:
+    """Where an override is to be text and TOML read a number, a date or a truth value, take the word as it was given."""
+    asked = [item["loc"] for item in error.errors() if item["type"] == "string_type"]
+    found = [path for path in words if path in asked]
+    for path in found:
+        node = tree
+        for part in path[:-1]:
+            node = node[part]
+        if not isinstance(node[path[-1]], dict | list):
+            node[path[-1]] = words[path]
+    return bool(found)
 
 
-def _explain_one(item: Any, schema: type[BaseModel], where: str) -> str:
+def _check_values(given: Any, found: Any, where: str, key: str = "") -> None:
+    """Refuse what pydantic lets pass and nothing downstream can use. `given`: as in the recipe; `found`: as validated."""
+    if isinstance(given, dict):
+        for name, value in given.items():
+            inner = vars(found).get(name) if isinstance(found, BaseModel) else value
+            _check_values(value, inner, where, f"{key}.{name}".lstrip("."))
+    elif isinstance(given, list):
+        both = found if isinstance(found, tuple) and len(found) == len(given) else given
+        for value, inner in zip(given, both, strict=True):
+            _check_values(value, inner, where, key)
+    elif problem := _problem(given, found):
+        raise ConfigError(f"{where}: '{key}' {problem}")
+
+
+def _problem(given: Any, found: Any) -> str | None:
+    if isinstance(given, bool) and type(found) in (int, float):
+        return f"is {str(given).lower()}, expected a number"
+    if isinstance(given, int) and abs(given) >= 1 << 63:
+        return "is beyond what a computer word holds; give a smaller number"
+    return _problem_of_text(given) if isinstance(given, str) else None
+
+
+def _problem_of_text(given: str) -> str | None:
+    if not given.strip():
+        return "is empty; give a value, or remove it"
+    if any(ord(letter) < 32 and letter not in "\n\t" for letter in given):
+        return "holds a control character; remove it"
+    if not given.isascii() and given != given.encode("utf-8", "replace").decode("utf-8"):
+        return "is not UTF-8 text; give it in UTF-8"
+    return None
+
+
+def _explain(item: Any, schema: type[BaseModel], where: str) -> str:
     path = [str(part) for part in item["loc"]]
     key = ".".join(path)
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key '{key}'{_nearest(key, schema)}"
+        return f"{where}: unknown key '{clipped(key)}'{_nearest(key, schema)}"
     if item["type"] == "missing":
         return f"{where}: '{key}' is not set; add it to the recipe or give {key}=..."
+    given = clipped(without_secrets(repr(item["input"])))
     if item["type"] == "model_type":
         inside = [name for name in _keys(schema) if name.rpartition(".")[0] == key]
-        return f"{where}: '{key}' is a section, found {item['input']!r}; set {key}.KEY=..., one of {', '.join(inside)}"
+        return f"{where}: '{key}' is a section, found {given}; set {key}.KEY=..., one of {', '.join(inside)}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{where}: {key + ': ' if key else ''}{message}"
-    return f"{where}: '{key}' is {item['input']!r}: {message[0].lower() + message[1:]}"
+    return f"{where}: '{key}' is {given}: {message[0].lower() + message[1:]}"
 
 
 def _nearest(key: str, schema: type[BaseModel]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 from rich.console import Console
 
-from favor.config import STRICT
+from favor.config import STRICT, Seed
 from favor.data.read import DataConfig
 from favor.embedded import cache_folder, model_folder, review_files
 from favor.eval.evaluate import EvalConfig, evaluate
@@ -35,7 +35,7 @@ class DemoConfig(BaseModel):
 
     model_config = STRICT
     run: str | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     pairs: int = Field(default=200, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     sft_lr: float = Field(default=1e-4, gt=0)

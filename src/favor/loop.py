@@ -5,29 +5,31 @@ the model of round N, which is its reference too. Next: eval/prefer.py.
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT, dump
+from favor.config import STRICT, Seed, dump
 from favor.data.prompts import NumberedPrompts, read_prompts
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
-from favor.errors import ConfigError
+from favor.errors import CheckpointError, ConfigError
 from favor.eval.prefer import PreferConfig, prefer
+from favor.guard import content
 from favor.losses import LossConfig
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
-from favor.run import RunFolder, make_folder, start, write_json, write_text
-from favor.scoring.source import RewardConfig
+from favor.output import hashes
+from favor.run import RunFolder, make_folder, read_json, remove_folder, same_inputs, write_json, write_text
+from favor.scoring.source import RewardConfig, check_scorer, identity
+from favor.stop import StoppedError
 from favor.train.checkpoint import checkpoints
 from favor.train.loop import LoopConfig
 from favor.train.optim import OptimConfig
 from favor.train.preference import TrainConfig, train
-from favor.train.session import Session, StoppedError
+from favor.train.session import Session, running
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,7 +39,7 @@ class LoopRunConfig(BaseModel):
 
     model_config = STRICT
     run: str
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     resume: bool = False
     rounds: int = Field(default=3, ge=1)
     model: ModelConfig
@@ -83,6 +85,11 @@ class RoundFolder:
         return self.root / "figures.json"
 
     @property
+    def made(self) -> Path:
+        """Hashes of the round's preferences and model (JSON): what the next round goes on from."""
+        return self.root / "made.json"
+
+    @property
     def train(self) -> RunFolder:
         """The round's training run."""
         return RunFolder(self.root / "train")
@@ -93,28 +100,37 @@ def loop(config: LoopRunConfig, open_session: Callable[[Path], Session], progres
 
     Raises ConfigError for a folder that holds a run, and what sampling, scoring and training raise.
     """
-    folder = _start(config)
-    session = open_session(folder.root)
+    prompts = read_prompts(config.prompts, config.split)
+    check_scorer(config.reward)
+    with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
+        _rounds(config, prompts, session, open_session, progress)
+
+
+def _rounds(
+    config: LoopRunConfig,
+    prompts: NumberedPrompts,
+    session: Session,
+    open_session: Callable[[Path], Session],
+    progress: Progress,
+) -> None:
     if session.world.size > 1:
         raise ConfigError("favor loop runs in one process; start it without torchrun")
-    prompts = read_prompts(config.prompts, config.split)
+    entered = {
+        "content of model": content(config.model.path),
+        "content of prompts": [prompt for _, prompt in prompts],
+        "reward": identity(config.reward),
+    }
+    same_inputs(session.folder, hashes(entered))
     for number in range(1, config.rounds + 1):
         place = _folder(config, number)
         if not place.train.model.exists():
             session.say(f"round {number} of {config.rounds}")
             _round(config, number, prompts, session, progress)
             _train(config, number, open_session)
+        _seal(place)
         # written from the rounds' own figures, so that a kill between two files loses none
         _record(config, number)
     session.say(f"{config.rounds} rounds done; model in {_folder(config, config.rounds).train.model}")
-
-
-def _start(config: LoopRunConfig) -> RunFolder:
-    if not config.resume and _folder(config, 1).root.exists():
-        raise ConfigError(
-            f"{config.run}: already holds a run; continue it with resume=true or choose another run=FOLDER"
-        )
-    return start(Path(config.run), dump(config), resume=config.resume)
 
 
 def _round(config: LoopRunConfig, number: int, prompts: NumberedPrompts, session: Session, progress: Progress) -> None:
@@ -139,12 +155,24 @@ def _round(config: LoopRunConfig, number: int, prompts: NumberedPrompts, session
     write_json(place.figures, {"round": number, **asdict(report)})
 
 
+def _seal(place: RoundFolder) -> None:
+    """Keep the hashes of what a round made. Raises CheckpointError when it is no longer that."""
+    now = {"model": content(str(place.train.model)), "preferences": content(str(place.preferences))}
+    if not place.made.exists():
+        write_json(place.made, now)
+    elif damaged := [name for name, value in read_json(place.made).items() if now.get(name) != value]:
+        raise CheckpointError(
+            f"{place.root}: its {' and '.join(damaged)} are not what was written; delete this round's folder and all later "
+            "ones to make them again"
+        )
+
+
 def _train(config: LoopRunConfig, number: int, open_session: Callable[[Path], Session]) -> None:
     """The round's training: continued from its newest checkpoint, or begun anew when there is none."""
     folder = _folder(config, number).train
     resume = bool(checkpoints(folder.checkpoints))
-    if not resume and folder.root.exists():
-        shutil.rmtree(folder.root)
+    if not resume:
+        remove_folder(folder.root)
     train(_train_recipe(config, number).model_copy(update={"resume": resume}), open_session)
 
 
@@ -153,7 +181,7 @@ def _folder(config: LoopRunConfig, number: int) -> RoundFolder:
 
 
 def _record(config: LoopRunConfig, number: int) -> None:
-    figures = [json.loads(_folder(config, r).figures.read_text("utf-8")) for r in range(1, number + 1)]
+    figures = [read_json(_folder(config, r).figures) for r in range(1, number + 1)]
     write_text(Path(config.run) / "rounds.jsonl", "".join(json.dumps(each) + "\n" for each in figures))
 
 
@@ -175,7 +203,7 @@ def _prefer_recipe(config: LoopRunConfig, number: int) -> PreferConfig:
         sample=config.sample,
         samples_per_prompt=config.samples_per_prompt,
         reward=config.reward,
-        seed=config.seed + number,
+        seed=(config.seed + number) % (1 << 32),
     )
 
 
@@ -183,7 +211,7 @@ def _train_recipe(config: LoopRunConfig, number: int) -> TrainConfig:
     place = _folder(config, number)
     return TrainConfig(
         run=str(place.train.root),
-        seed=config.seed + number,
+        seed=(config.seed + number) % (1 << 32),
         model=_model(config, number),
         # a sample may be too long, or spell out a special token
         data=DataConfig(train=str(place.preferences), bad_rows="drop"),

@@ -1,18 +1,34 @@
-"""The run folder: the names of everything in it, atomic writes, append-only metrics. No torch here.
+"""The run folder: the names of everything in it, who may write there, atomic writes, append-only lines. No torch here.
 
-In: a path and plain records. Out: files that are either whole or absent. Next: data/types.py.
+In: a path and plain records. Out: files that are either whole or absent. Next: guard.py.
 """
 
 import contextlib
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from favor.errors import CheckpointError, ConfigError
+import tomli_w
+
+from favor import guard
+from favor.errors import CheckpointError, ConfigError, writing
+
+# what a start writes before anything is made of it, by name; the reference store is checked before it is reused
+_OPENING = {
+    "config.toml",
+    "data.json",
+    "metrics.jsonl",
+    "inputs.json",
+    "winrate-settings.json",
+    "prompts.jsonl",
+    ".lock",
+}
+_REUSED = {"reference.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,16 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved recipe (TOML)."""
         return self.root / "config.toml"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that writes here; says who that is."""
+        return self.root / ".lock"
+
+    @property
+    def inputs(self) -> Path:
+        """Hashes of what entered, where no checkpoint keeps them (JSON)."""
+        return self.root / "inputs.json"
 
     @property
     def metrics(self) -> Path:
@@ -104,31 +130,118 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "favor"
 
 
-def start(root: Path, config_text: str, *, resume: bool) -> RunFolder:
-    """Open a run folder: a new one is created, an old one needs `resume` and the same recipe.
+@contextlib.contextmanager
+def start(root: Path, config_text: str, *, resume: bool, main: bool = True) -> Generator[RunFolder]:
+    """Open a run folder and hold it: a new one is created, an old one needs `resume` and the same recipe.
 
-    Raises ConfigError when the folder already holds a run and `resume` is false, when there is nothing
-    to resume, or when the recipe differs from the one the run was started with.
+    Only the main rank looks and writes. A start that fails before anything is made takes back what it created, never
+    what was there before. Raises ConfigError when the folder holds a run and `resume` is false or something that is
+    not favor's, when there is nothing to resume, when the recipe differs, or while another process holds the folder.
     """
     folder = RunFolder(root)
-    if resume:
-        if not folder.config.exists():
-            raise ConfigError(f"{root}: nothing to resume (no config.toml); start the run without resume=true")
-        _same_recipe(folder.config, config_text)
-        return folder
-    if _has_steps(folder):
-        raise ConfigError(f"{root}: already holds a run; continue it with resume=true or choose another run=FOLDER")
+    if not main:
+        yield folder
+        return
+    if resume and not folder.config.exists():
+        raise ConfigError(f"{root}: nothing to resume (no config.toml); start the run without resume=true")
+    with opened(folder) as before:
+        if resume:
+            _same_recipe(folder.config, config_text)
+            cut_torn_line(folder.metrics)
+        else:
+            _refuse_run(folder)
+            folder.metrics.unlink(missing_ok=True)
+            write_text(folder.config, config_text)
+        done = resume
+        try:
+            yield folder
+            done = True
+        finally:
+            if not done:
+                _take_back(folder, before)
+
+
+@contextlib.contextmanager
+def opened(folder: RunFolder) -> Generator[frozenset[str]]:
+    """Create a folder where there is none, hold it, and remove what killed processes left; gives the names in it.
+
+    Raises ConfigError when it cannot be used, holds files but no run of favor, or is held by another process.
+    """
+    root = folder.root
+    created = [path for path in (root, *root.parents) if not path.exists()]
     make_folder(root)
-    folder.metrics.unlink(missing_ok=True)
-    write_text(folder.config, config_text)
-    return folder
+    try:
+        if not _is_ours(folder):
+            raise ConfigError(f"{root}: holds files, but no run of favor; choose another run=FOLDER")
+        with guard.held(folder.lock, str(root)):
+            guard.sweep(root)
+            yield frozenset(path.name for path in root.iterdir())
+    finally:
+        # folders that stayed empty
+        for path in created:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
-def _has_steps(folder: RunFolder) -> bool:
-    """Whether training got anywhere: a start that failed before its first step may be repeated."""
-    if folder.checkpoints.exists() or folder.model.exists():
+def _is_ours(folder: RunFolder) -> bool:
+    """Whether a folder is empty or holds a resolved recipe: one that names a run, as `dump` writes it and no hand does."""
+    if folder.config.exists():
+        text = read_text(folder.config)
+        try:
+            recipe = tomllib.loads(text)
+        except tomllib.TOMLDecodeError:
+            return False
+        return "run" in recipe and tomli_w.dumps(recipe) == text
+    return all(path.name in (".lock", *_REUSED) or guard.temporary(path) for path in folder.root.iterdir())
+
+
+def _refuse_run(folder: RunFolder) -> None:
+    """A start that failed before anything was made may be repeated; what another run made stays."""
+    if _made(folder.root, _OPENING | _REUSED):
+        raise ConfigError(
+            f"{folder.root}: already holds a run; continue it with resume=true or choose another run=FOLDER"
+        )
+
+
+def _made(root: Path, opening: set[str]) -> bool:
+    """Whether there is more than what every start writes, or a step."""
+    files = [path for path in root.rglob("*") if not path.is_dir()]
+    if (
+        any(path.name not in opening and not guard.temporary(path) for path in files)
+        or RunFolder(root).checkpoints.exists()
+    ):
         return True
-    return folder.metrics.exists() and any(record.get("kind") == "step" for record in read_jsonl(folder.metrics))
+    metrics = RunFolder(root).metrics
+    return metrics.exists() and '"kind": "step"' in read_text(metrics)
+
+
+def _take_back(folder: RunFolder, before: frozenset[str]) -> None:
+    if _made(folder.root, _OPENING):
+        return
+    for path in folder.root.iterdir():
+        if path.name not in before and path != folder.lock:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def same_inputs(folder: RunFolder, now: Mapping[str, str]) -> None:
+    """Keep the hashes of what enters, by name; on a later start compare them.
+
+    Raises CheckpointError naming what has changed since the run began.
+    """
+    if folder.inputs.exists():
+        refuse_changed(str(folder.root), read_json(folder.inputs), now)
+    else:
+        write_json(folder.inputs, dict(now))
+
+
+def refuse_changed(where: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises CheckpointError naming every input whose hash differs."""
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if changed:
+        raise CheckpointError(
+            f"{where}: began with another {', another '.join(changed)}; resume with what the run started with, "
+            "or start a new run"
+        )
 
 
 def make_folder(path: Path) -> None:
@@ -143,7 +256,7 @@ def _same_recipe(path: Path, config_text: str) -> None:
     def settings(text: str) -> list[str]:
         return [line for line in text.splitlines() if not line.startswith("resume =")]
 
-    before, now = settings(path.read_text("utf-8")), settings(config_text)
+    before, now = settings(read_text(path)), settings(config_text)
     changed = [line for line in now if line not in before] + [line for line in before if line not in now]
     if changed:
         raise ConfigError(
@@ -153,9 +266,45 @@ def _same_recipe(path: Path, config_text: str) -> None:
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line and flush it to the operating system."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    """Append one JSON line: whole, or not at all when the disk is full."""
+    append_text(path, json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append text and hand it to the operating system; on an error the file is as it was."""
+    with writing(path), path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            rest = text.encode("utf-8", "backslashreplace")
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut off a torn last line (a killed writer), so that the next line does not continue it."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        raw = file.read()
+        file.truncate(raw.rfind(b"\n") + 1)
+
+
+def read_text(path: Path) -> str:
+    """A text file; bytes that are not UTF-8 show as such rather than raise."""
+    return path.read_text("utf-8", "replace")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Raises CheckpointError when it is damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: damaged, not JSON ({error}); delete it and run the command that writes it again"
+        ) from None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -164,12 +313,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises CheckpointError when any earlier line is not JSON.
     """
     # not splitlines: a text may hold U+2028, which JSON leaves as it is
-    lines = path.read_text("utf-8").removesuffix("\n").split("\n")
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line.decode("utf-8", "surrogatepass"))
+            if not isinstance(record, dict):
+                raise ValueError("no object")
+            records.append(record)
+        except ValueError:
             if number < len(lines):
                 raise CheckpointError(
                     f"{path}, line {number}: not JSON; the file was damaged, remove that line"
@@ -177,14 +329,27 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Generator[Path]:
+    """Fill a file aside, fsync, rename it into place; on an error nothing of it remains and an older file stays."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name a file")
+    aside = guard.aside(path)
+    try:
+        with writing(path):
+            yield aside
+            fsync(aside)
+            aside.replace(path)
+            fsync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: aside, fsync, rename."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    """Write a text file whole or not at all."""
+    with whole_file(path) as aside:
+        aside.write_text(text, "utf-8", "backslashreplace", newline="")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -199,19 +364,27 @@ def atomic_folder(path: Path) -> Generator[Path]:
     Every file is fsynced before the rename, so after a crash the folder is whole or absent. An older
     folder of that name is replaced.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = guard.aside(path)
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
-        yield aside
-        for file in sorted(aside.rglob("*")):
-            fsync(file)
-        if path.exists():
-            shutil.rmtree(path)
-        aside.replace(path)
-        fsync(path.parent)
+        with writing(path):
+            aside.mkdir(parents=True)
+            yield aside
+            for file in sorted(aside.rglob("*")):
+                fsync(file)
+            remove_folder(path)
+            aside.replace(path)
+            fsync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, if it is there; a kill meanwhile leaves it whole or gone."""
+    if path.exists():
+        old = guard.aside(path.with_name(path.name + ".old"))
+        path.replace(old)
+        shutil.rmtree(old)
 
 
 def fsync(path: Path) -> None:

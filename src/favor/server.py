@@ -4,11 +4,13 @@ In: section [server] and messages or a prompt. Out: the text of one reply; `para
 Next: eval/engines.py.
 """
 
+import contextlib
 import json
 import os
 import random
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -18,7 +20,8 @@ import httpx2
 from pydantic import BaseModel, Field, field_validator
 
 from favor.config import STRICT
-from favor.errors import ConfigError, FavorError, ServerError
+from favor.errors import ConfigError, FavorError, ServerError, clipped
+from favor.hide import without_secrets
 
 T = TypeVar("T")
 # Longest wait between two attempts, seconds: our own back-off, and what a server may ask for.
@@ -43,13 +46,32 @@ class ServerConfig(BaseModel):
     @field_validator("url")
     @classmethod
     def _is_a_base_url(cls, url: str) -> str:
+        """Nor does it hold anything secret: it goes into files and messages, so what is refused here is not repeated."""
         try:
             parsed = httpx2.URL(url)
-        except httpx2.InvalidURL as error:
-            raise ValueError(f"{url!r} is no url ({error}); give one like http://localhost:8000/v1") from None
+        except httpx2.InvalidURL:
+            raise ValueError("what was given is no url; give one like http://localhost:8000/v1") from None
+        if parsed.userinfo or parsed.query or parsed.fragment or "@" in url:
+            raise ValueError(
+                "holds a user name, a password or a query, which would get into files and logs; give http(s)://HOST/v1 "
+                "alone, put the key into an environment variable and name that in server.api_key_env"
+            )
+        if parsed.port is not None and not 0 < parsed.port < 1 << 16:
+            raise ValueError(f"port {parsed.port} cannot be; give one from 1 to 65535")
         if parsed.scheme not in ("http", "https") or not parsed.host or not parsed.path.rstrip("/").endswith("/v1"):
-            raise ValueError(f"{url!r}: expected http(s)://HOST/v1, the base url that ends in /v1")
+            raise ValueError(f"{clipped(url)!r}: expected http(s)://HOST/v1, the base url that ends in /v1")
         return url.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_name(cls, name: str | None) -> str | None:
+        """Not the key itself, which would get into config.toml: what does not look like a name is not repeated."""
+        if name is not None and name not in os.environ and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+            raise ValueError(
+                "what was given is neither an environment variable that is set nor a name in capitals like "
+                "OPENAI_API_KEY; it may be the key itself and is not shown: put the key into a variable and name that"
+            )
+        return name
 
 
 class Reply(NamedTuple):
@@ -99,7 +121,7 @@ def parallel(config: ServerConfig, jobs: Sequence[Callable[[], T]], done: Callab
     failure: FavorError | None = None
     index_of: dict[Future[T], int] = {}
     following = iter(range(len(jobs)))
-    with ThreadPoolExecutor(config.concurrency) as pool:
+    with _threads(config.concurrency) as pool:
 
         def start_some() -> None:
             while len(index_of) < config.concurrency and (index := next(following, None)) is not None:
@@ -122,18 +144,31 @@ def parallel(config: ServerConfig, jobs: Sequence[Callable[[], T]], done: Callab
         raise failure
 
 
+@contextlib.contextmanager
+def _threads(count: int) -> Generator[ThreadPoolExecutor]:
+    """A pool that is not waited for when the block fails: a request under way may take minutes, and a signal must not."""
+    pool = ThreadPoolExecutor(count)
+    finished = False
+    try:
+        yield pool
+        finished = True
+    finally:
+        pool.shutdown(wait=finished, cancel_futures=True)
+
+
 def _ask(
     config: ServerConfig, path: str, body: Mapping[str, Any], seed: int | None, accept: Callable[[str], bool]
 ) -> Reply:
     """Attempts until one succeeds."""
-    url, headers, refused = config.url + path, _headers(config), 0
+    url, key, refused = config.url + path, _key(config), 0
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     # plain http needs no certificates, and loading them costs more than a request
     with httpx2.Client(headers=headers, timeout=config.timeout_s, verify=config.url.startswith("https:")) as client:
         last = "nothing was tried"
         for attempt in range(config.retries + 1):
             asked = {"model": config.model, **body} | ({} if seed is None else {"seed": seed + refused})
             try:
-                return _attempt(client, url, asked, accept)
+                return _attempt(client, url, asked, accept, key)
             except _RefusedError as reason:
                 last, refused = str(reason), refused + reason.by_caller
                 if attempt < config.retries:
@@ -144,51 +179,64 @@ def _ask(
     )
 
 
-def _attempt(client: httpx2.Client, url: str, body: Mapping[str, Any], accept: Callable[[str], bool]) -> Reply:
-    """One request. Raises _RefusedError when it is worth repeating, ServerError when it is not."""
+def _attempt(
+    client: httpx2.Client, url: str, body: Mapping[str, Any], accept: Callable[[str], bool], key: str
+) -> Reply:
+    """One request. Raises _RefusedError when it is worth repeating, ServerError when it is not.
+
+    A server may repeat the key in what it says: it is taken out of everything that is kept or shown, before it is cut.
+    """
     try:
         response = client.post(url, json=body)
     except httpx2.RequestError as error:
-        raise _RefusedError(f"{type(error).__name__}: {error}") from None
-    status, excerpt = response.status_code, response.text[:200].strip()
+        raise _RefusedError(f"{type(error).__name__}: {without_secrets(str(error), key)}") from None
+    status, excerpt = response.status_code, without_secrets(response.text, key)[:200].strip()
     if status == 429 or status >= 500:
         raise _RefusedError(f"status {status}: {excerpt}", _retry_after(response))
     if status != 200:
         raise ServerError(
-            f"{url}: status {status} after 1 attempt: {excerpt}; mend [server] (url, model, api_key_env) or the request, "
+            f"{url}: status {status} after 1 attempt: {excerpt}; fix [server] (url, model, api_key_env) or the request, "
             "then run the same command again: what is done is kept"
         )
-    reply = _reply(response)
+    reply = _reply(response.content, excerpt, key)
     if not accept(reply.text):
         raise _RefusedError(f"a reply that cannot be used: {reply.text[:200]!r}", by_caller=True)
     return reply
 
 
-def _reply(response: httpx2.Response) -> Reply:
+def _reply(content: bytes, excerpt: str, key: str) -> Reply:
     """The text of the first choice, of either kind of request. A server that does not say why it stopped came to an end."""
     ended = True
     try:
-        body = json.loads(response.content)
+        body = json.loads(content)
         choice = body["choices"][0]
         text = choice["message"]["content"] if "message" in choice else choice["text"]
         ended = choice.get("finish_reason") != "length"
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         text = None
     if not isinstance(text, str):
-        raise _RefusedError(f"a body without choices[0] text: {response.text[:200]!r}")
+        raise _RefusedError(f"a body without choices[0] text: {excerpt!r}")
+    if len(key) >= 8:
+        text = text.replace(key, "***")
     # half a surrogate pair is JSON but no text that a file can hold
     return Reply(text.encode("utf-8", "replace").decode("utf-8"), ended)
 
 
-def _headers(config: ServerConfig) -> dict[str, str]:
+def _key(config: ServerConfig) -> str:
+    """The key, or nothing where none is asked for."""
     if config.api_key_env is None:
-        return {}
+        return ""
     key = os.environ.get(config.api_key_env, "").strip()
     if not key:
         raise ConfigError(
             f"server.api_key_env = '{config.api_key_env}': no such environment variable; set it, or remove the option"
         )
-    return {"Authorization": f"Bearer {key}"}
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError(
+            f"server.api_key_env = '{config.api_key_env}': what this variable holds cannot be sent in a header (a line "
+            "break, or letters beyond ASCII); set it to the key alone"
+        )
+    return key
 
 
 def _backoff(config: ServerConfig, attempt: int, body: Mapping[str, Any]) -> float:

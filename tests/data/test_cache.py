@@ -1,13 +1,20 @@
 """What goes through files equals what stays in memory, is reused only when it may be, and is whole or absent."""
 
+import contextlib
 import json
 import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
 import tracemalloc
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import tiny
+from filelock import FileLock
 
 from favor.data import cache
 from favor.data.columns import WINDOW
@@ -23,6 +30,7 @@ from favor.train import prepared
 from favor.train.prepared import Recipe, describe, prepare
 
 END = frozenset({2})
+FILES = ["trees.arrow", "prompts.arrow", "report.json", "hashes.json"]
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +220,7 @@ def test_every_part_of_the_fingerprint_counts(tmp_path, tok, monkeypatch):
     assert {key for key in before if describe(start)[key] != before[key]} == {"content"}
 
 
-@pytest.mark.parametrize("name", ["trees.arrow", "prompts.arrow", "report.json"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_damaged_cache_is_built_again(tmp_path, tok, name, damage):
     source = write(tmp_path / "rows.jsonl", make_rows(50, 20))
@@ -228,6 +236,122 @@ def test_damaged_cache_is_built_again(tmp_path, tok, name, damage):
     assert list(get(source, tok, cache=True).trees) == first
     assert (folder / name).read_bytes() == content
     assert caches(tmp_path) == [folder]
+
+
+def test_random_damage_is_seen_and_said(tmp_path, tok):
+    """A byte or a run of them, anywhere in any file: built again, and that is said; what is used is what was written."""
+    source, rng = write(tmp_path / "rows.jsonl", make_rows(30, 20)), random.Random(5)
+    first = get(source, tok, cache=True)
+    expected = (list(first.trees), dict(first.prompts), first.read, first.tokens, first.findings)
+    (folder,) = caches(tmp_path)
+    for name in FILES * 8:
+        content = bytearray((folder / name).read_bytes())
+        start = rng.randrange(len(content))
+        stop = start + rng.choice([1, 1, 200])
+        content[start:stop] = bytes(b ^ rng.randrange(1, 256) for b in content[start:stop])
+        (folder / name).write_bytes(bytes(content))
+        said = []
+        found = prepare(wanted(source, tok, cache=True), World(), said.append)
+        assert "what was there is damaged" in said[0]
+        assert (list(found.trees), dict(found.prompts), found.read, found.tokens, found.findings) == expected
+    assert caches(tmp_path) == [folder]
+
+
+def test_other_things_in_place_of_a_cache(tmp_path, tok, monkeypatch):
+    source = write(tmp_path / "rows.jsonl", make_rows(9, 9))
+    first = list(get(source, tok, cache=True).trees)
+    (folder,) = caches(tmp_path)
+    for spoil in (lambda: (folder / "trees.arrow").mkdir(), folder.touch, lambda: folder.mkdir()):
+        shutil.rmtree(folder)
+        if spoil != folder.touch:
+            folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            spoil()
+        left = folder.with_name(f".{folder.name}.999999999.tmp")
+        left.mkdir()
+        assert list(get(source, tok, cache=True).trees) == first
+        assert caches(tmp_path) == [folder]
+    monkeypatch.setenv("FAVOR_CACHE", str(tmp_path / "rows.jsonl"))
+    with pytest.raises(DataError, match=r"rows\.jsonl.*: the token cache cannot be written .*data\.cache=false"):
+        get(source, tok, cache=True)
+
+
+@pytest.mark.parametrize("when", ["before it is read", "after it was read", "and back", "a new file", "gone"])
+def test_a_file_that_changes_meanwhile_leaves_no_cache(tmp_path, tok, monkeypatch, when):
+    """The identity is of the content before; what is read must be that."""
+    (tmp_path / "in").mkdir()
+    path, real = tmp_path / "in/rows.jsonl", prepared.group
+    source = str(tmp_path / "in")
+    write(path, make_rows(50, 20))
+    content = path.read_bytes()
+
+    def change():
+        if when == "a new file":
+            write(path.with_name("more.jsonl"), make_rows(1, 1))
+        elif when == "gone":
+            path.rename(path.with_name("other.jsonl"))
+        else:
+            write(path, make_rows(50, 20, seed=1))
+
+    def group_while_it_changes(*args):
+        if when in ("before it is read", "and back"):
+            change()
+        found = real(*args)
+        if when == "and back":
+            path.write_bytes(content)
+        elif when != "before it is read":
+            change()
+        return found
+
+    monkeypatch.setattr(prepared, "group", group_while_it_changes)
+    with pytest.raises(DataError, match="changed while it was read; start again"):
+        get(source, tok, cache=True)
+    assert caches(tmp_path) == []
+    monkeypatch.setattr(prepared, "group", real)
+    path.write_bytes(content)
+    assert len(get(source, tok, cache=True).trees) > 10
+
+
+def test_the_second_builder_waits_and_is_told(tmp_path, tok):
+    """It builds nothing itself."""
+    source, said = write(tmp_path / "rows.jsonl", make_rows(50, 20)), []
+    recipe = wanted(source, tok, cache=True)
+    expected = list(prepare(recipe, World(), said.append).trees)
+    (folder,) = caches(tmp_path)
+    shutil.move(folder, tmp_path / "aside")
+    found, waits = [], []
+    with FileLock(next((tmp_path / "cache/locks").iterdir())):
+        second = threading.Thread(target=lambda: found.append(prepare(recipe, World(), waits.append)))
+        second.start()
+        while not waits:
+            assert second.is_alive()
+            time.sleep(0.01)
+        shutil.move(tmp_path / "aside", folder)
+    second.join()
+    assert list(found[0].trees) == expected
+    assert len(waits) == 1
+    assert "another process is tokenising the same data; waiting for it" in waits[0]
+
+
+@pytest.mark.slow
+def test_several_processes_build_one_cache(tmp_path):
+    """Four at once: all get the same trees, one builds."""
+    source = write(tmp_path / "rows.jsonl", make_rows(3000, 2000))
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); import tiny; from pathlib import Path; from tests.data import test_cache as t;"
+        "from favor.data.digest import hash_all; from favor.dist.world import World; from favor.train.prepared import prepare\n"
+        "said = []\nfound = prepare(t.wanted(sys.argv[1], tiny.tokenizer(), cache=True), World(), said.append)\n"
+        "print(hash_all({'a': found.trees}), sum('(once' in text for text in said))"
+    )
+    root = Path(__file__).parent.parent.parent
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program, source], cwd=root, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    words = [process.communicate(timeout=250)[0].split() for process in processes]
+    assert len({found for found, _ in words}) == 1
+    assert sum(int(built) for _, built in words) == 1
+    assert len(caches(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("where", ["write_trees", "write_prompts", "seal"])

@@ -1,13 +1,19 @@
 """Every published format is recognised by its columns and gives exactly the trees it means."""
 
+import contextlib
 import json
+import math
 from pathlib import Path
 
 import pytest
 import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from favor.data import pack
 from favor.data.formats import FORMATS, RowError, columns_of, recognise
+from favor.data.grow import Growing
+from favor.data.pairing import Rules
 from favor.data.read import DataConfig, read
 from favor.data.settings import SourceConfig
 from favor.data.tokenize import TokensConfig, tokenize
@@ -52,6 +58,7 @@ MEANT = {
     "kto_sharegpt": ("sharegpt", [([], [], [Thumb(0, True), Thumb(1, False)])]),
     "votes": ("votes", [([C((0, 1), label=0.75)], [], []), ([C((0, 2, 1))], [], []), ([], [C((0, 1))], [])]),
     "votes_choices": ("votes", [([C((0, 1), label=0.625)], [], []), ([C((1, 0))], [], [])]),
+    "verdict": ("verdict", [([C((0, 1))], [], []), ([C((1, 0), label=5 / 6)], [], []), ([], [], [Thumb(0, False), Thumb(1, False)]), ([], [C((0, 1))], [])]),
     "ties": ("pairs", [([], [C((0, 1))], []), ([C((0, 1))], [], [])]),
     "ranked": ("ranked", [([C((2, 1, 0))], [], []), ([C((0, 1), gaps=(4.0,)), C((2, 1), gaps=(4.0,))], [C((0, 2))], [])]),
     "sft": ("sft", [([], [], []), ([], [], [])]),
@@ -64,6 +71,8 @@ def rows_of(name):
 
 def load(name, **settings):
     path = str(FOLDER / f"{name}.jsonl")
+    # a list of answers is a ranking only where the format is named
+    settings = {"format": "alpaca"} | settings if name == "alpaca_ranking" else settings
     return read(path, DataConfig(train=path, **settings), "train")
 
 
@@ -166,6 +175,41 @@ def test_malformed_row_names_its_column(name, change, message):
     row = {key: value for key, value in (rows_of(name)[0] | change).items() if value is not None}
     with pytest.raises(RowError, match=message):
         FORMATS[MEANT[name][0]](row)
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=[]), max_size=5)
+    | st.sampled_from(["", "\ud800", "\n\nHuman: a\n\nAssistant: b", "{", "[1]", "9" * 400, 10**400, -(10**400), "user", "assistant", "gpt", "N/A"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "from", "value", "tool_calls", "answer", "rank", "Rating", "x"]), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_value_in_any_column_is_read_or_refused(data):
+    """Nothing but a RowError; what is read has finite numbers and text that can be written."""
+    name = data.draw(st.sampled_from(sorted(FORMATS)))
+    fixture = data.draw(st.sampled_from(sorted(f for f, (form, _) in MEANT.items() if form == name)))
+    row = dict(rows_of(fixture)[0])
+    for column in data.draw(st.lists(st.sampled_from(sorted(columns_of(name) | {"history"})), min_size=1, max_size=3)):
+        row[column] = data.draw(ODD)
+    if data.draw(st.booleans()):
+        inside = [value for value in row.values() if isinstance(value, list) and value]
+        for value in inside[:2]:
+            value[data.draw(st.integers(0, len(value) - 1))] = data.draw(ODD)
+    row = {key: value for key, value in row.items() if value is not None}
+    judgment = None
+    with contextlib.suppress(RowError):
+        judgment = FORMATS[name](row)
+    if judgment is None:
+        return
+    grown = Growing(judgment.prompt, judgment.tools, Rules())
+    grown.add(1, judgment)
+    tree = grown.finish("f").tree
+    json.dumps([tree.prompt, tree.responses], ensure_ascii=False).encode("utf-8")
+    assert all(math.isfinite(x) for c in (*tree.comparisons, *tree.ties) for x in (c.weight, c.label, *c.gaps))
 
 
 def test_unknown_columns_name_the_nearest_format():

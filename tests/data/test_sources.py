@@ -64,6 +64,50 @@ def test_bad_row_names_its_file(folder):
         prompts(f"{folder}/*.jsonl*")
 
 
+@pytest.mark.parametrize("change", ["more", "other", "touched", "gone"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, change):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(row(1)) * 5)
+    found = sources.rows(str(path), "train")
+    next(found)
+    if change == "more":
+        with path.open("ab") as file:
+            file.write(lines(row(2)))
+    elif change == "other":
+        path.rename(tmp_path / "b.jsonl")
+        path.write_bytes(lines(row(1)) * 5)
+    elif change == "gone":
+        path.unlink()
+    else:
+        path.touch()
+    with pytest.raises(DataError, match=r"a\.jsonl: (changed while it was read|cannot be read \(No such file)"):
+        list(found)
+
+
+def test_the_place_of_a_bad_row_is_told_though_the_files_have_gone(folder):
+    (folder / "a.jsonl.gz").unlink()
+    assert sources.where(str(folder), 4) == f"{folder / 'c.json'}, row 1"
+    (folder / "b.jsonl").write_bytes(b"\xff\xfe")
+    assert sources.where(str(folder), 4) == f"{folder}, row 4"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"prompt": "x", "cho', r"row 2: not JSON \(Unterminated string starting at column 17\)"),
+        (b'{"prompt": "x"', r"row 2: not JSON \(Expecting ',' delimiter at column 15\)"),
+        (b'{"prompt": "x"} {}', r"row 2: not JSON \(more text behind the value, from column 17 on\)"),
+        (b"\xff", r"row 2: not UTF-8 text \(invalid start byte at byte 1\)"),
+    ],
+)
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+def test_a_bad_line_is_told_by_its_own_columns(tmp_path, line, said, end):
+    """Whatever ends the line."""
+    (tmp_path / "a.jsonl").write_bytes(lines(row(1)) + line + end)
+    with pytest.raises(DataError, match=said):
+        prompts(str(tmp_path / "a.jsonl"))
+
+
 def test_nothing_there_is_said(folder, tmp_path):
     with pytest.raises(DataError, match=r"none-\*\.jsonl: no file matches"):
         prompts(f"{folder}/none-*.jsonl")

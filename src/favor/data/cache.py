@@ -19,6 +19,7 @@ from favor.data.types import PromptTree, Text, TokenTree
 # pyarrow has no types
 _RecordBatch: TypeAlias = Any
 _TREES, _PROMPTS, _REPORT = "trees.arrow", "prompts.arrow", "report.json"
+_SEAL = "hashes.json"
 _TREE_SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
@@ -154,18 +155,20 @@ def write_trees(folder: Path, trees: Iterable[TokenTree]) -> None:
 
 
 def seal(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write the report last, with the hashes of the files it belongs to."""
-    hashes = {name: file_hash(folder / name) for name in (_TREES, _PROMPTS)}
-    (folder / _REPORT).write_text(json.dumps({"files": hashes, **report}, ensure_ascii=False, indent=1), "utf-8")
+    """Write the report, and last of all the hashes of everything."""
+    (folder / _REPORT).write_text(json.dumps(report, indent=1), "utf-8")
+    hashes = {name: file_hash(folder / name) for name in (_TREES, _PROMPTS, _REPORT)}
+    (folder / _SEAL).write_text(json.dumps(hashes), "utf-8")
 
 
 def open_cache(folder: Path) -> Cached | None:
     """What `seal` left there; None when there is nothing, or when it is not what was written."""
     try:
-        report = json.loads((folder / _REPORT).read_text("utf-8"))
-        if any(file_hash(folder / name) != report["files"][name] for name in (_TREES, _PROMPTS)):
+        hashes = json.loads((folder / _SEAL).read_text("utf-8"))
+        if any(file_hash(folder / name) != hashes[name] for name in (_TREES, _PROMPTS, _REPORT)):
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+        report = json.loads((folder / _REPORT).read_text("utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     found = report["read"]["sources"] or [report["read"]]
     counts = [(each["source"], each["num_trees"]) for each in found]

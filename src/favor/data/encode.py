@@ -10,11 +10,14 @@ from typing import cast
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # Texts of the first batch that are encoded whole too, to see that pieces give the same.
 _CHECKED = 24
 # Pieces remembered from batch to batch: system prompts and headers.
 _PIECE_LENGTH, _MEMORY = 400, 4096
+# a token that is one byte, where the tokenizer has such ones for what it does not know
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Encoder:
@@ -27,6 +30,12 @@ class Encoder:
         self._cut = None if self._backend.encode_special_tokens else _boundaries(tokenizer)
         self._checked = self._cut is None
         self._known: dict[str, list[int]] = {}
+        # pieces whose ids do not give their text back
+        self._lost: set[str] = set()
+        self._bytes: dict[int, bytes] = {}
+        self._added = frozenset(cast(PreTrainedTokenizerFast, tokenizer).added_tokens_decoder)
+        byte_level = "ByteLevel" in str(self._backend.decoder)
+        self._byte_level = {letter: byte for byte, letter in bytes_to_unicode().items()} if byte_level else {}
         self._blank: dict[int, bool] = {}
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -38,6 +47,17 @@ class Encoder:
                 self._cut = None
         return self._whole(texts) if self._cut is None else self._in_pieces(texts)
 
+    def comes_back(self, text: str) -> bool:
+        """Whether the ids that a text got from `ids` decode to it, but for what the tokenizer does to every text.
+
+        That is its normalizer (case, Unicode forms) and blanks. Characters that it does not know are lost.
+        """
+        return not self._lost or self._lost.isdisjoint([text] if self._cut is None else self._cut.split(text))
+
+    def decoded(self, ids: Sequence[int]) -> str:
+        """Ids as text, special tokens too."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Where each token of a text stands in it."""
         return self._backend.encode(text, add_special_tokens=False).offsets
@@ -45,11 +65,40 @@ class Encoder:
     def is_blank(self, token: int) -> bool:
         """Whether a token alone reads as nothing but blanks."""
         if token not in self._blank:
-            self._blank[token] = not self._backend.decode([token], skip_special_tokens=False).strip()
+            self._blank[token] = not self.decoded([token]).strip()
         return self._blank[token]
 
     def _whole(self, texts: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        found = [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        self._lost.update(text for text, ids in zip(texts, found, strict=True) if not self._same(text, ids))
+        return found
+
+    def _same(self, text: str, ids: list[int]) -> bool:
+        """Whether ids say the same as their text: by the bytes of the tokens, else (which is slow) by decoding them."""
+        known = self._bytes
+        try:
+            back = b"".join([known[i] for i in ids])
+        except KeyError:
+            known.update((i, self._bytes_of(i)) for i in ids if i not in known)
+            back = b"".join([known[i] for i in ids])
+        return back == text.encode() or self._folded(self.decoded(ids)) == self._folded(text)
+
+    def _bytes_of(self, token: int) -> bytes:
+        """What a token stands for, by the usual ways to write it; where they do not apply the bytes are just not the text's."""
+        text = self._backend.id_to_token(token) or ""
+        if token in self._added:
+            return text.encode()
+        if self._byte_level:
+            return bytes(self._byte_level.get(letter, 0) for letter in text)
+        if _BYTE.fullmatch(text):
+            return bytes([int(text[3:5], 16)])
+        return text.replace("\u2581", " ").encode()
+
+    def _folded(self, text: str) -> str:
+        """A text as the tokenizer's normalizer makes it, without blanks."""
+        normalizer = self._backend.normalizer
+        seen = text if normalizer is None else normalizer.normalize_str(text)
+        return "".join(seen.replace("\u2581", " ").split())
 
     def _in_pieces(self, texts: Sequence[str]) -> list[list[int]]:
         assert self._cut is not None

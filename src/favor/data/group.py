@@ -28,7 +28,7 @@ _WINDOW = 256
 
 def group(source: SourceConfig, config: DataConfig, half: Half, folder: Path) -> tuple["GroupedTrees", Seen]:
     """Read a source into a file of `folder`, one line a prompt. Raises DataError as `read` does."""
-    seen = Seen(source.format or config.format)
+    seen = Seen(config.format_of(source))
     with ExitStack() as stack:
         buckets: dict[int, BinaryIO] = {}
         for number, row, judgment in judged(source, config, half, seen):

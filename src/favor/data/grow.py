@@ -45,6 +45,7 @@ class Growing:
     tools: tuple[dict[str, Any], ...] | None
     rules: Rules
     responses: dict[str, Text] = field(default_factory=dict[str, Text])
+    first_rows: list[int] = field(default_factory=list[int])
     weights: dict[tuple[int, ...], float] = field(default_factory=dict[tuple[int, ...], float])
     gaps: dict[tuple[int, ...], tuple[float, ...]] = field(default_factory=dict[tuple[int, ...], tuple[float, ...]])
     labels: dict[tuple[int, ...], float] = field(default_factory=dict[tuple[int, ...], float])
@@ -79,7 +80,8 @@ class Growing:
         responses = tuple(self.responses.values())
         ties = tuple(Comparison(members, weight) for members, weight in self.ties.items())
         cut, rows = tuple(sorted(self.cut)), tuple(self.rows)
-        tree = PromptTree(self.prompt, responses, comparisons, rows, source, self.tools, ties, cut, thumbs)
+        first = tuple(self.first_rows)
+        tree = PromptTree(self.prompt, responses, comparisons, rows, source, self.tools, ties, cut, thumbs, first)
         return Grown(tree, self.counts)
 
     def _places(self, judgment: Judgment) -> list[int]:
@@ -90,7 +92,9 @@ class Growing:
             # the same words with and without their end are two responses
             key = key_of([response, i in judgment.cut])
             merged += key in self.responses
-            self.responses.setdefault(key, response)
+            if key not in self.responses:
+                self.responses[key] = response
+                self.first_rows.append(self.rows[-1])
             index.append(list(self.responses).index(key))
         self.counts = self.counts._replace(merged_responses=self.counts.merged_responses + merged)
         return index
@@ -132,4 +136,4 @@ class Growing:
 
 def key_of(value: Any) -> str:
     """A text that is equal for equal values."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)

@@ -10,8 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from favor.data.formats import FORMATS, RowError, recognise
+from favor.data.formats.common import as_text, check_unicode, joined_parts, shown, strings
 from favor.data.sources import read_objects
-from favor.data.tokenize import TokensConfig, encode_prompt
+from favor.data.tokenize import TokensConfig, prompt_encoder
 from favor.data.types import Text
 from favor.errors import DataError
 
@@ -35,7 +36,7 @@ def read_prompts(source: str, split: str, limit: int | None = None) -> NumberedP
         if limit is not None and len(seen) >= limit:
             break
     if not seen:
-        raise DataError(f"{source}: nothing to use: it holds no rows")
+        raise DataError(f"{source}: nothing to use: it holds no rows; name a file with rows")
     return list(seen.values())
 
 
@@ -43,12 +44,13 @@ def encode_prompts(
     source: str, prompts: NumberedPrompts, tokenizer: PreTrainedTokenizerBase, tokens: TokensConfig
 ) -> list[tuple[int, ...]]:
     """Token ids of each prompt. Raises DataError naming the row of one that cannot be rendered."""
+    encode = prompt_encoder(tokenizer, tokens)
     found: list[tuple[int, ...]] = []
     for number, prompt in prompts:
         try:
-            found.append(encode_prompt(prompt, tokenizer, tokens))
+            found.append(encode(prompt))
         except RowError as error:
-            raise DataError(f"{source}, row {number}: {error}; mend the row") from None
+            raise DataError(f"{source}, row {number}: {error}; fix the row") from None
     return found
 
 
@@ -57,10 +59,28 @@ def sample_seeds(seed: int, groups: Sequence[int], each: int) -> list[int]:
     return [((seed * 1_000_003 + group) * 1009 + k) % (1 << 62) for group in groups for k in range(each)]
 
 
+def prompt_of(row: dict[str, Any]) -> Text:
+    """The column prompt of a row that need not be of a preference format. Raises RowError."""
+    prompt = as_text(row.get("prompt"), "prompt")
+    for text in strings(prompt):
+        check_unicode(text)
+    return prompt
+
+
+def sample_text(value: Any, name: str) -> str:
+    """The text of a sample, which may be blank: text as it is, or the content of one assistant turn. Raises RowError."""
+    value = joined_parts(value, name)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict):
+        value = joined_parts(value.get("content"), f"{name}.content")
+    if not isinstance(value, str):
+        raise RowError(f"{name} holds {shown(value)}, expected text or the turn of an assistant")
+    check_unicode(value)
+    return value
+
+
 def _prompt(row: dict[str, Any]) -> Text:
-    prompt = row.get("prompt")
-    if prompt is None:
+    if row.get("prompt") is None:
         return FORMATS[recognise(row)](row).prompt
-    if not prompt or not isinstance(prompt, str | list):
-        raise RowError(f"found {type(prompt).__name__} {prompt!r:.60}")
-    return prompt if isinstance(prompt, str) else tuple(prompt)
+    return prompt_of(row)

@@ -10,20 +10,23 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from favor.data import sources
-from favor.data.formats import FORMATS, Judgment, RowError, recognise
+from favor.data.formats import FORMATS, Judgment, RowError, check_order, recognise
+from favor.data.formats.common import brief
 from favor.data.grow import Counts, Growing, Grown, key_of
-from favor.data.settings import DataConfig, SourceConfig
+from favor.data.settings import DataConfig, SourceConfig, VerdictConfig
 from favor.data.types import PromptTree, Text
 from favor.errors import DataError
 
 __all__ = ["LEFT_OUT", "DataConfig", "ReadReport", "SourceConfig", "read", "read_parts"]
 
+_TABLE = "data.verdict"
 # counts of a report that say what was left out, for people
 LEFT_OUT = {
     "close_pairs": "pairs closer than data.min_gap left out",
     "unasked_pairs": "pairs left out by data.pairing",
     "unchecked_gaps": "comparisons without scores, to which data.min_gap does not apply",
     "lone_scores": "scored responses without another to compare with",
+    "both_bad": "rows that judge both responses bad: thumbs down, no comparison",
 }
 
 
@@ -33,7 +36,9 @@ class ReadReport:
 
     close_pairs: pairs nearer than min_gap; unasked_pairs: pairs and ties that the pairing leaves out; unchecked_gaps:
     comparisons without scores, kept although min_gap is set; lone_scores: scored responses without another of their
-    prompt. A part read from several sources has a report of each in `sources`.
+    prompt. num_placed: rows that judge two responses in an order of their own, first_preferred: those that prefer the first.
+    both_bad: rows that judge both responses bad, which gives two thumbs down and no comparison. A part read from several
+    sources has a report of each in `sources`.
     """
 
     source: str
@@ -51,6 +56,9 @@ class ReadReport:
     unasked_pairs: int
     unchecked_gaps: int
     lone_scores: int
+    num_placed: int
+    first_preferred: int
+    both_bad: int
     dropped: tuple[tuple[int, str], ...]
     sources: "tuple[ReadReport, ...]" = ()
 
@@ -101,7 +109,7 @@ def read_part(wanted: Wanted, config: DataConfig) -> Part:
     reports: list[ReadReport] = []
     for source in wanted.sources:
         growing: dict[str, Growing] = {}
-        seen = Seen(source.format or config.format)
+        seen = Seen(config.format_of(source))
         for number, _, judgment in judged(source, config, wanted.half, seen):
             tree = growing.setdefault(tree_key(judgment), Growing(judgment.prompt, judgment.tools, config.rules))
             tree.add(number, judgment)
@@ -129,17 +137,19 @@ def judged(
 
     What the source does not say, the section says.
     """
-    columns = config.columns if source.columns is None else source.columns
+    asked = config.format_of(source)
     found = sources.rows(source.path, source.split or config.split, streaming=config.streaming)
     for number, raw in sources.limited(found, source.max_rows or config.max_rows):
         try:
-            row = renamed(sources.as_object(raw), columns)
+            row = named(raw, source, config)
             seen.format = recognise(row) if seen.format == "auto" else seen.format
+            if asked == "auto":
+                check_order(row, seen.format)
             judgment = judge(row, seen.format, source)
         except RowError as error:
             if config.bad_rows == "error":
                 raise DataError(
-                    f"{sources.where(source.path, number)}: {error}; mend the row, or leave such rows out with "
+                    f"{sources.where(source.path, number)}: {error}; fix the row, or leave such rows out with "
                     "data.bad_rows=drop"
                 ) from None
             if half != "eval":
@@ -147,7 +157,43 @@ def judged(
             continue
         if half == "all" or (half == "eval") is _held_out(judgment.prompt, config):
             seen.rows += 1
+            seen.see(judgment)
             yield number, row, judgment
+
+
+def named(raw: Any, source: SourceConfig, config: DataConfig) -> dict[str, Any]:
+    """A row of a source under our names. Raises RowError for one that is no object or lacks a column that is mapped."""
+    row = renamed(sources.as_object(raw), config.columns if source.columns is None else source.columns)
+    verdict = config.verdict_of(source)
+    return row if verdict is None else _with_verdict(row, verdict)
+
+
+def _with_verdict(row: dict[str, Any], table: VerdictConfig) -> dict[str, Any]:
+    """The row with first, second and verdict; several annotators make a list of verdicts."""
+    several = len(table.columns) > 1
+    said: list[Any] = []
+    for column in table.columns:
+        value = _lookup(row, column, "column", table=_TABLE, needed=not several)
+        said += value if isinstance(value, list) else [] if value is None else [value]
+    if not said:
+        raise RowError(f"none of the verdict's columns {', '.join(table.columns)} has a value")
+    found = {
+        "first": _lookup(row, table.first, "first", table=_TABLE),
+        "second": _lookup(row, table.second, "second", table=_TABLE),
+    }
+    gone = {table.first, table.second, *table.columns}
+    rest = {name: value for name, value in row.items() if name not in gone}
+    return rest | found | {"verdict": [_meant(value, table) for value in said]}
+
+
+def _meant(value: Any, table: VerdictConfig) -> str:
+    """What a value of the verdict's column means; 1, "1" and true are different values, 1 and 1.0 the same."""
+    meanings = table.values.model_dump()
+    for meaning, values in meanings.items():
+        if any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values):
+            return meaning
+    known = ", ".join(f"{meaning} {brief(list(values))}" for meaning, values in meanings.items() if values)
+    raise RowError(f"the verdict is {brief(value)}, and data.verdict.values knows {known}; add it to one of them")
 
 
 def judge(row: dict[str, Any], name: str, source: SourceConfig) -> Judgment:
@@ -174,6 +220,16 @@ class Seen:
     ties: int = 0
     thumbs: int = 0
     counts: Counts = field(default_factory=Counts)
+    placed: int = 0
+    first_preferred: int = 0
+    both_bad: int = 0
+
+    def see(self, judgment: Judgment) -> None:
+        """Where the preferred response of a row stands, for rows in which that says something."""
+        if judgment.placed and len(judgment.orders) == 1:
+            self.placed += 1
+            self.first_preferred += judgment.orders[0][0] == 0
+        self.both_bad += len(judgment.thumbs) == 2
 
     def count(self, grown: Grown) -> None:
         """A tree whose rows are all there."""
@@ -190,7 +246,7 @@ class Seen:
         if not self.trees and half == "all":
             bad = self.dropped
             reason = f"all {len(bad)} rows are bad, the first: {bad[0][1]}" if bad else "it holds no rows"
-            raise DataError(f"{source}: nothing to use: {reason}")
+            raise DataError(f"{source}: nothing to use: {reason}; name a file with usable rows")
         return ReadReport(
             source=source,
             format=self.format,
@@ -207,6 +263,9 @@ class Seen:
             unasked_pairs=self.counts.unasked,
             unchecked_gaps=self.counts.unknown,
             lone_scores=self.counts.alone,
+            num_placed=self.placed,
+            first_preferred=self.first_preferred,
+            both_bad=self.both_bad,
             dropped=tuple(self.dropped),
         )
 
@@ -220,7 +279,7 @@ def renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     return rest | {name: value for name, value in found.items() if value is not None}
 
 
-def _lookup(row: dict[str, Any], path: str, ours: str) -> Any:
+def _lookup(row: dict[str, Any], path: str, ours: str, *, table: str = "data.columns", needed: bool = True) -> Any:
     if path in row:
         return row[path]
     value: Any = row
@@ -229,9 +288,11 @@ def _lookup(row: dict[str, Any], path: str, ours: str) -> Any:
             value = value[int(part)]
         elif isinstance(value, dict) and part in value:
             value = value[part]
+        elif not needed:
+            return None
         else:
             raise RowError(
-                f"there is no column '{path}', which data.columns names for '{ours}'; its columns are {', '.join(row) or 'none'}"
+                f"there is no column '{path}', which {table} names for '{ours}'; its columns are {', '.join(row) or 'none'}"
             )
     return value
 

@@ -1,25 +1,23 @@
 """Where rows come from: local files, globs and folders of them, saved data sets, hub ids.
 
 In: the name of a source. Out: numbered rows, each an object with named fields. Rows of several files are numbered
-through; `where` says which row of which file a number is. Next: read.py.
+through; `where` says which row of which file a number is. Next: readers.py.
 """
 
+import contextlib
+import errno
 import glob
-import gzip
 import hashlib
-import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+import stat
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from favor.data.formats import RowError
+from favor.data.readers import BATCH, Numbered, reader_of, values_of
 from favor.errors import DataError
 
-Numbered = Iterator[tuple[int, Any]]
-
-# Rows of a Parquet file held at once.
-_BATCH = 1024
 # Files that say that a folder is a data set saved by `datasets`.
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 
@@ -30,11 +28,13 @@ def read_objects(source: str, split: str) -> Iterator[tuple[int, dict[str, Any]]
         try:
             yield number, as_object(row)
         except RowError as error:
-            raise DataError(f"{where(source, number)}: {error}; mend the row") from None
+            raise DataError(f"{where(source, number)}: {error}; fix the row") from None
 
 
 def as_object(row: Any) -> dict[str, Any]:
-    """The row without its empty columns. Raises RowError when it is no object."""
+    """The row without its empty columns. Raises RowError when it is no object, or none that can be read."""
+    if isinstance(row, RowError):
+        raise row
     if not isinstance(row, dict):
         raise RowError(f"expected an object with named fields, found {type(row).__name__}")
     return {str(key): value for key, value in row.items() if value is not None}
@@ -49,65 +49,176 @@ def limited(items: Numbered, limit: int | None) -> Numbered:
 
 
 def rows(source: str, split: str, *, streaming: bool = False) -> Numbered:
-    """(1-based row number, parsed value) of every row; lines of a text file are its rows."""
-    found = files(source)
+    """(1-based row number, parsed value or RowError) of every row; lines of a text file are its rows.
+
+    Raises DataError when a file cannot be opened, is damaged, or changes while it is read.
+    """
+    found = check(source)
     if found is not None:
         for _, _, number, row in _numbered_through(found):
             yield number, row
         return
-    if not Path(source).exists() and not _looks_like_hub_id(source):
+    yield from enumerate(_of_data_set(source, split, streaming=streaming), 1)
+
+
+def check(source: str) -> list[Path] | None:
+    """`files`, and DataError also for what is no file and cannot be a hub id; nothing is read and no network tried."""
+    found = files(source)
+    if found is None and _kind(Path(source)) is None and not _looks_like_hub_id(source):
         raise DataError(f"{source}: no such file or folder; check the path")
-    yield from enumerate(_load_dataset(source, split, streaming=streaming), 1)
+    return found
 
 
 def where(source: str, number: int) -> str:
     """File and row for messages; which file of a glob or folder it is, is found by reading once more."""
-    found = files(source)
-    if found is None or found == [Path(source)]:
-        return f"{source}, row {number}"
-    for path, row, through, _ in _numbered_through(found):
-        if through == number:
-            return f"{path}, row {row}"
+    try:
+        found = files(source)
+        if found is not None and found != [Path(source)]:
+            for path, row, through, _ in _numbered_through(found):
+                if through == number:
+                    return f"{path}, row {row}"
+    except DataError:
+        pass  # what is to be told is the first error, not that the files have changed since
     return f"{source}, row {number}"
 
 
 def files(source: str) -> list[Path] | None:
     """The local files that a source names, sorted; None for a saved data set or a hub id.
 
-    Raises DataError for a glob that matches nothing and for a folder without data files.
+    Raises DataError for a glob that matches nothing, a folder without data files, what is no regular file, and a file
+    that is there under two names.
     """
+    if not source.strip():
+        raise DataError("data.train (or what names the file) is empty; name a file, a folder, a pattern or a hub id")
     path = Path(source)
-    if path.is_file():
+    pattern = glob.has_magic(source) and not os.path.lexists(path)
+    kind = None if pattern else _kind(path)
+    if kind == "file":
         return [path]
-    if path.is_dir():
+    if kind == "folder":
         return None if any((path / name).exists() for name in _SAVED) else _in_folder(path)
-    if not glob.has_magic(source):
+    if not pattern:
         return None
-    matches = sorted(Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207 (absolute patterns too)
-    found = [match for match in matches if match.is_file()]
+    found = [Path(name) for name in glob.glob(source, recursive=True)]  # noqa: PTH207 (absolute patterns too)
+    found = [match for match in found if _kind(match) == "file"]
     if not found:
         raise DataError(f"{source}: no file matches; check the pattern")
-    return found
+    return _once(found)
 
 
 def size(source: str) -> int | None:
     """Bytes of a local source on disk; None for a hub id."""
-    found = files(source)
-    if found is None and Path(source).is_dir():
-        found = [path for path in Path(source).rglob("*") if path.is_file()]
-    return None if found is None else sum(path.stat().st_size for path in found)
+    found = local_files(source)
+    return None if found is None else sum(stamp[3] for stamp in stamps(found))
 
 
 def identity(source: str, split: str, *, streaming: bool) -> list[list[str]]:
     """What the rows of a source depend on: name and SHA-256 of every file, or the revision of a streamed hub id."""
-    found = files(source)
-    if found is None and streaming and not Path(source).exists():
+    if streaming and files(source) is None and not Path(source).exists():
         return [[source, _revision(source)]]
-    if found is None and Path(source).is_dir():
-        found = sorted(path for path in Path(source).rglob("*") if path.is_file())
+    found = local_files(source)
     if found is None:
         found = [Path(item["filename"]) for item in _load_dataset(source, split, streaming=False).cache_files]
     return [[str(path), _file_hash(path)] for path in found]
+
+
+def local_files(source: str) -> list[Path] | None:
+    """Every file that a local source consists of, those of a saved data set too; None for a hub id."""
+    found = files(source)
+    if found is None and Path(source).is_dir():
+        found = sorted(path for path in Path(source).rglob("*") if path.is_file())
+    return found
+
+
+def stamps(found: Iterable[Path]) -> list[tuple[str, int, int, int, int, int]]:
+    """(name, device, inode, bytes, when its content and when anything of it was changed) of files: all change with them."""
+    listed: list[tuple[str, int, int, int, int, int]] = []
+    for path in found:
+        with _readable(path):
+            now = path.stat()
+        listed.append((str(path), now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+    return listed
+
+
+def changed(what: object) -> DataError:
+    """What is said of files that do not stay as they are."""
+    return DataError(f"{what}: changed while it was read; start again when nothing writes to it any more")
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
+
+
+def _kind(path: Path) -> Literal["file", "folder"] | None:
+    """What is there, links followed; None for nothing. Raises DataError for what cannot be a source."""
+    try:
+        str(path).encode()
+        mode = path.stat().st_mode
+    except UnicodeEncodeError:
+        raise DataError(f"{str(path)!a}: the name is not UTF-8; rename it") from None
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise DataError(f"{path}: a link to what is not there; remove or repair the link") from None
+        return None
+    except OSError as error:
+        reasons = {errno.ELOOP: "a link that leads back to itself", errno.ENAMETOOLONG: "the name is too long"}
+        reason = reasons.get(error.errno or 0, f"cannot be opened ({error.strerror})")
+        raise DataError(f"{str(path)[:200]}: {reason}; name another file") from None
+    except ValueError as error:
+        raise DataError(f"{str(path)!a}: no name of a file ({error}); name another file") from None
+    if stat.S_ISDIR(mode):
+        return "folder"
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{path}: not a regular file but a pipe, socket or device; write its rows to a file first")
+    return "file"
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    with _readable(folder):
+        inside = sorted(folder.iterdir())
+    found = [path for path in inside if reader_of(path) is not None and _kind(path) == "file"]
+    if not found:
+        names = ", ".join(path.name for path in inside[:3]) or "nothing"
+        raise DataError(
+            f"{folder}: no data file in this folder ({names}); it needs .jsonl, .jsonl.gz, .json or .parquet files"
+        )
+    return _once(found)
+
+
+def _once(found: Iterable[Path]) -> list[Path]:
+    """The files, sorted. Raises DataError when links make the same one come twice."""
+    ordered = sorted(found)
+    first: dict[tuple[int, ...], Path] = {}
+    for path, stamp in zip(ordered, stamps(ordered), strict=True):
+        if (other := first.setdefault(stamp[1:3], path)) != path:
+            raise DataError(f"{path}: is the same file as {other}, and would count twice; remove the link")
+    return ordered
+
+
+def _numbered_through(found: Sequence[Path]) -> Iterator[tuple[Path, int, int, Any]]:
+    """(file, row in it, row of the whole source, value) of every row of the files, one after the other."""
+    before = 0
+    for path in found:
+        reader, last = reader_of(path), 0
+        if reader is None:
+            raise DataError(f"{path}: unknown kind of file; name a .jsonl, .jsonl.gz, .json or .parquet file")
+        stamp = stamps([path])
+        with _readable(path):
+            for row, value in reader(path):
+                yield path, row, before + row, value
+                last = row
+        if stamps([path]) != stamp:
+            raise changed(path)
+        before += last
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    known_ending = source.endswith((".jsonl", ".gz", ".json", ".parquet", ".csv", ".txt"))
+    return source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not known_ending
 
 
 def _revision(source: str) -> str:
@@ -121,112 +232,61 @@ def _revision(source: str) -> str:
 
 
 def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
+    with _readable(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _in_folder(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.iterdir() if path.is_file() and _reader(path) is not None)
-    if not found:
-        inside = ", ".join(sorted(path.name for path in folder.iterdir())[:3]) or "nothing"
-        raise DataError(
-            f"{folder}: no data file in this folder ({inside}); it needs .jsonl, .jsonl.gz, .json or .parquet files"
-        )
-    return found
+def _of_data_set(source: str, split: str, *, streaming: bool) -> Iterator[Any]:
+    """The rows of a saved data set or a hub id."""
+    import datasets
 
-
-def _numbered_through(found: Sequence[Path]) -> Iterator[tuple[Path, int, int, Any]]:
-    """(file, row in it, row of the whole source, value) of every row of the files, one after the other."""
-    before = 0
-    for path in found:
-        reader, last = _reader(path), 0
-        if reader is None:
-            raise DataError(f"{path}: unknown kind of file; name a .jsonl, .jsonl.gz, .json or .parquet file")
-        for row, value in reader(path):
-            yield path, row, before + row, value
-            last = row
-        before += last
-
-
-def _looks_like_hub_id(source: str) -> bool:
-    known_ending = source.endswith((".jsonl", ".gz", ".json", ".parquet", ".csv", ".txt"))
-    return source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not known_ending
-
-
-def _reader(path: Path) -> Callable[[Path], Numbered] | None:
-    endings = {".jsonl": _jsonl, ".jsonl.gz": _jsonl_gz, ".json": _json, ".parquet": _parquet}
-    return next((reader for ending, reader in endings.items() if path.name.endswith(ending)), None)
-
-
-def _jsonl(path: Path) -> Numbered:
-    with path.open("rb") as file:
-        yield from _json_lines(path, file)
-
-
-def _jsonl_gz(path: Path) -> Numbered:
-    try:
-        with gzip.open(path, "rb") as file:
-            yield from _json_lines(path, file)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged gzip file ({error}); fetch or write it again") from None
-
-
-def _json_lines(path: Path, lines: Iterable[bytes]) -> Numbered:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            yield number, json.loads(text)
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}, row {number}: not UTF-8 text ({error.reason}); convert the file to UTF-8"
-            ) from None
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, row {number}: not JSON ({error.msg} at column {error.colno}); one object a line"
-            ) from None
-
-
-def _json(path: Path) -> Numbered:
-    try:
-        value = json.loads(path.read_text("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}); write a list of objects") from None
-    if not isinstance(value, list):
-        raise DataError(f"{path}: holds one {type(value).__name__}, expected a list of objects")
-    yield from enumerate(value, 1)
-
-
-def _parquet(path: Path) -> Numbered:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        batches = (row for batch in table.iter_batches(_BATCH) for row in batch.to_pylist())
-        yield from enumerate(batches, 1)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from None
+    found = _load_dataset(source, split, streaming=streaming)
+    if not isinstance(found, datasets.Dataset):
+        yield from found
+        return
+    if not len(found):
+        return  # which `datasets` itself cannot go through
+    with _loading(source):
+        # as Arrow holds them, so that one row that Python cannot hold spoils no other
+        for table in found.with_format("arrow").iter(BATCH):
+            yield from values_of(table)
 
 
 def _load_dataset(source: str, split: str, *, streaming: bool) -> Any:
     import datasets
+
+    with _loading(source):
+        if not Path(source).exists():
+            return datasets.load_dataset(source, split=split, streaming=streaming)
+        found = datasets.load_from_disk(source)
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if split not in found:
+        raise DataError(
+            f"{source}: has no split '{split}' but {', '.join(map(str, found))}; name one with data.split or data.eval_split"
+        )
+    return found[split]
+
+
+@contextlib.contextmanager
+def _loading(source: str) -> Generator[None]:
+    """Errors of `datasets`, as what they mean here."""
+    import pyarrow
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
+    known = (OSError, ValueError, pyarrow.ArrowException, DatasetsError, HfHubHTTPError)
+    # in a folder that was spoiled any of its JSON may have another shape
+    known += (KeyError, TypeError, AttributeError) if Path(source).exists() else ()
     try:
-        if Path(source).exists():
-            found = datasets.load_from_disk(source)
-            return found[split] if isinstance(found, datasets.DatasetDict) else found
-        return datasets.load_dataset(source, split=split, streaming=streaming)
-    except KeyError:
-        raise DataError(f"{source}: has no split '{split}'; name one with data.split or data.eval_split") from None
-    except (OSError, ValueError, DatasetsError, HfHubHTTPError) as error:
+        yield
+    except known as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if Path(source).exists():
+            raise DataError(
+                f"{source}: not a readable saved data set ({first}); save it again with save_to_disk"
+            ) from None
         raise DataError(
-            f"{source}: no such file, and not to be had as a hub data set ({first}); check the name, "
+            f"{source}: no such file, and not found as a hub data set ({first}); check the name, "
             "the split and the network, or give a local file"
         ) from None

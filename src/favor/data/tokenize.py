@@ -1,14 +1,13 @@
 """Prompt trees as text -> token ids with an exact boundary between prompt and response.
 
 In: PromptTrees and a fast tokenizer. Out: TokenTrees and a TokenReport that counts every cut and drop. A response
-ends with its end-of-turn token unless it was cut. Next: pack.py.
+ends with its end-of-turn token unless it was cut. Next: render.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from jinja2 import TemplateError
 from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +15,9 @@ from favor.config import STRICT
 from favor.data import sources
 from favor.data.encode import Encoder
 from favor.data.formats import RowError
-from favor.data.types import Comparison, Message, PromptTree, Text, TokenTree
+from favor.data.formats.common import brief
+from favor.data.render import Rendered, Renderer
+from favor.data.types import Comparison, PromptTree, Text, TokenTree
 from favor.errors import ConfigError, DataError
 
 # Trees handed to the tokenizer at once: enough for its threads, little enough to hold as text.
@@ -27,8 +28,8 @@ class TokensConfig(BaseModel):
     """Section [tokens]. max_tokens bounds prompt + response; `truncation` says what happens beyond it.
 
     template: chat (the tokenizer's), plain (text as it is), auto (chat when the tokenizer has a template).
-    special_text: rows that contain the text of a special token are refused as forgeries, or allowed (for text
-    to which a template has been applied already).
+    special_text: rows that contain the text of a special token or of the template's turn marks, in whatever field, are
+    refused as forgeries, or allowed (for text to which a template has been applied already).
     """
 
     model_config = STRICT
@@ -42,7 +43,8 @@ class TokensConfig(BaseModel):
 class TokenReport:
     """What tokenisation and truncation did. Counts are of trees, responses and comparisons; rows name the trees.
 
-    tokens and pairs (comparisons) are those before truncation, `_lost` what it took of them.
+    tokens and pairs (comparisons) are those before truncation, `_lost` what it took of them. responses_trimmed: the template
+    took blanks around their text; tools_unread: it leaves out the tools of the row. kinds: of each one dropped, why.
     """
 
     template: str
@@ -54,11 +56,14 @@ class TokenReport:
     comparisons_dropped: int = 0
     appended_end: int = 0
     already_ended: int = 0
+    responses_trimmed: int = 0
+    tools_unread: int = 0
     tokens: int = 0
     tokens_lost: int = 0
     pairs: int = 0
     pairs_lost: int = 0
     dropped: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+    kinds: list[str] = field(default_factory=list[str])
 
     def as_json(self) -> dict[str, Any]:
         """For data.json."""
@@ -68,20 +73,12 @@ class TokenReport:
 class _Tools(NamedTuple):
     """What turns text into ids here."""
 
-    tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
+    renderer: Renderer
     chat: bool
     end_ids: frozenset[int]
     bos: tuple[int, ...]
-    special: tuple[str, ...]
     eos: int | None
-
-
-class _Rendered(NamedTuple):
-    """The prompt and every response behind it as text."""
-
-    prompt: str
-    full: tuple[str, ...]
 
 
 def tokenize(
@@ -119,32 +116,39 @@ def _kept(
     first = 0
     for tree, result in _encoded(trees, tools, report):
         if isinstance(result, RowError):
+            row = tree.first_rows[result.place] if tree.first_rows else tree.rows[0]
             if bad_rows == "error":
                 raise DataError(
-                    f"{sources.where(tree.source, tree.rows[0])}: {result}; mend the row, or leave such rows out with "
+                    f"{sources.where(tree.source, row)}: {result}; fix the row, or leave such rows out with "
                     "data.bad_rows=drop"
                 )
-            _drop(report, tree, str(result))
+            others = [str(number) for number in tree.rows if number != row]
+            also = f" (with it rows {', '.join(others[:20])} of the same prompt)" if others else ""
+            _drop(report, f"{result}{also}", row, result.kind)
             continue
         cut = _truncate(result, config, len(tools.bos), report)
         _count_lost(report, result, cut)
         if cut is None:
-            _drop(report, tree, f"longer than tokens.max_tokens = {config.max_tokens}")
+            _drop(report, f"longer than tokens.max_tokens = {config.max_tokens}", tree.rows[0], "truncation")
             continue
         yield replace(cut, first_response=first)
         first += len(cut.response_ids)
     if not first:
         reason = f"the first: row {report.dropped[0][0]}: {report.dropped[0][1]}" if report.dropped else "no rows"
         raise DataError(
-            f"{trees[0].source}: nothing is left after tokenising ({reason}); raise tokens.max_tokens or mend the rows"
+            f"{trees[0].source}: nothing is left after tokenising ({reason}); raise tokens.max_tokens or fix the rows"
         )
 
 
 def encode_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase, config: TokensConfig) -> tuple[int, ...]:
     """The ids of a prompt alone, as a model sees it before it answers. Raises RowError when it cannot be rendered."""
+    return prompt_encoder(tokenizer, config)(prompt)
+
+
+def prompt_encoder(tokenizer: PreTrainedTokenizerBase, config: TokensConfig) -> Callable[[Text], tuple[int, ...]]:
+    """As `encode_prompt`, for many prompts."""
     tools = _tools(tokenizer, config, frozenset())
-    _refuse_special(prompt, tools)
-    return tools.bos + tuple(tools.encoder.ids([_render_prompt(prompt, None, tools)])[0])
+    return lambda prompt: tools.bos + tuple(tools.encoder.ids([tools.renderer.prompt(prompt)])[0])
 
 
 def _tools(tokenizer: PreTrainedTokenizerBase, config: TokensConfig, end_ids: frozenset[int]) -> _Tools:
@@ -161,8 +165,8 @@ def _tools(tokenizer: PreTrainedTokenizerBase, config: TokensConfig, end_ids: fr
     bos: tuple[int, ...] = ()
     if not chat and isinstance(first, int) and tokenizer("x").input_ids[:1] == [first]:
         bos = (first,)
-    special = tuple(tokenizer.all_special_tokens) if config.special_text == "refuse" else ()
-    return _Tools(tokenizer, Encoder(tokenizer), chat, end_ids, bos, special, eos if isinstance(eos, int) else None)
+    renderer = Renderer(tokenizer, chat, config.special_text == "refuse")
+    return _Tools(Encoder(tokenizer), renderer, chat, end_ids, bos, eos if isinstance(eos, int) else None)
 
 
 def _encoded(
@@ -172,7 +176,7 @@ def _encoded(
     for start in range(0, len(trees), _BATCH):
         window = trees[start : start + _BATCH]
         rendered = [_try_render(tree, tools) for tree in window]
-        texts = [text for item in rendered if isinstance(item, _Rendered) for text in (item.prompt, *item.full)]
+        texts = [text for item in rendered if isinstance(item, Rendered) for text in (item.prompt, *item.full)]
         encoded = iter(tools.encoder.ids(texts))
         for tree, item in zip(window, rendered, strict=True):
             if isinstance(item, RowError):
@@ -186,106 +190,16 @@ def _encoded(
                 yield tree, error
 
 
-def _try_render(tree: PromptTree, tools: _Tools) -> _Rendered | RowError:
+def _try_render(tree: PromptTree, tools: _Tools) -> Rendered | RowError:
     try:
-        return _render(tree, tools)
+        return tools.renderer.tree(tree)
     except RowError as error:
         return error
 
 
-def _render(tree: PromptTree, tools: _Tools) -> _Rendered:
-    """Text of the prompt and of prompt + response. A response of several turns must be the assistant's throughout."""
-    _refuse_special(tree.prompt, tools)
-    for response in tree.responses:
-        _refuse_special(_without_end(response, tools), tools)
-    prompt = _render_prompt(tree.prompt, tree.tools, tools)
-    full = tuple(_render_full(tree, response, prompt, tools) for response in tree.responses)
-    return _Rendered(prompt, full)
-
-
-def _render_prompt(prompt: Text, tool_list: tuple[dict[str, Any], ...] | None, tools: _Tools) -> str:
-    if not tools.chat:
-        return plain_prompt(prompt)
-    return _apply(tools, _as_messages(prompt, "user"), tool_list, generation=True)
-
-
-def plain_prompt(prompt: Text) -> str:
-    """A prompt where no chat template is used: text as it is, messages as a transcript. Raises RowError."""
-    return prompt if isinstance(prompt, str) else _plain(prompt) + "\n\nAssistant:"
-
-
-def _render_full(tree: PromptTree, response: Text, prompt: str, tools: _Tools) -> str:
-    if not tools.chat:
-        if isinstance(response, str):
-            return prompt + response
-        _assistant_only(response)
-        return prompt + "".join(f" {message['content']}" for message in response)
-    turns = _as_messages(response, "assistant")
-    _assistant_only(turns)
-    full = _apply(tools, _as_messages(tree.prompt, "user") + turns, tree.tools, generation=False)
-    if not full.startswith(prompt):
-        raise RowError(
-            "the chat template renders the prompt differently once the response follows, so no exact boundary exists"
-        )
-    return full
-
-
-def _apply(
-    tools: _Tools, messages: list[Message], tool_list: tuple[dict[str, Any], ...] | None, *, generation: bool
-) -> str:
-    try:
-        text = tools.tokenizer.apply_chat_template(
-            messages,
-            tools=list(tool_list) if tool_list else None,
-            tokenize=False,
-            add_generation_prompt=generation,
-        )
-    except (TemplateError, TypeError, KeyError) as error:
-        raise RowError(f"the chat template refuses it ({error})") from None
-    assert isinstance(text, str)
-    return text
-
-
-def _as_messages(text: Text, role: str) -> list[Message]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
-
-
-def _assistant_only(messages: Sequence[Message]) -> None:
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise RowError("a response must be one assistant turn; move what comes before it into the prompt")
-
-
-def _plain(messages: Sequence[Message]) -> str:
-    """Messages as the transcript text of the DPO paper's dialogue task."""
-    names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
-    unknown = [m["role"] for m in messages if m["role"] not in names]
-    if unknown:
-        raise RowError(f"a turn of '{unknown[0]}' has no plain form; use a chat template")
-    return "".join(names[m["role"]] + m["content"] for m in messages)
-
-
-def _without_end(response: Text, tools: _Tools) -> Text:
-    """A plain response may already carry the end-of-sequence text; then it must not be taken for a forgery."""
-    eos = tools.tokenizer.eos_token
-    if isinstance(response, str) and not tools.chat and isinstance(eos, str):
-        return response.removesuffix(eos)
-    return response
-
-
-def _refuse_special(text: Text, tools: _Tools) -> None:
-    contents = [text] if isinstance(text, str) else [m["content"] for m in text if isinstance(m.get("content"), str)]
-    for content in contents:
-        for special in tools.special:
-            if special in content:
-                raise RowError(
-                    f"it contains the text of the special token {special}, which would be read as the token; "
-                    "if that is meant, set tokens.special_text=allow"
-                )
-
-
 def _assemble(
     tree: PromptTree,
-    rendered: _Rendered,
+    rendered: Rendered,
     prompt_ids: list[int],
     full: list[list[int]],
     tools: _Tools,
@@ -294,14 +208,16 @@ def _assemble(
     """Cut every full sequence at the boundary and end its turn."""
     responses: list[tuple[int, ...]] = []
     for i, (text, ids) in enumerate(zip(rendered.full, full, strict=True)):
-        if ids[: len(prompt_ids)] != prompt_ids:
-            raise RowError("a token would straddle the boundary between prompt and response, so neither has exact ids")
-        body = ids[len(prompt_ids) :]
-        if not body or not text[len(rendered.prompt) :].strip():
-            raise RowError("its response has no tokens")
-        closed = _end_turn(text, len(prompt_ids), body, tools, report)
+        try:
+            _check_ids(text, ids, rendered.prompt, prompt_ids, tools)
+            closed = _end_turn(text, len(prompt_ids), ids[len(prompt_ids) :], tools, report)
+        except RowError as error:
+            raise RowError(str(error), error.kind, i) from None
         # a response that was cut must not learn to end where it was cut
         responses.append(tuple(closed[:-1] if i in tree.cut else closed))
+    _refuse_equal(tree, responses)
+    report.responses_trimmed += rendered.trimmed
+    report.tools_unread += rendered.tools_unread
     return TokenTree(
         prompt_ids=tools.bos + tuple(prompt_ids),
         response_ids=tuple(responses),
@@ -313,6 +229,32 @@ def _assemble(
         thumbs=tree.thumbs,
         source=tree.source,
     )
+
+
+def _check_ids(text: str, ids: list[int], prompt: str, prompt_ids: list[int], tools: _Tools) -> None:
+    """The prompt's ids must open those of the whole, which must say the same as the text."""
+    if ids[: len(prompt_ids)] != prompt_ids:
+        raise RowError("a token would straddle the boundary between prompt and response, so neither has exact ids")
+    if len(ids) == len(prompt_ids) or not text[len(prompt) :].strip():
+        raise RowError("its response has no tokens")
+    if not tools.encoder.comes_back(text):
+        back = tools.encoder.decoded(ids)
+        at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), 0)
+        raise RowError(f"the tokenizer loses text: {brief(text[at:], 40)} comes back from it as {brief(back[at:], 40)}")
+
+
+def _refuse_equal(tree: PromptTree, responses: Sequence[tuple[int, ...]]) -> None:
+    """Responses that are compared must differ in what the model sees."""
+    for comparison in (*tree.comparisons, *tree.ties):
+        order = comparison.order
+        if len({responses[i] for i in order}) < len(order):
+            same = next(i for k, i in enumerate(order) if responses[i] in {responses[j] for j in order[:k]})
+            raise RowError(
+                "two responses that it compares become the same tokens (the template or the tokenizer leaves out what "
+                f"tells them apart): {brief(tree.responses[same])}",
+                "equal_ids",
+                same,
+            )
 
 
 def _end_turn(text: str, before: int, ids: list[int], tools: _Tools, report: TokenReport) -> list[int]:
@@ -393,6 +335,7 @@ def _count_lost(report: TokenReport, before: TokenTree, after: TokenTree | None)
     report.pairs_lost += len(before.comparisons) - (len(after.comparisons) if after else 0)
 
 
-def _drop(report: TokenReport, tree: PromptTree, reason: str) -> None:
+def _drop(report: TokenReport, reason: str, row: int, kind: str) -> None:
     report.trees_dropped += 1
-    report.dropped.append((tree.rows[0], reason))
+    report.dropped.append((row, reason))
+    report.kinds.append(kind or "round_trip")

@@ -48,7 +48,7 @@ class PromptTree:
     `prompt` is plain text or messages; every response is plain text or the messages that follow the
     prompt. `ties` are judgments that two responses are equally good, `thumbs` judge one response alone, `cut` are
     the responses that stop before their end. `tools` goes to the chat template.
-    `rows` are the 1-based row numbers of `source` merged here.
+    `rows` are the 1-based row numbers of `source` merged here, `first_rows` the row that gave each response first.
     """
 
     prompt: Text
@@ -60,6 +60,7 @@ class PromptTree:
     ties: tuple[Comparison, ...] = ()
     cut: tuple[int, ...] = ()
     thumbs: tuple[Thumb, ...] = ()
+    first_rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

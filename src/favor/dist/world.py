@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from favor.errors import ConfigError
+
+_REMEDY = "start several processes with torchrun, or unset WORLD_SIZE to train in one (SLURM and others set it)"
+
 
 @dataclass(frozen=True)
 class World:
@@ -27,18 +31,48 @@ class World:
 
 @contextlib.contextmanager
 def world() -> Generator[World]:
-    """Join the process group when torchrun started us (gloo on CPU, nccl on GPU) and leave it at the end."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    """Join the process group when torchrun started us (gloo on CPU, nccl on GPU) and leave it at the end.
+
+    Raises ConfigError when the environment speaks of several processes and does not say how they find each other.
+    """
+    size = _number("WORLD_SIZE", 1) if os.environ.get("WORLD_SIZE", "").strip() else 1
     if size == 1:
         yield World()
         return
+    if _number("RANK", 0) >= size:
+        raise ConfigError(f"RANK is {os.environ['RANK']} but WORLD_SIZE is {size}, and ranks count from 0; {_REMEDY}")
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise ConfigError(f"WORLD_SIZE is {size} but {missing[0]} is not set; {_REMEDY}")
+    _number("MASTER_PORT", 1)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(_local_rank())
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield World(dist.get_rank(), size)
     finally:
         dist.destroy_process_group()
+
+
+def _number(name: str, least: int) -> int:
+    """A whole number of the launcher's. Raises ConfigError when it is missing or none."""
+    text = os.environ.get(name, "").strip()
+    if not text.isdecimal() or int(text) < least:
+        found = f"is {text!r}" if text else "is not set"
+        size = os.environ["WORLD_SIZE"]
+        raise ConfigError(f"WORLD_SIZE is {size!r} but {name} {found}, expected a number from {least} up; {_REMEDY}")
+    return int(text)
+
+
+def _local_rank() -> int:
+    rank, have = _number("LOCAL_RANK", 0), torch.cuda.device_count()
+    if rank >= have:
+        raise ConfigError(f"LOCAL_RANK is {rank} but torch sees {have} GPUs; start one process for each GPU")
+    return rank
+
+
+def current() -> World:
+    """The group that `world` has joined; one process without one."""
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else World()
 
 
 def barrier(members: World) -> None:

@@ -12,10 +12,11 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT
+from favor.config import STRICT, Seed
 from favor.data.formats import RowError
 from favor.data.prompts import encode_prompts
-from favor.data.tokenize import TokensConfig, plain_prompt
+from favor.data.render import plain_prompt
+from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import ConfigError, DataError
 from favor.eval.partial import Sampled
@@ -45,7 +46,7 @@ class SamplesConfig(BaseModel):
     """A recipe for `favor sample`. `prompts` is any file `favor` reads; its prompt column (text or messages) counts.
 
     engine: transformers (this process), vllm (needs favor[vllm]), openai (section [server]). With `best_of` = N each
-    response kept is the one with the highest [reward] of N.
+    response kept is the one with the highest [reward] of N. overwrite: replace a finished `out` of other settings.
     """
 
     model_config = STRICT
@@ -58,10 +59,11 @@ class SamplesConfig(BaseModel):
     tokens: TokensConfig = TokensConfig()
     sample: SampleConfig = SampleConfig()
     samples_per_prompt: int = Field(default=1, ge=1, le=1000)
-    best_of: int | None = Field(default=None, ge=1)
+    best_of: int | None = Field(default=None, ge=1, le=1000)
     reward: RewardConfig | None = None
     max_prompts: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
+    overwrite: bool = False
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "SamplesConfig":

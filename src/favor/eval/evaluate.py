@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from favor.config import STRICT
+from favor.config import STRICT, Seed
 from favor.data.read import DataConfig, read, read_parts
 from favor.data.tokenize import tokenize
 from favor.data.types import Batch, PromptTree, TokenTree
@@ -27,8 +27,8 @@ from favor.model.layout import settle
 from favor.model.load import Policy, precision_of
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
-from favor.run import RunFolder, write_json, write_text
-from favor.scoring.model import load_pair, read_run
+from favor.run import RunFolder, opened, write_json, write_text
+from favor.scoring.model import RunRecipe, load_pair, read_run
 
 Scorer = Callable[[Sequence[str]], Sequence[float]]
 
@@ -44,12 +44,12 @@ class EvalConfig(BaseModel):
     reference: str | None = None
     data: str | None = None
     beta: float | None = Field(default=None, gt=0)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     sample: SampleConfig = SampleConfig()
     max_tokens_per_pack: int = Field(default=2048, ge=1)
     max_rows: int | None = Field(default=None, ge=1)
     sample_prompts: int = Field(default=20, ge=0)
-    samples_per_prompt: int = Field(default=2, ge=1)
+    samples_per_prompt: int = Field(default=2, ge=1, le=1000)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,18 @@ def evaluate(
     `scorer` is (name, function text -> score); with it the samples of policy and reference are compared by a
     bootstrap over prompts. Raises CheckpointError, DataError or ConfigError when something cannot be used.
     """
-    subject = _subject(config, say)
+    folder = RunFolder(Path(config.run))
+    _, recipe = read_run(config.run)
+    with opened(folder):
+        return _evaluate(config, _subject(config, recipe, say), progress, scorer)
+
+
+def _evaluate(
+    config: EvalConfig,
+    subject: Subject,
+    progress: Callable[[str, int, int], None],
+    scorer: tuple[str, Scorer] | None,
+) -> dict[str, Any]:
     folder = RunFolder(Path(config.run))
     total = len(subject.trees)
     pairs = pair_figures(
@@ -96,8 +107,7 @@ def evaluate(
     return figures
 
 
-def _subject(config: EvalConfig, say: Callable[[str], None]) -> Subject:
-    _, recipe = read_run(config.run)
+def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) -> Subject:
     # a share held out is a share of the rows that training read
     limit = config.max_rows or (recipe.data.get("max_rows") if recipe.data.get("eval_share") else None)
     data = DataConfig.model_validate({**recipe.data, "max_rows": limit})

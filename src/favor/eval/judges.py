@@ -17,10 +17,11 @@ from favor.data.types import Text
 from favor.errors import ConfigError, DataError
 from favor.eval.winstats import Verdict
 from favor.model.layout import settle
-from favor.model.load import ModelConfig, load_policy
+from favor.model.load import ModelConfig, check_path, load_policy
 from favor.model.logprobs import response_logps
 from favor.scoring.model import encode, measure
-from favor.scoring.source import RewardConfig, find_function, make_scorer
+from favor.scoring.source import RewardConfig, check_scorer, make_scorer
+from favor.scoring.user import find_function
 from favor.server import ServerConfig, chat, parallel
 
 PROMPT = """Compare two responses to the same prompt. Judge how well each one does what the prompt asks: whether it is \
@@ -126,6 +127,16 @@ def make_judge(config: JudgeConfig) -> Judge:
     return makers[config.kind](config)
 
 
+def check_judge(config: JudgeConfig) -> None:
+    """Look for what judges without loading it: before anything is sampled for it. Raises as `make_judge`."""
+    if config.reward is not None:
+        check_scorer(config.reward)
+    elif config.path is not None:
+        find_function(config.path)
+    elif config.model is not None:
+        check_path(config.model.path)
+
+
 def describe(config: JudgeConfig) -> str:
     """The judge in a few words, for tables."""
     if config.reward:
@@ -207,7 +218,8 @@ def _callable(config: JudgeConfig) -> Judge:
         (duel,) = duels
         prompt = duel.prompt if isinstance(duel.prompt, str) else list(duel.prompt)
         found = function(prompt, duel.first, duel.second)
-        if found not in _VERDICTS:
+        # by type first: an array answers "is it one of these" with an array
+        if not isinstance(found, str) or found not in _VERDICTS:
             raise DataError(f"judge {config.path}: returned {found!r:.80}; return one of {', '.join(_VERDICTS)}")
         return [found]
 

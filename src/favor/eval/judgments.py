@@ -3,19 +3,17 @@
 In: a JudgeConfig and duels. Out: a verdict per duel; only those not in the file are judged. Next: judges.py.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from favor.data.types import Text
+from favor.errors import CheckpointError
 from favor.eval.judges import Duel, JudgeConfig, make_judge, settings_that_count
 from favor.eval.winstats import Verdict
-from favor.run import append, read_jsonl, write_text
-
-# what decides the behaviour of a model folder, a run folder or a judge's file
-_ENDINGS = (".safetensors", ".json", ".jinja", ".toml")
+from favor.guard import content, is_sealed, seal, sha
+from favor.run import append, cut_torn_line, read_jsonl
 
 
 def judge_all(
@@ -31,15 +29,15 @@ def judge_all(
     """
     settings = identity(config)
     keys = [key_of(settings, duel) for duel in duels]
-    mend(path)
-    known: dict[str, Verdict] = {r["key"]: r["verdict"] for r in read_jsonl(path)} if path.exists() else {}
+    cut_torn_line(path)
+    known: dict[str, Verdict] = {r["key"]: r["verdict"] for r in read_sealed(path)}
     missing = {key: duel for key, duel in zip(keys, duels, strict=True) if key not in known}
     say(f"judgments: {len(missing)} to make, {len(set(keys)) - len(missing)} kept in {path}")
     names = list(missing)
 
     def done(index: int, verdict: Verdict) -> None:
         known[names[index]] = verdict
-        append(path, {"key": names[index], "verdict": verdict})
+        append(path, seal({"key": names[index], "verdict": verdict}))
         progress(1, len(names))
 
     if missing:
@@ -47,9 +45,20 @@ def judge_all(
     return [known[key] for key in keys]
 
 
+def read_sealed(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that grows, if there is one. Raises CheckpointError naming a line that is not what was written."""
+    records = read_jsonl(path) if path.exists() else []
+    for number, record in enumerate(records, 1):
+        if not is_sealed(record):
+            raise CheckpointError(
+                f"{path}, line {number}: damaged, not what was written; remove that line to make it again"
+            )
+    return records
+
+
 def key_of(settings: dict[str, Any], duel: Duel) -> str:
     """SHA-256 over the judge's settings and the texts in their order."""
-    return _sha(json.dumps([settings, duel], sort_keys=True).encode())
+    return sha(json.dumps([settings, duel], sort_keys=True))
 
 
 def identity(config: JudgeConfig) -> dict[str, Any]:
@@ -63,34 +72,3 @@ def text_key(prompt: Text) -> str:
     """Equal for equal prompts, be they text or a single user turn."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     return json.dumps(turns, sort_keys=True)
-
-
-def content(path: str) -> str | None:
-    """SHA-256 of what a path names: a file, `file.py:function`, a model or run folder; None for what is not here (a hub id)."""
-    place = Path(path)
-    if not place.exists() and ".py:" in path:
-        place = Path(path.rpartition(":")[0])
-    if place.is_dir():
-        files = [file for folder in (place, place / "model") for file in sorted(folder.glob("*"))]
-        files = [file for file in files if file.is_file() and file.name.endswith(_ENDINGS)]
-        return _sha(json.dumps([[str(file.relative_to(place)), _file_sha(file)] for file in files]).encode())
-    return _file_sha(place) if place.is_file() else None
-
-
-def mend(path: Path) -> None:
-    """Cut off a torn last line (a killed writer), so that the next line does not continue it."""
-    if not path.exists():
-        return
-    raw = path.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if whole != raw:
-        write_text(path, whole.decode("utf-8"))
-
-
-def _file_sha(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

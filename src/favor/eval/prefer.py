@@ -4,21 +4,24 @@ In: PreferConfig. Out: rows that `favor train` reads as rankings ("prompt", "res
 "ended"), and what was left out. Next: samples.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT
+from favor import output
+from favor.config import STRICT, Seed
+from favor.data.prompts import read_prompts
 from favor.data.tokenize import TokensConfig
 from favor.errors import DataError
 from favor.eval.engines import Engine, SamplesConfig, check_engine
-from favor.eval.samples import Drawn, Progress, draw_all, score, write_rows
+from favor.eval.samples import Drawn, Progress, already, draw_all, inputs_of, made_from, score, write_rows
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
-from favor.scoring.source import RewardConfig
+from favor.output import Output
+from favor.scoring.source import RewardConfig, check_scorer
 from favor.server import ServerConfig
 
 
@@ -37,7 +40,8 @@ class PreferConfig(BaseModel):
     samples_per_prompt: int = Field(default=4, ge=2, le=1000)
     reward: RewardConfig
     max_prompts: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
+    overwrite: bool = False
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "PreferConfig":
@@ -76,7 +80,18 @@ def prefer(config: PreferConfig, progress: Progress) -> Preferred:
 
     Samples of a run that failed or was stopped are kept and continued; they are then scored again.
     """
-    found = draw_all(_sampling(config), progress)
+    check_scorer(config.reward)
+    sampling = _sampling(config)
+    inputs = [*inputs_of(sampling), config.reward.path]
+    with output.claimed(Output(Path(config.out), "out", config.overwrite), inputs) as out:
+        prompts = read_prompts(config.prompts, config.split, config.max_prompts)
+        out = replace(out, settings=made_from(sampling, prompts, config.reward))
+        if (before := already(out, progress)) is not None:
+            return Preferred(**before)
+        return _prefer(config, draw_all(sampling, prompts, progress), out)
+
+
+def _prefer(config: PreferConfig, found: list[Drawn], out: Output) -> Preferred:
     told = [_not_blank(each) for each in found]
     if not any(each.texts for each in told):
         raise DataError(f"{config.prompts}: every sample is blank; look at the model and the chat template")
@@ -110,7 +125,7 @@ def prefer(config: PreferConfig, progress: Progress) -> Preferred:
             f"{config.out}: not written, no prompt has a preference ({report}); the samples are kept: use a reward that "
             "tells them apart, or draw more samples, longer ones or at a higher temperature"
         )
-    write_rows(Path(config.out), rows)
+    write_rows(out, rows, asdict(report))
     return report
 
 

@@ -4,24 +4,26 @@ In: SamplesConfig. Out: one line per prompt: {"prompt", "responses", "ended"[, "
 Next: engines.py.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from favor import output
 from favor.data.prompts import NumberedPrompts, read_prompts, sample_seeds
 from favor.data.types import Text
-from favor.errors import ConfigError
 from favor.eval.engines import Job, SamplesConfig, draw
 from favor.eval.partial import Sampled, open_partial
-from favor.run import write_text
-from favor.scoring.source import RewardConfig, make_scorer
+from favor.guard import content, sha
+from favor.output import Output
+from favor.scoring.source import RewardConfig, check_scorer, identity, make_scorer
 
 Progress = Callable[[str, int, int], None]
 # What has no part in a sample's text: a run may continue with other values of these.
 _NO_PART: dict[str, Any] = {
     **dict.fromkeys(("out", "prompts", "split", "max_prompts", "samples_per_prompt", "best_of", "reward"), True),
+    "overwrite": True,
     "sample": {"batch"},
     "server": {"api_key_env", "timeout_s", "retries", "concurrency", "backoff_s"},
 }
@@ -38,10 +40,20 @@ class Drawn(NamedTuple):
 def write_samples(config: SamplesConfig, progress: Progress) -> int:
     """Sample and write; returns the number of responses. A prompt's samples depend on its place and the seed alone.
 
-    Raises DataError for a row without a usable prompt, CheckpointError for an unusable model, ConfigError for a
-    partial file of other settings, ServerError when a server gives up; what was sampled until then is kept.
+    A file that the same settings made before stays as it is. Raises DataError for a row without a usable prompt,
+    CheckpointError for an unusable model, ConfigError for an `out` or a partial file of other settings, ServerError
+    when a server gives up; what was sampled until then is kept.
     """
-    found = draw_all(config, progress)
+    if config.reward is not None:
+        check_scorer(config.reward)
+    with output.claimed(Output(Path(config.out), "out", config.overwrite), inputs_of(config)) as out:
+        prompts = read_prompts(config.prompts, config.split, config.max_prompts)
+        out = replace(out, settings=made_from(config, prompts, config.reward))
+        return already(out, progress) or _sample(config, prompts, out, progress)
+
+
+def _sample(config: SamplesConfig, prompts: NumberedPrompts, out: Output, progress: Progress) -> int:
+    found = draw_all(config, prompts, progress)
     if config.reward is None:
         rows: list[dict[str, Any]] = [
             {"prompt": each.prompt, "responses": each.texts, "ended": each.ended} for each in found
@@ -50,15 +62,37 @@ def write_samples(config: SamplesConfig, progress: Progress) -> int:
         assert config.best_of is not None
         scores = score(found, config.reward)
         rows = [_best(each, mine, config.best_of) for each, mine in zip(found, scores, strict=True)]
-    write_rows(Path(config.out), rows)
-    return len(rows) * config.samples_per_prompt
+    count = len(rows) * config.samples_per_prompt
+    write_rows(out, rows, count)
+    return count
 
 
-def draw_all(config: SamplesConfig, progress: Progress) -> list[Drawn]:
+def inputs_of(config: SamplesConfig) -> list[str | None]:
+    """What the recipe reads."""
+    return [config.prompts, config.model.path if config.model else None, config.reward.path if config.reward else None]
+
+
+def made_from(config: SamplesConfig, prompts: NumberedPrompts, reward: RewardConfig | None) -> dict[str, str]:
+    """Hashes of everything that determines the finished file, by name."""
+    counts = {"samples_per_prompt": config.samples_per_prompt, "best_of": config.best_of}
+    scored = {"reward": identity(reward)} if reward else {}
+    return _determines(config, prompts) | output.hashes(counts | scored)
+
+
+def already(out: Output, progress: Progress) -> Any:
+    """The result that is remembered of a finished file of the same settings, said to the user; else None."""
+    result = output.finished(out)
+    if result is not None:
+        out.path.with_name(out.path.name + ".partial").unlink(missing_ok=True)
+        progress(f"{out.path}: made before with the same settings, kept (overwrite=true makes it again)", 1, 1)
+    return result
+
+
+def draw_all(config: SamplesConfig, prompts: NumberedPrompts, progress: Progress) -> list[Drawn]:
     """Every prompt's samples: those kept by an earlier run, and the rest drawn and kept now."""
-    prompts, each = read_prompts(config.prompts, config.split, config.max_prompts), config.num_drawn
-    _check_out(Path(config.out))
-    kept = open_partial(Path(config.out), _fingerprint(config, prompts))
+    each = config.num_drawn
+    fingerprint = sha(json.dumps([_determines(config, prompts), each], sort_keys=True))
+    kept = open_partial(Path(config.out), fingerprint, overwrite=config.overwrite)
     texts = dict(kept.found)
     seeds = sample_seeds(config.seed, range(len(prompts)), each)
     jobs = [Job(i, *prompts[i // each], seed) for i, seed in enumerate(seeds) if i not in texts]
@@ -71,7 +105,11 @@ def draw_all(config: SamplesConfig, progress: Progress) -> list[Drawn]:
     if jobs:
         if texts:
             progress("samples", len(texts), len(seeds))
-        draw(config, jobs, keep)
+        try:
+            draw(config, jobs, keep)
+        finally:
+            if not texts:
+                kept.path.unlink(missing_ok=True)
     groups = [[texts[i * each + k] for k in range(each)] for i in range(len(prompts))]
     return [
         Drawn(prompt, [one.text for one in group], [one.ended for one in group])
@@ -86,10 +124,10 @@ def score(found: Sequence[Drawn], reward: RewardConfig) -> list[list[float]]:
     return [[next(scores) for _ in each.texts] for each in found]
 
 
-def write_rows(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(out: Output, rows: Sequence[Mapping[str, Any]], result: Any) -> None:
     """Write the finished file whole; the partial one is then no longer needed."""
-    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    out.with_name(out.name + ".partial").unlink(missing_ok=True)
+    output.write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), result)
+    out.path.with_name(out.path.name + ".partial").unlink(missing_ok=True)
 
 
 def _best(found: Drawn, scores: Sequence[float], best_of: int) -> dict[str, Any]:
@@ -104,25 +142,10 @@ def _best(found: Drawn, scores: Sequence[float], best_of: int) -> dict[str, Any]
     }
 
 
-def _fingerprint(config: SamplesConfig, prompts: NumberedPrompts) -> str:
-    """A hash of everything that determines the samples: settings, prompts, how many, and a local model's files."""
-    content = [
-        config.model_dump(mode="json", exclude=_NO_PART),
-        config.num_drawn,
-        [prompt for _, prompt in prompts],
-        _files(Path(config.model.path)) if config.model else [],
-    ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of a model folder's files: a model trained anew must not continue the samples of the old one."""
-    stats = [(path.name, path.stat()) for path in sorted(folder.glob("*")) if path.is_file()]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-
-
-def _check_out(out: Path) -> None:
-    if out.is_dir():
-        raise ConfigError(f"{out}: is a folder; name a file with out=FILE")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out.parent}: no such folder; make it, or choose another out=FILE")
+def _determines(config: SamplesConfig, prompts: NumberedPrompts) -> dict[str, str]:
+    """Hashes of everything that determines the samples: settings, prompts, and a local model's files."""
+    return output.hashes(
+        config.model_dump(mode="json", exclude=_NO_PART)
+        | {"content of prompts": [prompt for _, prompt in prompts]}
+        | {"content of model": content(config.model.path) if config.model else None}
+    )

@@ -5,20 +5,24 @@ In: ScoreConfig. Out: JSON lines {"prompt", "responses", "scores"}, and figures.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, Field
 
-from favor.config import STRICT
-from favor.data.formats import FORMATS, Judgment, RowError, recognise
+from favor import output
+from favor.config import STRICT, Seed
+from favor.data.formats import FORMATS, Judgment, RowError, order_assumed, recognise
+from favor.data.prompts import prompt_of, sample_text
 from favor.data.sources import read_objects
 from favor.data.types import Text
 from favor.errors import DataError
 from favor.eval.calibration import calibrate
-from favor.run import write_json, write_text
-from favor.scoring.source import RewardConfig, make_scorer
+from favor.output import Output
+from favor.run import write_json
+from favor.scoring.source import RewardConfig, identity, make_scorer
 
 # Responses handed to the scorer at once: enough to share prompts, little enough to see progress.
 _CHUNK = 256
@@ -36,15 +40,31 @@ class ScoreConfig(BaseModel):
     split: str = "test"
     max_rows: int | None = Field(default=None, ge=1)
     reward: RewardConfig
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
+    overwrite: bool = False
 
 
 def score(config: ScoreConfig, progress: Callable[[str, int, int], None]) -> dict[str, Any] | None:
     """Write the scores; returns accuracy, calibration curve and ECE, or None when nothing is compared.
 
-    Raises DataError for a row that cannot be used, and what the reward raises.
+    A file that the same data, reward and seed made before stays as it is. Raises DataError for a row that cannot be
+    used, ConfigError for an `out` that is not to be replaced, and what the reward raises.
     """
-    rows = _judgments(config)
+    figures = Path(f"{config.out}.figures.json")
+    claim = Output(Path(config.out), "out", config.overwrite, (figures,))
+    with output.claimed(claim, (config.data, config.reward.path, config.reward.reference)) as out:
+        rows = _judgments(config)
+        told = {"data": rows, "reward": identity(config.reward), "seed": config.seed}
+        out = replace(out, settings=output.hashes(told))
+        if (before := output.finished(out)) is not None:
+            progress(f"{config.out}: made before with the same settings, kept (overwrite=true makes it again)", 1, 1)
+            return before["figures"]
+        return _score(config, rows, out, progress)
+
+
+def _score(
+    config: ScoreConfig, rows: list[Judgment], out: Output, progress: Callable[[str, int, int], None]
+) -> dict[str, Any] | None:
     scorer = make_scorer(config.reward)
     prompts = [row.prompt for row in rows for _ in row.responses]
     texts = [_words(response) for row in rows for response in row.responses]
@@ -66,11 +86,13 @@ def score(config: ScoreConfig, progress: Callable[[str, int, int], None]) -> dic
         pairs = [(o[i], o[j]) for o in row.orders for i in range(len(o)) for j in range(i + 1, len(o))]
         gaps += [mine[a] - mine[b] for a, b in pairs]
         prompt_of += [index] * len(pairs)
-    write_text(Path(config.out), "\n".join(lines) + "\n")
-    if not gaps:
-        return None
-    found = {"calibration": calibrate(np.array(gaps), np.array(prompt_of), config.seed).as_json()}
-    write_json(Path(f"{config.out}.figures.json"), found)
+    found = {"calibration": calibrate(np.array(gaps), np.array(prompt_of), config.seed).as_json()} if gaps else None
+    output.remember(out, written=False)
+    if found:
+        write_json(out.also[0], found)
+    else:
+        out.also[0].unlink(missing_ok=True)
+    output.write(out, "\n".join(lines) + "\n", {"figures": found})
     return found
 
 
@@ -80,21 +102,23 @@ def _judgments(config: ScoreConfig) -> list[Judgment]:
         try:
             found.append(_judgment(row))
         except RowError as error:
-            raise DataError(f"{config.data}, row {number}: {error}; mend the row") from None
+            raise DataError(f"{config.data}, row {number}: {error}; fix the row") from None
         if config.max_rows is not None and len(found) >= config.max_rows:
             break
     if not found:
-        raise DataError(f"{config.data}: nothing to score: it holds no rows")
+        raise DataError(f"{config.data}: nothing to score: it holds no rows; name a file with rows")
     return found
 
 
 def _judgment(row: dict[str, Any]) -> Judgment:
     if "responses" in row and not row.keys() & {"ranking", "scores", "votes", "choices"}:
-        prompt, responses = row.get("prompt"), row["responses"]
-        if not isinstance(prompt, str | list) or not isinstance(responses, list):
+        if not isinstance(row["responses"], list):
             raise RowError("samples are a prompt and a list of responses")
-        return Judgment(prompt if isinstance(prompt, str) else tuple(prompt), tuple(responses), ())
-    return FORMATS[recognise(row)](row)
+        return Judgment(prompt_of(row), tuple(sample_text(value, "responses") for value in row["responses"]), ())
+    name = recognise(row)
+    judgment = FORMATS[name](row)
+    # answers in no known order are samples
+    return judgment._replace(orders=()) if order_assumed(row, name) else judgment
 
 
 def _words(response: Text) -> str:

@@ -12,16 +12,18 @@ from typing import Any
 from pydantic import BaseModel, field_validator, model_validator
 
 from favor.config import STRICT
-from favor.data.prompts import encode_prompts, sample_seeds
+from favor.data.formats.common import RowError, brief
+from favor.data.prompts import encode_prompts, prompt_of, sample_seeds, sample_text
 from favor.data.sources import read_objects
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import DataError
 from favor.eval.judges import path_as_section
-from favor.eval.judgments import mend, text_key
+from favor.eval.judgments import read_sealed, text_key
+from favor.guard import seal
 from favor.model.load import ModelConfig, load_policy
 from favor.model.sample import SampleConfig, sample
-from favor.run import append
+from favor.run import append, cut_torn_line
 
 # Batches between two writes of the responses: what a killed run loses.
 _BATCHES = 4
@@ -84,11 +86,12 @@ def read_responses(source: str, split: str) -> dict[str, tuple[Text, list[str]]]
     """Prompt key -> (prompt, responses) of a file; rows of one prompt are put together. Raises DataError with the row."""
     found: dict[str, tuple[Text, list[str]]] = {}
     for number, row in read_objects(source, split):
-        prompt = row.get("prompt")
-        if not prompt or not isinstance(prompt, str | list):
-            raise DataError(f"{source}, row {number}: no prompt (text or messages); every row needs one")
-        text: Text = prompt if isinstance(prompt, str) else tuple(prompt)
-        found.setdefault(text_key(text), (text, []))[1].extend(_responses(row, f"{source}, row {number}"))
+        where = f"{source}, row {number}"
+        try:
+            text = prompt_of(row)
+        except RowError as error:
+            raise DataError(f"{where}: {error}; every row needs a prompt, text or messages") from None
+        found.setdefault(text_key(text), (text, []))[1].extend(_responses(row, where))
     if not found:
         raise DataError(f"{source}: nothing to use: it holds no rows; give rows with prompt and responses")
     return found
@@ -98,10 +101,8 @@ def sampled_responses(
     side: ModelConfig, asked: Sequence[Placed], how: Sampling, kept_in: Path, progress: Callable[[int, int], None]
 ) -> dict[str, list[str]]:
     """Prompt key -> responses of a model; what `kept_in` has is not sampled again, and what is new is added to it."""
-    mend(kept_in)
-    known: dict[str, list[str]] = {}
-    if kept_in.exists() and kept_in.stat().st_size:
-        known = {key: responses for key, (_, responses) in read_responses(str(kept_in), "train").items()}
+    cut_torn_line(kept_in)
+    known: dict[str, list[str]] = {text_key(row["prompt"]): row["responses"] for row in read_sealed(kept_in)}
     missing = [item for item in asked if item.key not in known]
     if not missing:
         return known
@@ -116,7 +117,7 @@ def sampled_responses(
         texts = policy.tokenizer.batch_decode([list(x) for x in out], skip_special_tokens=True)
         for i, item in enumerate(part):
             known[item.key] = texts[i * how.each : (i + 1) * how.each]
-            append(kept_in, {"prompt": item.prompt, "responses": known[item.key]})
+            append(kept_in, seal({"prompt": item.prompt, "responses": known[item.key]}))
     return known
 
 
@@ -125,16 +126,12 @@ def _responses(row: dict[str, Any], where: str) -> list[str]:
     if name is None:
         raise DataError(f"{where}: columns ({', '.join(sorted(row))}): no responses, response or completion; add one")
     values: list[Any] = row[name] if name == "responses" and isinstance(row[name], list) else [row[name]]
-    texts = [_content(value) for value in values]
-    if not texts or any(text is None for text in texts):
-        raise DataError(f"{where}: {name} is {row[name]!r:.80}; give text, or a list of texts as responses")
-    return [text for text in texts if text is not None]
-
-
-def _content(value: Any) -> str | None:
-    """The text of a response: text as it is, or the content of a single assistant turn."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
+    try:
+        texts = [sample_text(value, name) for value in values]
+    except RowError as error:
+        raise DataError(
+            f"{where}: {name} is {brief(row[name], 80)} ({error}); give text, or a list of texts as responses"
+        ) from None
+    if not texts:
+        raise DataError(f"{where}: {name} is {brief(row[name], 80)}; give text, or a list of texts as responses")
+    return texts

@@ -12,16 +12,17 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT, dump
+from favor.config import STRICT, Seed, dump
 from favor.data.prompts import read_prompts
 from favor.data.tokenize import TokensConfig
 from favor.errors import ConfigError, DataError
-from favor.eval.judges import Duel, JudgeConfig, describe
-from favor.eval.judgments import content, judge_all
+from favor.eval.judges import Duel, JudgeConfig, check_judge, describe
+from favor.eval.judgments import judge_all
 from favor.eval.sides import Placed, Sampling, SideConfig, read_responses, sampled_responses
 from favor.eval.winstats import JudgedPair, win_figures
+from favor.guard import content
 from favor.model.sample import SampleConfig
-from favor.run import RunFolder, make_folder, write_json, write_text
+from favor.run import RunFolder, opened, read_json, write_json, write_text
 
 _SHOWN = 20
 Progress = Callable[[str, int, int], None]
@@ -44,8 +45,8 @@ class WinrateConfig(BaseModel):
     max_prompts: int | None = Field(default=None, ge=1)
     tokens: TokensConfig = TokensConfig()
     sample: SampleConfig = SampleConfig()
-    samples_per_prompt: int = Field(default=1, ge=1)
-    seed: int = Field(default=0, ge=0)
+    samples_per_prompt: int = Field(default=1, ge=1, le=1000)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "WinrateConfig":
@@ -85,7 +86,19 @@ def winrate(config: WinrateConfig, say: Callable[[str], None], progress: Progres
     """
     files = {name: read_responses(side.file, config.split) for name, side in config.sides.items() if side.file}
     asked, left_out = _common(config, files)
-    folder = _open(config)
+    check_judge(config.judge)
+    with opened(RunFolder(Path(config.run))):
+        return _compare(config, (asked, left_out, files), say, progress)
+
+
+def _compare(
+    config: WinrateConfig,
+    found: tuple[list[Placed], dict[str, int], dict[str, Any]],
+    say: Callable[[str], None],
+    progress: Progress,
+) -> dict[str, Any]:
+    asked, left_out, files = found
+    folder = _settle(config)
     responses = {name: {key: texts for key, (_, texts) in rows.items()} for name, rows in files.items()}
     for name, side in config.sides.items():
         if side.model:
@@ -146,16 +159,15 @@ def _common(config: WinrateConfig, files: dict[str, Any]) -> tuple[list[Placed],
     return asked[: config.max_prompts], left_out
 
 
-def _open(config: WinrateConfig) -> RunFolder:
-    """The run folder, made or opened again. Responses and figures in it must be of the same sides and settings."""
+def _settle(config: WinrateConfig) -> RunFolder:
+    """The run folder with this recipe. Responses and figures in it must be of the same sides and settings."""
     folder = RunFolder(Path(config.run))
     if folder.config.exists() and not folder.winrate_settings.exists():
         raise ConfigError(f"{config.run}: already holds a run of another kind; choose another run=FOLDER")
-    make_folder(folder.root)
     settings = {name: _settings(config, side) for name, side in config.sides.items()}
-    before = json.loads(folder.winrate_settings.read_text("utf-8")) if folder.winrate_settings.exists() else settings
+    before = read_json(folder.winrate_settings) if folder.winrate_settings.exists() else settings
     for name in config.sides:
-        # a start that failed before anything was made may be mended and repeated
+        # a start that failed before anything was made may be put right and repeated
         if folder.responses(name).exists() or folder.winrate.exists():
             _same(name, before[name], settings[name], config.run)
     write_json(folder.winrate_settings, settings)

@@ -5,14 +5,18 @@ In: TOML. Out: FrontierConfig and its list of Points. Next: prepare.py.
 
 import os
 from dataclasses import dataclass
+from typing import Annotated
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT
+from favor.config import STRICT, Seed
 from favor.data.tokenize import TokensConfig
 from favor.scoring.source import RewardConfig
 
-Strengths = tuple[float, ...]
+# what the settings that a strength becomes take: loss.beta and ppo.target_kl, loss.alpha, train.epochs, N
+Strengths = tuple[Annotated[float, Field(gt=0, le=1e6)], ...]
+Shares = tuple[Annotated[float, Field(ge=0, le=1)], ...]
+Counts = tuple[Annotated[float, Field(le=1000)], ...]
 
 
 class TaskConfig(BaseModel):
@@ -97,9 +101,9 @@ class MethodStrengths(BaseModel):
     kto: Strengths = (0.03, 0.1, 0.5)
     ppo: Strengths = (3.0, 6.0, 12.0)
     ppo_true: Strengths = (3.0, 6.0, 12.0)
-    unlikelihood: Strengths = (0.1, 0.5, 1.0)
-    preferred_ft: Strengths = (1, 2, 3)
-    best_of_n: Strengths = (2, 4, 8, 16)
+    unlikelihood: Shares = (0.1, 0.5, 1.0)
+    preferred_ft: Counts = (1, 2, 3)
+    best_of_n: Counts = (2, 4, 8, 16)
 
 
 class FrontierConfig(BaseModel):
@@ -111,8 +115,8 @@ class FrontierConfig(BaseModel):
 
     model_config = STRICT
     run: str = "runs/frontier"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    jobs: int = Field(default=2, ge=1)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    jobs: int = Field(default=2, ge=1, le=256)
     layers: tuple[int, ...] = (0, 1, 2)
     task: TaskConfig | None = None
     sft: SftSizes = SftSizes()
@@ -130,6 +134,8 @@ class FrontierConfig(BaseModel):
         for name in ("preferred_ft", "best_of_n"):
             if any(s < 1 or s != int(s) for s in vars(self.methods)[name]):
                 raise ValueError(f"methods.{name} are whole numbers from 1 up")
+        if twice := [name for name, strengths in self.methods if len(set(strengths)) < len(strengths)]:
+            raise ValueError(f"methods.{twice[0]} names a strength twice; name each once")
         # by value: the resolved recipe names every key
         if self.task is not None and self.layers != type(self).model_fields["layers"].default:
             raise ValueError("layers cuts the embedded model; with [task] it is not read, remove it")

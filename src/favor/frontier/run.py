@@ -4,6 +4,7 @@ In: FrontierConfig. Out: frontier.json in the run folder. Next: recipe.py.
 """
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -29,8 +30,9 @@ from favor.frontier.prepare import (
 from favor.frontier.recipe import FrontierConfig, Point, points, threads
 from favor.frontier.summary import summarise
 from favor.model.load import memory_settings
-from favor.run import RunFolder, append, start, write_json
-from favor.train.session import Session, StoppedError, StopRequest
+from favor.run import RunFolder, append, write_json
+from favor.stop import StoppedAtOnceError, StoppedError, StopRequest
+from favor.train.session import Session, running
 
 
 def frontier(config: FrontierConfig, open_session: Callable[[Path], Session]) -> dict[str, Any]:
@@ -38,14 +40,19 @@ def frontier(config: FrontierConfig, open_session: Callable[[Path], Session]) ->
 
     The same command continues an unfinished picture; another recipe needs another run folder.
     """
-    folder = RunFolder(Path(config.run))
-    start(folder.root, dump(config), resume=folder.config.exists())
-    session = open_session(folder.root)
+    resume = RunFolder(Path(config.run)).config.exists()
+    with running(config.run, dump(config), resume=resume, open_session=open_session) as session:
+        return _frontier(config, session, open_session)
+
+
+def _frontier(config: FrontierConfig, session: Session, open_session: Callable[[Path], Session]) -> dict[str, Any]:
+    folder = session.folder
     places, began = Places(folder.root), time.monotonic()
     task = settle_task(config, folder.root, session.say)
     fine_tune(config, task, places, open_session)
     starts = [Point("start", 0, seed) for seed in config.seeds]
-    with _Pool(config, task, session) as pool:
+    told = "stopping when the points under way are done (once more: at once)"
+    with session.stop.looked_at(told), _Pool(config, task, session) as pool:
         # a reward model is measured on another seed's preferences, so these come first
         pool.run("label", starts)
         pool.run("reward", starts)
@@ -78,18 +85,27 @@ def work(recipe: Path, task: Task, kind: str, point: Point) -> str:
     return point.name
 
 
+def _leave_to_parent() -> None:
+    """Ctrl-C and a hang-up reach every process of a terminal; the parent decides for all."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Pool:
     """A few processes that work through jobs, with a line for each that ends; a stop signal lets none start."""
 
     def __init__(self, config: FrontierConfig, task: Task, session: Session) -> None:
         self._recipe, self._task, self._session = Path(config.run) / "config.toml", task, session
         # a forked process would inherit torch's threads in an unusable state
-        self._pool = ProcessPoolExecutor(config.jobs, mp_context=multiprocessing.get_context("spawn"))
+        self._pool = ProcessPoolExecutor(config.jobs, multiprocessing.get_context("spawn"), _leave_to_parent)
 
     def __enter__(self) -> "_Pool":
         return self
 
-    def __exit__(self, *unused: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
+        if kind is not None and issubclass(kind, StoppedAtOnceError):
+            for process in multiprocessing.active_children():
+                process.terminate()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, kind: str, jobs: Sequence[Point]) -> None:

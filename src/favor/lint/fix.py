@@ -3,6 +3,7 @@
 In: Rows and what the checks found. Out: a JSONL file of rows and one of actions. Next: run.py.
 """
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from favor.run import write_text
 
 # findings whose rows are left out: nothing in the row itself says how to mend it
 _DROPPED = ("secret", "personal", "echo", "repeated_turn", "lost_characters", "special_text", "round_trip", "language")
-_ALSO = ("near_duplicate", "doubled_special", "truncation")
+_ALSO = ("equal_ids", "near_duplicate", "doubled_special", "truncation")
 
 
 class Action(NamedTuple):
@@ -48,10 +49,20 @@ def clean(rows: Sequence[Row], findings: Sequence[Finding]) -> tuple[list[dict[s
 
 def write(kept: Sequence[Mapping[str, Any]], actions: Sequence[Action], path: Path) -> Path:
     """The clean copy at `path`, its actions beside it; returns where these are."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-    log = path.with_name(f"{path.stem}.actions.jsonl")
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=_as_text) + "\n" for row in kept))
+    log = actions_of(path)
     write_text(log, "".join(json.dumps(action._asdict(), ensure_ascii=False) + "\n" for action in actions))
     return log
+
+
+def _as_text(value: object) -> str:
+    """What a Parquet column may hold and JSON has not."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+def actions_of(path: Path) -> Path:
+    """Where the actions of a clean copy lie."""
+    return path.with_name(f"{path.stem}.actions.jsonl")
 
 
 def _reasons(rows: Sequence[Row], findings: Sequence[Finding]) -> dict[tuple[str, int], str]:

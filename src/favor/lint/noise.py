@@ -83,7 +83,13 @@ def noise_findings(gaps: Sequence[Gap], by: str, settings: LintSettings) -> list
     rare = middle - settings.noise * 1.4826 * float(np.median(np.abs(values - middle)))
     # against, and by no less than half of what is usually told apart
     limit = min(rare, -0.5 * float(np.median(np.abs(values))))
-    found = [Finding("note", "agreement", f"{by} agrees with {float((values > 0).mean()):.1%} of {len(gaps)} labels")]
+    agreed = float((values > 0).mean())
+    text = f"{by} agrees with {agreed:.1%} of {len(gaps)} labels"
+    # three standard errors below a coin
+    if agreed < 0.5 - 1.5 / len(gaps) ** 0.5:
+        found = [Finding("warning", "agreement", f"{text}: look whether the labels are the wrong way round")]
+    else:
+        found = [Finding("note", "agreement", text)]
     against = sorted((gap for gap in gaps if gap.value < limit), key=lambda gap: gap.value)
     if against:
         examples = tuple(

@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from rich.table import Table
 from rich.text import Text
 
+from favor.hide import without_known_places
 from favor.lint.settings import ORDER, Finding
 from favor.run import write_text
 
@@ -19,8 +20,10 @@ _LISTED = 200
 _COLOURED = {"error": "[red]error[/red]", "warning": "[yellow]warning[/yellow]", "note": "note"}
 
 
-def write_page(findings: Sequence[Finding], source: str, path: Path) -> None:
-    """Write the page whole or not at all."""
+def write_page(findings: Sequence[Finding], source: str, path: Path, places: Sequence[str] = ()) -> None:
+    """Write the page whole or not at all; `places` are paths of this machine, which it does not name."""
+    known = {path for finding in findings for path, _ in finding.rows} | set(places)
+    source, findings = without_known_places(source, known), [_anywhere(finding, known) for finding in findings]
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(files("favor.lint").joinpath("lint.html.jinja").read_text("utf-8"))
@@ -40,6 +43,17 @@ def findings_table(findings: Sequence[Finding]) -> Table:
         lines = [finding.message, *(f"  {example}" for example in finding.examples)]
         table.add_row(_COLOURED[finding.severity], finding.name, Text("\n".join(lines)))
     return table
+
+
+def _anywhere(finding: Finding, known: set[str]) -> Finding:
+    def shown(text: str) -> str:
+        return without_known_places(text, known)
+
+    return finding._replace(
+        message=shown(finding.message),
+        rows=tuple((shown(path), number) for path, number in finding.rows),
+        examples=tuple(map(shown, finding.examples)),
+    )
 
 
 def _numbers(finding: Finding) -> str:

@@ -3,14 +3,17 @@
 In: LintConfig. Out: Findings; JSON, a page, a cleaned copy. Next: page.py.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from favor import output
 from favor.data import sources
-from favor.data.formats import FORMATS, RowError, columns_of, recognise
-from favor.data.read import renamed
+from favor.data.formats import FORMATS, RowError, check_order, columns_of, recognise
+from favor.data.read import named
 from favor.data.settings import SourceConfig
 from favor.errors import CheckpointError, ConfigError, DataError
+from favor.hide import places_in
 from favor.lint import fix
 from favor.lint.noise import model_gaps, noise_findings, reward_gaps
 from favor.lint.page import write_page
@@ -19,6 +22,7 @@ from favor.lint.sets import set_findings
 from favor.lint.settings import ORDER, Finding, LintConfig, Row
 from favor.lint.tokens import token_findings
 from favor.model.load import ModelConfig, end_ids, load_policy, load_tokenizer
+from favor.output import Output
 from favor.run import write_json
 from favor.scoring.source import make_scorer
 
@@ -28,8 +32,31 @@ def lint(config: LintConfig) -> list[Finding]:
     settings, data = config.lint, config.data
     if settings.fix is not None and len(data.parts) > 1:
         raise ConfigError("lint.fix cleans one file; name it with data.train and clean each source by itself")
-    if settings.fix is not None and Path(settings.fix).resolve() == Path(data.training).resolve():
-        raise ConfigError(f"lint.fix={settings.fix} is the file it reads; name another one")
+    with contextlib.ExitStack() as claims:
+        for out in _outputs(config):
+            output.known(claims.enter_context(output.claimed(out, _inputs(config))))
+        return _lint(config)
+
+
+def _inputs(config: LintConfig) -> list[str | None]:
+    named = [source.path for source in config.data.parts] + [config.data.eval, config.lint.reference]
+    return [*named, config.model.path if config.model else None, config.reward.path if config.reward else None]
+
+
+def _outputs(config: LintConfig) -> list[Output]:
+    """The files that are asked for."""
+    settings = config.lint
+    named = {"lint.fix": settings.fix, "lint.out": settings.out, "lint.page": settings.page}
+    also = () if settings.fix is None else (fix.actions_of(Path(settings.fix)),)
+    return [
+        Output(Path(path), key, settings.overwrite, also if key == "lint.fix" else ())
+        for key, path in named.items()
+        if path is not None
+    ]
+
+
+def _lint(config: LintConfig) -> list[Finding]:
+    settings, data = config.lint, config.data
     known: dict[str, frozenset[str]] = {}
     rows = [row for source in data.parts for row in _rows(config, source, "train", known)]
     if data.eval is not None:
@@ -75,23 +102,27 @@ def fails(config: LintConfig, findings: list[Finding]) -> bool:
 
 
 def _rows(config: LintConfig, source: SourceConfig, part: str, known: dict[str, frozenset[str]]) -> Iterator[Row]:
-    name = source.format or config.data.format
+    name = asked = config.data.format_of(source)
     columns = config.data.columns if source.columns is None else source.columns
     found = sources.rows(source.path, source.split or config.data.split, streaming=config.data.streaming)
     count = 0
     for number, raw in sources.limited(found, source.max_rows or config.data.max_rows):
         count += 1
         try:
-            whole = sources.as_object(raw)
-            row = renamed(whole, columns)
+            row, whole = named(raw, source, config.data), sources.as_object(raw)
             name = recognise(row) if name == "auto" else name
+            if asked == "auto":
+                check_order(row, name)
             yield Row(part, source.path, number, whole, FORMATS[name](row), None)
         except RowError as error:
-            yield Row(part, source.path, number, raw if isinstance(raw, dict) else {"row": raw}, None, str(error))
+            known_row = raw if isinstance(raw, dict) else {} if isinstance(raw, RowError) else {"row": raw}
+            yield Row(part, source.path, number, known_row, None, str(error))
     if not count:
-        raise DataError(f"{source.path}: it holds no rows")
+        raise DataError(f"{source.path}: it holds no rows; name a file with rows")
     read = columns_of(name) if name != "auto" else frozenset[str]()
-    known[source.path] = read | {path.split(".")[0] for path in columns.values()}
+    verdict = config.data.verdict_of(source)
+    mapped = [*columns.values(), *((verdict.first, verdict.second, *verdict.columns) if verdict else ())]
+    known[source.path] = read | {path.split(".")[0] for path in mapped}
 
 
 def _summary(rows: list[Row]) -> Finding:
@@ -103,6 +134,8 @@ def _summary(rows: list[Row]) -> Finding:
 
 def _write(config: LintConfig, rows: list[Row], found: list[Finding]) -> None:
     settings = config.lint
+    for out in _outputs(config):
+        output.remember(out, written=False)
     if settings.fix is not None:
         train = [row for row in rows if row.part == "train"]
         kept, actions = fix.clean(train, found)
@@ -115,4 +148,7 @@ def _write(config: LintConfig, rows: list[Row], found: list[Finding]) -> None:
     if settings.out is not None:
         write_json(Path(settings.out), {"findings": [finding._asdict() for finding in found]})
     if settings.page is not None:
-        write_page(found, config.data.training, Path(settings.page))
+        known = places_in(config.model_dump(mode="json"))
+        write_page(found, config.data.training, Path(settings.page), known)
+    for out in _outputs(config):
+        output.remember(out, written=True)

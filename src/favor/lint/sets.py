@@ -18,6 +18,8 @@ from favor.lint.settings import Finding, LintSettings, Row, shown, words_of
 _ENOUGH = 30
 _LANGUAGE_WORDS = 6
 _SURE = 0.95
+# no fair choice falls on one side so often
+_ONE_SIDED = 0.9
 
 Where = tuple[str, int]
 
@@ -31,6 +33,7 @@ def set_findings(rows: Sequence[Row], settings: LintSettings, known: Mapping[str
         *_leaks(read, settings),
         *(_near(read, settings) if settings.near else ()),
         *_length(read, settings),
+        *_position(read),
         *_openings(read, settings),
         *(_languages(read) if settings.language else ()),
         *_columns(read, known),
@@ -169,6 +172,18 @@ def _length(rows: Sequence[Row], settings: LintSettings) -> list[Finding]:
         f"(correlation of length difference and label {correlation:+.2f})"
     )
     return [Finding("warning" if biased else "note", "length", text)]
+
+
+def _position(rows: Sequence[Row]) -> list[Finding]:
+    """How often the first of two responses is preferred, where their order has nothing to do with the judgment."""
+    best = [row.judgment.orders[0][0] for row in rows if row.judgment and row.judgment.placed and row.judgment.orders]
+    if not best:
+        return []
+    share = best.count(0) / len(best)
+    text = f"the first response is preferred in {share:.0%} of {len(best)} comparisons"
+    if len(best) >= _ENOUGH and not 1 - _ONE_SIDED <= share <= _ONE_SIDED:
+        return [Finding("warning", "position", f"{text}: look whether the verdict's column is read as it is meant")]
+    return [Finding("note", "position", text)]
 
 
 def _openings(rows: Sequence[Row], settings: LintSettings) -> list[Finding]:

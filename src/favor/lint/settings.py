@@ -3,9 +3,11 @@
 In: a recipe. Out: LintConfig, Row, Finding. Next: rows.py.
 """
 
+import difflib
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from favor.config import STRICT
 from favor.data.formats import Judgment
@@ -16,13 +18,16 @@ from favor.model.load import ModelConfig
 from favor.scoring.source import RewardConfig
 
 Severity = Literal["error", "warning", "note"]
+# what a training recipe holds besides, and lint does not look at
+ELSEWHERE = {"run", "seed", "resume", "loss", "optim", "reference", "train", "watch", "ppo", "sample"}
 ORDER: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 class LintSettings(BaseModel):
     """Section [lint]; docs/lint.md gives every check with its threshold.
 
-    out, page, fix: the findings as JSON and as an HTML page; a cleaned copy of the training rows (JSONL). fail_on: the
+    out, page, fix: the findings as JSON and as an HTML page; a cleaned copy of the training rows (JSONL). They replace what
+    favor lint wrote there before; overwrite: any other file too. fail_on: the
     least severe finding that makes the exit code 1. near: Jaccard similarity of word triples from which texts count as
     near-duplicates (0: not looked for). noise: how many standard deviations below its
     median a reward difference must lie to doubt its label. doubt: ask [model] about the labels, by the mean log-prob of a
@@ -33,6 +38,7 @@ class LintSettings(BaseModel):
     out: str | None = None
     page: str | None = None
     fix: str | None = None
+    overwrite: bool = False
     fail_on: Literal["error", "warning", "never"] = "error"
     near: float = Field(default=0.8, ge=0, le=1)
     language: bool = True
@@ -44,6 +50,13 @@ class LintSettings(BaseModel):
     reference: str | None = None
     examples: int = Field(default=5, ge=0)
 
+    @field_validator("out", "page", "fix")
+    @classmethod
+    def _is_a_file(cls, path: str | None) -> str | None:
+        if path is not None and not Path(path).name:
+            raise ValueError(f"{path} is a folder; name a file")
+        return path
+
     @model_validator(mode="after")
     def _reference_is_read(self) -> "LintSettings":
         if self.reference is not None and not self.doubt:
@@ -54,15 +67,26 @@ class LintSettings(BaseModel):
 class LintConfig(BaseModel):
     """A recipe for `favor lint`: [data] and [lint]; [model] tries its tokenizer and template, [reward] doubts labels.
 
-    A whole training recipe serves too; its other sections are not looked at.
+    A whole training recipe serves too; its other sections are not looked at. What no such recipe has is refused.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = STRICT | ConfigDict(extra="ignore")
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
     lint: LintSettings = LintSettings()
     model: ModelConfig | None = None
     reward: RewardConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_other_keys(cls, tree: Any) -> Any:
+        known = [*cls.model_fields, *ELSEWHERE]
+        for key in tree if isinstance(tree, dict) else ():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(cls.model_fields)}"
+                raise ValueError(f"unknown key '{key}'; {hint}")
+        return tree
 
 
 class Row(NamedTuple):

@@ -81,8 +81,8 @@ class LossConfig(BaseModel):
 
     model_config = STRICT
     name: LossName = "sigmoid"
-    weight: float = Field(default=1.0, gt=0)
-    beta: float = Field(default=0.1, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1e6)
+    beta: float = Field(default=0.1, gt=0, le=1e6)
     label_smoothing: float = Field(default=0.1, ge=0, lt=0.5)
     length_normalized: bool = False
     divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"

@@ -7,6 +7,7 @@ its log-probs random. Next: attention.py.
 import contextlib
 import ctypes
 import platform
+import re
 from collections.abc import Generator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ class LoraSettings(BaseModel):
     """Train low-rank adapters; the model without them is the reference."""
 
     model_config = STRICT
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=1 << 16)
     alpha: int = Field(default=32, ge=1)
     targets: str | tuple[str, ...] = "all-linear"
 
@@ -254,7 +255,7 @@ def _with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Pef
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config).eval()
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             raise ConfigError(f"model.lora.targets = {settings.targets!r}: {error}") from None
 
 

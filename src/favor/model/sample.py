@@ -21,8 +21,8 @@ class SampleConfig(BaseModel):
     """Section [sample]. Sampling is from the model's own distribution unless temperature says otherwise."""
 
     model_config = STRICT
-    max_new_tokens: int = Field(default=64, ge=1)
-    temperature: float = Field(default=1.0, gt=0)
+    max_new_tokens: int = Field(default=64, ge=1, le=1_000_000)
+    temperature: float = Field(default=1.0, ge=1e-4)
     batch: int = Field(default=32, ge=1)
 
 

@@ -4,7 +4,9 @@ In: RunRecords, the first being the page's own run. Out: report.html. Next: page
 """
 
 import math
+import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.io import to_html
 
+from favor.hide import in_texts, places_in, without_places
 from favor.report.collect import RunRecord
 from favor.report.frontier import frontier_figure, frontier_rows, samples_side_by_side, stability_figures
 from favor.report.table import figure_rows
@@ -58,7 +61,8 @@ _COLOURS = ("#2f6f9f", "#c2603a", "#3f8f5f", "#8a5fa8", "#8c7a2f", "#555555")
 
 
 def write_page(runs: Sequence[RunRecord], path: Path) -> None:
-    """Write the page for one run, or for several compared; whole or not at all."""
+    """Write the page for one run, or for several compared; whole or not at all. It names no place of this machine."""
+    runs = [_anywhere(run) for run in runs]
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(files("favor.report").joinpath("page.html.jinja").read_text("utf-8"))
@@ -79,6 +83,25 @@ def write_page(runs: Sequence[RunRecord], path: Path) -> None:
         samples=[(run.name, [_sides(sample) for sample in run.samples]) for run in runs if run.samples],
     )
     write_text(path, page)
+
+
+def _anywhere(run: RunRecord) -> RunRecord:
+    """The record as others may see it: paths cut to their last name, but for the texts of the samples."""
+    try:
+        known = places_in(tomllib.loads(run.config))
+    except tomllib.TOMLDecodeError:
+        known = []
+
+    def shown(text: str) -> str:
+        return without_places(text, known)
+
+    return replace(
+        run,
+        config=shown(run.config),
+        events=tuple(in_texts(run.events, shown)),
+        data=in_texts(run.data, shown),
+        winrate=in_texts(run.winrate, shown),
+    )
 
 
 def _frontier(run: RunRecord) -> dict[str, Any]:

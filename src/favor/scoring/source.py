@@ -4,11 +4,14 @@ In: RewardConfig. Out: a Scorer, (prompts, responses as text) -> one finite numb
 Next: model.py.
 """
 
-import importlib
 import importlib.util
+import itertools
+import json
 import math
-import sys
-from collections.abc import Callable, Sequence
+import reprlib
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -17,7 +20,10 @@ from pydantic import BaseModel, Field, model_validator
 from favor.config import STRICT
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
-from favor.errors import ConfigError, DataError
+from favor.errors import DataError, clipped
+from favor.guard import content, sha
+from favor.run import read_text
+from favor.scoring.user import find_function, guarded
 
 Scorer: TypeAlias = Callable[[Sequence[Text], Sequence[str]], list[float]]
 
@@ -48,6 +54,20 @@ class RewardConfig(BaseModel):
         return self
 
 
+def identity(config: RewardConfig) -> str:
+    """A hash of the section and of the content of everything it names: another reward has another one."""
+    named = [config.path, config.reference]
+    place, _, _ = config.path.rpartition(":")
+    if config.kind == "callable" and place and not place.endswith(".py"):
+        spec = _spec(place)
+        named.append(spec.origin if spec else None)
+    recipe = Path(config.path) / "config.toml"
+    if config.kind == "implicit" and recipe.exists():
+        # its reference is the model the run started from
+        named.append(tomllib.loads(read_text(recipe)).get("model", {}).get("path"))
+    return sha(json.dumps([config.model_dump(mode="json"), [content(str(name)) for name in named if name]]))
+
+
 def make_scorer(config: RewardConfig) -> Scorer:
     """Load what scores. Raises ConfigError, DataError or CheckpointError when it cannot be had."""
     return _checked(_MAKERS[config.kind](config), f"reward {config.kind} {config.path}")
@@ -74,7 +94,14 @@ def _classifier(config: RewardConfig) -> Scorer:
 
 def _callable(config: RewardConfig) -> Scorer:
     function = find_function(config.path)
-    return lambda prompts, responses: function(list(prompts), list(responses))
+
+    def score(prompts: Sequence[Text], responses: Sequence[str]) -> Any:
+        found = function(list(prompts), list(responses))
+        # a generator runs the user's code while it is read, and may have no end
+        with guarded(config.path, "failed"):
+            return list(itertools.islice(found, len(responses) + 1)) if isinstance(found, Iterator) else found
+
+    return score
 
 
 _MAKERS: dict[str, Callable[[RewardConfig], Scorer]] = {
@@ -85,49 +112,55 @@ _MAKERS: dict[str, Callable[[RewardConfig], Scorer]] = {
 }
 
 
-def find_function(path: str) -> Callable[..., Any]:
-    """`file.py:function` or `package.module:function` -> the function. Raises ConfigError naming what is missing."""
-    place, _, name = path.rpartition(":")
-    if not place or not name:
-        raise ConfigError(f"{path}: expected file.py:function or package.module:function")
-    module = _from_file(Path(place)) if place.endswith(".py") else _from_package(place)
-    found = vars(module).get(name)
-    if not callable(found):
-        raise ConfigError(f"{path}: {place} has no function '{name}'")
-    return found
+def check_scorer(config: RewardConfig) -> None:
+    """Look for what scores without loading a model: before hours are spent on what it is to score. Raises as `make_scorer`."""
+    if config.kind == "callable":
+        find_function(config.path)
+    elif config.kind == "model":
+        from favor.model.load import check_path
+
+        check_path(config.path)
+    elif not Path(config.path).exists():
+        what = "no finished run" if config.kind == "implicit" else "no such file"
+        raise DataError(f"{config.path}: {what}; check reward.path")
 
 
-def _from_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ConfigError(f"{path}: no such Python file; check the path before the colon")
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses and the like look their module up by name
-    sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _from_package(name: str) -> Any:
+def _spec(name: str) -> ModuleSpec | None:
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{name}: no such Python module ({error}); install it or name a file.py") from None
+        return importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        # make_scorer says what is wrong
+        return None
 
 
 def _checked(score: Scorer, what: str) -> Scorer:
     """One finite number per response, or an error that says which function gave what."""
 
     def checked(prompts: Sequence[Text], responses: Sequence[str]) -> list[float]:
-        try:
-            scores = [float(x) for x in score(prompts, responses)]
-        except TypeError as error:
-            raise DataError(f"{what}: must return one number per response ({error})") from None
-        if len(scores) != len(responses):
-            raise DataError(f"{what}: returned {len(scores)} scores for {len(responses)} responses")
-        bad = next((i for i, x in enumerate(scores) if not math.isfinite(x)), None)
-        if bad is not None:
-            raise DataError(f"{what}: score {scores[bad]} for the response {responses[bad]!r:.80}; give finite numbers")
-        return scores
+        found: Any = score(prompts, responses)
+        if not isinstance(found, Iterable) or isinstance(found, str | bytes | Mapping | Set):
+            raise DataError(f"{what}: returned {_shown(found)}; return a list with one number per response")
+        given = list(found)
+        if len(given) != len(responses):
+            raise DataError(
+                f"{what}: returned {len(given)} scores for {len(responses)} responses; return one number per response"
+            )
+        return [_number(x, text, what) for x, text in zip(given, responses, strict=True)]
 
     return checked
+
+
+def _number(value: Any, text: str, what: str) -> float:
+    if isinstance(value, str | bytes) or value is None:
+        raise DataError(f"{what}: gave {_shown(value)} to the response {text!r:.80}; give it one number")
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise DataError(f"{what}: gave {_shown(value)} to the response {text!r:.80}; give it one number") from None
+    if not math.isfinite(found):
+        raise DataError(f"{what}: score {found} for the response {text!r:.80}; give finite numbers")
+    return found
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {clipped(' '.join(reprlib.repr(value).split()))}"

@@ -1,17 +1,16 @@
-"""Checkpoints: weights, optimizer and place in the data, as safetensors and JSON; whole or absent.
+"""Checkpoints: weights, optimizer and place in the data, as safetensors and JSON; whole or absent, and under a hash.
 
 In: the training state at the end of a step. Out: a folder `step-000040`, and the state back from it bit
-for bit. Next: preference.py.
+for bit, or a refusal. Next: preference.py.
 """
 
-import json
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, NamedTuple
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,23 +18,32 @@ from torch import Tensor, nn
 from favor.config import STRICT
 from favor.data.loader import LoaderState
 from favor.errors import CheckpointError
+from favor.guard import file_hash, sha
+from favor.hide import without_places
 from favor.model.load import Policy
-from favor.run import atomic_folder
+from favor.run import atomic_folder, refuse_changed, remove_folder
 
-_BESIDE = "reference.safetensors"
+_POLICY, _OPTIMIZER, _BESIDE, _STATE = "policy", "optimizer", "reference", "state.json"
+Share = Annotated[float, Field(ge=0)]
 
 
 class TrainingState(BaseModel):
-    """Where training stands after `step` optimizer steps."""
+    """Where training stands after `step` optimizer steps, and what it came from.
+
+    inputs: name -> hash of everything that enters. kl, below: the last KL probe and the displacement window. metrics:
+    how long metrics.jsonl was, and its hash.
+    """
 
     model_config = STRICT
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    seconds: float = 0.0
-    reference: str = ""
-    data: str = ""
-    kl_coef: float | None = None
+    step: int = Field(default=0, ge=0)
+    epoch: int = Field(default=0, ge=0)
+    position: int = Field(default=0, ge=0)
+    seconds: float = Field(default=0.0, ge=0)
+    inputs: dict[str, str] = {}
+    kl_coef: float | None = Field(default=None, ge=0)
+    kl: dict[str, float] = {}
+    below: tuple[tuple[Share, Share], ...] = ()
+    metrics: tuple[int, str] = (0, "")
 
     def after_step(self, place: LoaderState, seconds: float) -> "TrainingState":
         """The state one step later; `place` is where the loader then stands."""
@@ -47,6 +55,29 @@ class TrainingState(BaseModel):
         return self.epoch + self.position / num_trees
 
 
+class _Sealed(BaseModel):
+    """state.json: the state, SHA-256 of the files beside it, and of all of this."""
+
+    model_config = STRICT
+    state: TrainingState
+    files: dict[str, str]
+    sha256: str = ""
+
+    def seal(self) -> str:
+        """What `sha256` must be."""
+        return sha(self.model_copy(update={"sha256": ""}).model_dump_json())
+
+
+class Stored(NamedTuple):
+    """A sound checkpoint: its files hold what was written."""
+
+    path: Path
+    state: TrainingState
+    policy: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    beside: dict[str, Tensor]
+
+
 def save(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
@@ -55,29 +86,58 @@ def save(
     keep: int,
     beside: Mapping[str, Tensor],
 ) -> Path:
-    """Write `folder/step-NNNNNN` aside, fsync, rename; then remove all but the newest `keep` checkpoints.
+    """Write `folder/step-NNNNNN` aside, fsync, rename; then remove all but the newest `keep` checkpoints up to this one.
 
     beside: weights that move without being trained, such as TR-DPO's reference.
     """
     path = folder / f"step-{state.step:06d}"
+    parts = {_POLICY: parameters, _OPTIMIZER: _optimizer_tensors(parameters, optimizer), _BESIDE: beside}
     with atomic_folder(path) as aside:
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, aside / "policy.safetensors")
-        save_file(_optimizer_tensors(parameters, optimizer), aside / "optimizer.safetensors")
-        if beside:
-            save_file({name: t.detach().cpu().contiguous() for name, t in beside.items()}, aside / _BESIDE)
-        (aside / "state.json").write_text(state.model_dump_json(indent=2) + "\n", "utf-8")
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        files: dict[str, str] = {}
+        for name, tensors in parts.items():
+            if tensors or name != _BESIDE:
+                file = aside / f"{name}.safetensors"
+                save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, file)
+                files[file.name] = file_hash(file)
+        sealed = _Sealed(state=state, files=files)
+        sealed = sealed.model_copy(update={"sha256": sealed.seal()})
+        (aside / _STATE).write_text(sealed.model_dump_json(indent=2) + "\n", "utf-8")
+    found = checkpoints(folder)
+    kept = [old for old in found if _step(old) <= state.step][-keep:]
+    # later ones were damaged, or this run would stand where they are
+    for old in found:
+        if old not in kept:
+            remove_folder(old)
     return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*")) if folder.exists() else []
+    found = folder.glob("step-*") if folder.exists() else ()
+    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=_step)
 
 
-def load(
-    path: Path,
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def read(path: Path) -> Stored:
+    """A checkpoint's content. Raises CheckpointError when it is not, byte for byte, what was written."""
+    try:
+        sealed = _Sealed.model_validate_json((path / _STATE).read_bytes())
+        if sealed.sha256 != sealed.seal():
+            raise CheckpointError(f"{path}: damaged checkpoint ({_STATE} is not what was written)")
+        for name, expected in sealed.files.items():
+            if file_hash(path / name) != expected:
+                raise CheckpointError(f"{path}: damaged checkpoint ({name} is not what was written)")
+        parts = {name: load_file(path / name) for name in sealed.files}
+        return Stored(path, sealed.state, *(parts.get(f"{n}.safetensors", {}) for n in (_POLICY, _OPTIMIZER, _BESIDE)))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})") from None
+
+
+def restore(
+    stored: Stored,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     expected: TrainingState,
@@ -85,30 +145,54 @@ def load(
 ) -> TrainingState:
     """Put weights and optimizer state back in place.
 
-    Raises CheckpointError when the checkpoint is damaged or belongs to another reference or other data.
+    Raises CheckpointError when the checkpoint comes from other inputs, naming them, or does not fit the weights.
     """
-    try:
-        state = TrainingState.model_validate_json((path / "state.json").read_text("utf-8"))
-        policy, moments = load_file(path / "policy.safetensors"), load_file(path / "optimizer.safetensors")
-        moved = load_file(path / _BESIDE) if beside else {}
-    except (OSError, ValueError, SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{path}: damaged checkpoint ({error}); delete this folder to resume from the one before"
-        ) from None
-    for name in ("reference", "data"):
-        if getattr(state, name) != getattr(expected, name):
-            raise CheckpointError(f"{path}: was written with another {name}; resume with what the run started with")
-    if policy.keys() != parameters.keys():
-        raise CheckpointError(
-            f"{path}: holds other weights than this model; resume with the model the run started with"
-        )
+    refuse_changed(str(stored.path), stored.state.inputs, expected.inputs)
+    _check_fit(f"{stored.path}, weights", stored.policy, parameters)
+    _check_fit(f"{stored.path}, reference", stored.beside, beside)
+    moments = _moments(stored, parameters)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(policy[name])
+            parameter.copy_(stored.policy[name])
         for name, tensor in beside.items():
-            tensor.copy_(moved[name])
-    _restore(parameters, optimizer, moments)
-    return state
+            tensor.copy_(stored.beside[name])
+    for name, parameter in parameters.items():
+        mine = moments[name]
+        optimizer.state[parameter] = {k: v if v.dim() == 0 else v.to(parameter.device) for k, v in mine.items()}
+    return stored.state
+
+
+def _check_fit(what: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """The same names, shapes and types, and finite: nothing is broadcast, converted or left as it was."""
+    wrong = sorted(found.keys() ^ wanted.keys())
+    wrong += [
+        n for n in wanted if n in found and (found[n].shape, found[n].dtype) != (wanted[n].shape, wanted[n].dtype)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{what}: not those of this model ({wrong[0]}); resume with the model the run started with"
+        )
+    bad = next((name for name, tensor in found.items() if not tensor.isfinite().all()), None)
+    if bad is not None:
+        raise CheckpointError(f"{what}: {bad} is not finite; delete this folder to resume from the one before")
+
+
+def _moments(stored: Stored, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """Optimizer state by parameter; every one that has any has the same, in its own shape."""
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for key, value in stored.moments.items():
+        kind, _, name = key.partition(".")
+        wanted = parameters.get(name)
+        if wanted is None or (value.dim() and value.shape != wanted.shape) or not value.isfinite().all():
+            raise CheckpointError(
+                f"{stored.path}: optimizer state '{key}' does not fit; delete this folder to resume from the one before"
+            )
+        found[name][kind] = value
+    if len({frozenset(mine) for mine in found.values() if mine}) > 1 or bool(stored.state.step) != any(found.values()):
+        raise CheckpointError(
+            f"{stored.path}: optimizer state is missing; delete this folder to resume from the one before"
+        )
+    return found
 
 
 def save_model(policy: Policy, folder: Path) -> None:
@@ -116,6 +200,10 @@ def save_model(policy: Policy, folder: Path) -> None:
     with atomic_folder(folder) as aside:
         policy.model.save_pretrained(aside)
         policy.tokenizer.save_pretrained(aside)
+        card = aside / "README.md"
+        if card.exists():
+            # PEFT's names the base model by its path on this machine; adapter_config.json needs it, readers do not
+            card.write_text(without_places(card.read_text("utf-8"), [policy.source]), "utf-8")
 
 
 def _optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -124,15 +212,3 @@ def _optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.
         for name, parameter in parameters.items()
         for key, value in optimizer.state[parameter].items()
     }
-
-
-def _restore(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
-) -> None:
-    for name, parameter in parameters.items():
-        mine: dict[str, Any] = {
-            key.removesuffix(f".{name}"): value
-            for key, value in moments.items()
-            if key.endswith(f".{name}") and "." not in key.removesuffix(f".{name}")
-        }
-        optimizer.state[parameter] = {k: v if v.dim() == 0 else v.to(parameter.device) for k, v in mine.items()}

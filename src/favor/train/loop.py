@@ -12,10 +12,14 @@ from favor.data import pack
 from favor.data.types import Batch, TokenTree
 from favor.dist.reduce import largest
 from favor.dist.world import World, barrier
+from favor.errors import CheckpointError
+from favor.guard import length_and_hash
 from favor.model.load import Policy
+from favor.run import fsync
+from favor.stop import StoppedError
 from favor.train import checkpoint
 from favor.train.checkpoint import TrainingState
-from favor.train.session import Session, StoppedError
+from favor.train.session import Session
 from favor.train.step import Machine
 
 
@@ -45,15 +49,43 @@ def micro_batches(trees: Sequence[TokenTree], policy: Policy, budget: int, world
     return [pack.build([trees[i] for i in members], policy.layout) for members in bins if members]
 
 
-def resume(machine: Machine, expected: TrainingState, session: Session) -> TrainingState:
-    """Continue from the newest checkpoint, or from the start when a run stopped before its first one."""
-    found = checkpoint.checkpoints(session.folder.checkpoints)
-    if not found:
+def resume(machine: Machine, expected: TrainingState, session: Session, num_trees: int) -> TrainingState:
+    """Continue from the newest sound checkpoint, or from the start when a run stopped before its first one.
+
+    Raises CheckpointError when there are checkpoints and none is sound, or when it belongs to other inputs.
+    """
+    stored = newest_sound(session)
+    if stored is None:
         session.event(0, "resume", "resume: no checkpoint yet, starting from the first step")
         return expected
-    state = checkpoint.load(found[-1], machine.parameters, machine.optimizer, expected, machine.beside)
-    session.event(state.step, "resume", f"resumed after step {state.step} from {found[-1]}")
+    if stored.state.position >= num_trees:
+        raise CheckpointError(
+            f"{stored.path}: stands at prompt {stored.state.position} of {num_trees}; resume with the data it began with"
+        )
+    state = checkpoint.restore(stored, machine.parameters, machine.optimizer, expected, machine.beside)
+    if session.world.is_main and length_and_hash(session.folder.metrics, state.metrics[0]) != state.metrics:
+        said = f"warning: {session.folder.metrics} is not what was written until step {state.step}: its curves may be wrong"
+        session.event(state.step, "damaged", f"{said} or have holes; weights and optimizer are as they were")
+    session.event(state.step, "resume", f"resumed after step {state.step} from {stored.path}")
     return state
+
+
+def newest_sound(session: Session) -> checkpoint.Stored | None:
+    """The newest checkpoint that holds what was written; a damaged one is passed over, and that is said.
+
+    Raises CheckpointError when there are some and all are damaged.
+    """
+    found = checkpoint.checkpoints(session.folder.checkpoints)
+    for path in reversed(found):
+        try:
+            return checkpoint.read(path)
+        except CheckpointError as error:
+            if path == found[0]:
+                raise CheckpointError(
+                    f"{error}; no sound checkpoint is left: delete {session.folder.checkpoints} to resume from the first step"
+                ) from None
+            session.event(0, "damaged", f"warning: {error}; going back to the checkpoint before")
+    return None
 
 
 def save_or_stop(loop: LoopConfig, machine: Machine, state: TrainingState, total: int, session: Session) -> None:
@@ -62,8 +94,11 @@ def save_or_stop(loop: LoopConfig, machine: Machine, state: TrainingState, total
     due = loop.save_every > 0 and state.step % loop.save_every == 0 and state.step < total
     if due or number:
         if session.world.is_main:
+            # what a checkpoint comes after must not be lost with the power
+            fsync(session.folder.metrics)
+            now = state.model_copy(update={"metrics": length_and_hash(session.folder.metrics)})
             folder = session.folder.checkpoints
-            checkpoint.save(folder, machine.parameters, machine.optimizer, state, loop.keep_checkpoints, machine.beside)
+            checkpoint.save(folder, machine.parameters, machine.optimizer, now, loop.keep_checkpoints, machine.beside)
         barrier(session.world)
     if number:
         raise StoppedError(f"stopped after step {state.step} of {total}; continue with resume=true", number)

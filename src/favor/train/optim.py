@@ -6,7 +6,7 @@ Next: step.py.
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, Field
@@ -14,17 +14,20 @@ from torch import nn
 
 from favor.config import STRICT
 
+# a share that a running mean keeps: at 1 it would never learn anything, and AdamW divides by 1 - beta^step
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimConfig(BaseModel):
     """Section [optim]. The paper's own setting is rmsprop, lr 1e-6, 150 warm-up steps, batch 64."""
 
     model_config = STRICT
     name: Literal["adamw", "rmsprop"] = "adamw"
-    lr: float = Field(default=5e-6, gt=0)
+    lr: float = Field(default=5e-6, gt=0, le=1e3)
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     clip: float = Field(default=1.0, gt=0)
 

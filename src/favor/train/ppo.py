@@ -4,7 +4,6 @@ In: PpoConfig (a recipe with a [reward]). Out: a run folder with the trained pol
 training. Equations: ../losses/ppo.py; rollouts: rollout.py. Next: step.py.
 """
 
-import hashlib
 import itertools
 import json
 import time
@@ -17,26 +16,28 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from favor.config import STRICT, dump
+from favor.config import STRICT, Seed, dump
+from favor.data import sources
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.prompts import encode_prompts, read_prompts
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import NumericsError
+from favor.guard import sha
 from favor.losses import ppo
 from favor.model.heads import Critic, logps_and_values, make_critic
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, frozen_copy, load_policy, precision_of
 from favor.model.sample import SampleConfig
-from favor.run import start
-from favor.scoring.source import RewardConfig, make_scorer
+from favor.scoring.source import RewardConfig, check_scorer, make_scorer
+from favor.scoring.source import identity as reward_identity
 from favor.train import checkpoint
 from favor.train.checkpoint import TrainingState
-from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
+from favor.train.loop import LoopConfig, finish, micro_batches, newest_sound, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
-from favor.train.reference import weights_hash
+from favor.train.reference import identity
 from favor.train.rollout import Actors, Prompt, Rollout, collect, position_M
-from favor.train.session import Bar, Session
+from favor.train.session import Bar, Session, running
 from favor.train.step import Machine, Objective, step
 
 STATS = ("tokens", "policy_loss", "value_loss", "clipped", "update_kl")
@@ -63,7 +64,7 @@ class PpoSettings(BaseModel):
 
     model_config = STRICT
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
-    samples_per_prompt: int = Field(default=4, ge=1)
+    samples_per_prompt: int = Field(default=4, ge=1, le=1000)
     updates: int = Field(default=2, ge=1)
     minibatch_prompts: int | None = Field(default=None, ge=1)
     gamma: float = Field(default=1.0, gt=0, le=1)
@@ -104,7 +105,7 @@ class PpoConfig(BaseModel):
 
     model_config = STRICT
     run: str
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     resume: bool = False
     model: ModelConfig
     data: PromptsConfig
@@ -124,8 +125,13 @@ class PpoConfig(BaseModel):
 
 def train_ppo(config: PpoConfig, open_session: Callable[[Path], Session]) -> None:
     """Train a policy on a reward. Raises the errors of every part; NumericsError when the KL explodes."""
-    folder = start(Path(config.run), dump(config), resume=config.resume)
-    session = open_session(folder.root)
+    sources.check(config.data.train)
+    check_scorer(config.reward)
+    with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
+        _improve(config, session)
+
+
+def _improve(config: PpoConfig, session: Session) -> None:
     policy = load_policy(config.model, config.seed)
     numbered = read_prompts(config.data.train, config.data.split, config.data.max_prompts)
     ids = encode_prompts(config.data.train, numbered, policy.tokenizer, config.tokens)
@@ -225,15 +231,18 @@ def _loop(config: PpoConfig, prompts: Sequence[Prompt], actors: Actors, session:
     parameters = policy.trainable() | (actors.critic.trainable() if actors.critic else {})
     optimizer = make_optimizer(config.optim, parameters)
     machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world)
-    data = hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()
-    state = TrainingState(reference=weights_hash(actors.reference), data=data, kl_coef=settings.kl_coef)
+    inputs = identity(actors.reference, config.tokens) | {
+        "prompts": sha(json.dumps([(prompt.text, prompt.ids) for prompt in prompts])),
+        "reward": reward_identity(config.reward),
+    }
+    state = TrainingState(inputs=inputs, kl_coef=settings.kl_coef)
     expected = state
     if config.resume:
-        state = resume(machine, state, session)
+        state = resume(machine, state, session, len(prompts))
     total = num_steps(loop, len(prompts))
     order = Order(len(prompts), loop.batch_prompts, config.seed, loop.shuffle)
     began = time.monotonic() - state.seconds
-    with Bar(session, "ppo", total, state.step) as bar:
+    with session.stop.looked_at(), Bar(session, "ppo", total, state.step) as bar:
         for indices, place in batches(order, LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break
@@ -298,11 +307,11 @@ def _stop_on_explosion(
     """Put the last good checkpoint back, write it as the final model, and say so with an error."""
     what = f"KL explosion: {kl:.0f} nats a response after rollout {state.step} (ppo.explosion_kl = {config.ppo.explosion_kl:.0f})"
     remedy = "lower optim.lr, raise ppo.kl_coef or lower ppo.target_kl"
-    found = checkpoint.checkpoints(session.folder.checkpoints)
-    if not found:
+    found = newest_sound(session)
+    if found is None:
         session.event(state.step, "kl_explosion", f"warning: {what}; there is no checkpoint yet")
         raise NumericsError(f"{what} before the first checkpoint; {remedy}, or save sooner (train.save_every)")
-    good = checkpoint.load(found[-1], machine.parameters, machine.optimizer, expected, machine.beside)
+    good = checkpoint.restore(found, machine.parameters, machine.optimizer, expected, machine.beside)
     session.event(state.step, "kl_explosion", f"warning: {what}; back to rollout {good.step}")
     finish(policy, good, session)
     raise NumericsError(f"{what}; the model in {session.folder.model} is that of rollout {good.step}; {remedy}")

@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, model_validator
 from torch import Tensor
 
 from favor import losses
-from favor.config import STRICT, dump
+from favor.config import STRICT, Seed, dump
 from favor.data import pack
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
@@ -26,16 +26,16 @@ from favor.errors import NumericsError
 from favor.losses import LossConfig
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy, precise, precision_of
-from favor.run import start
-from favor.scoring.source import RewardConfig, make_scorer
+from favor.scoring.source import RewardConfig, check_scorer, make_scorer
+from favor.scoring.source import identity as reward_identity
 from favor.train import reference, twopass
 from favor.train.checkpoint import TrainingState
-from favor.train.data import Splits, load_splits
+from favor.train.data import Splits, check_sources, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import Reference, ReferenceConfig
 from favor.train.scored import kto_zero, needs, score, usable
-from favor.train.session import Bar, Session
+from favor.train.session import Bar, Session, running
 from favor.train.step import Machine, Objective, Stepped, step
 from favor.train.twopass import gather
 from favor.train.watch import (
@@ -56,7 +56,7 @@ class TrainConfig(BaseModel):
 
     model_config = STRICT
     run: str
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     resume: bool = False
     model: ModelConfig
     data: DataConfig
@@ -91,8 +91,14 @@ class TrainConfig(BaseModel):
 
 def train(config: TrainConfig, open_session: Callable[[Path], Session]) -> None:
     """Train a policy on preferences. Raises the errors of every part; nothing half-written is left behind."""
-    folder = start(Path(config.run), dump(config), resume=config.resume)
-    session = open_session(folder.root)
+    check_sources(config.data)
+    if config.reward is not None:
+        check_scorer(config.reward)
+    with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
+        _train(config, session)
+
+
+def _train(config: TrainConfig, session: Session) -> None:
     policy = load_policy(config.model, config.seed)
     splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=False)
     used = usable(config.loss, splits.train, config.data.training)
@@ -173,18 +179,18 @@ def _loop(
     loop, watch, ref = config.train, config.watch, beside.references["train"]
     parameters = policy.trainable()
     optimizer = make_optimizer(config.optim, parameters)
-    state = TrainingState(reference=ref.identity, data=splits.identity)
+    state = TrainingState(inputs=_inputs(config, policy, splits, ref))
     moving = ref.weights if config.reference.sync_every else {}
     machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world, moving)
     if config.resume:
-        state = resume(machine, state, session)
+        state = resume(machine, state, session, len(used))
     total = num_steps(loop, len(used))
     order = Order(len(used), loop.batch_prompts, config.seed, loop.shuffle)
-    below: deque[tuple[float, float]] = deque(maxlen=max(1, 64 // loop.batch_prompts))
-    kl: dict[str, float] = {}
+    below = deque(state.below, maxlen=max(1, 64 // loop.batch_prompts))
+    kl = state.kl
     began = time.monotonic() - state.seconds
 
-    with Bar(session, "train", total, state.step) as bar:
+    with session.stop.looked_at(), Bar(session, "train", total, state.step) as bar:
         for indices, place in batches(order, LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break
@@ -211,8 +217,15 @@ def _loop(
                 found = evaluate(config.loss, policy, beside.references["eval"], splits.eval, loop.max_tokens_per_pack)
                 session.record({"kind": "eval", "step": state.step, **found})
                 session.say(f"held-out at step {state.step}: " + figures(found))
+            state = state.model_copy(update={"kl": kl, "below": tuple(below)})
             save_or_stop(loop, machine, state, total, session)
     finish(policy, state, session)
+
+
+def _inputs(config: TrainConfig, policy: Policy, splits: Splits, ref: Reference) -> dict[str, str]:
+    """Hashes of everything that enters, by name."""
+    found = reference.identity(policy, config.tokens) | {"reference": ref.identity, "data": splits.identity}
+    return found | ({"reward": reward_identity(config.reward)} if config.reward else {})
 
 
 def plan_step(

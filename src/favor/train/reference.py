@@ -26,13 +26,15 @@ from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.dist.reduce import sum_
 from favor.dist.world import World, barrier
-from favor.errors import CheckpointError
+from favor.errors import CheckpointError, NumericsError
+from favor.guard import sha
 from favor.model.load import Policy, as_reference, frozen_copy
 from favor.model.logprobs import response_logps, scored_logps
-from favor.run import fsync
+from favor.run import whole_file
 
 # Raise when a change to favor can change log-probs beyond rounding: older stores are then refused.
 _CODE = "2"
+_HASH = "sha256"
 # Trees packed together in the no-gradient passes: enough to fill the budget, few enough to start at once.
 _WINDOW = 128
 
@@ -78,15 +80,19 @@ class Reference:
 
 def fingerprint(policy: Policy, tokens: TokensConfig, splits: Mapping[str, Sequence[TokenTree]]) -> dict[str, str]:
     """Everything the reference's log-probs depend on, each under a name a message can use."""
+    return identity(policy, tokens) | {"token ids": hash_ids(splits)}
+
+
+def identity(policy: Policy, tokens: TokensConfig) -> dict[str, str]:
+    """What a policy is before it trains, and how text becomes its tokens."""
     chat = policy.tokenizer.chat_template
     return {
         "weights": weights_hash(policy),
         "adapter": "switched off" if policy.lora else "none",
         "tokenizer": _tokenizer_hash(policy.tokenizer),
-        "template": _sha(f"{tokens.template}\n{chat}"),
+        "template": sha(f"{tokens.template}\n{chat}"),
         "truncation": f"{tokens.truncation} at {tokens.max_tokens}",
         "dtype": str(policy.compute_dtype).removeprefix("torch."),
-        "token ids": hash_ids(splits),
         "favor": _CODE,
     }
 
@@ -101,16 +107,17 @@ def stored(
 ) -> dict[str, Reference]:
     """One Reference per split from the store at `path`; built with `build` if there is none.
 
-    Raises CheckpointError when the store was made from something else, naming what differs.
+    Raises CheckpointError when the store was made from something else, naming what differs, or is damaged;
+    NumericsError when a log-prob is not finite.
     """
     if not path.exists():
         tensors = {name: build(trees) for name, trees in splits.items()}
         if world.is_main:
             _write(path, tensors, expected)
         barrier(world)
-    tensors = _read(path, expected)
-    identity = _sha(json.dumps(dict(expected), sort_keys=True))
-    return {name: Reference(_lookup(tensors[name].to(policy.device)), identity) for name in splits}
+    tensors = _read(path, expected, {name: sum(len(t.response_ids) for t in trees) for name, trees in splits.items()})
+    whole = sha(json.dumps(dict(expected), sort_keys=True))
+    return {name: Reference(_lookup(tensors[name].to(policy.device)), whole) for name in splits}
 
 
 def base_of(policy: Policy) -> Policy:
@@ -184,14 +191,28 @@ def _lookup(logps: Tensor) -> Callable[[Batch], Tensor]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], expected: Mapping[str, str]) -> None:
+    for name, logps in tensors.items():
+        if not logps.isfinite().all():
+            bad = int((~logps.isfinite()).nonzero()[0])
+            raise NumericsError(
+                f"reference log-prob of response {bad} of '{name}' is {float(logps[bad])}; the model gives numbers that "
+                "are not finite: try model.dtype=float32, or another model"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, aside, metadata=dict(expected))
-    fsync(aside)
-    aside.replace(path)
+    with whole_file(path) as aside:
+        save_file(tensors, aside, metadata={**expected, _HASH: _content_hash(tensors, expected)})
 
 
-def _read(path: Path, expected: Mapping[str, str]) -> dict[str, Tensor]:
+def _content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of every tensor with its name, type and shape, and of what the store was made from."""
+    digest = hashlib.sha256(json.dumps(sorted((k, v) for k, v in metadata.items() if k != _HASH)).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path, expected: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
@@ -206,12 +227,15 @@ def _read(path: Path, expected: Mapping[str, str]) -> dict[str, Tensor]:
             f"{path}: this reference store belongs to another {', '.join(stale)}; delete it to build it again, "
             "or name another file with reference.store"
         )
+    sound = found.get(_HASH) == _content_hash(tensors, found)
+    fits = all(
+        (t := tensors.get(name)) is not None and t.dtype == torch.float64 and t.shape == (size,) and t.isfinite().all()
+        for name, size in sizes.items()
+    )
+    if not (sound and fits):
+        raise CheckpointError(f"{path}: damaged reference store (not what was written); delete it to build it again")
     return tensors
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    return _sha(json.dumps(sorted(tokenizer.get_vocab().items())))
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha(json.dumps(sorted(tokenizer.get_vocab().items())))

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from favor.config import STRICT, dump
+from favor.config import STRICT, Seed, dump
 from favor.data import pack
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
@@ -24,12 +24,13 @@ from favor.eval.calibration import Calibration, calibrate
 from favor.losses.reward import bradley_terry, centering, rao_kupper_tie
 from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.load import ModelConfig, Policy, precise, precision_of
-from favor.run import start, write_json
+from favor.run import write_json
 from favor.train.checkpoint import TrainingState
-from favor.train.data import Splits, load_splits
+from favor.train.data import Splits, check_sources, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
-from favor.train.session import Bar, Session
+from favor.train.reference import identity
+from favor.train.session import Bar, Session, running
 from favor.train.step import Machine, Objective, step
 from favor.train.view import where
 
@@ -55,7 +56,7 @@ class RewardTrainConfig(BaseModel):
 
     model_config = STRICT
     run: str
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     resume: bool = False
     model: ModelConfig
     data: DataConfig
@@ -67,8 +68,12 @@ class RewardTrainConfig(BaseModel):
 
 def train_reward(config: RewardTrainConfig, open_session: Callable[[Path], Session]) -> Calibration | None:
     """Train a reward model; held-out figures go to eval.json. Raises the errors of every part."""
-    folder = start(Path(config.run), dump(config), resume=config.resume)
-    session = open_session(folder.root)
+    check_sources(config.data)
+    with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
+        return _learn(config, session)
+
+
+def _learn(config: RewardTrainConfig, session: Session) -> Calibration | None:
     policy = load_scalar_model(config.model, config.seed, fresh=True)
     splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=True)
     _check_options(config.reward, splits)
@@ -79,7 +84,7 @@ def train_reward(config: RewardTrainConfig, open_session: Callable[[Path], Sessi
     if not held_out:
         return None
     found = calibrate(*gaps(precise(policy), held_out), config.seed)
-    write_json(folder.evaluation, {"calibration": found.as_json()})
+    write_json(session.folder.evaluation, {"calibration": found.as_json()})
     session.say(f"held-out accuracy {found.accuracy:.3f} on {found.pairs} pairs, ECE {found.ece:.3f}")
     return found
 
@@ -146,15 +151,15 @@ def _stats(chosen_P: Tensor, rejected_P: Tensor, batch: Batch) -> dict[str, Tens
 def _loop(config: RewardTrainConfig, policy: Policy, splits: Splits, session: Session) -> None:
     loop, parameters = config.train, policy.trainable()
     optimizer = make_optimizer(config.optim, parameters)
-    state = TrainingState(data=splits.identity)
+    state = TrainingState(inputs=identity(policy, config.tokens) | {"data": splits.identity})
     machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world)
-    if config.resume:
-        state = resume(machine, state, session)
     trees = where(splits.train, lambda tree: bool(tree.comparisons or (config.reward.ties and tree.ties)))
+    if config.resume:
+        state = resume(machine, state, session, len(trees))
     objective, total = make_objective(config.reward, policy), num_steps(loop, len(trees))
     order = Order(len(trees), loop.batch_prompts, config.seed, loop.shuffle)
     began = time.monotonic() - state.seconds
-    with Bar(session, "reward", total, state.step) as bar:
+    with session.stop.looked_at(), Bar(session, "reward", total, state.step) as bar:
         for indices, place in batches(order, LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break

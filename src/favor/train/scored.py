@@ -71,7 +71,8 @@ def usable(config: LossConfig, trees: Iterable[TokenTree], source: str) -> list[
     for term, count in zip(config.terms, items, strict=True):
         if not count:
             raise ConfigError(
-                f"{source}: loss '{term.name}' finds nothing to learn from ({_WANTS[LOSSES[term.name].items]})"
+                f"{source}: loss '{term.name}' finds nothing to learn from ({_WANTS[LOSSES[term.name].items]}); "
+                "give such rows, or another loss.name"
             )
     return kept
 

@@ -1,38 +1,22 @@
-"""What every training loop needs around it: progress line, stop signals, metrics, the final model.
+"""What every training loop needs around it: progress line, stop request, metrics.
 
 In: a run folder and a World. Out: a Session whose parts the loops call. Next: preference.py.
 """
 
 import contextlib
-import signal
-import sys
-import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from types import FrameType
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from favor.dist.world import World
-from favor.errors import FavorError
-from favor.run import RunFolder, append
+from favor.dist.world import World, current
+from favor.run import RunFolder, append, start
+from favor.stop import StoppedError, StopRequest
 
-
-class StoppedError(FavorError):
-    """Training was asked to stop by a signal and did so cleanly, with a checkpoint."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
-
-
-@dataclass
-class StopRequest:
-    """Set by Ctrl-C or SIGTERM; loops look at it between steps."""
-
-    signal_number: int | None = None
+__all__ = ["Bar", "Session", "StopRequest", "StoppedError"]
 
 
 @dataclass(frozen=True)
@@ -61,25 +45,10 @@ class Session:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Generator[StopRequest]:
-    """Turn Ctrl-C and SIGTERM into a request that is honoured between steps; a second Ctrl-C is immediate."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-
-    def handler(number: int, _frame: FrameType | None) -> None:
-        if request.signal_number is not None:
-            raise KeyboardInterrupt
-        request.signal_number = number
-        print("favor: stopping after this step, with a checkpoint (once more: at once)", file=sys.stderr)
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield request
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+def running(run: str, recipe: str, *, resume: bool, open_session: Callable[[Path], Session]) -> Generator[Session]:
+    """The session of a run whose folder this process holds. Raises what `run.start` raises."""
+    with start(Path(run), recipe, resume=resume, main=current().is_main) as folder:
+        yield open_session(folder.root)
 
 
 class Bar:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from torch import Tensor
 
-from favor.config import STRICT, dump
+from favor.config import STRICT, Seed, dump
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
@@ -20,12 +20,12 @@ from favor.data.types import Batch, TokenTree
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy, precision_of
 from favor.model.logprobs import response_logps
-from favor.run import start
 from favor.train.checkpoint import TrainingState
-from favor.train.data import load_splits
+from favor.train.data import check_sources, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
-from favor.train.session import Bar, Session
+from favor.train.reference import identity
+from favor.train.session import Bar, Session, running
 from favor.train.step import Machine, Objective, step
 from favor.train.view import View
 
@@ -35,7 +35,7 @@ class SftConfig(BaseModel):
 
     model_config = STRICT
     run: str
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     resume: bool = False
     model: ModelConfig
     data: DataConfig
@@ -46,14 +46,19 @@ class SftConfig(BaseModel):
 
 def sft(config: SftConfig, open_session: Callable[[Path], Session]) -> None:
     """Maximise the likelihood of preferred responses: loss = -(sum of token log-probs) / (number of tokens), nats a token."""
-    folder = start(Path(config.run), dump(config), resume=config.resume)
-    session = open_session(folder.root)
+    check_sources(config.data)
+    with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
+        _tune(config, session)
+
+
+def _tune(config: SftConfig, session: Session) -> None:
     policy = load_policy(config.model, config.seed)
     splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=False)
     trees = preferred_only(splits.train)
     policy, why = settle(policy, config.model.layout, trees, train=True)
     session.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
-    _loop(config, policy, trees, splits.identity, session)
+    inputs = identity(policy, config.tokens) | {"data": splits.identity}
+    _loop(config, policy, trees, inputs, session)
 
 
 def preferred_only(trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
@@ -89,17 +94,19 @@ def make_objective(policy: Policy) -> Objective:
     return Objective(loss, lambda batch: (float(batch.length_R.sum()),), ("tokens",))
 
 
-def _loop(config: SftConfig, policy: Policy, trees: Sequence[TokenTree], data: str, session: Session) -> None:
+def _loop(
+    config: SftConfig, policy: Policy, trees: Sequence[TokenTree], inputs: dict[str, str], session: Session
+) -> None:
     loop, parameters = config.train, policy.trainable()
     optimizer = make_optimizer(config.optim, parameters)
-    state = TrainingState(data=data)
+    state = TrainingState(inputs=inputs)
     machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world)
     if config.resume:
-        state = resume(machine, state, session)
+        state = resume(machine, state, session, len(trees))
     objective, total = make_objective(policy), num_steps(loop, len(trees))
     order = Order(len(trees), loop.batch_prompts, config.seed, loop.shuffle)
     began = time.monotonic() - state.seconds
-    with Bar(session, "sft", total, state.step) as bar:
+    with session.stop.looked_at(), Bar(session, "sft", total, state.step) as bar:
         for indices, place in batches(order, LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break

@@ -54,7 +54,7 @@ class WatchConfig(BaseModel):
     eval_every: int = Field(default=0, ge=0)
     kl_every: int = Field(default=0, ge=0)
     kl_prompts: int = Field(default=16, ge=2)
-    kl_tokens: int = Field(default=48, ge=1)
+    kl_tokens: int = Field(default=48, ge=1, le=1_000_000)
     displacement_threshold: float = Field(default=0.75, gt=0, le=1)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from favor.data.formats.chat import alpaca, sharegpt
-from favor.data.formats.common import Judgment, RowError, transcript
+from favor.data.formats.common import Judgment, RowError, checked, transcript
 from favor.data.formats.pairs import (
     helpsteer2_preference,
     helpsteer3,
@@ -19,16 +19,17 @@ from favor.data.formats.pairs import (
     ultrafeedback_binarized,
 )
 from favor.data.formats.scored import helpsteer, nectar, ranked, ultrafeedback
-from favor.data.formats.shapes import columns_of, recognise
+from favor.data.formats.shapes import check_order, columns_of, order_assumed, recognise
 from favor.data.formats.thumbs import thumbs
-from favor.data.formats.votes import votes
+from favor.data.formats.votes import verdict, votes
 
-FORMATS: dict[str, Callable[[dict[str, Any]], Judgment]] = {
+_READERS: dict[str, Callable[[dict[str, Any]], Judgment]] = {
     "pairs": pairs,
     "ranked": ranked,
     "sft": sft,
     "thumbs": thumbs,
     "votes": votes,
+    "verdict": verdict,
     "ultrafeedback": ultrafeedback,
     "ultrafeedback_binarized": ultrafeedback_binarized,
     "shp": shp,
@@ -41,5 +42,15 @@ FORMATS: dict[str, Callable[[dict[str, Any]], Judgment]] = {
     "alpaca": alpaca,
     "sharegpt": sharegpt,
 }
+FORMATS = {name: checked(reader) for name, reader in _READERS.items()}
 
-__all__ = ["FORMATS", "Judgment", "RowError", "columns_of", "recognise", "transcript"]
+__all__ = [
+    "FORMATS",
+    "Judgment",
+    "RowError",
+    "check_order",
+    "columns_of",
+    "order_assumed",
+    "recognise",
+    "transcript",
+]

@@ -3,7 +3,6 @@
 In: a row as a dict. Out: its Judgment. Next: scored.py.
 """
 
-import json
 from typing import Any
 
 from favor.data.formats.common import (
@@ -19,6 +18,7 @@ from favor.data.formats.common import (
     weight_of,
 )
 from favor.data.formats.thumbs import is_good
+from favor.data.strict import parse
 from favor.data.types import Message, Text
 
 _ROLES = {
@@ -93,7 +93,8 @@ def _alpaca_prompt(row: dict[str, Any]) -> Text:
     before: list[Message] = []
     if "system" in row and _string(row, "system").strip():
         before.append({"role": "system", "content": row["system"]})
-    for said in row.get("history", []):
+    history = row.get("history", [])
+    for said in history if isinstance(history, list) else [history]:
         if not isinstance(said, list) or len(said) != 2 or not all(isinstance(turn, str) for turn in said):
             raise RowError(f"history must hold pairs of texts, what was asked and answered; found {shown(said)}")
         before += [{"role": "user", "content": said[0]}, {"role": "assistant", "content": said[1]}]
@@ -121,7 +122,7 @@ def _turn(turn: Any, name: str) -> Message:
     if turn["from"] != "function_call":
         return {"role": _ROLES[turn["from"]], "content": turn["value"]}
     try:
-        call = json.loads(turn["value"])
-    except json.JSONDecodeError as error:
-        raise RowError(f"{name}.value is no function call in JSON ({error.msg})") from None
+        call = parse(turn["value"])
+    except ValueError as error:
+        raise RowError(f"{name}.value is no function call: {error}") from None
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}

@@ -4,17 +4,36 @@ In: values of a row. Out: checked values, or a RowError that names the column. N
 """
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from favor.data.strict import parse
 from favor.data.types import Message, Text
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
+# fields of a message that hold what its author says; others are data about it
+SAID = ("content", "reasoning_content", "reasoning", "thinking", "thought", "tool_calls", "function_call", "refusal")
+# kinds of content parts that are text
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_DEEPEST = 100
+_TOO_DEEP = f"it is nested more than {_DEEPEST} levels deep"
+# beyond this a float32 or a difference of two numbers overflows
+_LARGEST = 1e30
+
+
 class RowError(Exception):
-    """Why a row cannot be used; read.py adds file and row number."""
+    """Why a row cannot be used, in one printable line; read.py adds file and row number.
+
+    kind: the finding of `favor lint` it belongs to, where it has its own. place: the response it is about, or 0.
+    """
+
+    def __init__(self, reason: str, kind: str = "", place: int = 0) -> None:
+        line = " ".join(reason.split())
+        # a file's own names may hold what a terminal would obey
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+        self.kind, self.place = kind, place
 
 
 class Judgment(NamedTuple):
@@ -24,7 +43,8 @@ class Judgment(NamedTuple):
     are responses that stop before their end, as samples at a length limit do: they get no end-of-turn token.
     `labels` (one per order, or none) are the probabilities that the orders are right. `thumbs` judge single responses.
     `votes` (one number per response, or none) say how many annotators preferred each. A single response with a score
-    is compared with the scored responses that other rows give to its prompt.
+    is compared with the scored responses that other rows give to its prompt. `placed`: the responses stand in an order that
+    has nothing to do with the judgment, so how often the first is preferred says something.
     """
 
     prompt: Text
@@ -38,6 +58,7 @@ class Judgment(NamedTuple):
     labels: tuple[float, ...] = ()
     thumbs: tuple[tuple[int, bool], ...] = ()
     votes: tuple[float, ...] = ()
+    placed: bool = False
 
 
 def dialogue(text: str, name: str) -> tuple[Message, ...]:
@@ -81,6 +102,52 @@ def common_prompt(
     return chosen[:shared], (chosen[shared:], rejected[shared:])
 
 
+def strings(value: Any) -> Iterator[str]:
+    """Every text inside a value, names of fields too. Raises RowError where it is nested too deeply or holds what JSON has not."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        deeper: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                yield item
+            elif isinstance(item, dict):
+                deeper += [*item.keys(), *item.values()]
+            elif isinstance(item, list | tuple):
+                deeper += item
+            elif item is not None and not isinstance(item, int | float):
+                # a Parquet file can hold bytes in a turn
+                raise RowError(f"it holds {type(item).__name__} where text, a number or a list belongs")
+        if not deeper:
+            return
+        level = deeper
+    raise RowError(_TOO_DEEP)
+
+
+def check_unicode(text: str) -> None:
+    """Raises RowError for half a character (a lone surrogate), which no tokenizer or file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"it holds half a character (U+{ord(text[error.start]):04X}, a lone surrogate), which is no text"
+        ) from None
+
+
+def checked(reader: Callable[[dict[str, Any]], Judgment]) -> Callable[[dict[str, Any]], Judgment]:
+    """A format's reader that refuses what is not text in whatever it takes from a row."""
+
+    def read(row: dict[str, Any]) -> Judgment:
+        try:
+            judgment = reader(row)
+        except RecursionError:
+            raise RowError(_TOO_DEEP) from None
+        for text in strings((judgment.prompt, judgment.responses, judgment.tools)):
+            check_unicode(text)
+        return judgment
+
+    return read
+
+
 def need(row: dict[str, Any], name: str) -> Any:
     """The value of a column that must be there."""
     if name not in row:
@@ -89,7 +156,8 @@ def need(row: dict[str, Any], name: str) -> Any:
 
 
 def as_text(value: Any, name: str) -> Text:
-    """Plain text, or messages; empty ones are refused."""
+    """Plain text, or messages; empty ones are refused. Content parts that are text are text."""
+    value = joined_parts(value, name)
     if isinstance(value, str):
         if not value.strip():
             raise RowError(f"{name} is empty")
@@ -99,25 +167,45 @@ def as_text(value: Any, name: str) -> Text:
 
 def as_response(value: Any, name: str) -> Text:
     """Plain text, or the messages of one answer; empty ones are refused."""
+    value = joined_parts(value, name)
     if isinstance(value, str):
-        if not value.strip():
-            raise RowError(f"{name} is empty")
-        return value
+        return as_text(value, name)
     if isinstance(value, dict):
         value = [value]
     return as_messages(value, name)
 
 
 def as_conversation(value: Any, name: str) -> tuple[Message, ...]:
-    """Chat messages, without their empty fields."""
-    if not isinstance(value, list) or not value:
+    """Chat messages, without their empty fields; their content is text."""
+    if not isinstance(value, list | tuple) or not value:
         raise RowError(f"{name} must be text or a list of chat messages, found {shown(value)}")
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RowError(f"{name}[{i}] is no chat message with role and content")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise RowError(f"{name}[{i}] has no text content")
-    return tuple({key: v for key, v in message.items() if v is not None} for message in value)
+    return tuple(_message(message, f"{name}[{i}]") for i, message in enumerate(value))
+
+
+def _message(value: Any, name: str) -> Message:
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        raise RowError(f"{name} is no chat message with role and content")
+    message = {str(key): v for key, v in value.items() if v is not None}
+    if "content" in message:
+        message["content"] = joined_parts(message["content"], f"{name}.content")
+    if not isinstance(message.get("content", ""), str) or ("content" not in message and not message.get("tool_calls")):
+        raise RowError(f"{name} has no text content")
+    return message
+
+
+def joined_parts(value: Any, name: str) -> Any:
+    """The text of a list of content parts, [{"type": "text", "text": ...}]; any other value as it is.
+
+    Raises RowError for a part that is no text, such as an image.
+    """
+    if not isinstance(value, list) or not value or not all(isinstance(part, dict) for part in value):
+        return value
+    if any("type" not in part or "role" in part for part in value):
+        return value
+    for i, part in enumerate(value):
+        if part["type"] not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+            raise RowError(f"{name}[{i}] is a part of type {shown(part['type'])}, and only text can be used")
+    return "".join(part["text"] for part in value)
 
 
 def as_messages(value: Any, name: str) -> tuple[Message, ...]:
@@ -142,14 +230,23 @@ def assistant_turn(text: str) -> tuple[Message, ...]:
 
 def shown(value: Any) -> str:
     """A wrong value, short."""
-    return "an empty list" if value == [] else f"{type(value).__name__} {value!r}"[:60]
+    return "an empty list" if value == [] else f"{type(value).__name__} {brief(value)}"[:60]
+
+
+def brief(value: Any, limit: int = 60) -> str:
+    """A value as Python writes it, short; it may be nested too deeply, or be too long a number, to be written at all."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):
+        return "(too large to show)"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def by_ranking(ranking: Any, count: int) -> tuple[tuple[int, ...], ...]:
     """A list of indices, best first, as the one order it is."""
     if not isinstance(ranking, list) or sorted(map(str, ranking)) != sorted(map(str, range(count))):
         raise RowError(
-            f"ranking {ranking!r} is no order of the {count} responses (indices 0 to {count - 1}, best first)"
+            f"ranking {brief(ranking)} is no order of the {count} responses (indices 0 to {count - 1}, best first)"
         )
     return (tuple(int(i) for i in ranking),)
 
@@ -165,10 +262,15 @@ def by_scores(numbers: Sequence[float]) -> tuple[tuple[tuple[int, ...], ...], tu
     return better, ties
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a number that can be computed with."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and -_LARGEST <= value <= _LARGEST
+
+
 def number_of(value: Any, name: str) -> float:
     """A finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowError(f"{name} is {value!r}, expected a finite number")
+    if not is_number(value):
+        raise RowError(f"{name} is {brief(value)}, expected a finite number")
     return float(value)
 
 
@@ -176,9 +278,9 @@ def numbers_of(value: Any, count: int, name: str) -> tuple[float, ...]:
     """A list of finite numbers, one per response."""
     if not isinstance(value, list) or len(value) != count:
         raise RowError(f"{name} must be a list of {count} numbers, one per response")
-    if not all(isinstance(s, int | float) and not isinstance(s, bool) and math.isfinite(s) for s in value):
-        raise RowError(f"{name} {value!r} must be finite numbers")
-    return tuple(float(s) for s in value)
+    if not all(map(is_number, value)):
+        raise RowError(f"{name} {brief(value)} must be finite numbers")
+    return tuple(map(float, value))
 
 
 def objects_of(value: Any, name: str, least: int = 2) -> list[dict[str, Any]]:
@@ -195,23 +297,23 @@ def beside(prompt: Text, response: Text) -> Text:
 
 def distinct(responses: Sequence[Text], names: str) -> None:
     """Raise RowError when two responses are the same."""
-    if len({json.dumps(r, sort_keys=True) for r in responses}) < len(responses):
+    if len({json.dumps(r, sort_keys=True, default=str) for r in responses}) < len(responses):
         raise RowError(f"two of its {names} are the same")
 
 
 def weight_of(row: dict[str, Any]) -> float:
     """The column weight: 1 without it."""
     weight = row.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise RowError(f"weight is {weight!r}, expected a positive number")
+    if not is_number(weight) or weight < 1 / _LARGEST:
+        raise RowError(f"weight is {brief(weight)}, expected a positive number")
     return float(weight)
 
 
 def margin_of(row: dict[str, Any]) -> float:
     """The column margin: by how much chosen is better."""
     margin = row["margin"]
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
-        raise RowError(f"margin is {margin!r}, expected a number from 0 up: by how much chosen is better")
+    if not is_number(margin) or margin < 0:
+        raise RowError(f"margin is {brief(margin)}, expected a number from 0 up: by how much chosen is better")
     return float(margin)
 
 
@@ -227,7 +329,7 @@ def is_tie(row: dict[str, Any]) -> bool:
     """The column tie: false without it."""
     tie = row.get("tie", False)
     if not isinstance(tie, bool):
-        raise RowError(f"tie is {tie!r}, expected true or false")
+        raise RowError(f"tie is {brief(tie)}, expected true or false")
     return tie
 
 
@@ -236,9 +338,9 @@ def tools_of(row: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise RowError(f"tools is not JSON ({error.msg})") from None
+            tools = parse(tools)
+        except ValueError as error:
+            raise RowError(f"tools is not JSON that can be used: {error}") from None
     if tools is None or tools == []:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

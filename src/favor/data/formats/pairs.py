@@ -14,8 +14,10 @@ from favor.data.formats.common import (
     as_response,
     as_text,
     beside,
+    brief,
     common_prompt,
     distinct,
+    is_number,
     is_tie,
     margin_of,
     need,
@@ -35,7 +37,7 @@ def pairs(row: dict[str, Any]) -> Judgment:
     Where chosen and rejected hold whole conversations beside a prompt, the turns they share are the prompt.
     `margin` says by how much chosen is better (a score difference); `tie = true` that neither is.
     """
-    prompt, responses = _sides(row)
+    prompt, responses = sides(row, ("chosen", "rejected"))
     if responses[0] == responses[1]:
         raise RowError("chosen and rejected are the same")
     if is_tie(row):
@@ -63,11 +65,11 @@ def shp(row: dict[str, Any]) -> Judgment:
     responses = tuple(beside(prompt, as_response(need(row, name), name)) for name in ("human_ref_A", "human_ref_B"))
     distinct(responses, "comments")
     label = need(row, "labels")
-    if isinstance(label, bool) or label not in (0, 1):
-        raise RowError(f"labels is {label!r}, expected 1 (comment A is better) or 0 (comment B is)")
+    if not is_number(label) or label not in (0, 1):
+        raise RowError(f"labels is {brief(label)}, expected 1 (comment A is better) or 0 (comment B is)")
     order = (0, 1) if label == 1 else (1, 0)
     ratio = _vote_ratio(row, order)
-    judgment = Judgment(prompt, responses, (order,), weight_of(row))
+    judgment = Judgment(prompt, responses, (order,), weight_of(row), placed=True)
     if ratio is None:
         return judgment
     if ratio == 1:
@@ -101,16 +103,19 @@ def openai_tldr(row: dict[str, Any]) -> Judgment:
     for name in ("subreddit", "title", "post"):
         part = info.get(name)
         if not isinstance(part, str) or not part.strip():
-            raise RowError(f"info.{name} is {part!r}, expected text (CNN/DM articles have none; they are not read)")
+            raise RowError(
+                f"info.{name} is {brief(part)}, expected text (CNN/DM articles have none; they are not read)"
+            )
         parts.append(part.strip())
     prompt = f"SUBREDDIT: r/{parts[0].removeprefix('r/')}\n\nTITLE: {parts[1]}\n\nPOST: {parts[2]}\n\nTL;DR:"
     texts = [as_response(s.get("text"), f"summaries[{i}].text") for i, s in enumerate(_two(row))]
     responses = tuple(" " + text.strip() if isinstance(text, str) else text for text in texts)
     distinct(responses, "summaries")
     choice = need(row, "choice")
-    if isinstance(choice, bool) or choice not in (0, 1):
-        raise RowError(f"choice is {choice!r}, expected 0 or 1: the index of the better summary")
-    return Judgment(prompt, responses, ((choice, 1 - choice),), weight_of(row))
+    if not is_number(choice) or choice not in (0, 1):
+        raise RowError(f"choice is {brief(choice)}, expected 0 or 1: the index of the better summary")
+    choice = int(choice)
+    return Judgment(prompt, responses, ((choice, 1 - choice),), weight_of(row), placed=True)
 
 
 def openai_preference(row: dict[str, Any]) -> Judgment:
@@ -144,21 +149,21 @@ def prompt_and_response(row: dict[str, Any]) -> tuple[Text, Text]:
     return prompt, beside(prompt, response)
 
 
-def _sides(row: dict[str, Any]) -> tuple[Text, tuple[Text, ...]]:
-    chosen, rejected = need(row, "chosen"), need(row, "rejected")
-    if "prompt" in row and _is_whole(chosen) and _is_whole(rejected):
-        shared, responses = common_prompt(as_messages(chosen, "chosen"), as_messages(rejected, "rejected"))
+def sides(row: dict[str, Any], names: tuple[str, str]) -> tuple[Text, tuple[Text, ...]]:
+    """The prompt and the two responses of these columns; the prompt may be what two whole conversations share."""
+    values = [need(row, name) for name in names]
+    if "prompt" in row and all(map(_is_whole, values)):
+        shared, responses = common_prompt(*map(as_messages, values, names))
         _check_within(as_text(row["prompt"], "prompt"), shared)
         return shared, responses
     if "prompt" in row:
         prompt = as_text(row["prompt"], "prompt")
-        responses = (as_response(chosen, "chosen"), as_response(rejected, "rejected"))
+        responses = tuple(map(as_response, values, names))
         if isinstance(prompt, str) and any(isinstance(r, tuple) for r in responses):
             prompt = ({"role": "user", "content": prompt},)
         return prompt, tuple(beside(prompt, r) for r in responses)
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return common_prompt(transcript(chosen, "chosen"), transcript(rejected, "rejected"))
-    return common_prompt(as_messages(chosen, "chosen"), as_messages(rejected, "rejected"))
+    read = transcript if all(isinstance(value, str) for value in values) else as_messages
+    return common_prompt(*map(read, values, names))
 
 
 def _is_whole(side: Any) -> bool:
@@ -192,7 +197,7 @@ def _vote_ratio(row: dict[str, Any], order: tuple[int, ...]) -> float | None:
                 f"labels says that comment {'AB'[order[0]]} is better, but score_A and score_B say otherwise"
             )
         if votes[order[1]] > 0:
-            return votes[order[0]] / votes[order[1]]
+            return number_of(votes[order[0]] / votes[order[1]], "score_A over score_B")
     if "score_ratio" not in row:
         return None
     ratio = number_of(row["score_ratio"], "score_ratio")
@@ -206,9 +211,11 @@ def _from_strength(row: dict[str, Any], prompt: Text, names: tuple[str, str], st
     responses = tuple(beside(prompt, as_response(need(row, name), name)) for name in names)
     distinct(responses, "responses")
     value = need(row, strength)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -3 <= value <= 3:
-        raise RowError(f"{strength} is {value!r}, expected a number from -3 (the first is better) to 3 (the second is)")
-    judgment = Judgment(prompt, responses, (), weight_of(row))
+    if not is_number(value) or not -3 <= value <= 3:
+        raise RowError(
+            f"{strength} is {brief(value)}, expected a number from -3 (the first is better) to 3 (the second is)"
+        )
+    judgment = Judgment(prompt, responses, (), weight_of(row), placed=True)
     if value == 0:
         return judgment._replace(ties=((0, 1),))
     order = (0, 1) if value < 0 else (1, 0)

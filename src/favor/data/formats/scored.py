@@ -38,12 +38,14 @@ def ranked(row: dict[str, Any]) -> Judgment:
     cut = cut_of(row, len(responses))
     if "ranking" in row:
         orders = by_ranking(row["ranking"], len(responses))
-        return Judgment(prompt, responses, orders, weight_of(row), tools_of(row), cut=cut)
+        return Judgment(prompt, responses, orders, weight_of(row), tools_of(row), cut=cut, placed=len(responses) == 2)
     scores = numbers_of(need(row, "scores"), len(responses), "scores")
     orders, ties = by_scores(scores)
     if not orders:
         raise RowError("all scores are equal, so there is no preference")
-    return Judgment(prompt, responses, orders, weight_of(row), tools_of(row), ties, scores, cut)
+    return Judgment(
+        prompt, responses, orders, weight_of(row), tools_of(row), ties, scores, cut, placed=len(responses) == 2
+    )
 
 
 def ultrafeedback(row: dict[str, Any]) -> Judgment:
@@ -122,7 +124,7 @@ def _rating(annotation: Any, name: str) -> float | None:
     if rating is None or rating == "N/A":
         return None
     if isinstance(rating, str) and rating.strip().isdecimal():
-        return float(rating)
+        return number_of(float(rating), f"{name}.Rating")
     return number_of(rating, f"{name}.Rating")
 
 

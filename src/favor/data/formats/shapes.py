@@ -4,10 +4,12 @@ In: the columns of a row. Out: the format's name. Next: ../read.py.
 """
 
 import difflib
-from collections.abc import Collection, Mapping, Set
+import itertools
+import json
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
-from favor.data.formats.common import RowError
+from favor.data.formats.common import RowError, brief
 
 
 class Shape(NamedTuple):
@@ -48,6 +50,7 @@ SHAPES: dict[str, Shape] = {
     "alpaca": _shape("instruction", "output chosen", "input rejected kto_tag system history tools weight"),
     "ultrafeedback_binarized": _shape("chosen rejected score_chosen score_rejected", more="prompt tools weight"),
     "helpsteer": _shape("prompt response helpfulness"),
+    "verdict": _shape("first second verdict", more="prompt tools weight"),
     "votes": _shape("prompt responses", "votes choices", "tools weight"),
     "ranked": _shape("responses", "ranking scores", "prompt ended tools weight"),
     "pairs": _shape("chosen rejected", more="prompt margin tie tools weight"),
@@ -75,8 +78,82 @@ def recognise(row: Mapping[str, Any]) -> str:
     special = ", ".join(name for name in SHAPES if name not in ("pairs", "ranked", "sft"))
     raise RowError(
         f"its columns ({', '.join(sorted(columns)) or 'none'}) are of no known format; {_PLAIN}{special}"
-        f"{_nearest(columns)}; data.columns maps columns of other names"
+        f"{_nearest(columns)}; data.columns maps columns of other names. The row: {_short(row)}{suggested(row)}"
     )
+
+
+def order_assumed(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a format takes a list for a ranking that the row does not call one."""
+    return name == "alpaca" and isinstance(row.get("output"), list)
+
+
+def check_order(row: Mapping[str, Any], name: str) -> None:
+    """Raises RowError for a row whose order of preference the recognised format would only assume."""
+    if order_assumed(row, name):
+        raise RowError(
+            "output is a list, which may be a ranking, best first, or samples in no order; if every list is a ranking, say "
+            "data.format=alpaca"
+        )
+
+
+def _short(row: Mapping[str, Any]) -> str:
+    """A row for a message: its columns with the beginning of their values."""
+    return ", ".join(f"{name} = {brief(value, 30)}" for name, value in [*row.items()][:12])
+
+
+def suggested(row: Mapping[str, Any]) -> str:
+    """A line to try for a row of no known format, from the names and kinds of its columns; "" without any idea."""
+    texts = [name for name, value in row.items() if isinstance(value, str | list | dict) and value]
+    found: dict[str, str] = {}
+    for ours, words in _WORDS.items():
+        free = [name for name in texts if name not in found.values()]
+        like = next((name for word in words for name in free if word in name.lower()), None)
+        if like is not None:
+            found[ours] = like
+    prompt = {ours: name for ours, name in found.items() if ours == "prompt"}
+    if "chosen" in found and "rejected" in found:
+        return _line(prompt | {ours: found[ours] for ours in ("chosen", "rejected")})
+    if two := _two_alike([name for name in texts if name not in prompt.values()]):
+        judged = next((name for word in _JUDGED for name in row if word in name.lower() and name not in two), "VERDICT")
+        value = json.dumps(row.get(judged, "A"), ensure_ascii=False, default=str)
+        values = f"values={{first=[{value}], second=[...]}}"
+        shown = (
+            f"data.verdict={{first={_quoted(two[0])}, second={_quoted(two[1])}, column={_quoted(judged)}, {values}}}"
+        )
+        mapped = (
+            f" and 'data.columns={{prompt={_quoted(prompt['prompt'])}}}'"
+            if prompt.get("prompt", "prompt") != "prompt"
+            else ""
+        )
+        return f"; to try, if that is what they mean: '{shown}'{mapped}"
+    return _line(prompt | {"completion": found["completion"]}) if prompt and "completion" in found else ""
+
+
+def _two_alike(names: Sequence[str]) -> tuple[str, str] | None:
+    """Two columns whose names differ in one letter or digit: response_a and response_b."""
+    for first, second in itertools.combinations(names, 2):
+        if len(first) == len(second) and sum(a != b for a, b in zip(first, second, strict=True)) == 1:
+            return first, second
+    return None
+
+
+def _line(columns: Mapping[str, str]) -> str:
+    inside = ", ".join(f"{ours}={_quoted(name)}" for ours, name in columns.items() if ours != name)
+    return f"; to try, if that is what they mean: 'data.columns={{{inside}}}'" if inside else ""
+
+
+def _quoted(name: str) -> str:
+    return json.dumps(name, ensure_ascii=False)
+
+
+# words in the names of columns, by what such columns mostly mean
+_WORDS = {
+    "rejected": ("reject", "dispref", "non_pref", "lose", "losing", "worse", "worst", "negative", "bad"),
+    "chosen": ("chosen", "prefer", "winn", "accept", "better", "best", "positive", "good"),
+    "prompt": ("prompt", "question", "instruction", "query", "problem", "input", "post", "context", "user", "text"),
+    "completion": ("completion", "response", "answer", "output", "reply", "target", "summary"),
+}
+_JUDGED = ("winner", "verdict", "preference", "preferred", "label", "choice", "better", "judg", "vote", "rating")
 
 
 def _nearest(columns: Set[str]) -> str:

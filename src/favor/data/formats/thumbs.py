@@ -5,7 +5,7 @@ In: a row as a dict. Out: its Judgment. Next: votes.py.
 
 from typing import Any
 
-from favor.data.formats.common import Judgment, RowError, need, tools_of, weight_of
+from favor.data.formats.common import Judgment, RowError, brief, need, tools_of, weight_of
 from favor.data.formats.pairs import prompt_and_response
 
 
@@ -19,5 +19,5 @@ def thumbs(row: dict[str, Any]) -> Judgment:
 def is_good(value: Any, name: str) -> bool:
     """A label that must be true or false."""
     if not isinstance(value, bool):
-        raise RowError(f"{name} is {value!r}, expected true (a good response) or false (a bad one)")
+        raise RowError(f"{name} is {brief(value)}, expected true (a good response) or false (a bad one)")
     return value

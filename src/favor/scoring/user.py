@@ -1,0 +1,76 @@
+"""Functions of yours: found, called, and the one place where foreign code may raise anything.
+
+In: `file.py:function` or `package.module:function`. Out: the function, whose failures are one line that names file,
+function, exception and line. Next: source.py.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+from favor.edge import first_line
+from favor.errors import ConfigError, FavorError
+
+
+def find_function(path: str) -> Callable[..., Any]:
+    """The function, guarded. Raises ConfigError naming what is missing, or what the file does when it is imported."""
+    place, _, name = path.rpartition(":")
+    if not place or not name:
+        raise ConfigError(f"{path}: expected file.py:function or package.module:function")
+    with guarded(path, "could not be imported"):
+        module = _from_file(Path(place)) if place.endswith(".py") else _from_package(place)
+    found = vars(module).get(name)
+    if not callable(found):
+        raise ConfigError(f"{path}: {place} has no function '{name}'; define it there, or name another")
+
+    def call(*given: Any) -> Any:
+        with guarded(path, "failed"):
+            return found(*given)
+
+    return call
+
+
+@contextlib.contextmanager
+def guarded(path: str, what: str) -> Generator[None]:
+    """Turn whatever the user's code raises into a ConfigError; a signal that ends the command passes."""
+    try:
+        yield
+    except FavorError:
+        raise
+    # the user's code may raise anything, and may exit; nothing of ours runs in the block
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        kind, said = type(error).__name__, first_line(error)
+        shown = kind if said == kind else f"{kind}: {said}"
+        raise ConfigError(f"{path}: {what}{_place(error, path)} ({shown}); fix it there") from None
+
+
+def _place(error: BaseException, path: str) -> str:
+    """The line of the user's file where it happened, if it was there."""
+    file = path.rpartition(":")[0]
+    if isinstance(error, SyntaxError) and error.lineno is not None:
+        return f" at line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" at line {lines[-1]}" if lines else ""
+
+
+def _from_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: no such Python file; check the path before the colon")
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses and the like look their module up by name
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _from_package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{name}: no such Python module ({error}); install it or name a file.py") from None
