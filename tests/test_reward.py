@@ -97,21 +97,21 @@ def test_calibration_of_known_odds():
     strength = rng.normal(0, 2, 20_000)
     wins = rng.random(20_000) < 1 / (1 + np.exp(-strength))
     gap = np.where(wins, strength, -strength)
-    honest = calibrate(gap, np.arange(20_000) // 4, 0)
-    boastful = calibrate(3 * gap, np.arange(20_000) // 4, 0)
+    honest = calibrate(gap, np.arange(20_000) // 4)
+    boastful = calibrate(3 * gap, np.arange(20_000) // 4)
     assert honest.ece < 0.01
     assert boastful.ece > 0.1
     assert boastful.accuracy == honest.accuracy
     assert honest.accuracy_interval[0] < honest.accuracy < honest.accuracy_interval[1]
     assert sum(part.num_pairs for part in honest.curve) == 20_000
-    flat = calibrate(np.zeros(4), np.arange(4), 0)
+    flat = calibrate(np.zeros(4), np.arange(4))
     assert (flat.accuracy, flat.ece) == (0.5, 0.0)
     assert flat.loss == pytest.approx(math.log(2))
 
 
 def test_ece_by_hand():
     gap = np.array([math.log(9), math.log(9), -math.log(9), math.log(1.5)])
-    found = calibrate(gap, np.arange(4), 0)
+    found = calibrate(gap, np.arange(4))
     # three predicted at 0.9 of which two came true, one at 0.6 that did
     assert found.ece == pytest.approx((3 * abs(2 / 3 - 0.9) + abs(1 - 0.6)) / 4)
 

@@ -36,7 +36,6 @@ class ScoreConfig(BaseModel):
     split: str = "test"
     max_rows: int | None = Field(default=None, ge=1)
     reward: RewardConfig
-    seed: int = Field(default=0, ge=0)
 
 
 def score(config: ScoreConfig, progress: Callable[[str, int, int], None]) -> dict[str, Any] | None:
@@ -56,8 +55,9 @@ def score(config: ScoreConfig, progress: Callable[[str, int, int], None]) -> dic
     lines: list[str] = []
     gaps: list[float] = []
     prompt_of: list[int] = []
+    places: dict[str, int] = {}
     place = 0
-    for index, row in enumerate(rows):
+    for row in rows:
         mine = scores[place : place + len(row.responses)]
         place += len(mine)
         lines.append(
@@ -65,11 +65,12 @@ def score(config: ScoreConfig, progress: Callable[[str, int, int], None]) -> dic
         )
         pairs = [(o[i], o[j]) for o in row.orders for i in range(len(o)) for j in range(i + 1, len(o))]
         gaps += [mine[a] - mine[b] for a, b in pairs]
-        prompt_of += [index] * len(pairs)
+        # rows of one prompt are not independent
+        prompt_of += [places.setdefault(json.dumps(row.prompt, sort_keys=True), len(places))] * len(pairs)
     write_text(Path(config.out), "\n".join(lines) + "\n")
     if not gaps:
         return None
-    found = {"calibration": calibrate(np.array(gaps), np.array(prompt_of), config.seed).as_json()}
+    found = {"calibration": calibrate(np.array(gaps), np.array(prompt_of)).as_json()}
     write_json(Path(f"{config.out}.figures.json"), found)
     return found
 

@@ -115,7 +115,7 @@ def _write(
         "a": config.a.name,
         "b": config.b.name,
         "judge": describe(config.judge),
-        **win_figures(judged, config.seed).as_json(),
+        **win_figures(judged).as_json(),
         "left_out": left_out,
     }
     first_of_prompt = {

@@ -79,7 +79,7 @@ def train_reward(config: RewardTrainConfig, open_session: Callable[[Path], Sessi
     held_out = where(splits.eval, lambda tree: bool(tree.comparisons))
     if not held_out:
         return None
-    found = calibrate(*gaps(policy, held_out), config.seed)
+    found = calibrate(*gaps(policy, held_out))
     write_json(folder.evaluation, {"calibration": found.as_json()})
     session.say(f"held-out accuracy {found.accuracy:.3f} on {found.pairs} pairs, ECE {found.ece:.3f}")
     return found
