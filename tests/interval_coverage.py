@@ -251,7 +251,7 @@ def settings() -> Iterator[Setting]:
         (200, 1, "a wins nearly always", Duel(4.6)),
     ):
         less = {"length-controlled win rate": 0.90} if duel.longer > 1 else {}
-        yield Setting(f"{prompts} prompts, {each} a prompt, {name}", duels(duel, prompts, each), 10, less)
+        yield Setting(f"{prompts} prompts, {each} a prompt, {name}", duels(duel, prompts, each), 5, less)
     for prompts, each in ((12, 2), (20, 4), (80, 2)):
         yield Setting(f"{prompts} prompts x {each}, normal", scores(prompts, each, normal, 0.0))
         less = dict.fromkeys(("policy score", "reference score"), 0.91) if prompts < 30 else {}
@@ -298,7 +298,7 @@ def measure(setting: Setting, trials: int) -> list[Covered]:
 
 def main():
     """Print the table as Markdown."""
-    trials = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+    trials = int(sys.argv[1]) if len(sys.argv) > 1 else 5_000
     print(
         "| interval | setting | truth | coverage ± Monte-Carlo error | mean width | promised |\n|---|---|---|---|---|---|"
     )

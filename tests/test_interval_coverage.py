@@ -12,8 +12,8 @@ from favor.eval.intervals import SHARE, crossed_reach, mean_interval, standard_e
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name.replace(" ", "-"))
 def test_coverage(setting):
-    for row in measure(setting, 500):
-        # the promise less what 500 (or 50) trials leave open; the whole table is `python interval_coverage.py`
+    for row in measure(setting, 300):
+        # the promise less what 300 (or 60) trials leave open; the whole table is `python interval_coverage.py`
         assert row.coverage >= row.promised - 2 * row.error, row
         assert row.coverage > 0.85, row
         assert row.without == 0, row

@@ -97,7 +97,8 @@ def sign_share(gaps: Array) -> Array:
 def _per_cluster(values: Array, clusters: NDArray[np.int64] | None) -> tuple[Array, Array]:
     """Sum and number of each cluster's values."""
     groups = np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    return np.bincount(groups, weights=values), np.bincount(groups).astype(np.float64)
+    sums = np.bincount(groups, weights=values).astype(np.float64)
+    return sums, np.bincount(groups).astype(np.float64)
 
 
 def _jackknife(sums: Array, counts: Array) -> float:

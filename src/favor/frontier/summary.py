@@ -109,7 +109,7 @@ def _difference(start: Sequence[Cell], a: Sequence[Cell], b: Sequence[Cell]) -> 
 def _at_equal_kl(a_2C: Array, b_2C: Array) -> float:
     """Mean of frontier a less frontier b over the KL range of both, each (KL, reward) of its points."""
     grid = np.linspace(0.0, max(min(a_2C[0].max(), b_2C[0].max()), 0.0), _GRID)
-    return float((envelope(*a_2C, grid) - envelope(*b_2C, grid)).mean())
+    return float((envelope(a_2C[0], a_2C[1], grid) - envelope(b_2C[0], b_2C[1], grid)).mean())
 
 
 def _records(config: FrontierConfig, places: Places) -> dict[str, dict[str, Any]]:
