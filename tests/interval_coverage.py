@@ -273,7 +273,7 @@ def settings() -> Iterator[Setting]:
     ):
         spreads = f"deviations: seed {spread.seed:g}, prompt {spread.prompt:g}, noise {spread.noise:g}, log KL {spread.kl_seed:g}"
         yield Setting(
-            f"{seeds} seed{'s' * (seeds > 1)} x {prompts} prompts, {spreads}", frontiers(seeds, prompts, spread), 10
+            f"{seeds} seed{'s' * (seeds > 1)} x {prompts} prompts, {spreads}", frontiers(seeds, prompts, spread), 5
         )
 
 

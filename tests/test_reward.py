@@ -301,6 +301,19 @@ def test_scoring_samples_without_comparisons(tmp_path):
     assert read_jsonl(tmp_path / "o.jsonl") == [{"prompt": "p", "responses": ["a", "bbb"], "scores": [1.0, 3.0]}]
 
 
+def test_rows_of_one_prompt_are_scored_as_one_prompt(tmp_path):
+    """However many rows it takes: 24 pairs of 2 prompts, all right, are not sure."""
+    rows = [{"prompt": f"p{i % 2}", "chosen": f"long {i}", "rejected": f"s{i}"} for i in range(24)]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.py").write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
+    reward = RewardConfig(kind="callable", path=f"{tmp_path / 'r.py'}:length")
+    found = score(
+        ScoreConfig(out=str(tmp_path / "o.jsonl"), data=str(tmp_path / "s.jsonl"), reward=reward), lambda *_: None
+    )
+    assert (found["calibration"]["pairs"], found["calibration"]["prompts"]) == (24, 2)
+    assert found["calibration"]["accuracy_interval"][0] < 0.5
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

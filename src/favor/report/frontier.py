@@ -108,7 +108,7 @@ def _runs(found: Mapping[str, Any], method: str) -> int:
 
 def frontier_table(found: Mapping[str, Any]) -> Table:
     """The points as a rich table."""
-    table = Table("method", "strength", "KL(policy || SFT), nats", "ground-truth reward")
+    table = Table("method", "strength", "KL(policy || SFT), nats", "ground-truth reward", caption=_brackets(found))
     for row in frontier_rows(found).points:
         table.add_row(*row)
     return table
