@@ -220,6 +220,11 @@ def skewed(rng, size):
     return rng.beta(6, 1.2, size) - 6 / 7.2
 
 
+def heavy(rng, size):
+    """Log-normal: skewness 6, a few values carry the mean."""
+    return np.exp(rng.normal(size=size)) - np.exp(0.5)
+
+
 def chances(rng, size):
     """A pass rate that differs by prompt."""
     return rng.beta(9, 1, size)
@@ -257,6 +262,8 @@ def settings() -> Iterator[Setting]:
         less = dict.fromkeys(("policy score", "reference score"), 0.91) if prompts < 30 else {}
         yield Setting(f"{prompts} prompts x {each}, skewed", scores(prompts, each, skewed, 0.0), less=less)
         yield Setting(f"{prompts} prompts x {each}, passed or not", scores(prompts, each, chances, 0.9))
+    less = dict.fromkeys(("policy score", "reference score"), 0.85)
+    yield Setting("20 prompts x 1, log-normal", scores(20, 1, heavy, 0.0), less=less)
     for prompts, each, shape in ((12, 2, 8.0), (20, 2, 8.0), (20, 4, 2.0), (64, 1, 2.0)):
         name = f"{prompts} prompts x {each}, skewness {2 / np.sqrt(shape):.1f}"
         less = {"KL, mean ± t s.e.": 0.91} if prompts < 30 else {}

@@ -66,6 +66,19 @@ def test_means_by_hand():
     assert t_quantile(np.array([3.0, 1.0, 1.0])) == pytest.approx(student.ppf(0.975, 25 / 11 - 1))
 
 
+def test_the_mean_of_a_share_lies_inside_and_nothing_is_certain():
+    """Random small samples, prompts of any size."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        count = rng.integers(1, 30)
+        clusters = rng.integers(0, rng.integers(1, 15), count)
+        found = mean_interval(
+            rng.choice([0, 0.5, 1], count, p=rng.dirichlet([0.5, 0.2, 1])), clusters=clusters, bounds=SHARE
+        )
+        assert 0 <= found.low <= found.mean <= found.high <= 1
+        assert found.high - found.low > 0.1
+
+
 def test_no_spread_is_no_interval():
     """Equal values cannot say how sure an unbounded mean is."""
     for values, clusters in ((np.full(20, 0.3), None), (np.arange(5.0), np.zeros(5, np.int64)), (np.zeros(9), None)):
