@@ -211,7 +211,7 @@ def test_equal_sides_give_one_half(tmp_path, seed):
     rng = np.random.default_rng(seed)
     a, b = (["w " * int(n) + str(k) for k, n in enumerate(rng.integers(3, 30, 60))] for _ in range(2))
     rule = 'import hashlib; return ("A", "B", "tie")[hashlib.sha256((prompt + a + "|" + b).encode()).digest()[0] % 3]'
-    figures = compare(*sides(tmp_path, a, b), *by_callable(judge_file(tmp_path, rule)), f"seed={seed}")
+    figures = compare(*sides(tmp_path, a, b), *by_callable(judge_file(tmp_path, rule)))
     for name in ("win_rate", "lc_win_rate"):
         low, high = figures[f"{name}_interval"]
         assert low <= 0.5 <= high, name
@@ -558,6 +558,7 @@ def bad_words():
         "unknown kind": (lambda h: [*files(h), "judge.kind=me"], ["judge.kind", "'me'"]),
         "misspelt": (local("judge.pth=x"), ["judge.pth", "did you mean 'judge.path'"]),
         "unread sampling": (local("sample.max_new_tokens=3"), ["sample is not read"]),
+        "unread seed": (local("seed=3"), ["seed is not read"]),
         "no prompts": (lambda h: [*local()(h)[2:], "run=run", "a.model=m"], ["prompts is not set"]),
         "no such file": (local("a.file=none.jsonl"), ["none.jsonl", "no such file"]),
         "no common prompt": (no_common, ["a.jsonl and", "no prompt in common"]),
