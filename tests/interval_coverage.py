@@ -251,22 +251,22 @@ def settings() -> Iterator[Setting]:
         (20, 2, "two in five tied", Duel(0.8, ties=0.4, spread=0.7)),
         (60, 1, "longer wins, a longer", Duel(0.5, length=1.5, longer=0.5)),
         (60, 1, "a much longer, longer wins", Duel(0, length=2, longer=1.5)),
+        (20, 1, "a much longer, longer wins", Duel(0, length=2, longer=1.5)),
         (80, 1, "always the first", Duel(0, first=8)),
         (80, 4, "first preferred, prompts differ", Duel(0.8, first=0.5, spread=1)),
         (200, 1, "a wins nearly always", Duel(4.6)),
     ):
-        less = {"length-controlled win rate": 0.90} if duel.longer > 1 else {}
+        less = {"length-controlled win rate": 0.88} if duel.longer > 1 else {}
         yield Setting(f"{prompts} prompts, {each} a prompt, {name}", duels(duel, prompts, each), 5, less)
     for prompts, each in ((12, 2), (20, 4), (80, 2)):
         yield Setting(f"{prompts} prompts x {each}, normal", scores(prompts, each, normal, 0.0))
-        less = dict.fromkeys(("policy score", "reference score"), 0.91) if prompts < 30 else {}
-        yield Setting(f"{prompts} prompts x {each}, skewed", scores(prompts, each, skewed, 0.0), less=less)
+        yield Setting(f"{prompts} prompts x {each}, skewed", scores(prompts, each, skewed, 0.0))
         yield Setting(f"{prompts} prompts x {each}, passed or not", scores(prompts, each, chances, 0.9))
-    less = dict.fromkeys(("policy score", "reference score"), 0.85)
+    less = dict.fromkeys(("policy score", "reference score"), 0.88)
     yield Setting("20 prompts x 1, log-normal", scores(20, 1, heavy, 0.0), less=less)
     for prompts, each, shape in ((12, 2, 8.0), (20, 2, 8.0), (20, 4, 2.0), (64, 1, 2.0)):
         name = f"{prompts} prompts x {each}, skewness {2 / np.sqrt(shape):.1f}"
-        less = {"KL, mean ± t s.e.": 0.91} if prompts < 30 else {}
+        less = {"KL, mean ± t s.e.": 0.91} if prompts < 30 and shape < 4 else {}
         yield Setting(name, divergences(prompts, each, shape), less=less)
     for seeds, prompts, spread in (
         (1, 64, Spread(0.0, 0.05, 0.13, 0.0)),
