@@ -15,7 +15,7 @@ from favor.errors import ConfigError
 from favor.frontier.recipe import FrontierConfig, points
 from favor.frontier.run import frontier
 from favor.frontier.shrink import shrink
-from favor.frontier.summary import Cell, _drawn, _draws, dominance, envelope
+from favor.frontier.summary import Cell, _point, dominance, envelope
 from favor.report.collect import collect
 from favor.report.frontier import frontier_rows
 from favor.report.page import write_page
@@ -39,19 +39,45 @@ def planted(level, noise, seed, kl=(2.0, 5.0)):
 
 
 def test_dominance_is_found_where_it_is_and_only_there():
-    draws = _draws(3, 40)
     start = [Cell(0, np.random.default_rng(9).normal(0, 0.2, (3, 40)), np.zeros((3, 40)))]
     better, worse, same = planted(1.0, 0.2, 1), planted(0.4, 0.2, 2), planted(0.4, 0.2, 3, (1.5, 4.0, 5.5))
     same = [Cell(c.strength, c.reward_SP - c.reward_SP.mean() + 0.4 * c.kl_SP.mean() / 5, c.kl_SP) for c in same]
-    found = dominance(
-        {name: _drawn(start + cells, draws) for name, cells in {"a": better, "b": worse, "c": same}.items()}
-    )
+    found = dominance(start, {"a": better, "b": worse, "c": same})
     verdict = {(d["a"], d["b"]): d for d in found}
     assert verdict["a", "b"]["wins"] == "a"
     # mean over 0..5 of (1.0 - 0.4) k / 5
     assert verdict["a", "b"]["difference"] == pytest.approx(0.3, abs=0.05)
     assert verdict["a", "c"]["wins"] == "a"
     assert verdict["b", "c"]["wins"] == "neither"
+
+
+def one_seed(cells):
+    return [Cell(c.strength, c.reward_SP[:1], c.kl_SP[:1]) for c in cells]
+
+
+def test_one_seed_decides_nothing_and_no_common_range_is_said():
+    start = [Cell(0, np.random.default_rng(9).normal(0, 0.2, (3, 40)), np.zeros((3, 40)))]
+    better, worse = planted(1.0, 0.2, 1), planted(0.4, 0.2, 2)
+    (found,) = dominance(one_seed(start), {"dpo": one_seed(better), "ppo": one_seed(worse)})
+    assert found["low"] > 0
+    assert found["wins"] == "one seed"
+    unmoved = [Cell(1.0, better[0].reward_SP, np.zeros((3, 40)))]
+    (none,) = dominance(start, {"dpo": better, "ppo": unmoved})
+    assert (none["difference"], none["low"], none["high"], none["wins"]) == (None, None, None, "neither")
+    # equal rewards everywhere have no spread to judge by
+    flat = [Cell(k, np.full((3, 40), k / 5), np.full((3, 40), k)) for k in (2.0, 5.0)]
+    low = [Cell(k, np.full((3, 40), k / 9), np.full((3, 40), k)) for k in (2.0, 5.0)]
+    (exact,) = dominance([Cell(0, np.zeros((3, 40)), np.zeros((3, 40)))], {"dpo": flat, "ppo": low})
+    assert exact["difference"] > 0
+    assert exact["wins"] == "neither"
+
+
+def test_prompts_are_drawn_once_for_all_seeds():
+    """A prompt's own level is shared by all seeds, so 3 seeds of one prompt set say no more about it than one."""
+    level = np.random.default_rng(3).normal(0, 0.2, (1, 40))
+    noise = np.random.default_rng(4).normal(0, 0.001, (3, 40))
+    once, thrice = (_point(Cell(1.0, rewards, rewards))["reward"] for rewards in (level, level + noise))
+    assert thrice["high"] - thrice["low"] > 0.97 * (once["high"] - once["low"])
 
 
 def test_points_and_refusals():

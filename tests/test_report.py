@@ -1,15 +1,18 @@
 """The page says what the run folder says, escapes what it shows, and is whole on its own."""
 
+import io
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from favor.errors import CheckpointError
 from favor.report.collect import collect
 from favor.report.frontier import frontier_figure, frontier_rows, widest_kl
 from favor.report.page import flatten, write_page
+from favor.report.table import figures_table
 from favor.run import RunFolder, append, write_json
 
 
@@ -138,10 +141,11 @@ def test_frontier_winrate_and_calibration_are_shown_and_escaped(tmp_path):
         "DPO dominates",
         "target KL 3",
         "3.00 [2.90, 3.10]",
-        "0.610 [0.500, 0.700]",
-        "not to be had",
+        "0.610 [0.500, 0.700], few: 6 prompts",
+        "not available",
         "calibration error (ECE)",
-        "0.700 [0.600, 0.800]",
+        "0.700 [0.600, 0.800], few: 10 prompts",
+        "Brackets are of an earlier favor and too narrow",
         "ppo-3-seed0 stopped early",
         "a (0.50)",
         "Seconds a point, training and measuring: DPO 2;",
@@ -267,3 +271,50 @@ def test_browser_draws_every_plot_without_an_error(tmp_path):
     )
     assert "CONSOLE" not in done.stderr
     assert done.stdout.count('class="main-svg"') >= 24
+
+
+def test_few_prompts_are_said_and_no_spread_is_no_interval():
+    """On the terminal too, where rich must not take the words for markup."""
+    spread = {"accuracy": 1.0, "accuracy_interval": [0.771, 1.0], "pairs": 40, "prompts": 12, "loss": 0.5}
+    alike = {
+        "reference_accuracy": 0.5,
+        "reference_accuracy_interval": [0.2, 0.8],
+        "margin": 0.0,
+        "margin_interval": None,
+    }
+    kl = {"mean": 1.0, "se": None, "num_samples": 2, "num_prompts": 1, "max_new_tokens": 8}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(figures_table({**spread, **alike, "kl": kl}))
+    text = console.export_text()
+    for words in ("1.000 [0.771, 1.000], few: 12 prompts", "+0.000 (no interval: all alike), few: 12 prompts"):
+        assert words in text
+    assert "1.00 ± unknown, few: 1 prompt " in text
+    console.print(figures_table({**spread, **alike, "prompts": 30}))
+    assert "few" not in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("seeds", "prompts", "words"),
+    [
+        ([0], 64, "say nothing of another seed"),
+        ([0, 1, 2], 64, "t with 2 d.o.f. for the seeds. A method"),
+        ([0, 1], 12, "few: 12 prompts"),
+    ],
+)
+def test_a_frontier_says_what_its_intervals_are(tmp_path, seeds, prompts, words):
+    found = collect(a_picture(tmp_path / "run")).frontier | {
+        "intervals": "crossed",
+        "seeds": seeds,
+        "num_prompts": prompts,
+    }
+    pair = found["dominance"][0]
+    found["dominance"] = [
+        pair | {"wins": "one seed"},
+        pair | {"difference": None, "low": None, "high": None, "wins": "neither"},
+    ]
+    rows = frontier_rows(found)
+    assert words in "\n".join(rows.notes)
+    assert [row[1:] for row in rows.dominance] == [
+        ("+0.120 [+0.010, +0.200]", "no verdict: one seed"),
+        ("no KL range in common", "neither"),
+    ]

@@ -96,21 +96,21 @@ def test_calibration_of_known_odds():
     strength = rng.normal(0, 2, 20_000)
     wins = rng.random(20_000) < 1 / (1 + np.exp(-strength))
     gap = np.where(wins, strength, -strength)
-    honest = calibrate(gap, np.arange(20_000) // 4, 0)
-    boastful = calibrate(3 * gap, np.arange(20_000) // 4, 0)
+    honest = calibrate(gap, np.arange(20_000) // 4)
+    boastful = calibrate(3 * gap, np.arange(20_000) // 4)
     assert honest.ece < 0.01
     assert boastful.ece > 0.1
     assert boastful.accuracy == honest.accuracy
     assert honest.accuracy_interval[0] < honest.accuracy < honest.accuracy_interval[1]
     assert sum(part.num_pairs for part in honest.curve) == 20_000
-    flat = calibrate(np.zeros(4), np.arange(4), 0)
+    flat = calibrate(np.zeros(4), np.arange(4))
     assert (flat.accuracy, flat.ece) == (0.5, 0.0)
     assert flat.loss == pytest.approx(math.log(2))
 
 
 def test_ece_by_hand():
     gap = np.array([math.log(9), math.log(9), -math.log(9), math.log(1.5)])
-    found = calibrate(gap, np.arange(4), 0)
+    found = calibrate(gap, np.arange(4))
     # three predicted at 0.9 of which two came true, one at 0.6 that did
     assert found.ece == pytest.approx((3 * abs(2 / 3 - 0.9) + abs(1 - 0.6)) / 4)
 
@@ -298,6 +298,19 @@ def test_scoring_samples_without_comparisons(tmp_path):
     config = ScoreConfig(out=str(tmp_path / "o.jsonl"), data=str(tmp_path / "s.jsonl"), reward=reward)
     assert score(config, lambda *a: None) is None
     assert read_jsonl(tmp_path / "o.jsonl") == [{"prompt": "p", "responses": ["a", "bbb"], "scores": [1.0, 3.0]}]
+
+
+def test_rows_of_one_prompt_are_scored_as_one_prompt(tmp_path):
+    """However many rows it takes: 24 pairs of 2 prompts, all right, are not sure."""
+    rows = [{"prompt": f"p{i % 2}", "chosen": f"long {i}", "rejected": f"s{i}"} for i in range(24)]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.py").write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
+    reward = RewardConfig(kind="callable", path=f"{tmp_path / 'r.py'}:length")
+    found = score(
+        ScoreConfig(out=str(tmp_path / "o.jsonl"), data=str(tmp_path / "s.jsonl"), reward=reward), lambda *_: None
+    )
+    assert (found["calibration"]["pairs"], found["calibration"]["prompts"]) == (24, 2)
+    assert found["calibration"]["accuracy_interval"][0] < 0.5
 
 
 @pytest.mark.parametrize(

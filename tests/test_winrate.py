@@ -13,7 +13,6 @@ import tiny
 from favor.cli import main
 from favor.config import load
 from favor.errors import ConfigError, DataError, ServerError
-from favor.eval import winstats
 from favor.eval.judges import PROMPT, Duel, JudgeConfig, ask, make_judge, read_verdict
 from favor.eval.judgments import identity, key_of
 from favor.eval.winrate import WinrateConfig, winrate
@@ -64,18 +63,6 @@ def by_callable(path):
     return ["judge.kind=callable", f"judge.path={path}"]
 
 
-@pytest.fixture(autouse=True)
-def _few_resamples(request, monkeypatch):
-    """Each resample is a fit; only the tests of that interval need many."""
-    if "many_resamples" not in request.fixturenames:
-        monkeypatch.setattr(winstats, "_RESAMPLES", 10)
-
-
-@pytest.fixture
-def many_resamples():
-    pass
-
-
 @pytest.fixture
 def favor(monkeypatch, capsys, tmp_path):
     """The command line in this process, in an empty folder: (exit code, stdout, stderr)."""
@@ -115,7 +102,7 @@ def test_closed_forms():
         pair(4, "A", "tie"),
         pair(5, "invalid", "B"),
     ]
-    figures = win_figures(pairs, 0)
+    figures = win_figures(pairs)
     assert figures.win_rate == pytest.approx((1 + 0 + 0.5 + 0.5 + 0.75) / 5)
     assert (figures.wins, figures.ties, figures.losses) == (2, 2, 1)
     assert (figures.pairs, figures.invalid, figures.invalid_verdicts) == (5, 1, 1)
@@ -130,29 +117,29 @@ def test_closed_forms():
 
 
 def test_only_ties_and_only_invalid():
-    figures = win_figures([pair(i, "tie", "tie") for i in range(4)], 0)
+    figures = win_figures([pair(i, "tie", "tie") for i in range(4)])
     assert (figures.win_rate, figures.ties, figures.consistency) == (0.5, 4, 1.0)
     assert figures.position_bias is None
     with pytest.raises(DataError, match="none of the 3 pairs"):
-        win_figures([pair(i, "invalid", "A") for i in range(3)], 0)
+        win_figures([pair(i, "invalid", "A") for i in range(3)])
 
 
 def test_always_winning_stays_finite():
     """A separable fit: the ridge keeps the rate below 1 and finite."""
     rng = np.random.default_rng(0)
-    figures = win_figures([pair(i, "A", "B", *rng.integers(5, 50, 2)) for i in range(40)], 0)
+    figures = win_figures([pair(i, "A", "B", *rng.integers(5, 50, 2)) for i in range(40)])
     assert figures.win_rate == 1.0
     assert 0.98 < figures.lc_win_rate < 1
     assert math.isfinite(figures.length_effect)
 
 
 def test_the_same_length_difference_everywhere_tells_nothing():
-    figures = win_figures([pair(i, "A", "B", 20, 10) for i in range(5)], 0)
+    figures = win_figures([pair(i, "A", "B", 20, 10) for i in range(5)])
     assert figures.lc_win_rate is None
     assert figures.longer_a == 1.0
 
 
-def test_length_control_recovers_known_coefficients(many_resamples):
+def test_length_control_recovers_known_coefficients():
     """Outcomes drawn from sigmoid(0.8 + 1.5 tanh(d / std)): the rate at d = 0 is sigmoid(0.8)."""
     rng = np.random.default_rng(1)
     difference = rng.normal(30, 40, 3000).round()
@@ -161,7 +148,7 @@ def test_length_control_recovers_known_coefficients(many_resamples):
         pair(i, *(("A", "B") if w else ("B", "A")), 500 + int(d), 500)
         for i, (w, d) in enumerate(zip(won, difference, strict=True))
     ]
-    figures = win_figures(pairs, 0)
+    figures = win_figures(pairs)
     low, high = figures.lc_win_rate_interval
     assert low < 1 / (1 + math.exp(-0.8)) < high
     assert high - low < 0.08
@@ -169,12 +156,12 @@ def test_length_control_recovers_known_coefficients(many_resamples):
     assert figures.win_rate > figures.lc_win_rate + 0.03
 
 
-def test_bootstrap_draws_whole_prompts():
+def test_verdicts_of_one_prompt_are_not_independent():
     """The same verdicts say less when they are of few prompts."""
 
     def width(prompts):
         each = 64 // prompts
-        low, high = win_figures([pair(i // each, *win((i // each) % 2)) for i in range(64)], 0).win_rate_interval
+        low, high = win_figures([pair(i // each, *win((i // each) % 2)) for i in range(64)]).win_rate_interval
         return high - low
 
     assert width(64) > 0.2
@@ -188,12 +175,17 @@ def test_always_first_judge_shows_as_position_bias(tmp_path):
     words = sides(tmp_path, ["good"] * 12, ["bad"] * 12)
     figures = compare(*words, *by_callable(judge_file(tmp_path, 'return "A"')))
     assert figures["win_rate"] == 0.5
-    assert figures["win_rate_interval"] == (0.5, 0.5)
-    assert (figures["position_bias"], figures["position_bias_interval"]) == (0.5, (0.5, 0.5))
+    # 12 prompts without spread and one more at each bound (tests/test_interval_coverage.py has the sums by hand)
+    t, two_more = 2.200985, 14 * 13
+    around = t * math.sqrt(0.5 / two_more)
+    assert figures["win_rate_interval"] == pytest.approx((0.5 - around, 0.5 + around), abs=1e-6)
+    assert figures["position_bias"] == 0.5
+    low = 13 / 14 - t * math.sqrt(13 / 14 / two_more) - 0.5
+    assert figures["position_bias_interval"] == pytest.approx((low, 0.5), abs=1e-6)
     assert (figures["consistency"], figures["ties"]) == (0.0, 12)
 
 
-def test_length_judge_is_seen_through(tmp_path, many_resamples):
+def test_length_judge_is_seen_through(tmp_path):
     """A noisy judge that looks at nothing but length: a, the longer one, wins most; at equal lengths it does not."""
     rng = np.random.default_rng(0)
     base = rng.integers(200, 400, 150)
@@ -214,12 +206,12 @@ def test_length_judge_is_seen_through(tmp_path, many_resamples):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_equal_sides_give_one_half(tmp_path, seed, many_resamples):
+def test_equal_sides_give_one_half(tmp_path, seed):
     """Responses of one distribution and a noisy fair judge: one half lies in the interval."""
     rng = np.random.default_rng(seed)
     a, b = (["w " * int(n) + str(k) for k, n in enumerate(rng.integers(3, 30, 60))] for _ in range(2))
     rule = 'import hashlib; return ("A", "B", "tie")[hashlib.sha256((prompt + a + "|" + b).encode()).digest()[0] % 3]'
-    figures = compare(*sides(tmp_path, a, b), *by_callable(judge_file(tmp_path, rule)), f"seed={seed}")
+    figures = compare(*sides(tmp_path, a, b), *by_callable(judge_file(tmp_path, rule)))
     for name in ("win_rate", "lc_win_rate"):
         low, high = figures[f"{name}_interval"]
         assert low <= 0.5 <= high, name
@@ -566,6 +558,7 @@ def bad_words():
         "unknown kind": (lambda h: [*files(h), "judge.kind=me"], ["judge.kind", "'me'"]),
         "misspelt": (local("judge.pth=x"), ["judge.pth", "did you mean 'judge.path'"]),
         "unread sampling": (local("sample.max_new_tokens=3"), ["sample is not read"]),
+        "unread seed": (local("seed=3"), ["seed is not read"]),
         "no prompts": (lambda h: [*local()(h)[2:], "run=run", "a.model=m"], ["prompts is not set"]),
         "no such file": (local("a.file=none.jsonl"), ["none.jsonl", "no such file"]),
         "no common prompt": (no_common, ["a.jsonl and", "no prompt in common"]),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from favor.eval.intervals import Array, bootstrap_mean
+from favor.eval.intervals import SHARE, Array, mean_interval, sign_share
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class Calibration:
     """Accuracy with its interval over prompts, mean loss (nats a pair), ECE and the curve."""
 
     pairs: int
+    prompts: int
     accuracy: float
-    accuracy_interval: tuple[float, float]
+    accuracy_interval: tuple[float, float] | None
     loss: float
     ece: float
     curve: tuple[Bin, ...]
@@ -37,14 +38,14 @@ class Calibration:
         return asdict(self)
 
 
-def calibrate(gap_P: Array, prompt_P: NDArray[np.int64], seed: int, *, num_bins: int = 10) -> Calibration:
+def calibrate(gap_P: Array, prompt_P: NDArray[np.int64], *, num_bins: int = 10) -> Calibration:
     """Bradley-Terry says p* = sigmoid(gap), gap = r(chosen) - r(rejected).
 
     Each pair is seen from the side of the predicted winner, so predictions lie in [0.5, 1]; a gap of 0 is
     half right. ECE = sum_b n_b / n |observed_b - predicted_b| over equal-width bins. Guo et al. 2017, arXiv 1706.04599.
     """
     gap_P = np.asarray(gap_P, np.float64)
-    right_P = (np.sign(gap_P) + 1) / 2
+    right_P = sign_share(gap_P)
     predicted_P = 1 / (1 + np.exp(-np.abs(gap_P)))
     bin_P = np.minimum(((predicted_P - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
     curve = tuple(
@@ -52,11 +53,12 @@ def calibrate(gap_P: Array, prompt_P: NDArray[np.int64], seed: int, *, num_bins:
         for inside in (bin_P == index for index in range(num_bins))
         if inside.any()
     )
-    accuracy = bootstrap_mean(right_P, seed, clusters=prompt_P)
+    accuracy = mean_interval(right_P, clusters=prompt_P, bounds=SHARE)
     return Calibration(
         pairs=len(gap_P),
+        prompts=len(np.unique(prompt_P)),
         accuracy=accuracy.mean,
-        accuracy_interval=(accuracy.low, accuracy.high),
+        accuracy_interval=accuracy.ends,
         loss=float(np.logaddexp(0.0, -gap_P).mean()),
         ece=sum(part.num_pairs * abs(part.observed - part.predicted) for part in curve) / len(gap_P),
         curve=curve,

@@ -7,11 +7,13 @@ with its standard error. Next: margins.py.
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from favor.data import pack
 from favor.data.types import Batch, TokenTree
+from favor.eval.intervals import standard_error
 from favor.model.load import Policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig
@@ -22,14 +24,15 @@ _BUDGET = 2048
 
 @dataclass(frozen=True)
 class Divergence:
-    """Sampled KL in nats per response, of responses cut at `max_new_tokens`."""
+    """Sampled KL in nats per response, of responses cut at `max_new_tokens`; se over prompts, None for a single prompt."""
 
     mean: float
-    se: float
+    se: float | None
     num_samples: int
+    num_prompts: int
     max_new_tokens: int
 
-    def as_json(self) -> dict[str, float]:
+    def as_json(self) -> dict[str, float | None]:
         """For eval.json and metrics."""
         return asdict(self)
 
@@ -44,7 +47,8 @@ def kl_of_samples(
     """KL(policy || reference) = E_{y~policy}[log pi(y|x) - log ref(y|x)], from responses the policy sampled.
 
     Unbiased for responses cut at max_new_tokens; the samples must be of the policy's own distribution
-    (temperature 1). `reference` gives log ref(y|x) of a batch.
+    (temperature 1). `reference` gives log ref(y|x) of a batch. Samples of one prompt are not independent: the standard
+    error is over prompts.
     """
     assert config.temperature == 1.0, "the estimator is of the policy's own distribution"
     trees = [
@@ -52,10 +56,13 @@ def kl_of_samples(
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
     ratio = log_ratios(policy, reference, trees)
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    error = standard_error(ratio.numpy(), np.array([places[tuple(prompt)] for prompt in prompts]))
     return Divergence(
         mean=float(ratio.mean()),
-        se=float(ratio.std() / len(ratio) ** 0.5) if len(ratio) > 1 else float("nan"),
+        se=error if len(places) > 1 else None,
         num_samples=len(ratio),
+        num_prompts=len(places),
         max_new_tokens=config.max_new_tokens,
     )
 

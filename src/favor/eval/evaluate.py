@@ -20,7 +20,7 @@ from favor.data.tokenize import tokenize
 from favor.data.types import Batch, PromptTree, TokenTree
 from favor.errors import ConfigError, DataError
 from favor.eval.divergence import kl_of_samples
-from favor.eval.intervals import bootstrap_difference, bootstrap_mean
+from favor.eval.intervals import mean_interval
 from favor.eval.margins import pair_figures
 from favor.losses import LossConfig
 from favor.model.layout import settle
@@ -71,8 +71,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Write eval.json and samples.jsonl into the run folder and return the figures.
 
-    `scorer` is (name, function text -> score); with it the samples of policy and reference are compared by a
-    bootstrap over prompts. Raises CheckpointError, DataError or ConfigError when something cannot be used.
+    `scorer` is (name, function text -> score); with it the samples of policy and reference are compared, paired
+    by prompt. Raises CheckpointError, DataError or ConfigError when something cannot be used.
     """
     folder = RunFolder(Path(config.run))
     _, recipe = read_run(config.run)
@@ -97,7 +97,7 @@ def _evaluate(
         lambda done: progress("held-out pairs", done, total),
     )
     precision = precision_of(subject.policy.compute_dtype)
-    figures: dict[str, Any] = {"beta": subject.beta, "precision": precision, **pairs.as_json(config.seed), "kl": None}
+    figures: dict[str, Any] = {"beta": subject.beta, "precision": precision, **pairs.as_json(), "kl": None}
     if config.sample_prompts:
         records, figures["kl"], figures["length"] = _samples(config, subject, progress)
         if scorer:
@@ -135,7 +135,7 @@ def _logps(policy: Policy) -> Callable[[Batch], Tensor]:
 
 def _samples(
     config: EvalConfig, subject: Subject, progress: Callable[[str, int, int], None]
-) -> tuple[list[dict[str, Any]], dict[str, float] | None, dict[str, float]]:
+) -> tuple[list[dict[str, Any]], dict[str, float | None] | None, dict[str, float]]:
     """Samples of both models for the first held-out prompts, by the same random streams, KL from the policy's, mean lengths.
 
     KL is None when the temperature is not 1: the samples are then not the policy's own distribution.
@@ -158,23 +158,26 @@ def _samples(
 
 
 def _score(records: list[dict[str, Any]], scorer: tuple[str, Scorer], config: EvalConfig) -> dict[str, Any]:
-    """Score every sample and compare the means, prompts being what the bootstrap resamples."""
+    """Score every sample and compare the means over prompts; scores that are all 0 or 1 are shares."""
     name, function = scorer
     for record in records:
         for side in ("reference", "policy"):
             record[f"{side}_scores"] = [float(x) for x in function(record[side])]
     scores = {side: np.array([r[f"{side}_scores"] for r in records]).ravel() for side in ("reference", "policy")}
     prompts = np.repeat(np.arange(len(records)), config.samples_per_prompt)
-    difference = bootstrap_difference(scores["policy"], scores["reference"], config.seed, clusters=prompts)
-    sides = {side: bootstrap_mean(values, config.seed, clusters=prompts) for side, values in scores.items()}
+    shares = all(np.isin(values, (0, 1)).all() for values in scores.values())
+    side, both = ((0.0, 1.0), (-1.0, 1.0)) if shares else (None, None)
+    policy = mean_interval(scores["policy"], clusters=prompts, bounds=side)
+    reference = mean_interval(scores["reference"], clusters=prompts, bounds=side)
+    difference = mean_interval(scores["policy"] - scores["reference"], clusters=prompts, bounds=both)
     return {
         "name": name,
-        "reference": sides["reference"].mean,
-        "reference_interval": [sides["reference"].low, sides["reference"].high],
-        "policy": sides["policy"].mean,
-        "policy_interval": [sides["policy"].low, sides["policy"].high],
+        "reference": reference.mean,
+        "reference_interval": reference.ends,
+        "policy": policy.mean,
+        "policy_interval": policy.ends,
         "difference": difference.mean,
-        "interval": [difference.low, difference.high],
+        "interval": difference.ends,
         "num_prompts": len(records),
         "samples_per_prompt": config.samples_per_prompt,
     }

@@ -1,38 +1,108 @@
-"""How sure a mean is: bootstrap intervals that resample prompts, and standard errors.
+"""How sure a mean is: 95 % intervals over prompts, and over training seeds crossed with prompts.
 
-In: values, and which prompt each belongs to. Out: Interval. Next: margins.py.
+In: values, and which prompt each belongs to. Out: Interval, standard errors. Next: margins.py.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 Array = NDArray[np.float64]
+# the upper end of the middle 95 %
+_UPPER = 0.975
+# the bounds of a share
+SHARE = (0.0, 1.0)
 
 
 class Interval(NamedTuple):
-    """A mean with the bounds of its percentile bootstrap interval."""
+    """A mean with the ends of its 95 % interval; the ends are nan when the values cannot say (one prompt, or all alike)."""
 
     mean: float
     low: float
     high: float
 
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """(low, high) for JSON, None when there is no interval."""
+        return None if np.isnan(self.low) else (self.low, self.high)
 
-def bootstrap_mean(
-    values: Array, seed: int, *, clusters: NDArray[np.int64] | None = None, num: int = 2000, level: float = 0.95
+
+def mean_interval(
+    values: Array, *, clusters: NDArray[np.int64] | None = None, bounds: tuple[float, float] | None = None
 ) -> Interval:
-    """Percentile bootstrap of the mean of `values` [n]; whole clusters are drawn, so values of one prompt stay together."""
+    """Interval of the mean of `values` [n]; values of one cluster (prompt) are not taken as independent.
+
+    mean +- t se, se as in `standard_error`, t as in `t_quantile`. Values within `bounds` (0 and 1 for a share) get two
+    more clusters of mean size, one at each bound, so that 12 of 12 is not certain; the ends stay within the bounds. The
+    idea is Agresti and Coull's (1998, The American Statistician 52); one a side with this t covers at least 93.4 % at every
+    share of 2 to 3,000 values, where Wilson's interval falls to 84 %.
+    """
     values = np.asarray(values, np.float64)
+    sums, counts = _per_cluster(values, clusters)
+    quantile = t_quantile(counts)
+    if bounds is not None:
+        size = counts.mean()
+        sums, counts = np.append(sums, np.multiply(bounds, size)), np.append(counts, [size, size])
+    centre, error = sums.sum() / counts.sum(), _jackknife(sums, counts)
+    # all values alike, up to rounding: no spread to learn from
+    if not error > 1e-12 * np.abs(values).max():
+        return Interval(float(values.mean()), np.nan, np.nan)
+    reach = quantile * error
+    low, high = (-np.inf, np.inf) if bounds is None else bounds
+    return Interval(float(values.mean()), float(max(centre - reach, low)), float(min(centre + reach, high)))
+
+
+def standard_error(values: Array, clusters: NDArray[np.int64]) -> float:
+    """Standard error of the mean of `values` [n] when whole clusters are independent; nan for one cluster.
+
+    Delete-one-cluster jackknife: se^2 = (G - 1)/G sum_g ((s_g - n_g mean) / (n - n_g))^2, s_g and n_g sum and number of
+    a cluster's values. For clusters of one value this is the deviation over sqrt(n). Efron and Stein 1981, Annals of Statistics 9.
+    """
+    return _jackknife(*_per_cluster(np.asarray(values, np.float64), clusters))
+
+
+def crossed_reach(values_SP: Array) -> float:
+    """Half the 95 % interval of the mean of `values_SP` [seeds, prompts], every seed having the same prompts.
+
+    reach^2 = t(S-1)^2 V_S + t(P-1)^2 max(V_P - V_SP, 0), with V_S = var(seed means)/S, V_P = var(prompt means)/P and V_SP
+    that of seed x prompt noise, which V_S and V_P both hold. Each part has its own t (Howe 1974, JASA 69), which keeps
+    95 % with 2 seeds too. It is never less than t(P-1) sqrt(V_P), the reach when the seeds are taken as given; one seed
+    says nothing of other seeds, and the reach is then that.
+    """
+    seeds, prompts = values_SP.shape
+    over_prompts = values_SP.mean(0).var(ddof=1) / prompts if prompts > 1 else 0.0
+    t_prompts = stdtrit(max(prompts - 1, 1), _UPPER)
+    given = float(t_prompts * np.sqrt(over_prompts))
+    if seeds == 1:
+        return given
+    over_seeds = values_SP.mean(1).var(ddof=1) / seeds
+    rest_SP = values_SP - values_SP.mean(1, keepdims=True) - values_SP.mean(0) + values_SP.mean()
+    noise = (rest_SP**2).sum() / ((seeds - 1) * max(prompts - 1, 1) * seeds * prompts)
+    both = stdtrit(seeds - 1, _UPPER) ** 2 * over_seeds + t_prompts**2 * max(over_prompts - noise, 0.0)
+    return max(given, float(np.sqrt(both)))
+
+
+def t_quantile(counts: Array) -> float:
+    """Student's t of a 95 % interval: n^2 / sum n_g^2 - 1 degrees of freedom, of clusters of one size their number less one."""
+    return float(stdtrit(max(counts.sum() ** 2 / (counts**2).sum() - 1, 1.0), _UPPER))
+
+
+def sign_share(gaps: Array) -> Array:
+    """1 where the gap is positive, 0 where negative, one half for a tie: their mean is an accuracy."""
+    return (np.sign(gaps) + 1) / 2
+
+
+def _per_cluster(values: Array, clusters: NDArray[np.int64] | None) -> tuple[Array, Array]:
+    """Sum and number of each cluster's values."""
     groups = np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    sums = np.bincount(groups, weights=values)
-    counts = np.bincount(groups).astype(np.float64)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(num, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
+    sums = np.bincount(groups, weights=values).astype(np.float64)
+    return sums, np.bincount(groups).astype(np.float64)
 
 
-def bootstrap_difference(a: Array, b: Array, seed: int, *, clusters: NDArray[np.int64]) -> Interval:
-    """Interval of mean(a) - mean(b), paired: a[i] and b[i] belong to the same prompt and are drawn together."""
-    return bootstrap_mean(np.asarray(a) - np.asarray(b), seed, clusters=clusters)
+def _jackknife(sums: Array, counts: Array) -> float:
+    if len(sums) < 2:
+        return float("nan")
+    change = (sums - counts * sums.sum() / counts.sum()) / (counts.sum() - counts)
+    return float(np.sqrt((len(sums) - 1) / len(sums) * (change**2).sum()))

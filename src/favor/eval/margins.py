@@ -12,7 +12,7 @@ from torch import Tensor
 
 from favor.data import pack
 from favor.data.types import Batch, TokenTree
-from favor.eval.intervals import bootstrap_mean
+from favor.eval.intervals import SHARE, mean_interval, sign_share
 from favor.losses.pairwise import sigmoid
 from favor.model.load import Policy
 from favor.model.logprobs import response_logps
@@ -27,19 +27,20 @@ class PairFigures:
     prompt_P: np.ndarray
     loss: float
 
-    def as_json(self, seed: int) -> dict[str, object]:
-        """Means with bootstrap intervals that resample prompts."""
-        accuracy = bootstrap_mean(_right(self.margin_P), seed, clusters=self.prompt_P)
-        reference = bootstrap_mean(_right(self.reference_gap_P), seed, clusters=self.prompt_P)
-        margin = bootstrap_mean(self.margin_P, seed, clusters=self.prompt_P)
+    def as_json(self) -> dict[str, object]:
+        """Means with 95 % intervals over prompts."""
+        accuracy = mean_interval(sign_share(self.margin_P), clusters=self.prompt_P, bounds=SHARE)
+        reference = mean_interval(sign_share(self.reference_gap_P), clusters=self.prompt_P, bounds=SHARE)
+        margin = mean_interval(self.margin_P, clusters=self.prompt_P)
         return {
             "pairs": len(self.margin_P),
+            "prompts": len(np.unique(self.prompt_P)),
             "accuracy": accuracy.mean,
-            "accuracy_interval": [accuracy.low, accuracy.high],
+            "accuracy_interval": accuracy.ends,
             "reference_accuracy": reference.mean,
-            "reference_accuracy_interval": [reference.low, reference.high],
+            "reference_accuracy_interval": reference.ends,
             "margin": margin.mean,
-            "margin_interval": [margin.low, margin.high],
+            "margin_interval": margin.ends,
             "loss": self.loss,
         }
 
@@ -72,8 +73,3 @@ def pair_figures(
 
 def _num_pairs(tree: TokenTree) -> int:
     return sum(len(c.order) * (len(c.order) - 1) // 2 for c in tree.comparisons)
-
-
-def _right(gap_P: np.ndarray) -> np.ndarray:
-    """1 where the gap is positive, 0 where negative, one half for a tie."""
-    return (np.sign(gap_P) + 1) / 2

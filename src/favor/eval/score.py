@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from favor import output
-from favor.config import STRICT, Seed
+from favor.config import STRICT
 from favor.data.formats import FORMATS, Judgment, RowError, order_assumed, recognise
 from favor.data.prompts import prompt_of, sample_text
 from favor.data.sources import read_objects
@@ -40,21 +40,20 @@ class ScoreConfig(BaseModel):
     split: str = "test"
     max_rows: int | None = Field(default=None, ge=1)
     reward: RewardConfig
-    seed: Seed = 0
     overwrite: bool = False
 
 
 def score(config: ScoreConfig, progress: Callable[[str, int, int], None]) -> dict[str, Any] | None:
     """Write the scores; returns accuracy, calibration curve and ECE, or None when nothing is compared.
 
-    A file that the same data, reward and seed made before stays as it is. Raises DataError for a row that cannot be
+    A file that the same data and reward made before stays as it is. Raises DataError for a row that cannot be
     used, ConfigError for an `out` that is not to be replaced, and what the reward raises.
     """
     figures = Path(f"{config.out}.figures.json")
     claim = Output(Path(config.out), "out", config.overwrite, (figures,))
     with output.claimed(claim, (config.data, config.reward.path, config.reward.reference)) as out:
         rows = _judgments(config)
-        told = {"data": rows, "reward": identity(config.reward), "seed": config.seed}
+        told = {"data": rows, "reward": identity(config.reward)}
         out = replace(out, settings=output.hashes(told))
         if (before := output.finished(out)) is not None:
             progress(f"{config.out}: made before with the same settings, kept (overwrite=true makes it again)", 1, 1)
@@ -76,8 +75,9 @@ def _score(
     lines: list[str] = []
     gaps: list[float] = []
     prompt_of: list[int] = []
+    places: dict[str, int] = {}
     place = 0
-    for index, row in enumerate(rows):
+    for row in rows:
         mine = scores[place : place + len(row.responses)]
         place += len(mine)
         lines.append(
@@ -85,8 +85,9 @@ def _score(
         )
         pairs = [(o[i], o[j]) for o in row.orders for i in range(len(o)) for j in range(i + 1, len(o))]
         gaps += [mine[a] - mine[b] for a, b in pairs]
-        prompt_of += [index] * len(pairs)
-    found = {"calibration": calibrate(np.array(gaps), np.array(prompt_of), config.seed).as_json()} if gaps else None
+        # rows of one prompt are not independent
+        prompt_of += [places.setdefault(json.dumps(row.prompt, sort_keys=True), len(places))] * len(pairs)
+    found = {"calibration": calibrate(np.array(gaps), np.array(prompt_of)).as_json()} if gaps else None
     output.remember(out, written=False)
     if found:
         write_json(out.also[0], found)

@@ -54,7 +54,7 @@ class WinrateConfig(BaseModel):
             if self.prompts is None:
                 raise ValueError("prompts is not set, and a model needs prompts to answer; give prompts=FILE")
             return self
-        sampling = (("tokens", self.tokens), ("sample", self.sample))
+        sampling = (("tokens", self.tokens), ("sample", self.sample), ("seed", self.seed))
         unread = [name for name, value in sampling if value != WinrateConfig.model_fields[name].default]
         if unread:
             raise ValueError(f"{unread[0]} is not read: both sides are files and nothing is sampled; remove it")
@@ -128,7 +128,7 @@ def _write(
         "a": config.a.name,
         "b": config.b.name,
         "judge": describe(config.judge),
-        **win_figures(judged, config.seed).as_json(),
+        **win_figures(judged).as_json(),
         "left_out": left_out,
     }
     first_of_prompt = {

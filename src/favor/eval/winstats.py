@@ -12,15 +12,13 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from favor.errors import DataError
-from favor.eval.intervals import Array, Interval, bootstrap_mean
+from favor.eval.intervals import SHARE, Array, Interval, mean_interval, t_quantile
 
 # "A" is the response shown first, "B" the one shown second
 Verdict: TypeAlias = Literal["A", "B", "tie", "invalid"]
 _SCORE: dict[str, float] = {"A": 1.0, "tie": 0.5, "B": 0.0}
 # inverse strength of the ridge, in pairs: it moves nothing but keeps a separable fit finite
 _C = 100.0
-# resamples of the length-controlled rate, each of which is a fit
-_RESAMPLES = 300
 
 
 class JudgedPair(NamedTuple):
@@ -47,7 +45,7 @@ class JudgedPair(NamedTuple):
 
 @dataclass(frozen=True)
 class WinFigures:
-    """Win rate of a over b with what it rests on; intervals are 95 % percentile bootstraps over prompts.
+    """Win rate of a over b with what it rests on; intervals are 95 %, over prompts.
 
     Counts are of pairs: `pairs` = wins + ties + losses had a verdict in both orders, `invalid` had not and are left out.
     `position_bias` is None when no verdict was decisive; the length-controlled rate is None when all length differences
@@ -87,7 +85,7 @@ class LengthControlled(NamedTuple):
     effect: float
 
 
-def win_figures(pairs: Sequence[JudgedPair], seed: int) -> WinFigures:
+def win_figures(pairs: Sequence[JudgedPair]) -> WinFigures:
     """All figures of the pairs judged in both orders. Raises DataError when there is none."""
     valid = [pair for pair in pairs if pair.outcome is not None]
     if not valid:
@@ -97,9 +95,9 @@ def win_figures(pairs: Sequence[JudgedPair], seed: int) -> WinFigures:
     outcome = np.array([pair.outcome for pair in valid], np.float64)
     prompt = np.array([pair.prompt for pair in valid], np.int64)
     length_a, length_b = (np.array([pair[i] for pair in valid], np.float64) for i in (3, 4))
-    rate = bootstrap_mean(outcome, seed, clusters=prompt)
-    bias, decisive = position_bias(valid, seed)
-    controlled = length_controlled(outcome, length_a - length_b, prompt, seed)
+    rate = mean_interval(outcome, clusters=prompt, bounds=SHARE)
+    bias, decisive = position_bias(valid)
+    controlled = length_controlled(outcome, length_a - length_b, prompt)
     return WinFigures(
         pairs=len(valid),
         prompts=len(np.unique(prompt)),
@@ -123,7 +121,7 @@ def win_figures(pairs: Sequence[JudgedPair], seed: int) -> WinFigures:
     )
 
 
-def position_bias(pairs: Sequence[JudgedPair], seed: int) -> tuple[Interval | None, int]:
+def position_bias(pairs: Sequence[JudgedPair]) -> tuple[Interval | None, int]:
     """Share of decisive verdicts that go to the response shown first, minus 1/2, and how many verdicts were decisive.
 
     Every pair is judged in both orders, so a judge that looks at quality alone gives 0 whatever the responses.
@@ -132,13 +130,11 @@ def position_bias(pairs: Sequence[JudgedPair], seed: int) -> tuple[Interval | No
     if not decisive:
         return None, 0
     first, prompt = np.array(decisive).T
-    share = bootstrap_mean(first.astype(np.float64), seed, clusters=prompt.astype(np.int64))
+    share = mean_interval(first.astype(np.float64), clusters=prompt.astype(np.int64), bounds=SHARE)
     return Interval(share.mean - 0.5, share.low - 0.5, share.high - 0.5), len(decisive)
 
 
-def length_controlled(
-    outcome: Array, difference: Array, prompt: NDArray[np.int64], seed: int
-) -> LengthControlled | None:
+def length_controlled(outcome: Array, difference: Array, prompt: NDArray[np.int64]) -> LengthControlled | None:
     """Logistic regression of the outcome on tanh(difference / std), read off at difference 0; None when it says nothing.
 
     P(a wins) = sigmoid(quality + effect * tanh((len_a - len_b) / std)), std of the length differences; the rate is
@@ -149,16 +145,39 @@ def length_controlled(
         return None
     scaled = np.tanh(difference / spread) if spread else np.zeros_like(difference)
     quality, effect = _fit(outcome, scaled, np.ones_like(outcome))
-    groups = np.unique(prompt, return_inverse=True)[1]
-    num_groups = int(groups.max()) + 1
-    random = np.random.default_rng(seed)
-    # a resample of prompts is a weight per prompt: how often it was drawn
-    counts = (
-        np.bincount(random.integers(num_groups, size=num_groups), minlength=num_groups) for _ in range(_RESAMPLES)
+    low, high = _rate_ends(outcome, scaled, np.unique(prompt, return_inverse=True)[1])
+    return LengthControlled(Interval(_sigmoid(quality), low, high), effect)
+
+
+def _rate_ends(outcome: Array, scaled: Array, group: NDArray[np.int64]) -> tuple[float, float]:
+    """Ends of the rate's interval: a one-step jackknife over prompts of a fit with two more prompts, one won, one lost.
+
+    These have the lengths of all pairs, each with the weight 1 / prompts (the idea is in intervals.mean_interval). On
+    the scale of the rate the interval is right near 0 and 1, on the scale of the quality where the rate is
+    extrapolated; either end is the wider one of the two.
+    """
+    prompts = int(group.max()) + 1
+    weight = 1 + 2 / prompts
+    quality, effect = _fit((outcome + 1 / prompts) / weight, scaled, np.full_like(outcome, weight))
+    features = np.stack([np.ones_like(scaled), scaled], axis=1)
+    expected = 1 / (1 + np.exp(-(quality + effect * scaled)))
+    curve_P22 = (expected * (1 - expected))[:, None, None] * features[:, :, None] * features[:, None, :]
+    curve = np.zeros((prompts + 2, 2, 2))
+    score = np.zeros((prompts + 2, 2))
+    np.add.at(curve, group, curve_P22)
+    np.add.at(score, group, (outcome - expected)[:, None] * features)
+    curve[prompts:] = curve_P22.sum(0) / prompts
+    score[prompts] = (1 - expected) @ features / prompts
+    score[prompts + 1] = -expected @ features / prompts
+    # what the fit moves by when a prompt is left out: one Newton step
+    without = curve.sum(0) + np.eye(2) / _C - curve
+    moved = np.linalg.solve(without, score[:, :, None])[:, 0, 0]
+    reach = t_quantile(np.bincount(group).astype(np.float64)) * float(
+        np.sqrt((prompts + 1) / (prompts + 2) * (moved**2).sum())
     )
-    rates = [_sigmoid(_fit(outcome, scaled, count[groups].astype(np.float64))[0]) for count in counts]
-    low, high = np.quantile(rates, [0.025, 0.975])
-    return LengthControlled(Interval(_sigmoid(quality), float(low), float(high)), effect)
+    rate = _sigmoid(quality)
+    flat = reach * rate * (1 - rate)
+    return max(min(rate - flat, _sigmoid(quality - reach)), 0.0), min(max(rate + flat, _sigmoid(quality + reach)), 1.0)
 
 
 def _fit(outcome: Array, scaled: Array, weight: Array) -> tuple[float, float]:

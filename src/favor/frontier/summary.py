@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from favor.eval.intervals import Array
+from favor.eval.intervals import Array, Interval, crossed_reach
 from favor.frontier.point import curve
 from favor.frontier.prepare import Places
 from favor.frontier.recipe import FrontierConfig, points
 
-# Draws of the two-level bootstrap: seeds first, then prompts within each.
-_DRAWS = 1000
 _GRID = 25
 
 
@@ -35,12 +32,10 @@ def summarise(config: FrontierConfig, places: Places) -> dict[str, Any]:
     found = _records(config, places)
     cells = _cells(config, found)
     start = cells.pop("start", [])
-    draws = _draws(len(config.seeds), config.evaluate.prompts)
-    frontiers = {name: _drawn(start + members, draws) for name, members in cells.items()}
     wanted = points(config)
     return {
         "points": {name: [_point(cell) for cell in members] for name, members in ({"start": start} | cells).items()},
-        "dominance": dominance(frontiers),
+        "dominance": dominance(start, cells),
         "stability": _stability(config, places),
         "stopped": [{"point": n, "why": r["status"]} for n, r in found.items() if r.get("status", "ok") != "ok"],
         "samples": [
@@ -54,25 +49,26 @@ def summarise(config: FrontierConfig, places: Places) -> dict[str, Any]:
         "num_prompts": config.evaluate.prompts,
         "samples_per_prompt": config.evaluate.samples,
         "seeds": list(config.seeds),
+        "intervals": "crossed",
     }
 
 
-def dominance(frontiers: Mapping[str, tuple[Array, Array]]) -> list[dict[str, Any]]:
+def dominance(start: Sequence[Cell], frontiers: Mapping[str, Sequence[Cell]]) -> list[dict[str, Any]]:
     """For every two methods, the mean reward difference at equal KL, over the KL range that both reach.
 
-    frontiers: method -> (kl, reward), each [draws, strengths], the first draw being the data itself. Each frontier is
-    the best reward at or below a KL, straight between points. A method dominates when the 95 % interval of the
-    difference is above 0.
+    Each frontier (method -> its strengths, behind the start that all share) is the best reward at or below a KL, straight
+    between points. A method dominates when the 95 % interval of the difference is above 0; one seed decides nothing.
+    Where the methods have no KL range in common the difference is None.
     """
     names, found = list(frontiers), []
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            difference = _difference(frontiers[a], frontiers[b])
-            low, high = np.nanquantile(difference[1:], [0.025, 0.975])
-            verdict = a if low > 0 else b if high < 0 else "neither"
-            found.append(
-                {"a": a, "b": b, "difference": float(difference[0]), "low": low, "high": high, "wins": verdict}
-            )
+            difference, low, high = _difference(start, frontiers[a], frontiers[b]) or (None, None, None)
+            verdict = "neither"
+            if low is not None and high is not None and low < high:
+                verdict = a if low > 0 else b if high < 0 else "neither"
+                verdict = verdict if len(frontiers[a][0].reward_SP) > 1 else "one seed"
+            found.append({"a": a, "b": b, "difference": difference, "low": low, "high": high, "wins": verdict})
     return found
 
 
@@ -83,16 +79,37 @@ def envelope(kl: Array, reward: Array, grid: Array) -> Array:
     return np.interp(grid, kl[order], best)
 
 
-def _difference(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
-    found = np.full(len(a[0]), np.nan)
-    for draw, ((kl_a, reward_a), (kl_b, reward_b)) in enumerate(
-        zip(zip(*a, strict=True), zip(*b, strict=True), strict=True)
-    ):
-        top = min(kl_a.max(), kl_b.max())
-        if top > 0:
-            grid = np.linspace(0.0, top, _GRID)
-            found[draw] = (envelope(kl_a, reward_a, grid) - envelope(kl_b, reward_b, grid)).mean()
-    return found
+def _difference(start: Sequence[Cell], a: Sequence[Cell], b: Sequence[Cell]) -> Interval | None:
+    """The difference with its interval by the delta method: its slope in every mean weighs that mean's values.
+
+    A slope is taken over one standard error to either side, because the frontier has corners.
+    """
+    values_2CSP = np.array([[cell.kl_SP, cell.reward_SP] for cell in (*start, *a, *b)]).swapaxes(0, 1)
+    means_2C = values_2CSP.mean((2, 3))
+    of_a, of_b = np.split(np.arange(means_2C.shape[1]), [len(start) + len(a)])
+    of_b = np.concatenate([of_a[: len(start)], of_b])
+
+    def between(means_2C: Array) -> float:
+        return _at_equal_kl(means_2C[:, of_a], means_2C[:, of_b])
+
+    if min(means_2C[0, of_a].max(), means_2C[0, of_b].max()) <= 0:
+        return None
+    influence_SP = np.zeros(values_2CSP.shape[2:])
+    for place, mean in np.ndenumerate(means_2C):
+        values_SP = values_2CSP[place]
+        step = np.zeros_like(means_2C)
+        step[place] = np.sqrt(sum(values_SP.mean(axis).var() / values_SP.shape[1 - axis] for axis in (0, 1)))
+        if step[place] > 0:
+            slope = (between(means_2C + step) - between(means_2C - step)) / (2 * step[place])
+            influence_SP += slope * (values_SP - mean)
+    difference, reach = between(means_2C), crossed_reach(influence_SP)
+    return Interval(difference, difference - reach, difference + reach)
+
+
+def _at_equal_kl(a_2C: Array, b_2C: Array) -> float:
+    """Mean of frontier a less frontier b over the KL range of both, each (KL, reward) of its points."""
+    grid = np.linspace(0.0, max(min(a_2C[0].max(), b_2C[0].max()), 0.0), _GRID)
+    return float((envelope(a_2C[0], a_2C[1], grid) - envelope(b_2C[0], b_2C[1], grid)).mean())
 
 
 def _records(config: FrontierConfig, places: Places) -> dict[str, dict[str, Any]]:
@@ -121,33 +138,12 @@ def _by_prompt(prompts: Sequence[int], values: Sequence[float]) -> Array:
     return np.bincount(index, weights=np.asarray(values, np.float64)) / np.bincount(index)
 
 
-def _draws(num_seeds: int, num_prompts: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which seeds and, for each drawn seed, which prompts: the same for all cells, so that differences are paired."""
-    generator = np.random.default_rng(0)
-    seeds = generator.integers(num_seeds, size=(_DRAWS, num_seeds))
-    return seeds, generator.integers(num_prompts, size=(_DRAWS, num_seeds, num_prompts))
-
-
-def _drawn(cells: Sequence[Cell], draws: tuple[NDArray[np.int64], NDArray[np.int64]]) -> tuple[Array, Array]:
-    """(kl, reward) [1 + draws, strengths]: the data itself first, then the bootstrap."""
-    kl = np.stack([_means(cell.kl_SP, draws) for cell in cells], 1)
-    return kl, np.stack([_means(cell.reward_SP, draws) for cell in cells], 1)
-
-
-def _means(values_SP: Array, draws: tuple[NDArray[np.int64], NDArray[np.int64]]) -> Array:
-    seeds, prompts = draws
-    # a file with fewer prompts than asked for
-    drawn = values_SP[seeds[:, :, None], prompts % values_SP.shape[1]].mean((1, 2))
-    return np.concatenate([[values_SP.mean()], drawn])
-
-
 def _point(cell: Cell) -> dict[str, Any]:
-    draws = _draws(*cell.reward_SP.shape)
     found: dict[str, Any] = {"strength": cell.strength}
-    for name, values in (("reward", cell.reward_SP), ("kl", cell.kl_SP)):
-        mean, *drawn = _means(values, draws)
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        found[name] = {"mean": mean, "low": low, "high": high, "seeds": values.mean(1).tolist()}
+    for name, values_SP in (("reward", cell.reward_SP), ("kl", cell.kl_SP)):
+        mean, reach = float(values_SP.mean()), crossed_reach(values_SP)
+        seeds = values_SP.mean(1).tolist()
+        found[name] = {"mean": mean, "low": mean - reach, "high": mean + reach, "seeds": seeds}
     return found
 
 

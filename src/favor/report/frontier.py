@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 from rich.table import Table
 
+from favor.report.table import FEW
+
 LABELS = {
     "start": "SFT (start)",
     "dpo": "DPO",
@@ -56,20 +58,15 @@ def frontier_rows(found: Mapping[str, Any]) -> FrontierRows:
         for p in members
     ]
     dominance = [
-        (
-            f"{LABELS[d['a']]} against {LABELS[d['b']]}",
-            f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]",
-            "neither" if d["wins"] == "neither" else f"{LABELS[d['wins']]} dominates",
-        )
-        for d in found["dominance"]
+        (f"{LABELS[d['a']]} against {LABELS[d['b']]}", _difference(d), _verdict(d)) for d in found["dominance"]
     ]
     each = (
         f"{found['num_prompts']} held-out prompts x {found['samples_per_prompt']} samples x {len(found['seeds'])} seeds"
     )
     notes = [
         f"{found['finished']} of {found['wanted']} points; {each}",
-        "Brackets are 95 % two-level bootstrap intervals: seeds, then prompts. A method dominates another when its reward "
-        "at equal KL is higher over the range both reach, by an interval that leaves out 0",
+        f"{_brackets(found)}. A method dominates another when its reward at equal KL is higher over the range both reach, by an "
+        "interval that leaves out 0",
         "Best-of-N's KL is its bound log N - (N-1)/N, not a measurement",
     ]
     took = ", ".join(
@@ -82,13 +79,36 @@ def frontier_rows(found: Mapping[str, Any]) -> FrontierRows:
     return FrontierRows(points, dominance, notes)
 
 
+def _brackets(found: Mapping[str, Any]) -> str:
+    """What the intervals are and what they leave out."""
+    if found.get("intervals") != "crossed":
+        return "Brackets are of an earlier favor and too narrow; the same `favor frontier` command makes them anew without training"
+    seeds = len(found["seeds"])
+    if seeds == 1:
+        return "Brackets are 95 % intervals over prompts of this one seed: they say nothing of another seed, so no method dominates"
+    rest = f" (few: {found['num_prompts']} prompts)" if found["num_prompts"] < FEW else ""
+    return f"Brackets are 95 % intervals: seeds crossed with prompts, Student's t with {seeds - 1} d.o.f. for the seeds{rest}"
+
+
+def _difference(pair: Mapping[str, Any]) -> str:
+    if pair["difference"] is None:
+        return "no KL range in common"
+    return f"{pair['difference']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}]"
+
+
+def _verdict(pair: Mapping[str, Any]) -> str:
+    return {"neither": "neither", "one seed": "no verdict: one seed"}.get(
+        pair["wins"]
+    ) or f"{LABELS[pair['wins']]} dominates"
+
+
 def _runs(found: Mapping[str, Any], method: str) -> int:
     return len(found["points"][method]) * len(found["seeds"])
 
 
 def frontier_table(found: Mapping[str, Any]) -> Table:
     """The points as a rich table."""
-    table = Table("method", "strength", "KL(policy || SFT), nats", "ground-truth reward")
+    table = Table("method", "strength", "KL(policy || SFT), nats", "ground-truth reward", caption=_brackets(found))
     for row in frontier_rows(found).points:
         table.add_row(*row)
     return table
@@ -214,4 +234,6 @@ def _strength(method: str, value: float) -> str:
 
 
 def _interval(value: Mapping[str, float], spec: str) -> str:
-    return f"{value['mean']:{spec}} [{value['low']:{spec}}, {value['high']:{spec}}]"
+    # without spread the value is exact (the start's KL, Best-of-N's bound)
+    ends = "" if value["low"] == value["high"] else f" [{value['low']:{spec}}, {value['high']:{spec}}]"
+    return f"{value['mean']:{spec}}{ends}"

@@ -83,7 +83,7 @@ def _learn(config: RewardTrainConfig, session: Session) -> Calibration | None:
     held_out = where(splits.eval, lambda tree: bool(tree.comparisons))
     if not held_out:
         return None
-    found = calibrate(*gaps(precise(policy), held_out), config.seed)
+    found = calibrate(*gaps(precise(policy), held_out))
     write_json(session.folder.evaluation, {"calibration": found.as_json()})
     session.say(f"held-out accuracy {found.accuracy:.3f} on {found.pairs} pairs, ECE {found.ece:.3f}")
     return found

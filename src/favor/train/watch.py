@@ -139,7 +139,7 @@ def probe(watch: WatchConfig, seed: int, policy: Policy, beside: Beside, splits:
     prompts = [tree.prompt_ids for tree in trees]
     ids = sample(policy, prompts, [seed * 1_000_003 + i for i in range(len(prompts))], settings)
     kl = kl_of_samples(policy, beside.measured, prompts, ids, settings)
-    found = {"kl": kl.mean, "kl_se": kl.se}
+    found = {"kl": kl.mean} | ({} if kl.se is None else {"kl_se": kl.se})
     if beside.scorer is not None:
         texts = decode(policy, ids)
         scores = beside.scorer([splits.prompts[name][tree.source, tree.row] for tree in trees], texts)
