@@ -98,16 +98,8 @@ def _tree(prompt: Text, responses: list[str], policy: Policy, tokens: TokensConf
         ids = encode_prompt(prompt, policy.tokenizer, settings)
     except RowError as error:
         raise DataError(f"the prompt {prompt!r:.80} cannot be scored: {error}") from None
-    encoded: dict[str, tuple[int, ...]] = {}
     told = [text for text in responses if text.strip()]
-    if told:
-        sides = tuple(told) if isinstance(prompt, str) else tuple(({"role": "assistant", "content": t},) for t in told)
-        text_tree = PromptTree(prompt, sides, (), (1,), "scored text")
-        try:
-            (exact,), _ = tokenize([text_tree], policy.tokenizer, settings, policy.end_ids, "error")
-            encoded = dict(zip(told, exact.response_ids, strict=True))
-        except DataError:
-            encoded = {text: _apart(text, policy) for text in told}
+    encoded = _exact(prompt, told, policy, settings) if told else {}
     blank = (min(policy.end_ids),)
     room = tokens.max_tokens - len(ids)
     if room < 1:
@@ -116,6 +108,20 @@ def _tree(prompt: Text, responses: list[str], policy: Policy, tokens: TokensConf
         )
     cut = tuple(encoded.get(text, blank)[:room] for text in responses)
     return TokenTree(ids, cut, (True,) * len(cut), (), first, row=1)
+
+
+def _exact(prompt: Text, told: list[str], policy: Policy, settings: TokensConfig) -> dict[str, tuple[int, ...]]:
+    """The ids of each response as training sees them; those for which there are none are tokenised apart."""
+    sides = tuple(told) if isinstance(prompt, str) else tuple(({"role": "assistant", "content": t},) for t in told)
+    try:
+        tree = PromptTree(prompt, sides, (), (1,), "scored text")
+        (exact,), _ = tokenize([tree], policy.tokenizer, settings, policy.end_ids, "error")
+    except DataError:
+        if len(told) == 1:
+            return {told[0]: _apart(told[0], policy)}
+        # one that cannot be exact must not change how the others are scored
+        return {text: ids for each in told for text, ids in _exact(prompt, [each], policy, settings).items()}
+    return dict(zip(told, exact.response_ids, strict=True))
 
 
 def _apart(text: str, policy: Policy) -> tuple[int, ...]:
