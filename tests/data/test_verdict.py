@@ -14,7 +14,7 @@ from favor.data.types import Comparison, Thumb
 from favor.errors import ConfigError, DataError
 from favor.lint.noise import Gap, noise_findings
 from favor.lint.run import lint
-from favor.lint.settings import LintConfig, LintSettings
+from favor.lint.settings import LintConfig, LintSettings, Row
 from favor.train.data import summary
 
 C = Comparison
@@ -171,7 +171,7 @@ def test_lint_says_when_labels_lean_to_a_side(tmp_path):
 
 def test_lint_says_when_a_reward_is_against_most_labels():
     for against, severity in ((50, "warning"), (20, "note")):
-        gaps = [Gap(None, -1.0 if i < against else 1.0, "a", "b") for i in range(60)]
+        gaps = [Gap(Row("train", "f", i, {}, None, None), -1.0 if i < against else 1.0, "a", "b") for i in range(60)]
         found = {f.name: f for f in noise_findings(gaps, "the reward", LintSettings())}
         assert found["agreement"].severity == severity
 

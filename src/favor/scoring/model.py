@@ -148,20 +148,12 @@ def _tree(prompt: Text, responses: list[str], policy: Policy, tokens: TokensConf
     settings = tokens.model_copy(update={"special_text": "allow", "max_tokens": 1 << 30})
     try:
         ids = encode_prompt(prompt, policy.tokenizer, settings)
-        end = _end_of_turn(prompt, policy, settings)
-    except (RowError, DataError) as error:
+    except RowError as error:
         raise DataError(f"the prompt {prompt!r:.80} cannot be scored: {error}") from None
-    encoded: dict[str, tuple[int, ...]] = {}
     told = [text for text in responses if text.strip()]
-    if told:
-        sides = tuple(told) if isinstance(prompt, str) else tuple(({"role": "assistant", "content": t},) for t in told)
-        text_tree = PromptTree(prompt, sides, (), (1,), "scored text")
-        try:
-            (exact,), _ = tokenize([text_tree], policy.tokenizer, settings, policy.end_ids, "error")
-            encoded = dict(zip(told, exact.response_ids, strict=True))
-        except DataError:
-            encoded = {text: _apart(text, policy, end) for text in told}
-    found = tuple(encoded.get(text, (end,)) for text in responses)
+    encoded = _exact(prompt, told, policy, settings) if told else {}
+    blank = (_end_of_turn(prompt, policy, settings),)
+    found = tuple(encoded.get(text, blank) for text in responses)
     longest = len(ids) + max(map(len, found))
     if longest > tokens.max_tokens:
         raise DataError(
@@ -175,8 +167,27 @@ def _end_of_turn(prompt: Text, policy: Policy, settings: TokensConfig) -> int:
     """The token with which an answer to this prompt ends: the template's own, of several that could."""
     side: Text = "a" if isinstance(prompt, str) else ({"role": "assistant", "content": "a"},)
     tree = PromptTree(prompt, (side,), (), (1,), "scored text")
-    (exact,), _ = tokenize([tree], policy.tokenizer, settings, policy.end_ids, "error")
+    try:
+        (exact,), _ = tokenize([tree], policy.tokenizer, settings, policy.end_ids, "error")
+    except DataError:
+        # no answer to it has exact ids by this template: the tokenizer's own end
+        eos = policy.tokenizer.eos_token_id
+        return eos if isinstance(eos, int) else min(policy.end_ids)
     return exact.response_ids[0][-1]
+
+
+def _exact(prompt: Text, told: list[str], policy: Policy, settings: TokensConfig) -> dict[str, tuple[int, ...]]:
+    """The ids of each response as training sees them; those for which there are none are tokenised apart."""
+    sides = tuple(told) if isinstance(prompt, str) else tuple(({"role": "assistant", "content": t},) for t in told)
+    try:
+        tree = PromptTree(prompt, sides, (), (1,), "scored text")
+        (exact,), _ = tokenize([tree], policy.tokenizer, settings, policy.end_ids, "error")
+    except DataError:
+        if len(told) == 1:
+            return {told[0]: _apart(told[0], policy, _end_of_turn(prompt, policy, settings))}
+        # one that cannot be exact must not change how the others are scored
+        return {text: ids for each in told for text, ids in _exact(prompt, [each], policy, settings).items()}
+    return dict(zip(told, exact.response_ids, strict=True))
 
 
 def _apart(text: str, policy: Policy, end: int) -> tuple[int, ...]:
