@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo fault frontier matrix zoo bad-settings bad-sources test test-all check smoke lock bench clean
+.PHONY: demo fault frontier matrix zoo coverage broken-models bad-settings bad-sources test test-all check smoke lock bench clean
 
 demo: .venv/.ready
 	$(BIN)/favor demo
@@ -13,6 +13,12 @@ frontier: .venv/.ready
 
 matrix: .venv/.ready
 	cd tests && ../$(BIN)/python -W ignore matrix.py
+
+coverage: .venv/.ready
+	cd tests && ../$(BIN)/python -W ignore interval_coverage.py
+
+broken-models: .venv/.ready
+	cd tests && PYTHONPATH=. ../$(BIN)/python -W ignore broken_models.py
 
 zoo: .venv/.ready
 	cd tests && ../$(BIN)/python -W ignore zoo.py

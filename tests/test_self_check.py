@@ -256,3 +256,16 @@ def test_bfloat16_says_what_it_costs_and_lora_is_checked_too():
     assert f"bfloat16 costs {float(off.mean()):.2g} nats" in why
     lora = settle(policy_of(tiny.model("llama"), lora=LoraSettings(rank=2)), "auto", data, train=True)[0]
     assert lora.layout == "tree"
+
+
+def test_sampling_computes_in_what_was_asked_for():
+    """model.dtype reaches the sampler too: bfloat16 products change some logits, so an option is not passed over."""
+    from favor.model.sample import SampleConfig, sample
+
+    prompts, seeds = [[5, 6, 7, 8]] * 64, list(range(64))
+    settings = SampleConfig(max_new_tokens=60, batch=64)
+    drawn = {
+        d: sample(policy_of(tiny.model("llama"), dtype=d), prompts, seeds, settings) for d in ("float32", "bfloat16")
+    }
+    assert drawn["float32"] == sample(policy_of(tiny.model("llama")), prompts, seeds, settings)
+    assert drawn["float32"] != drawn["bfloat16"]

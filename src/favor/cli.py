@@ -93,6 +93,8 @@ def score(words: Words = None) -> None:
 
     config = load(ScoreConfig, *split_arguments(words or []))
     console = _console()
+    if config.reward.kind in ("model", "implicit"):
+        _say_precision("float32")
     figures = run(config, _progress(console))
     if figures is not None:
         console.print(figures_table(figures))
@@ -111,6 +113,7 @@ def frontier(words: Words = None) -> None:
     from favor.run import RunFolder
 
     config = load(FrontierConfig, *split_arguments(words or []))
+    _say_precision("float32")
     found: list[dict[str, Any]] = []
     _in_session(lambda open_session: found.append(run(config, open_session)))
     _console().print(frontier_table(found[0]))
@@ -143,6 +146,8 @@ def winrate(words: Words = None) -> None:
 
     config = load(WinrateConfig, *split_arguments(words or []))
     console = _console()
+    models = (config.a.model, config.b.model, config.judge.model)
+    _say_precision(*(model.dtype for model in models if model), *(["float32"] if config.judge.reward else []))
     with _continued():
         console.print(winrate_table(run(config, console.print, _progress(console))))
 
@@ -155,6 +160,7 @@ def sample(words: Words = None) -> None:
     from favor.eval.samples import write_samples
 
     config = load(SamplesConfig, *split_arguments(words or []))
+    _say_precision(*([config.model.dtype] if config.model else []))
     with _continued():
         count = write_samples(config, _progress(_console()))
     _print(f"{count} samples in {config.out}")
@@ -168,6 +174,7 @@ def prefer(words: Words = None) -> None:
     from favor.eval.prefer import prefer as run
 
     config = load(PreferConfig, *split_arguments(words or []))
+    _say_precision(*([config.model.dtype] if config.model else []))
     with _continued():
         report = run(config, _progress(_console()))
     _print(f"{report}; preferences in {config.out}")
@@ -181,6 +188,7 @@ def loop(words: Words = None) -> None:
     from favor.loop import loop as run
 
     config = load(LoopRunConfig, *split_arguments(words or []))
+    _say_precision(config.model.dtype)
     progress = _progress(_console())
     kept = "what was made so far is kept; run the same command again, with resume=true"
     _in_session(lambda open_session: run(config, open_session, progress), kept)
@@ -201,6 +209,8 @@ def lint(
     if fix is not None:
         words = [*(words or []), f"lint.fix={fix}"]
     config = load(LintConfig, *split_arguments(words or []))
+    if config.reward is not None or config.lint.doubt:
+        _say_precision("float32")
     findings = run(config)
     _console().print(findings_table(findings))
     if fails(config, findings):
@@ -319,6 +329,14 @@ def _quiet() -> None:
         # a terminal or locale that lacks a letter shows its number instead
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _say_precision(*dtypes: str) -> None:
+    """What the command's models are computed in; training commands and eval say it themselves."""
+    from favor.model.load import precision_of
+
+    for dtype in dict.fromkeys(dtypes):
+        _print(f"precision: {precision_of(dtype)}")
 
 
 def _console() -> "Console":
