@@ -15,7 +15,24 @@ from favor.data.read import DataConfig, read
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.model.load import load_tokenizer
 
-WORDS = ["good", "bad", "warm", "cold", "dull", "bright", "slow", "quick", "sad", "glad", "long", "short", "wise", "odd", "plain", "rich"]
+WORDS = [
+    "good",
+    "bad",
+    "warm",
+    "cold",
+    "dull",
+    "bright",
+    "slow",
+    "quick",
+    "sad",
+    "glad",
+    "long",
+    "short",
+    "wise",
+    "odd",
+    "plain",
+    "rich",
+]
 
 
 def rows(count, seed):
