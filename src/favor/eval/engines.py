@@ -170,7 +170,7 @@ def _request(config: SamplesConfig, server: ServerConfig, job: Job) -> Reply:
         try:
             prompt = plain_prompt(job.prompt)
         except RowError as error:
-            raise DataError(f"{config.prompts}, row {job.row}: {error}; mend the row") from None
+            raise DataError(f"{config.prompts}, row {job.row}: {error}; fix the row") from None
         return complete(server, prompt, max_tokens=limit, temperature=temperature, seed=seed)
     prompt = job.prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
