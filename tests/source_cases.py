@@ -584,6 +584,13 @@ def change_rows(*rows: Mapping[str, Any]) -> Callable[[Path], None]:
     return change
 
 
+def no_rows_but_columns(folder: Path) -> None:
+    import datasets
+
+    shutil.rmtree(folder)
+    datasets.Dataset.from_list([good(1)]).filter(lambda row: False).save_to_disk(folder)
+
+
 SAVED: dict[str, Case] = {
     "good": saved(lambda d: None, good={1: said(1), 2: said(2)}, refused=()),
     "no rows file": saved(lambda d: arrow(d).unlink()),
@@ -598,7 +605,8 @@ SAVED: dict[str, Case] = {
     "info of other types": saved(lambda d: (d / "dataset_info.json").write_bytes(b'{"features": {"prompt": {"_type": "None"}}}')),
     "other splits": saved(splits, refused=("no split 't", "but dev")),
     "a bad row": saved(change_rows(good(1), {**good(2), "chosen": None}, good(3)), good={1: said(1), 3: said(3)}, bad={2: "'chosen' is missing"}, refused=()),
-    "no rows": saved(change_rows(), refused=("no rows",)),
+    "no rows": saved(change_rows()),
+    "no rows, but columns": saved(no_rows_but_columns, refused=("no rows",)),
 }  # fmt: skip
 
 

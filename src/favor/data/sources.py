@@ -276,8 +276,8 @@ def _loading(source: str) -> Generator[None]:
     from huggingface_hub.errors import HfHubHTTPError
 
     known = (OSError, ValueError, pyarrow.ArrowException, DatasetsError, HfHubHTTPError)
-    # in a folder that was spoiled any of its JSON may have another shape
-    known += (KeyError, TypeError, AttributeError) if Path(source).exists() else ()
+    # in a folder that was spoiled any of its JSON may have another shape, and one saved without rows has no table
+    known += (KeyError, IndexError, TypeError, AttributeError) if Path(source).exists() else ()
     try:
         yield
     except known as error:
