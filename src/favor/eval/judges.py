@@ -21,7 +21,7 @@ from favor.model.load import ModelConfig, check_path, load_policy
 from favor.model.logprobs import response_logps
 from favor.scoring.model import encode, measure
 from favor.scoring.source import RewardConfig, check_scorer, make_scorer
-from favor.scoring.user import find_function
+from favor.scoring.user import check_function, find_function
 from favor.server import ServerConfig, chat, parallel
 
 PROMPT = """Compare two responses to the same prompt. Judge how well each one does what the prompt asks: whether it is \
@@ -132,7 +132,7 @@ def check_judge(config: JudgeConfig) -> None:
     if config.reward is not None:
         check_scorer(config.reward)
     elif config.path is not None:
-        find_function(config.path)
+        check_function(config.path)
     elif config.model is not None:
         check_path(config.model.path)
 

@@ -23,7 +23,7 @@ from favor.data.types import Text
 from favor.errors import DataError, clipped
 from favor.guard import content, sha
 from favor.run import read_text
-from favor.scoring.user import find_function, guarded
+from favor.scoring.user import check_function, find_function, guarded
 
 Scorer: TypeAlias = Callable[[Sequence[Text], Sequence[str]], list[float]]
 
@@ -115,7 +115,7 @@ _MAKERS: dict[str, Callable[[RewardConfig], Scorer]] = {
 def check_scorer(config: RewardConfig) -> None:
     """Look for what scores without loading a model: before hours are spent on what it is to score. Raises as `make_scorer`."""
     if config.kind == "callable":
-        find_function(config.path)
+        check_function(config.path)
     elif config.kind == "model":
         from favor.model.load import check_path
 

@@ -4,6 +4,7 @@ In: `file.py:function` or `package.module:function`. Out: the function, whose fa
 function, exception and line. Next: source.py.
 """
 
+import ast
 import contextlib
 import importlib
 import importlib.util
@@ -19,9 +20,7 @@ from favor.errors import ConfigError, FavorError
 
 def find_function(path: str) -> Callable[..., Any]:
     """The function, guarded. Raises ConfigError naming what is missing, or what the file does when it is imported."""
-    place, _, name = path.rpartition(":")
-    if not place or not name:
-        raise ConfigError(f"{path}: expected file.py:function or package.module:function")
+    place, name = _split(path)
     with guarded(path, "could not be imported"):
         module = _from_file(Path(place)) if place.endswith(".py") else _from_package(place)
     found = vars(module).get(name)
@@ -33,6 +32,27 @@ def find_function(path: str) -> Callable[..., Any]:
             return found(*given)
 
     return call
+
+
+def check_function(path: str) -> None:
+    """Look for a file and its syntax without running it, which may be dear. Raises ConfigError as `find_function`."""
+    place, _ = _split(path)
+    if place.endswith(".py"):
+        with guarded(path, "could not be read"):
+            ast.parse(_existing(Path(place)).read_bytes(), place)
+
+
+def _split(path: str) -> tuple[str, str]:
+    place, _, name = path.rpartition(":")
+    if not place or not name:
+        raise ConfigError(f"{path}: expected file.py:function or package.module:function")
+    return place, name
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such Python file; check the path before the colon")
+    return path
 
 
 @contextlib.contextmanager
@@ -59,9 +79,9 @@ def _place(error: BaseException, path: str) -> str:
 
 
 def _from_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ConfigError(f"{path}: no such Python file; check the path before the colon")
+    spec = importlib.util.spec_from_file_location(path.stem, _existing(path))
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # dataclasses and the like look their module up by name
     sys.modules.setdefault(path.stem, module)
