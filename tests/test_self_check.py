@@ -269,3 +269,11 @@ def test_sampling_computes_in_what_was_asked_for():
     }
     assert drawn["float32"] == sample(policy_of(tiny.model("llama")), prompts, seeds, settings)
     assert drawn["float32"] != drawn["bfloat16"]
+
+
+def test_sampling_beyond_the_positions_of_a_model_is_refused():
+    from favor.errors import ConfigError
+    from favor.model.sample import SampleConfig, sample
+
+    with pytest.raises(ConfigError, match="has no positions for 525 tokens"):
+        sample(policy_of(tiny.model("gpt2")), [[5] * 515], [0], SampleConfig(max_new_tokens=10))

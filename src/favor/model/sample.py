@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from favor.config import STRICT
-from favor.errors import NumericsError
+from favor.errors import ConfigError, NumericsError
 from favor.model.load import Policy, check_ids, plain_attention
 from favor.model.logprobs import precision
 
@@ -43,7 +43,15 @@ def sample(
     with plain_attention(policy), torch.no_grad(), precision(policy):
         for start in range(0, len(order), config.batch):
             members = order[start : start + config.batch]
-            sampled = _sample_batch(policy, [prompts[i] for i in members], [seeds[i] for i in members], config)
+            try:
+                sampled = _sample_batch(policy, [prompts[i] for i in members], [seeds[i] for i in members], config)
+            except IndexError:
+                # a table of learned positions that ends
+                longest = max(len(prompts[i]) for i in members) + config.max_new_tokens
+                raise ConfigError(
+                    f"{policy.source}: has no positions for {longest} tokens, prompt and sample.max_new_tokens = "
+                    f"{config.max_new_tokens} together; lower it, or shorten the prompts"
+                ) from None
             for i, response in zip(members, sampled, strict=True):
                 results[i] = response
             progress(len(members))
