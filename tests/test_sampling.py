@@ -93,7 +93,9 @@ def test_a_killed_run_continues_to_the_same_file(inputs, tmp_path, chunks, monke
     assert run_sample(again) == 10
     assert len(drawn) == 10 - 3 * chunks
     assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.jsonl", "whole.jsonl"]
+    # beside each what favor knows it by
+    records = [".cut.jsonl.favor.json", ".whole.jsonl.favor.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*records, "cut.jsonl", "whole.jsonl"]
     assert [row["prompt"] for row in rows_of(tmp_path / "cut.jsonl")] == PROMPTS
 
 
@@ -102,7 +104,7 @@ def test_samples_are_of_seed_and_place_alone(inputs, tmp_path):
     run_sample(words(inputs, tmp_path / "b.jsonl", "max_prompts=2", "sample.batch=1"))
     a, b = rows_of(tmp_path / "a.jsonl"), rows_of(tmp_path / "b.jsonl")
     assert a[:2] == b
-    run_sample(words(inputs, tmp_path / "a.jsonl", "seed=1"))
+    run_sample(words(inputs, tmp_path / "a.jsonl", "seed=1", "overwrite=true"))
     assert rows_of(tmp_path / "a.jsonl") != a
 
 

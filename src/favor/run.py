@@ -134,8 +134,7 @@ def cache_folder() -> Path:
 def start(root: Path, config_text: str, *, resume: bool, main: bool = True) -> Generator[RunFolder]:
     """Open a run folder and hold it: a new one is created, an old one needs `resume` and the same recipe.
 
-    Only the main rank looks and writes. A start that fails before anything is made takes back what it created, never
-    what was there before. Raises ConfigError when the folder holds a run and `resume` is false or something that is
+    Only the main rank looks and writes. Raises ConfigError when the folder holds a run and `resume` is false or something that is
     not favor's, when there is nothing to resume, when the recipe differs, or while another process holds the folder.
     """
     folder = RunFolder(root)
@@ -144,7 +143,7 @@ def start(root: Path, config_text: str, *, resume: bool, main: bool = True) -> G
         return
     if resume and not folder.config.exists():
         raise ConfigError(f"{root}: nothing to resume (no config.toml); start the run without resume=true")
-    with opened(folder) as before:
+    with opened(folder):
         if resume:
             _same_recipe(folder.config, config_text)
             cut_torn_line(folder.metrics)
@@ -152,18 +151,14 @@ def start(root: Path, config_text: str, *, resume: bool, main: bool = True) -> G
             _refuse_run(folder)
             folder.metrics.unlink(missing_ok=True)
             write_text(folder.config, config_text)
-        done = resume
-        try:
-            yield folder
-            done = True
-        finally:
-            if not done:
-                _take_back(folder, before)
+        yield folder
 
 
 @contextlib.contextmanager
-def opened(folder: RunFolder) -> Generator[frozenset[str]]:
-    """Create a folder where there is none, hold it, and remove what killed processes left; gives the names in it.
+def opened(folder: RunFolder) -> Generator[None]:
+    """Create a folder where there is none, hold it, and remove what killed processes left.
+
+    A block that fails before anything is made takes back what it created, never what was there before.
 
     Raises ConfigError when it cannot be used, holds files but no run of favor, or is held by another process.
     """
@@ -175,7 +170,14 @@ def opened(folder: RunFolder) -> Generator[frozenset[str]]:
             raise ConfigError(f"{root}: holds files, but no run of favor; choose another run=FOLDER")
         with guard.held(folder.lock, str(root)):
             guard.sweep(root)
-            yield frozenset(path.name for path in root.iterdir())
+            before = frozenset(path.name for path in root.iterdir())
+            done = False
+            try:
+                yield
+                done = True
+            finally:
+                if not done:
+                    _take_back(folder, before)
     finally:
         # folders that stayed empty
         for path in created:

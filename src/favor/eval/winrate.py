@@ -87,7 +87,10 @@ def winrate(config: WinrateConfig, say: Callable[[str], None], progress: Progres
     files = {name: read_responses(side.file, config.split) for name, side in config.sides.items() if side.file}
     asked, left_out = _common(config, files)
     check_judge(config.judge)
-    with opened(RunFolder(Path(config.run))):
+    folder = RunFolder(Path(config.run))
+    if folder.config.exists() and not folder.winrate_settings.exists():
+        raise ConfigError(f"{config.run}: already holds a run of another kind; choose another run=FOLDER")
+    with opened(folder):
         return _compare(config, (asked, left_out, files), say, progress)
 
 
@@ -162,8 +165,6 @@ def _common(config: WinrateConfig, files: dict[str, Any]) -> tuple[list[Placed],
 def _settle(config: WinrateConfig) -> RunFolder:
     """The run folder with this recipe. Responses and figures in it must be of the same sides and settings."""
     folder = RunFolder(Path(config.run))
-    if folder.config.exists() and not folder.winrate_settings.exists():
-        raise ConfigError(f"{config.run}: already holds a run of another kind; choose another run=FOLDER")
     settings = {name: _settings(config, side) for name, side in config.sides.items()}
     before = read_json(folder.winrate_settings) if folder.winrate_settings.exists() else settings
     for name in config.sides:
