@@ -196,7 +196,8 @@ def _contents(source: Source) -> "list[str]":
     if source.during or source.late:
         return []
     settings = {
-        key.removeprefix("data."): json.loads(value) for key, _, value in (m.partition("=") for m in source.more)
+        key.removeprefix("data."): value if value.isalpha() else json.loads(value)
+        for key, _, value in (m.partition("=") for m in source.more)
     }
     trees, _ = read_parts(DataConfig.model_validate({"train": str(source.data), "bad_rows": "drop"} | settings))[
         "train"

@@ -256,7 +256,9 @@ def wrong_types(name: str) -> Case:
         content = "".join(json.dumps(r) + "\n" for r in [row, *(r for r, _ in rows)])
         bad = {at: reason for at, (_, reason) in enumerate(rows, 2)}
         alone = name in ("sft", "turns", "thumbs", "helpsteer", "alpaca thumbs", "sharegpt thumbs")
-        return Source(write(here / "x.jsonl", content.encode()), good={1: None}, bad=bad, compares=not alone)
+        # whether a list is a ranking, only the recipe can say
+        more = ("data.format=alpaca",) if name == "alpaca ranking" else ()
+        return Source(write(here / "x.jsonl", content.encode()), good={1: None}, bad=bad, compares=not alone, more=more)
 
     return make
 

@@ -283,7 +283,8 @@ def test_a_server_that_dies_costs_nothing(serve, tmp_path):
 
 def test_other_settings_do_not_continue_a_partial_file(serve, tmp_path):
     write_prompts(tmp_path, [{"prompt": "a"}, {"prompt": "b"}])
-    server = serve((401, {}, "no"))
+    # one answer is kept, then the server refuses
+    server = serve(reply("kept"), (401, {}, "no"))
     with pytest.raises(ServerError):
         run_sample(sample_words(tmp_path, server))
     for other in ("seed=1", "sample.temperature=0.5", "server.model=n", "samples_per_prompt=2", "max_prompts=1"):

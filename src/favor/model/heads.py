@@ -45,10 +45,8 @@ def load_scalar_model(config: ModelConfig, seed: int = 0, *, fresh: bool = False
     )
     headless = "score.weight" in found.missing
     _check_head(config.path, found, headless=headless and not fresh)
-    if headless:
-        # the plain LM's own head has no place here
-        found = found.without(_LM_HEAD | {"score.weight"})
-    found.refuse(config.path)
+    # the head of the plain LM it was made from has no place here
+    found.without(_LM_HEAD | ({"score.weight"} if headless else frozenset())).refuse(config.path)
     plain = merge_adapter(model, config.lora, config.path)
     if not isinstance(dict(plain.named_children()).get("score"), nn.Linear):
         raise CheckpointError(

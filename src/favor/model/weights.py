@@ -83,8 +83,11 @@ def load_weights(loader: Any, path: str, revision: str | None, trust: bool, **mo
     with readable(path, "adapter"):
         info = model.load_adapter(path, adapter_kwargs={"revision": revision}, ignore_mismatched_sizes=True).to_dict()
     added = _unmatched(info)
-    missing, unexpected = found.missing | added.missing, found.unexpected | added.unexpected
-    return model, Unmatched(missing, unexpected, {**found.mismatched, **added.mismatched})
+    # what the adapter brings whole, such as a reward model's head, its base need not have
+    brought = {name.removeprefix("base_model.model.") for name in _tensors(Path(adapter).parent)}
+    missing, unexpected = (found.missing - brought) | added.missing, found.unexpected | added.unexpected
+    mismatched = {name: shapes for name, shapes in found.mismatched.items() if name not in brought}
+    return model, Unmatched(missing, unexpected, {**mismatched, **added.mismatched})
 
 
 def check_path(path: str) -> None:
@@ -105,7 +108,9 @@ def readable(path: str, what: str = "language model") -> Generator[None]:
     try:
         yield
     except _UNREADABLE as error:
-        said = " ".join(str(error).split())[:400]
+        said = " ".join(str(error).split())
+        # the beginning says what, the end what to do
+        said = said if len(said) <= 240 else f"{said[:120]} ... {said[-120:]}"
         raise CheckpointError(
             f"{path}: its {what} cannot be loaded ({type(error).__name__}: {said}); check the path and its files, "
             "or download it first"
