@@ -277,3 +277,81 @@ def test_sampling_beyond_the_positions_of_a_model_is_refused():
 
     with pytest.raises(ConfigError, match="has no positions for 525 tokens"):
         sample(policy_of(tiny.model("gpt2")), [[5] * 515], [0], SampleConfig(max_new_tokens=10))
+
+
+def adapter_kinds():
+    from peft import IA3Config, LoraConfig
+
+    task = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+    return {
+        "lora": LoraConfig(**task),
+        "dora": LoraConfig(**task, use_dora=True),
+        "head kept whole": LoraConfig(**task, modules_to_save=["lm_head"]),
+        "token rows": LoraConfig(**task, trainable_token_indices=[5, 7]),
+        "ia3": IA3Config(
+            task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
+        "on a tied table": LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"]),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", adapter_kinds())
+def test_a_start_from_an_adapter_is_the_adapted_model_and_is_saved_as_one(tmp_path, kind):
+    """What peft computes is what is loaded, what is saved loads in plain transformers with every weight; else it is refused."""
+    from peft import PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from favor.train.checkpoint import save_model
+
+    tiny.save(tmp_path / "base")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter_kinds()[kind])
+    with torch.no_grad():
+        for number, parameter in enumerate(p for p in adapted.parameters() if p.requires_grad):
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tiny.tokenizer().save_pretrained(tmp_path / "adapter")
+    config = ModelConfig(path=str(tmp_path / "adapter"))
+    if kind == "on a tied table":
+        with pytest.raises(CheckpointError, match="cannot be merged into the base exactly"):
+            load_policy(config)
+        return
+    truth = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    ).eval()
+    policy, ids = load_policy(config), torch.arange(5, 25)[None]
+    save_model(policy, tmp_path / "saved")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        expected = truth(ids).logits
+        torch.testing.assert_close(policy.model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(again.eval()(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert all(p.requires_grad for p in policy.model.parameters())
+
+
+def test_sft_with_nothing_preferred_is_one_line(tmp_path):
+    from favor.config import load
+    from favor.errors import DataError
+    from favor.train.sft import SftConfig, sft
+
+    tiny.save(tmp_path / "model")
+    rows = [
+        {"prompt": "Film?", "completion": "bad", "label": False},
+        {"prompt": "Film 2?", "completion": "b", "label": False},
+    ]
+    (tmp_path / "down.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"run={tmp_path / 'run'}", f"model.path={tmp_path / 'model'}", f"data.train={tmp_path / 'down.jsonl'}"]
+    with pytest.raises(DataError, match=r"down.jsonl: no response to learn from"):
+        sft(load(SftConfig, None, words), lambda root: quiet_session(root))
+
+
+def quiet_session(root):
+    from rich.console import Console
+
+    from favor.dist.world import World
+    from favor.run import RunFolder
+    from favor.train.session import Session, StopRequest
+
+    return Session(RunFolder(root), World(), Console(quiet=True), StopRequest())

@@ -21,7 +21,7 @@ from favor.model.load import (
     Policy,
     load_tokenizer,
     make_policy,
-    merge_adapter,
+    refuse_adapter_on_adapter,
 )
 from favor.model.logprobs import head_states, logps_of_states, scored_logps
 from favor.model.weights import Unmatched, check_path, load_weights
@@ -47,14 +47,14 @@ def load_scalar_model(config: ModelConfig, seed: int = 0, *, fresh: bool = False
     _check_head(config.path, found, headless=headless and not fresh)
     # the head of the plain LM it was made from has no place here
     found.without(_LM_HEAD | ({"score.weight"} if headless else frozenset())).refuse(config.path)
-    plain = merge_adapter(model, config.lora, config.path)
-    if not isinstance(dict(plain.named_children()).get("score"), nn.Linear):
+    refuse_adapter_on_adapter(config, found)
+    if not isinstance(dict(model.named_children()).get("score"), nn.Linear):
         raise CheckpointError(
             f"{config.path}: {type(model).__name__} keeps no linear layer named 'score'; choose another"
         )
     if headless:
-        nn.init.zeros_(plain.get_submodule("score").weight)  # pyright: ignore[reportArgumentType]
-    policy = make_policy(plain, tokenizer, config, seed)
+        nn.init.zeros_(model.get_submodule("score").weight)
+    policy = make_policy(model, tokenizer, config, seed)
     _pad_without_end(policy, tokenizer)
     return policy
 

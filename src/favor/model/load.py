@@ -15,8 +15,6 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from pydantic import BaseModel, Field, model_validator
 from torch import nn
 from transformers import (
@@ -31,7 +29,7 @@ from favor.config import STRICT
 from favor.data.types import Layout
 from favor.errors import CheckpointError, ConfigError
 from favor.model.rope import row_by_row
-from favor.model.weights import check_path, load_weights, readable
+from favor.model.weights import Unmatched, check_path, load_weights, readable
 
 
 class LoraSettings(BaseModel):
@@ -137,6 +135,7 @@ def load_policy(config: ModelConfig, seed: int = 0) -> Policy:
     tokenizer = load_tokenizer(config)
     model, found = load_weights(AutoModelForCausalLM, config.path, config.revision, config.trust_remote_code)
     found.refuse(config.path)
+    refuse_adapter_on_adapter(config, found)
     return make_policy(model, tokenizer, config, seed)
 
 
@@ -152,11 +151,22 @@ def check_ids(policy: "Policy", largest: int) -> None:
         )
 
 
+def refuse_adapter_on_adapter(config: ModelConfig, found: Unmatched) -> None:
+    """Raises ConfigError for new adapters on a folder that holds one itself."""
+    if config.lora is not None and found.adapter:
+        # peft would save the new adapter as one on the hub or base model, without the adapter in between
+        raise ConfigError(
+            f"{config.path}: holds an adapter, and new adapters on it could not be loaded without it; "
+            "remove [model.lora] to train in full, or merge it into its model first (peft's merge_and_unload)"
+        )
+
+
 def make_policy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: int = 0
 ) -> Policy:
     """Wrap a model already in memory (the tests' and notebooks' way in)."""
-    model = merge_adapter(model, config.lora, config.path)
+    if model._hf_peft_config_loaded:  # pyright: ignore[reportPrivateUsage]
+        raise ConfigError(f"{config.path}: has an adapter inside; give peft's merge_and_unload() of it, or its folder")
     device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else _plain(config.device))
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
     row_by_row(model)
@@ -257,28 +267,6 @@ def _with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Pef
             return get_peft_model(model, config).eval()
         except (ValueError, re.error) as error:
             raise ConfigError(f"model.lora.targets = {settings.targets!r}: {error}") from None
-
-
-def merge_adapter(model: Any, lora: LoraSettings | None, path: str) -> PreTrainedModel:
-    """A folder that held an adapter arrives with it injected: fold it in, so that it belongs to the reference."""
-    if not model._hf_peft_config_loaded:
-        return model
-    if lora is not None:
-        # peft would save the new adapter as one on the hub or base model, without the adapter in between
-        raise ConfigError(
-            f"{path}: holds an adapter, and new adapters on it could not be loaded without it; "
-            "remove [model.lora] to train in full, or merge it into its model first (peft's merge_and_unload)"
-        )
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, LoraLayer):
-                child.merge()  # pyright: ignore[reportCallIssue]
-                setattr(module, name, child.get_base_layer())
-            elif isinstance(child, ModulesToSaveWrapper):
-                setattr(module, name, child.modules_to_save[child.active_adapters[0]])
-    del model.peft_config
-    model._hf_peft_config_loaded = False
-    return model.requires_grad_(True)
 
 
 def _checkpoint_layers(policy: Policy) -> None:

@@ -6,13 +6,15 @@ are read. Next: load.py.
 
 import contextlib
 import json
+import warnings
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
@@ -35,12 +37,13 @@ _FLOATS = ("F16", "BF16", "F32", "F64")
 class Unmatched:
     """Names of tensors that model and files do not have in common, tied weights left out.
 
-    mismatched: those of another shape, with the shape in the files and in the model.
+    mismatched: those of another shape, with the shape in the files and in the model. adapter: whether one was merged.
     """
 
     missing: frozenset[str]
     unexpected: frozenset[str]
     mismatched: Mapping[str, tuple[Any, Any]]
+    adapter: bool = False
 
     def refuse(self, path: str) -> None:
         """Raise CheckpointError when there are any: what is missing would be random, what is left over ignored."""
@@ -61,7 +64,7 @@ class Unmatched:
 
     def without(self, names: frozenset[str]) -> "Unmatched":
         """The same, those names left out."""
-        return Unmatched(self.missing - names, self.unexpected - names, self.mismatched)
+        return replace(self, missing=self.missing - names, unexpected=self.unexpected - names)
 
 
 def load_weights(loader: Any, path: str, revision: str | None, trust: bool, **more: Any) -> tuple[Any, Unmatched]:
@@ -81,13 +84,38 @@ def load_weights(loader: Any, path: str, revision: str | None, trust: bool, **mo
         raise CheckpointError(f"{path}: an adapter whose base model cannot be loaded: {error}") from None
     model, found = _whole(loader, base, None, trust, **more)
     with readable(path, "adapter"):
-        info = model.load_adapter(path, adapter_kwargs={"revision": revision}, ignore_mismatched_sizes=True).to_dict()
-    added = _unmatched(info)
+        adapted = PeftModel.from_pretrained(model, path, revision=revision)
+        wanted = frozenset(get_peft_model_state_dict(adapted))
+    here = frozenset(_tensors(Path(adapter).parent))
     # what the adapter brings whole, such as a reward model's head, its base need not have
-    brought = {name.removeprefix("base_model.model.") for name in _tensors(Path(adapter).parent)}
-    missing, unexpected = (found.missing - brought) | added.missing, found.unexpected | added.unexpected
+    brought = frozenset(name.removeprefix("base_model.model.") for name in here)
     mismatched = {name: shapes for name, shapes in found.mismatched.items() if name not in brought}
-    return model, Unmatched(missing, unexpected, {**mismatched, **added.mismatched})
+    missing, unexpected = (found.missing - brought) | (wanted - here), found.unexpected | (here - wanted)
+    return _merged(adapted, path), Unmatched(missing, unexpected, mismatched, adapter=True)
+
+
+def _merged(adapted: PeftModel, path: str) -> Any:
+    """The base with its adapter folded in. Raises CheckpointError where that changes what the model says."""
+    ids = torch.arange(1, 9)[None]
+    with readable(path, "adapter"), warnings.catch_warnings(), torch.no_grad():
+        # peft warns of tied weights; whether they matter is seen below
+        warnings.simplefilter("ignore")
+        before = adapted.eval()(input_ids=ids, use_cache=False).logits
+        merged: Any = adapted.merge_and_unload()
+        after = merged(input_ids=ids, use_cache=False).logits
+    if not bool(torch.isfinite(after).all()):
+        raise CheckpointError(f"{path}: its outputs are not finite; the adapter is damaged, fetch it again")
+    worst = float((after - before).abs().max())
+    if not worst <= 1e-3 * (1 + float(before.abs().max())):
+        raise CheckpointError(
+            f"{path}: its adapter cannot be merged into the base exactly (outputs change by {worst:.2g}; tied weights?); "
+            "name a model that it has been merged into"
+        )
+    head, table = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if head is not None and merged.config.tie_word_embeddings and head.weight is not table.weight:
+        # else saving would leave the head out
+        merged.config.tie_word_embeddings = False
+    return merged.requires_grad_(True)
 
 
 def check_path(path: str) -> None:
@@ -96,6 +124,9 @@ def check_path(path: str) -> None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{path}: no config.json or adapter_config.json in this folder; name a model folder")
+    if (folder / "adapter_config.json").exists() and not (folder / "adapter_model.safetensors").exists():
+        # peft would fall back to adapter_model.bin
+        raise CheckpointError(f"{path}: no adapter_model.safetensors in this folder; save the adapter as safetensors")
     if not folder.exists() and looks_local:
         raise CheckpointError(f"{path}: no such model folder; give a local folder or a hub id like owner/name")
     if folder.is_dir():
@@ -110,7 +141,7 @@ def readable(path: str, what: str = "language model") -> Generator[None]:
     except _UNREADABLE as error:
         said = " ".join(str(error).split())
         # the beginning says what, the end what to do
-        said = said if len(said) <= 240 else f"{said[:120]} ... {said[-120:]}"
+        said = said if len(said) <= 330 else f"{said[:200]} ... {said[-120:]}"
         raise CheckpointError(
             f"{path}: its {what} cannot be loaded ({type(error).__name__}: {said}); check the path and its files, "
             "or download it first"

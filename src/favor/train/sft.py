@@ -17,6 +17,7 @@ from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
+from favor.errors import DataError
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy, precision_of
 from favor.model.logprobs import response_logps
@@ -55,6 +56,10 @@ def _tune(config: SftConfig, session: Session) -> None:
     policy = load_policy(config.model, config.seed)
     splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=False)
     trees = preferred_only(splits.train)
+    if not trees:
+        raise DataError(
+            f"{config.data.training}: no response to learn from, each is rejected by some row; give preferred ones"
+        )
     policy, why = settle(policy, config.model.layout, trees, train=True)
     session.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
     inputs = identity(policy, config.tokens) | {"data": splits.identity}
