@@ -136,3 +136,26 @@ def test_dry_run_says_the_precision(run, monkeypatch, capsys):
     assert "precision: float32\n" in favor(monkeypatch, capsys, run, "train", *words, "--dry-run")
     out = favor(monkeypatch, capsys, run, "train", *words, "model.dtype=bfloat16", "--dry-run")
     assert "precision: bfloat16 products" in out
+
+
+@pytest.mark.parametrize(
+    ("extra", "answer", "named"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "good", "tools"),
+        ({}, [{"role": "assistant", "content": "good", "reasoning_content": "because"}], "reasoning_content"),
+        ({}, [{"role": "assistant", "content": "good", "tool_calls": [{"function": {"name": "f"}}]}], "tool_calls"),
+    ],
+)
+def test_score_refuses_what_a_reward_on_text_does_not_see(run, monkeypatch, capsys, tmp_path, extra, answer, named):
+    """Or it would score something else than training and eval see, with exit code 0."""
+    write(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": answer, "rejected": "bad", **extra}])
+    (tmp_path / "f.py").write_text("def score(prompts, responses):\n    return [len(r) for r in responses]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "sys.argv", ["favor", "score", "out=o", "data=rows.jsonl", "reward.kind=callable", "reward.path=f.py:score"]
+    )
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert f"row 1: it has {named}, which a reward on text does not see" in err

@@ -65,6 +65,10 @@ def _score(
     config: ScoreConfig, rows: list[Judgment], out: Output, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any] | None:
     scorer = make_scorer(config.reward)
+    if cut := sum(len(row.cut) for row in rows):
+        progress(
+            f"warning: {cut} responses stop before their end (ended) and are scored as if they had ended there", 1, 1
+        )
     prompts = [row.prompt for row in rows for _ in row.responses]
     texts = [_words(response) for row in rows for response in row.responses]
     scores: list[float] = []
@@ -102,6 +106,7 @@ def _judgments(config: ScoreConfig) -> list[Judgment]:
     for number, row in read_objects(config.data, config.split):
         try:
             found.append(_judgment(row))
+            _refuse_unseen(found[-1])
         except RowError as error:
             raise DataError(f"{config.data}, row {number}: {error}; fix the row") from None
         if config.max_rows is not None and len(found) >= config.max_rows:
@@ -120,6 +125,23 @@ def _judgment(row: dict[str, Any]) -> Judgment:
     judgment = FORMATS[name](row)
     # answers in no known order are samples
     return judgment._replace(orders=()) if order_assumed(row, name) else judgment
+
+
+def _refuse_unseen(judgment: Judgment) -> None:
+    """Raise RowError for what a reward on text would be blind to, so that its score would be of something else."""
+    unread = {
+        key
+        for response in judgment.responses
+        if not isinstance(response, str)
+        for message in response
+        for key, value in message.items()
+        if key not in ("role", "content") and value
+    } | ({"tools"} if judgment.tools else set[str]())
+    if unread:
+        raise RowError(
+            f"it has {', '.join(sorted(unread))}, which a reward on text does not see; leave the row out, or for a run's own "
+            "margins use favor eval"
+        )
 
 
 def _words(response: Text) -> str:
