@@ -48,5 +48,6 @@ def test_a_step(model, tmp_path, fixture):
     (step,) = (r for r in read_jsonl(tmp_path / "run/metrics.jsonl") if r["kind"] == "step")
     assert math.isfinite(step["loss"])
     # that fixture is one tie, and a tie is at its best where policy and reference are equal
-    assert (step["grad_norm"] > 0) is (fixture.stem != "helpsteer2")
+    # (exactly 0 on some processors, a rounding of it on others)
+    assert (step["grad_norm"] > 1e-6) is (fixture.stem != "helpsteer2")
     assert (tmp_path / "run/model/config.json").exists()

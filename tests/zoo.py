@@ -257,11 +257,6 @@ def gradient_error(found, expected):
     return float(max(max(errors.values()) / scale, max(errors[name] / size for name, size in own.items()) / 100))
 
 
-def _of_reference(policy, trees):
-    reference = frozen_copy(policy)
-    return response_logps(reference, build(trees, reference.layout))
-
-
 def outcome(model, asked, trees, expected):
     """Settle and compute as training does: policy and reference on everything at once, the policy on each tree alone."""
     measure = response_scores if zoo_models.scores_text(model) else response_logps
@@ -269,10 +264,12 @@ def outcome(model, asked, trees, expected):
         policy = make_policy(model, tiny.tokenizer(), ModelConfig(path="zoo", dtype="float32", device="cpu"))
         settled = settle_scores if zoo_models.scores_text(model) else settle
         policy, why = settled(policy, asked, trees, train=True)
+        # the reference is copied before training begins, as here
+        reference = None if zoo_models.scores_text(model) else frozen_copy(policy)
         found = measure(policy, build(trees, policy.layout))
         got = gradients(found, policy.model)
         with torch.no_grad():
-            again = found if zoo_models.scores_text(model) else _of_reference(policy, trees)
+            again = found if reference is None else response_logps(reference, build(trees, reference.layout))
             alone = torch.cat([measure(policy, build([item], policy.layout)) for item in trees])
     except FavorError as error:
         return Outcome("refused", why=str(error))
