@@ -159,3 +159,21 @@ def test_score_refuses_what_a_reward_on_text_does_not_see(run, monkeypatch, caps
     assert end.value.code == 2
     err = capsys.readouterr().err
     assert f"row 1: it has {named}, which a reward on text does not see" in err
+
+
+def test_samples_longer_than_the_data_choose_the_layout_too(run, monkeypatch, capsys):
+    """A window that the data fit and the samples do not: trees would be nats off for the KL of eval, probe and KTO's z0."""
+    torch.manual_seed(0)
+    made = tiny.MistralForCausalLM(tiny.MistralConfig(**tiny._GQA, head_dim=8, sliding_window=64)).eval()
+    made.save_pretrained(run / "mistral")
+    tiny.tokenizer().save_pretrained(run / "mistral")
+    rows = [{"prompt": f"Film {i}?", "chosen": "good", "rejected": "bad"} for i in range(4)]
+    write(run / "short.jsonl", rows)
+    words = ["model.path=mistral", "data.train=short.jsonl", "data.eval=short.jsonl", "train.batch_prompts=2"]
+    assert "prompt trees" in favor(monkeypatch, capsys, run, "train", "run=w1", *words)
+    probed = favor(monkeypatch, capsys, run, "train", "run=w2", *words, "watch.kl_every=1", "watch.kl_tokens=60")
+    assert "FALL-BACK" in probed
+    assert "sliding_window of 64" in probed
+    evaluated = favor(monkeypatch, capsys, run, "eval", "run=w1", "sample.max_new_tokens=60", "sample_prompts=2")
+    assert "FALL-BACK" in evaluated
+    assert "FALL-BACK" not in favor(monkeypatch, capsys, run, "eval", "run=w1", "sample_prompts=0")

@@ -23,7 +23,7 @@ from favor.eval.divergence import kl_of_samples
 from favor.eval.intervals import mean_interval
 from favor.eval.margins import pair_figures
 from favor.losses import LossConfig
-from favor.model.layout import settle
+from favor.model.layout import sampled_tree, settle
 from favor.model.load import Policy, precision_of
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
@@ -119,8 +119,9 @@ def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) 
     trees = [tree for tree in trees if tree.comparisons]
     if not trees:
         raise DataError(f"{report.source}: no comparison to evaluate on; give chosen and rejected, a ranking or scores")
-    policy, why = settle(policy, recipe.model.layout, trees)
-    reference, _ = settle(reference, policy.layout, trees)
+    drawn = [sampled_tree(tree.prompt_ids, config.sample.max_new_tokens) for tree in trees[: config.sample_prompts]]
+    policy, why = settle(policy, recipe.model.layout, trees, also=drawn)
+    reference, _ = settle(reference, policy.layout, trees, also=drawn)
     say(f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
     return Subject(policy, reference, texts, trees, config.beta or recipe.loss.get("beta", LossConfig().beta))
 

@@ -4,7 +4,7 @@ In: a Policy and a Batch. Out: score_R at each response's last token; value_E wh
 Next: ../losses/reward.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -85,7 +85,7 @@ SCORES = Method(response_scores, plain_score, causal=False)
 
 
 def settle_scores(
-    policy: Policy, asked: str, trees: Sequence[TokenTree], *, also: Sequence[TokenTree] = (), train: bool = False
+    policy: Policy, asked: str, trees: Sequence[TokenTree], *, also: Iterable[TokenTree] = (), train: bool = False
 ) -> tuple[Policy, str]:
     """`settle` by scores. A head that starts at zero is random meanwhile, or every way of computing would agree."""
     weight = policy.causal_lm.get_submodule("score").weight

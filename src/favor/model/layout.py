@@ -4,6 +4,7 @@ In: a Policy and token trees. Out: the Policy with layout and head settled, and 
 believed: what differs is refused, or loses its fast part and says so. Next: attention.py.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -58,7 +59,7 @@ def settle(
     trees: Sequence[TokenTree],
     method: Method = LOGPS,
     *,
-    also: Sequence[TokenTree] = (),
+    also: Iterable[TokenTree] = (),
     train: bool = False,
 ) -> tuple[Policy, str]:
     """Choose trees where they are exact, else one row per response; returns the policy and the reason.
@@ -111,6 +112,12 @@ def config_obstacle(config: dict[str, Any], longest_path: int) -> str | None:
     if rope is not None and longest_path > rope[1]:
         return f"beyond {rope[1]} tokens its positions ('{rope[0]}') depend on the length of a row; the longest has {longest_path}"
     return None
+
+
+def sampled_tree(prompt_ids: Sequence[int], length: int) -> TokenTree:
+    """A tree as large as a sample of `length` tokens can make it: for `settle`, before there are samples."""
+    response = tuple(itertools.islice(itertools.cycle(prompt_ids), length))
+    return TokenTree(tuple(prompt_ids), (response,), (True,), (), 0, 0)
 
 
 def longest_path(tree: TokenTree) -> int:
@@ -224,6 +231,8 @@ def _worst_gradient(found: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple
         for name, gradient in truth.items()
     }
     off |= {name: float(extra.norm()) / max(floor, 1e-30) for name, extra in found.items() if name not in truth}
+    # one that is missing is no matter of rounding, however small it is
+    off |= {name: 1.0 for name, g in truth.items() if name not in found and float(g.norm()) > 1e-4 * floor}
     return max(off.items(), key=lambda item: float("inf") if math.isnan(item[1]) else item[1])
 
 

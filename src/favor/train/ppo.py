@@ -4,7 +4,6 @@ In: PpoConfig (a recipe with a [reward]). Out: a run folder with the trained pol
 training. Equations: ../losses/ppo.py; rollouts: rollout.py. Next: step.py.
 """
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +20,12 @@ from favor.data import sources
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.prompts import encode_prompts, read_prompts
 from favor.data.tokenize import TokensConfig
-from favor.data.types import Batch, TokenTree
+from favor.data.types import Batch
 from favor.errors import NumericsError
 from favor.guard import sha
 from favor.losses import ppo
 from favor.model.heads import Critic, logps_and_values, make_critic
-from favor.model.layout import settle
+from favor.model.layout import sampled_tree, settle
 from favor.model.load import ModelConfig, Policy, frozen_copy, load_policy, precision_of
 from favor.model.sample import SampleConfig
 from favor.scoring.source import RewardConfig, check_scorer, make_scorer
@@ -137,18 +136,12 @@ def _improve(config: PpoConfig, session: Session) -> None:
     ids = encode_prompts(config.data.train, numbered, policy.tokenizer, config.tokens)
     prompts = [Prompt(text, i, index) for index, ((_, text), i) in enumerate(zip(numbered, ids, strict=True))]
     session.say(f"{len(prompts)} prompts")
-    probe = [_as_long_as_a_sample(prompt, config.sample.max_new_tokens) for prompt in prompts]
+    probe = [sampled_tree(prompt.ids, config.sample.max_new_tokens) for prompt in prompts]
     policy, why = settle(policy, config.model.layout, probe, train=True)
     session.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
     critic = make_critic(policy, config.ppo.value) if config.ppo.advantage == "gae" else None
     reference = policy if policy.lora else frozen_copy(policy)
     _loop(config, prompts, Actors(policy, critic, reference, make_scorer(config.reward)), session)
-
-
-def _as_long_as_a_sample(prompt: Prompt, length: int) -> TokenTree:
-    """A tree as large as a rollout's can be: what the self-check computes before there are samples."""
-    response = tuple(itertools.islice(itertools.cycle(prompt.ids), length))
-    return TokenTree(prompt.ids, (response,), (True,), (), 0, 0)
 
 
 @dataclass(frozen=True)

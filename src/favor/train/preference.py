@@ -6,7 +6,7 @@ data/read -> data/tokenize -> data/pack -> data/loader -> model/logprobs -> loss
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from favor.data.types import Batch, TokenTree
 from favor.dist.world import World
 from favor.errors import NumericsError
 from favor.losses import LossConfig
-from favor.model.layout import settle
+from favor.model.layout import sampled_tree, settle
 from favor.model.load import ModelConfig, Policy, load_policy, precise, precision_of
 from favor.scoring.source import RewardConfig, check_scorer, make_scorer
 from favor.scoring.source import identity as reward_identity
@@ -102,10 +102,21 @@ def _train(config: TrainConfig, session: Session) -> None:
     policy = load_policy(config.model, config.seed)
     splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=False)
     used = usable(config.loss, splits.train, config.data.training)
-    policy, why = settle(policy, config.model.layout, splits.train, also=splits.eval, train=True)
+    policy, why = settle(policy, config.model.layout, splits.train, also=_beyond(config, splits), train=True)
     session.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
     beside = _beside(config, policy, splits, session)
     _loop(config, policy, splits, used, beside, session)
+
+
+def _beyond(config: TrainConfig, splits: Splits) -> Iterator[TokenTree]:
+    """What is computed beside the training trees: held-out ones, samples of probes, KTO's mismatched pairs."""
+    yield from splits.eval
+    if config.watch.kl_every:
+        trees = splits.eval or splits.train
+        yield from (sampled_tree(tree.prompt_ids, config.watch.kl_tokens) for tree in trees[: config.watch.kl_prompts])
+    if needs(config.loss).zero:
+        prompt = max((tree.prompt_ids for tree in splits.train), key=len)
+        yield sampled_tree(prompt, max(len(response) for tree in splits.train for response in tree.response_ids))
 
 
 def make_objective(config: LossConfig, policy: Policy, reference: Reference, zero: float = 0.0) -> Objective:
