@@ -29,7 +29,7 @@ from favor.train.checkpoint import checkpoints
 from favor.train.loop import LoopConfig
 from favor.train.optim import OptimConfig
 from favor.train.preference import TrainConfig, train
-from favor.train.session import Session, running
+from favor.train.session import Session, recipe_hash, running
 
 Progress = Callable[[str, int, int], None]
 
@@ -120,7 +120,7 @@ def _rounds(
         "content of prompts": [prompt for _, prompt in prompts],
         "reward": identity(config.reward),
     }
-    same_inputs(session.folder, hashes(entered))
+    same_inputs(session.folder, recipe_hash(config) | hashes(entered))
     for number in range(1, config.rounds + 1):
         place = _folder(config, number)
         if not place.train.model.exists():

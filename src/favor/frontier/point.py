@@ -180,7 +180,8 @@ def _preference_recipe(config: FrontierConfig, task: Task, places: Places, point
 
 def _ppo_recipe(config: FrontierConfig, task: Task, places: Places, point: Point, root: Path) -> PpoConfig:
     sizes = config.ppo
-    prompts = root / "prompts.jsonl"
+    # the run folder is the run's alone
+    prompts = root.with_name(f"{root.name}.prompts.jsonl")
     chosen = training_prompts(config, task, point.seed)
     write_text(prompts, "".join(json.dumps({"prompt": text}) + "\n" for _, text in chosen))
     return PpoConfig(
