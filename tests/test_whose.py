@@ -8,10 +8,17 @@ import tomli_w
 from test_training import StopAt, curve, open_session
 
 from favor.config import load
-from favor.errors import CheckpointError, ConfigError
+from favor.eval.engines import SamplesConfig
+from favor.eval.samples import write_samples
+from favor.eval.score import ScoreConfig, score
+from favor.errors import CheckpointError, ConfigError, DataError
 from favor.guard import MARK
+from favor.hide import without_secrets
+from favor.lint.run import lint
+from favor.lint.settings import LintConfig
 from favor.loop import LoopRunConfig, loop
-from favor.run import RunFolder, opened, start
+from favor.run import RunFolder, opened, read_json, start
+from favor.scoring.source import RewardConfig, make_scorer
 from favor.train.ppo import PpoConfig, train_ppo
 from favor.train.preference import TrainConfig, train
 from favor.train.reward import RewardTrainConfig, train_reward
@@ -131,7 +138,7 @@ def test_resume_with_an_edited_recipe_is_refused(here, model, name):
     recipe.write_text(sound.replace("clip = 1.0", "clip = 0.5"))
     assert recipe.read_text() != sound
     before = {path: raw for path, raw in content(here).items() if path.name != "metrics.jsonl"}
-    with pytest.raises(CheckpointError, match=r"step-000001: began with another recipe; resume with"):
+    with pytest.raises(CheckpointError, match=r"step-00000\d: began with another recipe; resume with"):
         run(load(schema, recipe, ["resume=true"]), open_session)
     assert {path: raw for path, raw in content(here).items() if path.name != "metrics.jsonl"} == before
     if name in ("sft", "ppo"):
@@ -141,3 +148,118 @@ def test_resume_with_an_edited_recipe_is_refused(here, model, name):
     (here / "run").rename(here / "moved")
     run(load(schema, here / "moved/config.toml", ["resume=true"]), open_session)
     assert max(curve(here / "moved")) == 2
+
+
+def test_out_is_not_the_recipe_nor_a_file_that_is_read(here, model):
+    recipe = here / "s.toml"
+    recipe.write_text(
+        tomli_w.dumps({"out": "s.toml", "prompts": "data.jsonl", "overwrite": True, "model": {"path": str(model)}})
+    )
+    before = content(here)
+    with pytest.raises(ConfigError, match=r"out=s\.toml: is the file it reads"):
+        write_samples(load(SamplesConfig, recipe), quiet, recipe)
+    scored = ["out=s.toml", "overwrite=true", "data=data.jsonl", "reward.kind=callable", "reward.path=length.py:score"]
+    with pytest.raises(ConfigError, match="is the file it reads"):
+        score(load(ScoreConfig, None, scored), quiet, recipe)
+    with pytest.raises(ConfigError, match="is the file it reads"):
+        lint(load(LintConfig, None, ["data.train=data.jsonl", "lint.out=s.toml", "lint.overwrite=true"]), recipe)
+    assert content(here) == before
+    (here / "o.partial").write_bytes((here / "data.jsonl").read_bytes())
+    (here / "b[1].jsonl").write_bytes((here / "data.jsonl").read_bytes())
+    for words in (["out=o", "prompts=o.partial"], ["out=b[1].jsonl", "prompts=b[1].jsonl"]):
+        with pytest.raises(ConfigError, match="is the file it reads"):
+            write_samples(load(SamplesConfig, None, [*words, f"model.path={model}", "overwrite=true"]), quiet)
+    assert (here / "o.partial").read_bytes() == (here / "data.jsonl").read_bytes()
+
+
+def test_a_failed_lint_claims_no_file(here):
+    (here / "bad.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "same", "rejected": "same"}) + "\n")
+    before = content(here)
+    with pytest.raises(DataError, match="no row is left"):
+        lint(load(LintConfig, None, ["data.train=bad.jsonl", "lint.fix=clean.jsonl"]))
+    assert content(here) == before
+    (here / "clean.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match="not known to be made"):
+        lint(load(LintConfig, None, ["data.train=data.jsonl", "lint.fix=clean.jsonl"]))
+    assert (here / "clean.jsonl").read_text() == "mine"
+    for pair in (["lint.fix=c.jsonl", "lint.out=c.actions.jsonl"], ["lint.out=c", "lint.page=c"]):
+        with pytest.raises(ConfigError, match="is written for lint"):
+            lint(load(LintConfig, None, ["data.train=data.jsonl", *pair]))
+
+
+def test_what_lies_beside_a_result_is_known_by_its_content(here):
+    words = ["out=s", "data=data.jsonl", "reward.kind=callable", "reward.path=length.py:score"]
+    first = score(load(ScoreConfig, None, words), quiet)
+    beside, sound = here / "s.figures.json", (here / "s.figures.json").read_bytes()
+    beside.unlink()
+    assert score(load(ScoreConfig, None, words), quiet) == first
+    assert beside.read_bytes() == sound
+    for gone in (False, True):
+        beside.write_text("mine")
+        if gone:
+            (here / "s").unlink()
+        with pytest.raises(ConfigError, match=r"s\.figures\.json: was changed since"):
+            score(load(ScoreConfig, None, words), quiet)
+        assert beside.read_text() == "mine"
+    beside.write_bytes(sound)
+    score(load(ScoreConfig, None, words), quiet)
+    record = here / ".s.favor.json"
+    for damage in ({"a": 1}, [], 5, read_json(record) | {"result": {"figures": 999}}):
+        record.write_text(json.dumps(damage))
+        with pytest.raises(ConfigError, match="not known to be made"):
+            score(load(ScoreConfig, None, words), quiet)
+
+
+BODIES = {
+    "an iterator that fails": "class C:\n def __iter__(self): raise KeyError(1)\ndef r(p, a): return C()",
+    "a number that fails": "class C:\n def __float__(self): raise ZeroDivisionError\ndef r(p, a): return [C() for _ in a]",
+    "an error without words": "class E(Exception):\n def __str__(self): raise KeyError\ndef r(p, a): raise E",
+    "an error of the base": "class E(BaseException): pass\ndef r(p, a): raise E('x')",
+    "the end of a generator": "def r(p, a): raise GeneratorExit",
+    "an interrupt": "def r(p, a): raise KeyboardInterrupt",
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_whatever_a_function_of_the_user_does_is_one_error(here, body):
+    (here / "u.py").write_text(body)
+    with pytest.raises(ConfigError, match=r"u\.py:r: failed"):
+        make_scorer(RewardConfig(kind="callable", path="u.py:r"))(["p"], ["a"])
+
+
+def test_a_function_may_not_move_our_files(here):
+    (here / "u.py").write_text("import os\ndef r(p, a):\n os.chdir('/')\n return [1 for _ in a]")
+    score(load(ScoreConfig, None, ["out=s", "data=data.jsonl", "reward.kind=callable", "reward.path=u.py:r"]), quiet)
+    assert (here / "s").exists()
+
+
+def test_a_password_may_hold_any_sign():
+    assert without_secrets("https://user:p@ss@h.invalid/d.jsonl: no") == "https://***@h.invalid/d.jsonl: no"
+
+
+def test_a_damaged_round_is_not_trained_on(here, model):
+    (here / "p.jsonl").write_text("".join(json.dumps({"prompt": f"Film {i}?"}) + "\n" for i in range(4)))
+    (here / "u.py").write_text("def r(p, a):\n return [hash(x) % 7 + i for i, x in enumerate(a)]")
+    words = [
+        "run=l",
+        "prompts=p.jsonl",
+        f"model.path={model}",
+        "model.dtype=float32",
+        "rounds=1",
+        "sample.max_new_tokens=4",
+    ]
+    words += ["reward.kind=callable", "reward.path=u.py:r", "train.batch_prompts=2", "train.save_every=1"]
+    with pytest.raises(StoppedError):
+        loop(load(LoopRunConfig, None, words), lambda root: open_session(root, StopAt(1)), quiet)
+    words += ["resume=true"]
+    place = here / "l/round-1"
+    for name in ("preferences.jsonl", "figures.json", "made.json"):
+        sound = (place / name).read_bytes()
+        (place / name).write_bytes(b"{}" if name == "made.json" else sound + b"{}\n")
+        with pytest.raises(CheckpointError, match="round-1: its .* not what was written"):
+            loop(load(LoopRunConfig, None, words), open_session, quiet)
+        (place / name).write_bytes(sound)
+    for text in ("[]", "null"):
+        (here / "l/inputs.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"inputs\.json: damaged"):
+            loop(load(LoopRunConfig, None, words), open_session, quiet)
