@@ -8,10 +8,10 @@ import tomli_w
 from test_training import StopAt, curve, open_session
 
 from favor.config import load
+from favor.errors import CheckpointError, ConfigError, DataError
 from favor.eval.engines import SamplesConfig
 from favor.eval.samples import write_samples
 from favor.eval.score import ScoreConfig, score
-from favor.errors import CheckpointError, ConfigError, DataError
 from favor.guard import MARK
 from favor.hide import without_secrets
 from favor.lint.run import lint
@@ -237,9 +237,9 @@ def test_a_password_may_hold_any_sign():
     assert without_secrets("https://user:p@ss@h.invalid/d.jsonl: no") == "https://***@h.invalid/d.jsonl: no"
 
 
-def test_a_damaged_round_is_not_trained_on(here, model):
+def test_a_damaged_round_is_not_trained_on(here, model, monkeypatch):
     (here / "p.jsonl").write_text("".join(json.dumps({"prompt": f"Film {i}?"}) + "\n" for i in range(4)))
-    (here / "u.py").write_text("def r(p, a):\n return [hash(x) % 7 + i for i, x in enumerate(a)]")
+    (here / "u.py").write_text("def r(p, a):\n return [*range(len(a))]")
     words = [
         "run=l",
         "prompts=p.jsonl",
@@ -249,8 +249,10 @@ def test_a_damaged_round_is_not_trained_on(here, model):
         "sample.max_new_tokens=4",
     ]
     words += ["reward.kind=callable", "reward.path=u.py:r", "train.batch_prompts=2", "train.save_every=1"]
-    with pytest.raises(StoppedError):
-        loop(load(LoopRunConfig, None, words), lambda root: open_session(root, StopAt(1)), quiet)
+    with monkeypatch.context() as patched:
+        patched.setattr("favor.loop.train", lambda *given: (_ for _ in ()).throw(StoppedError("x", 15)))
+        with pytest.raises(StoppedError):
+            loop(load(LoopRunConfig, None, words), open_session, quiet)
     words += ["resume=true"]
     place = here / "l/round-1"
     for name in ("preferences.jsonl", "figures.json", "made.json"):

@@ -20,7 +20,7 @@ from favor.eval.judges import Duel, JudgeConfig, check_judge, describe
 from favor.eval.judgments import judge_all
 from favor.eval.sides import Placed, Sampling, SideConfig, read_responses, sampled_responses
 from favor.eval.winstats import JudgedPair, win_figures
-from favor.guard import content
+from favor.guard import content, is_ours
 from favor.model.sample import SampleConfig
 from favor.run import RunFolder, holds_work, opened, read_json, write_config, write_json, write_text
 
@@ -88,7 +88,11 @@ def winrate(config: WinrateConfig, say: Callable[[str], None], progress: Progres
     asked, left_out = _common(config, files)
     check_judge(config.judge)
     folder = RunFolder(Path(config.run))
-    if folder.config.exists() and not folder.winrate_settings.exists() and holds_work(folder):
+    if (
+        folder.config.exists()
+        and not folder.winrate_settings.exists()
+        and (holds_work(folder) or not is_ours(folder.root))
+    ):
         raise ConfigError(f"{config.run}: already holds a run of another kind; choose another run=FOLDER")
     with opened(folder):
         return _compare(config, (asked, left_out, files), say, progress)
