@@ -21,6 +21,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest import mock
 
+# as the command line does, before transformers is imported
+os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
 import tiny
 
 from favor.cli import main

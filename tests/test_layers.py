@@ -22,7 +22,7 @@ ALLOWED = {
     "model": {"errors", "config", "data.types", "data.pack"},
     "dist": {"errors"},
     "server": {"errors", "config", "hide"},
-    "scoring": {"errors", "edge", "config", "run", "guard", "data", "model"},
+    "scoring": {"errors", "edge", "stop", "config", "run", "guard", "data", "model"},
     "eval": {"errors", "output", "config", "run", "guard", "data", "model", "losses", "dist", "scoring", "server"},
     "train": {
         "errors",

@@ -91,11 +91,12 @@ def score(words: Words = None) -> None:
     from favor.eval.score import score as run
     from favor.report.table import figures_table
 
-    config = load(ScoreConfig, *split_arguments(words or []))
+    recipe, settings = split_arguments(words or [])
+    config = load(ScoreConfig, recipe, settings)
     console = _console()
     if config.reward.kind in ("model", "implicit"):
         _say_precision("float32")
-    figures = run(config, _progress(console))
+    figures = run(config, _progress(console), recipe)
     if figures is not None:
         console.print(figures_table(figures))
     _print(f"scores in {config.out}")
@@ -159,10 +160,11 @@ def sample(words: Words = None) -> None:
     from favor.eval.engines import SamplesConfig
     from favor.eval.samples import write_samples
 
-    config = load(SamplesConfig, *split_arguments(words or []))
+    recipe, settings = split_arguments(words or [])
+    config = load(SamplesConfig, recipe, settings)
     _say_precision(*([config.model.dtype] if config.model else []))
     with _continued():
-        count = write_samples(config, _progress(_console()))
+        count = write_samples(config, _progress(_console()), recipe)
     _print(f"{count} samples in {config.out}")
 
 
@@ -173,10 +175,11 @@ def prefer(words: Words = None) -> None:
     from favor.eval.prefer import PreferConfig
     from favor.eval.prefer import prefer as run
 
-    config = load(PreferConfig, *split_arguments(words or []))
+    recipe, settings = split_arguments(words or [])
+    config = load(PreferConfig, recipe, settings)
     _say_precision(*([config.model.dtype] if config.model else []))
     with _continued():
-        report = run(config, _progress(_console()))
+        report = run(config, _progress(_console()), recipe)
     _print(f"{report}; preferences in {config.out}")
 
 
@@ -208,10 +211,11 @@ def lint(
 
     if fix is not None:
         words = [*(words or []), f"lint.fix={fix}"]
-    config = load(LintConfig, *split_arguments(words or []))
+    recipe, settings = split_arguments(words or [])
+    config = load(LintConfig, recipe, settings)
     if config.reward is not None or config.lint.doubt:
         _say_precision("float32")
-    findings = run(config)
+    findings = run(config, recipe)
     _console().print(findings_table(findings))
     if fails(config, findings):
         raise typer.Exit(1)

@@ -21,6 +21,11 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from favor.errors import ConfigError
 
+# lies in every run folder: hashes of the recipes that favor wrote there
+MARK = ".favor.json"
+# what a start may leave before its recipe, and a reference store, which is checked before it is reused
+_LEFT = {MARK, ".lock", "reference.safetensors"}
+_STEP = b'{"kind": "step", "step": '
 _TEMPORARY = re.compile(r"\..*\.(\d+)\.tmp", re.DOTALL)
 # what decides the behaviour of a model folder or a judge's file
 _ENDINGS = (".safetensors", ".bin", ".json", ".jinja", ".toml", ".txt", ".model", ".py")
@@ -32,6 +37,25 @@ def aside(path: Path) -> Path:
     name = path.name.encode()[:200].decode(errors="ignore")
     sweep(path.parent, f".{glob.escape(name)}.*.tmp")
     return path.with_name(f".{name}.{os.getpid()}.tmp")
+
+
+def is_ours(root: Path) -> bool:
+    """Whether a folder is favor's: its recipe is one that the mark beside it names, or there is only what a start leaves.
+
+    Of a recipe that was changed since, or a run without a mark, checkpoints or steps speak.
+    """
+    config = root / "config.toml"
+    if not config.exists():
+        return all(path.name in _LEFT or temporary(path) for path in root.iterdir())
+    try:
+        if file_hash(config) in json.loads((root / MARK).read_bytes())["recipes"]:
+            return True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    metrics = root / "metrics.jsonl"
+    return any(root.glob("checkpoints/step-*/state.json")) or (
+        metrics.is_file() and any(line.startswith(_STEP) for line in metrics.read_bytes().splitlines())
+    )
 
 
 def temporary(path: Path) -> bool:

@@ -12,7 +12,7 @@ _HIDDEN = "***"
 # a shorter key protects nothing, and would be found in ordinary text
 _SHORTEST = 8
 _KEYS = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
-_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+@")
+_IN_URL = re.compile(r"(?<=://)[^/\s'\"]+@")
 _IN_QUERY = re.compile(r"(?<=[?&])([\w-]*(?:key|token|secret|password)[\w-]*=)[^&\s'\"]+", re.IGNORECASE)
 _PATH = re.compile(r"(?<![\w.:/\\~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"<>,;:()\[\]]+[/\\])+(?=[^\s/\\'\"<>,;:()\[\]])")
 

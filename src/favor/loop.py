@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -17,7 +18,7 @@ from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.errors import CheckpointError, ConfigError
 from favor.eval.prefer import PreferConfig, prefer
-from favor.guard import content
+from favor.guard import content, is_sealed, seal, sha
 from favor.losses import LossConfig
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
@@ -29,7 +30,7 @@ from favor.train.checkpoint import checkpoints
 from favor.train.loop import LoopConfig
 from favor.train.optim import OptimConfig
 from favor.train.preference import TrainConfig, train
-from favor.train.session import Session, running
+from favor.train.session import Session, recipe_hash, running
 
 Progress = Callable[[str, int, int], None]
 
@@ -120,7 +121,7 @@ def _rounds(
         "content of prompts": [prompt for _, prompt in prompts],
         "reward": identity(config.reward),
     }
-    same_inputs(session.folder, hashes(entered))
+    same_inputs(session.folder, recipe_hash(config) | hashes(entered))
     for number in range(1, config.rounds + 1):
         place = _folder(config, number)
         if not place.train.model.exists():
@@ -137,6 +138,7 @@ def _round(config: LoopRunConfig, number: int, prompts: NumberedPrompts, session
     """The round's prompts, and preferences among samples of the current model."""
     place = _folder(config, number)
     if place.figures.exists():
+        _sound(place)
         return
     make_folder(place.root)
     count = min(config.prompts_per_round, len(prompts))
@@ -152,19 +154,33 @@ def _round(config: LoopRunConfig, number: int, prompts: NumberedPrompts, session
 
     report = prefer(_prefer_recipe(config, number), stoppable)
     session.say(str(report))
-    write_json(place.figures, {"round": number, **asdict(report)})
+    text = json.dumps({"round": number, **asdict(report)}, indent=2) + "\n"
+    # first, so that no figures are there without it
+    write_json(place.made, seal({"preferences": content(str(place.preferences)), "figures": sha(text)}))
+    write_text(place.figures, text)
 
 
-def _seal(place: RoundFolder) -> None:
-    """Keep the hashes of what a round made. Raises CheckpointError when it is no longer that."""
-    now = {"model": content(str(place.train.model)), "preferences": content(str(place.preferences))}
-    if not place.made.exists():
-        write_json(place.made, now)
-    elif damaged := [name for name, value in read_json(place.made).items() if now.get(name) != value]:
+def _sound(place: RoundFolder) -> dict[str, Any]:
+    """The hashes of what a round made. Raises CheckpointError when it is no longer that."""
+    made = read_json(place.made) if place.made.exists() else {}
+    now = {"preferences": place.preferences, "figures": place.figures, "model": place.train.model}
+    damaged = [name for name, path in now.items() if name in made and made[name] != content(str(path))]
+    if not is_sealed(made) or not {"preferences", "figures"} <= made.keys():
+        damaged = [place.made.name]
+    if damaged:
         raise CheckpointError(
             f"{place.root}: its {' and '.join(damaged)} are not what was written; delete this round's folder and all later "
             "ones to make them again"
         )
+    return made
+
+
+def _seal(place: RoundFolder) -> None:
+    """Keep the hash of the round's model, too. Raises CheckpointError when what the round made is no longer that."""
+    made = _sound(place)
+    if "model" not in made:
+        del made["check"]
+        write_json(place.made, seal({**made, "model": content(str(place.train.model))}))
 
 
 def _train(config: LoopRunConfig, number: int, open_session: Callable[[Path], Session]) -> None:

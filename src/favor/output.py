@@ -19,18 +19,27 @@ from favor.run import write_json, write_text
 
 @dataclass(frozen=True)
 class Output:
-    """A file this process alone writes. `key` is the setting that names it; `also` are files written beside it."""
+    """A file this process alone writes. `key` is the setting that names it; `also` are files written beside it.
+
+    meanwhile: files that are there only until it is finished.
+    """
 
     path: Path
     key: str
     overwrite: bool
     also: tuple[Path, ...] = ()
     settings: dict[str, str] = field(default_factory=dict[str, str])
+    meanwhile: tuple[Path, ...] = ()
 
     @property
     def record(self) -> Path:
         """What favor remembers of the file."""
         return self.path.with_name(f".{self.path.name}.favor.json")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Everything that is written."""
+        return (self.path, *self.also, *self.meanwhile, self.record)
 
 
 @contextlib.contextmanager
@@ -58,47 +67,66 @@ def finished(output: Output) -> Any:
     Raises ConfigError when the file is not favor's, has been changed since, or was made from something else.
     """
     before = known(output)
-    if before is None:
+    if before is None or not output.path.exists():
         return None
     then, now = before["settings"], output.settings
     changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     if changed:
         raise _refusal(output, output.path, f"was made with another {', another '.join(changed)}")
-    return before["result"]
+    return before["result"] if _content(output) == before["files"] else None
 
 
 def known(output: Output) -> dict[str, Any] | None:
-    """What is remembered of a file that is still what favor wrote; None when there is none, or it may be replaced.
+    """What is remembered of files that are still what favor wrote; None when there are none, or they may be replaced.
 
     Raises ConfigError when there is a file that favor did not write, or that was changed since.
     """
-    there = [path for path in (output.path, *output.also) if path.exists()]
+    there = _content(output)
     if output.overwrite or not there:
         return None
     try:
-        found = json.loads(output.record.read_text("utf-8"))
-        expected, _, _ = found["sha256"], found["result"], found["settings"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise _refusal(output, there[0], "is there already, and not known to be made by this command") from None
-    if not output.path.exists():
-        return None
-    if expected is not None and expected != guard.file_hash(output.path):
-        raise _refusal(output, output.path, "was changed since favor wrote it")
+        found = json.loads(output.record.read_bytes())
+        sound = guard.is_sealed(found) and {"settings", "files", "before", "result"} <= found.keys()
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        sound, found = False, {}
+    for name, hashed in there.items():
+        path = output.path.with_name(name)
+        if not sound or not any(name in found[when] for when in ("files", "before")):
+            raise _refusal(output, path, "is there already, and not known to be made by this command")
+        if hashed not in (found["files"].get(name), found["before"].get(name)):
+            raise _refusal(output, path, "was changed since favor wrote it")
     return found
 
 
-def write(output: Output, text: str, result: Any) -> None:
-    """Write the file whole, and what is remembered of it."""
-    found = {"settings": output.settings, "sha256": guard.sha(text), "result": result}
-    # first, so that a kill in between leaves no file that nobody knows
-    write_json(output.record, found)
-    write_text(output.path, text)
+def write(output: Output, texts: Mapping[Path, str], result: Any) -> None:
+    """Write the file and those beside it, each whole, and what is remembered of them; what has no text is removed.
+
+    A kill leaves no file that nobody knows: the record comes first, with the hashes of what is replaced.
+    """
+    found = {"settings": output.settings, "files": {path.name: guard.sha(text) for path, text in texts.items()}}
+    found |= {"before": _content(output), "result": result}
+    write_json(output.record, guard.seal(found))
+    for path in (*output.also, output.path):
+        if path in texts:
+            write_text(path, texts[path])
+        else:
+            path.unlink(missing_ok=True)
+    write_json(output.record, guard.seal(found | {"before": {}}))
 
 
-def remember(output: Output, *, written: bool) -> None:
-    """Remember a file of another writer, before it is written (so that a kill leaves no stranger) and once it is."""
-    hashed = guard.file_hash(output.path) if written else None
-    write_json(output.record, {"settings": output.settings, "sha256": hashed, "result": None})
+def _content(output: Output) -> dict[str, str]:
+    return {path.name: guard.file_hash(path) for path in (output.path, *output.also) if path.exists()}
+
+
+def refuse_shared(outputs: Iterable[Output]) -> None:
+    """Raises ConfigError when two settings name one file, or a file that is written beside the other's."""
+    taken: dict[Path, str] = {}
+    for output in outputs:
+        for path in output.files:
+            place = path.resolve()
+            if place in taken:
+                raise ConfigError(f"{output.key}={output.path}: {path} is written for {taken[place]}; name another one")
+        taken |= {path.resolve(): output.key for path in output.files}
 
 
 def hashes(values: Mapping[str, Any]) -> dict[str, str]:
@@ -116,8 +144,9 @@ def _refuse_input(output: Output, name: str) -> None:
     place = Path(name)
     if not place.exists() and ".py:" in name:
         place = Path(name.rpartition(":")[0])
-    files = [Path(found) for found in glob.glob(name, recursive=True)] if glob.has_magic(name) else [place]  # noqa: PTH207
-    for mine in (output.path, *output.also):
+    # a name may hold brackets, too
+    files = [place, *(Path(found) for found in glob.glob(name, recursive=True))]  # noqa: PTH207
+    for mine in output.files:
         if any(_same(mine, file) for file in files):
             raise ConfigError(f"{output.key}={mine}: is the file it reads ({name}); name another one")
         if place.is_dir() and mine.parent.resolve() == place.resolve():

@@ -7,13 +7,10 @@ import contextlib
 import json
 import os
 import shutil
-import tomllib
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import tomli_w
 
 from favor import guard
 from favor.errors import CheckpointError, ConfigError, writing
@@ -27,6 +24,7 @@ _OPENING = {
     "winrate-settings.json",
     "prompts.jsonl",
     ".lock",
+    guard.MARK,
 }
 _REUSED = {"reference.safetensors"}
 
@@ -148,10 +146,21 @@ def start(root: Path, config_text: str, *, resume: bool, main: bool = True) -> G
             _same_recipe(folder.config, config_text)
             cut_torn_line(folder.metrics)
         else:
-            _refuse_run(folder)
+            # a start that failed before anything was made may be repeated
+            if holds_work(folder):
+                raise ConfigError(
+                    f"{root}: already holds a run; continue it with resume=true or choose another run=FOLDER"
+                )
             folder.metrics.unlink(missing_ok=True)
-            write_text(folder.config, config_text)
+            write_config(folder, config_text)
         yield folder
+
+
+def write_config(folder: RunFolder, text: str) -> None:
+    """The resolved recipe, and first the mark by which the folder is known to be favor's: of this recipe and the one before."""
+    before = [guard.file_hash(folder.config)] if folder.config.exists() else []
+    write_json(folder.root / guard.MARK, {"recipes": [*before, guard.sha(text)]})
+    write_text(folder.config, text)
 
 
 @contextlib.contextmanager
@@ -166,8 +175,10 @@ def opened(folder: RunFolder) -> Generator[None]:
     created = [path for path in (root, *root.parents) if not path.exists()]
     make_folder(root)
     try:
-        if not _is_ours(folder):
-            raise ConfigError(f"{root}: holds files, but no run of favor; choose another run=FOLDER")
+        if not guard.is_ours(root):
+            marked = (root / guard.MARK).exists() and folder.config.exists()
+            why = "its config.toml is not the one that favor wrote" if marked else "holds files, but no run of favor"
+            raise ConfigError(f"{root}: {why}; choose another run=FOLDER")
         with guard.held(folder.lock, str(root)):
             guard.sweep(root)
             before = frozenset(path.name for path in root.iterdir())
@@ -185,24 +196,9 @@ def opened(folder: RunFolder) -> Generator[None]:
                 path.rmdir()
 
 
-def _is_ours(folder: RunFolder) -> bool:
-    """Whether a folder is empty or holds a resolved recipe: one that names a run, as `dump` writes it and no hand does."""
-    if folder.config.exists():
-        text = read_text(folder.config)
-        try:
-            recipe = tomllib.loads(text)
-        except tomllib.TOMLDecodeError:
-            return False
-        return "run" in recipe and tomli_w.dumps(recipe) == text
-    return all(path.name in (".lock", *_REUSED) or guard.temporary(path) for path in folder.root.iterdir())
-
-
-def _refuse_run(folder: RunFolder) -> None:
-    """A start that failed before anything was made may be repeated; what another run made stays."""
-    if _made(folder.root, _OPENING | _REUSED):
-        raise ConfigError(
-            f"{folder.root}: already holds a run; continue it with resume=true or choose another run=FOLDER"
-        )
+def holds_work(folder: RunFolder) -> bool:
+    """Whether something was made of a start."""
+    return _made(folder.root, _OPENING | _REUSED)
 
 
 def _made(root: Path, opening: set[str]) -> bool:
@@ -299,14 +295,17 @@ def read_text(path: Path) -> str:
     return path.read_text("utf-8", "replace")
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file. Raises CheckpointError when it is damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises CheckpointError when it is damaged."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: damaged, not JSON ({error}); delete it and run the command that writes it again"
+            f"{path}: damaged, not the JSON that was written ({error}); delete it and run the command that writes it again"
         ) from None
+    return found
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

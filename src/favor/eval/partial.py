@@ -35,12 +35,17 @@ class Partial:
             append_text(self.path, "".join(_sample(index, one) for index, one in texts.items()))
 
 
+def partial_of(out: Path) -> Path:
+    """Where the unfinished part of a file lies."""
+    return out.with_name(out.name + ".partial")
+
+
 def open_partial(out: Path, fingerprint: str, *, overwrite: bool = False) -> Partial:
     """Continue the partial file of `out`, or start one; with `overwrite` also in place of another's.
 
     Raises ConfigError when there is one with another fingerprint, when it is no such file, or cannot be written.
     """
-    path = out.with_name(out.name + ".partial")
+    path = partial_of(out)
     try:
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         found: dict[int, Sampled] = {}

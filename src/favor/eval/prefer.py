@@ -17,7 +17,7 @@ from favor.data.prompts import read_prompts
 from favor.data.tokenize import TokensConfig
 from favor.errors import DataError
 from favor.eval.engines import Engine, SamplesConfig, check_engine
-from favor.eval.samples import Drawn, Progress, already, draw_all, inputs_of, made_from, score, write_rows
+from favor.eval.samples import Drawn, Progress, already, claim, draw_all, inputs_of, made_from, score, write_rows
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
 from favor.output import Output
@@ -75,15 +75,15 @@ class Preferred:
         )
 
 
-def prefer(config: PreferConfig, progress: Progress) -> Preferred:
+def prefer(config: PreferConfig, progress: Progress, recipe: Path | None = None) -> Preferred:
     """Sample, score and write. Raises what `favor sample` raises, and DataError when no prompt has a preference.
 
     Samples of a run that failed or was stopped are kept and continued; they are then scored again.
     """
     check_scorer(config.reward)
     sampling = _sampling(config)
-    inputs = [*inputs_of(sampling), config.reward.path]
-    with output.claimed(Output(Path(config.out), "out", config.overwrite), inputs) as out:
+    inputs = [*inputs_of(sampling), config.reward.path, config.reward.reference, recipe and str(recipe)]
+    with output.claimed(claim(sampling), inputs) as out:
         prompts = read_prompts(config.prompts, config.split, config.max_prompts)
         out = replace(out, settings=made_from(sampling, prompts, config.reward))
         if (before := already(out, progress)) is not None:

@@ -14,7 +14,7 @@ from favor import output
 from favor.data.prompts import NumberedPrompts, read_prompts, sample_seeds
 from favor.data.types import Text
 from favor.eval.engines import Job, SamplesConfig, draw
-from favor.eval.partial import Sampled, open_partial
+from favor.eval.partial import Sampled, open_partial, partial_of
 from favor.guard import content, sha
 from favor.output import Output
 from favor.scoring.source import RewardConfig, check_scorer, identity, make_scorer
@@ -37,16 +37,18 @@ class Drawn(NamedTuple):
     ended: list[bool]
 
 
-def write_samples(config: SamplesConfig, progress: Progress) -> int:
+def write_samples(config: SamplesConfig, progress: Progress, recipe: Path | None = None) -> int:
     """Sample and write; returns the number of responses. A prompt's samples depend on its place and the seed alone.
 
-    A file that the same settings made before stays as it is. Raises DataError for a row without a usable prompt,
+    A file that the same settings made before stays as it is. recipe: where the settings come from.
+
+    Raises DataError for a row without a usable prompt,
     CheckpointError for an unusable model, ConfigError for an `out` or a partial file of other settings, ServerError
     when a server gives up; what was sampled until then is kept.
     """
     if config.reward is not None:
         check_scorer(config.reward)
-    with output.claimed(Output(Path(config.out), "out", config.overwrite), inputs_of(config)) as out:
+    with output.claimed(claim(config), [*inputs_of(config), recipe and str(recipe)]) as out:
         prompts = read_prompts(config.prompts, config.split, config.max_prompts)
         out = replace(out, settings=made_from(config, prompts, config.reward))
         return already(out, progress) or _sample(config, prompts, out, progress)
@@ -67,6 +69,12 @@ def _sample(config: SamplesConfig, prompts: NumberedPrompts, out: Output, progre
     return count
 
 
+def claim(config: SamplesConfig) -> Output:
+    """The file that the samples go into."""
+    path = Path(config.out)
+    return Output(path, "out", config.overwrite, meanwhile=(partial_of(path),))
+
+
 def inputs_of(config: SamplesConfig) -> list[str | None]:
     """What the recipe reads."""
     return [config.prompts, config.model.path if config.model else None, config.reward.path if config.reward else None]
@@ -83,7 +91,7 @@ def already(out: Output, progress: Progress) -> Any:
     """The result that is remembered of a finished file of the same settings, said to the user; else None."""
     result = output.finished(out)
     if result is not None:
-        out.path.with_name(out.path.name + ".partial").unlink(missing_ok=True)
+        partial_of(out.path).unlink(missing_ok=True)
         progress(f"{out.path}: made before with the same settings, kept (overwrite=true makes it again)", 1, 1)
     return result
 
@@ -126,8 +134,9 @@ def score(found: Sequence[Drawn], reward: RewardConfig) -> list[list[float]]:
 
 def write_rows(out: Output, rows: Sequence[Mapping[str, Any]], result: Any) -> None:
     """Write the finished file whole; the partial one is then no longer needed."""
-    output.write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), result)
-    out.path.with_name(out.path.name + ".partial").unlink(missing_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    output.write(out, {out.path: text}, result)
+    partial_of(out.path).unlink(missing_ok=True)
 
 
 def _best(found: Drawn, scores: Sequence[float], best_of: int) -> dict[str, Any]:

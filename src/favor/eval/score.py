@@ -21,7 +21,6 @@ from favor.data.types import Text
 from favor.errors import DataError
 from favor.eval.calibration import calibrate
 from favor.output import Output
-from favor.run import write_json
 from favor.scoring.source import RewardConfig, identity, make_scorer
 
 # Responses handed to the scorer at once: enough to share prompts, little enough to see progress.
@@ -43,15 +42,18 @@ class ScoreConfig(BaseModel):
     overwrite: bool = False
 
 
-def score(config: ScoreConfig, progress: Callable[[str, int, int], None]) -> dict[str, Any] | None:
+def score(
+    config: ScoreConfig, progress: Callable[[str, int, int], None], recipe: Path | None = None
+) -> dict[str, Any] | None:
     """Write the scores; returns accuracy, calibration curve and ECE, or None when nothing is compared.
 
     A file that the same data and reward made before stays as it is. Raises DataError for a row that cannot be
-    used, ConfigError for an `out` that is not to be replaced, and what the reward raises.
+    used, ConfigError for an `out` that is not to be replaced (or is the `recipe`), and what the reward raises.
     """
     figures = Path(f"{config.out}.figures.json")
     claim = Output(Path(config.out), "out", config.overwrite, (figures,))
-    with output.claimed(claim, (config.data, config.reward.path, config.reward.reference)) as out:
+    read = (config.data, config.reward.path, config.reward.reference, recipe and str(recipe))
+    with output.claimed(claim, read) as out:
         rows = _judgments(config)
         told = {"data": rows, "reward": identity(config.reward)}
         out = replace(out, settings=output.hashes(told))
@@ -92,12 +94,10 @@ def _score(
         # rows of one prompt are not independent
         prompt_of += [places.setdefault(json.dumps(row.prompt, sort_keys=True), len(places))] * len(pairs)
     found = {"calibration": calibrate(np.array(gaps), np.array(prompt_of)).as_json()} if gaps else None
-    output.remember(out, written=False)
+    texts = {out.path: "\n".join(lines) + "\n"}
     if found:
-        write_json(out.also[0], found)
-    else:
-        out.also[0].unlink(missing_ok=True)
-    output.write(out, "\n".join(lines) + "\n", {"figures": found})
+        texts[out.also[0]] = json.dumps(found, indent=2) + "\n"
+    output.write(out, texts, {"figures": found})
     return found
 
 

@@ -20,9 +20,9 @@ from favor.eval.judges import Duel, JudgeConfig, check_judge, describe
 from favor.eval.judgments import judge_all
 from favor.eval.sides import Placed, Sampling, SideConfig, read_responses, sampled_responses
 from favor.eval.winstats import JudgedPair, win_figures
-from favor.guard import content
+from favor.guard import content, is_ours
 from favor.model.sample import SampleConfig
-from favor.run import RunFolder, opened, read_json, write_json, write_text
+from favor.run import RunFolder, holds_work, opened, read_json, write_config, write_json, write_text
 
 _SHOWN = 20
 Progress = Callable[[str, int, int], None]
@@ -88,7 +88,11 @@ def winrate(config: WinrateConfig, say: Callable[[str], None], progress: Progres
     asked, left_out = _common(config, files)
     check_judge(config.judge)
     folder = RunFolder(Path(config.run))
-    if folder.config.exists() and not folder.winrate_settings.exists():
+    if (
+        folder.config.exists()
+        and not folder.winrate_settings.exists()
+        and (holds_work(folder) or not is_ours(folder.root))
+    ):
         raise ConfigError(f"{config.run}: already holds a run of another kind; choose another run=FOLDER")
     with opened(folder):
         return _compare(config, (asked, left_out, files), say, progress)
@@ -170,9 +174,10 @@ def _settle(config: WinrateConfig) -> RunFolder:
     for name in config.sides:
         # a start that failed before anything was made may be put right and repeated
         if folder.responses(name).exists() or folder.winrate.exists():
-            _same(name, before[name], settings[name], config.run)
+            found = before.get(name)
+            _same(name, found if isinstance(found, dict) else {}, settings[name], config.run)
+    write_config(folder, dump(config))
     write_json(folder.winrate_settings, settings)
-    write_text(folder.config, dump(config))
     return folder
 
 

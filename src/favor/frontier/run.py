@@ -29,10 +29,12 @@ from favor.frontier.prepare import (
 )
 from favor.frontier.recipe import FrontierConfig, Point, points, threads
 from favor.frontier.summary import summarise
+from favor.guard import content
 from favor.model.load import memory_settings
-from favor.run import RunFolder, append, write_json
+from favor.run import RunFolder, append, same_inputs, write_json
+from favor.scoring.source import identity
 from favor.stop import StoppedAtOnceError, StoppedError, StopRequest
-from favor.train.session import Session, running
+from favor.train.session import Session, recipe_hash, running
 
 
 def frontier(config: FrontierConfig, open_session: Callable[[Path], Session]) -> dict[str, Any]:
@@ -49,6 +51,10 @@ def _frontier(config: FrontierConfig, session: Session, open_session: Callable[[
     folder = session.folder
     places, began = Places(folder.root), time.monotonic()
     task = settle_task(config, folder.root, session.say)
+    named = {"model": str(task.model), "prompts": task.prompts, "eval_prompts": task.eval_prompts, "sft": task.sft}
+    entered = {f"content of {name}": content(path) for name, path in named.items() if path is not None}
+    found = {name: value for name, value in entered.items() if value is not None}
+    same_inputs(folder, recipe_hash(config) | found | {"reward": identity(task.reward)})
     fine_tune(config, task, places, open_session)
     starts = [Point("start", 0, seed) for seed in config.seeds]
     told = "stopping when the points under way are done (once more: at once)"

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from favor.lint.rows import mended
 from favor.lint.sets import contradicting, repeats
 from favor.lint.settings import Finding, Row
-from favor.run import write_text
 
 # findings whose rows are left out: nothing in the row itself says how to mend it
 _DROPPED = ("secret", "personal", "echo", "repeated_turn", "lost_characters", "special_text", "round_trip", "language")
@@ -47,12 +46,12 @@ def clean(rows: Sequence[Row], findings: Sequence[Finding]) -> tuple[list[dict[s
     return kept, actions
 
 
-def write(kept: Sequence[Mapping[str, Any]], actions: Sequence[Action], path: Path) -> Path:
-    """The clean copy at `path`, its actions beside it; returns where these are."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=_as_text) + "\n" for row in kept))
-    log = actions_of(path)
-    write_text(log, "".join(json.dumps(action._asdict(), ensure_ascii=False) + "\n" for action in actions))
-    return log
+def texts(kept: Sequence[Mapping[str, Any]], actions: Sequence[Action], path: Path) -> dict[Path, str]:
+    """The clean copy at `path`, and its actions beside it."""
+    return {
+        path: "".join(json.dumps(row, ensure_ascii=False, default=_as_text) + "\n" for row in kept),
+        actions_of(path): "".join(json.dumps(action._asdict(), ensure_ascii=False) + "\n" for action in actions),
+    }
 
 
 def _as_text(value: object) -> str:

@@ -6,7 +6,6 @@ In: Findings. Out: a file that opens anywhere. Next: lint.html.jinja.
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from rich.table import Table
@@ -14,26 +13,24 @@ from rich.text import Text
 
 from favor.hide import without_known_places
 from favor.lint.settings import ORDER, Finding
-from favor.run import write_text
 
 _LISTED = 200
 _COLOURED = {"error": "[red]error[/red]", "warning": "[yellow]warning[/yellow]", "note": "note"}
 
 
-def write_page(findings: Sequence[Finding], source: str, path: Path, places: Sequence[str] = ()) -> None:
-    """Write the page whole or not at all; `places` are paths of this machine, which it does not name."""
+def page_of(findings: Sequence[Finding], source: str, places: Sequence[str] = ()) -> str:
+    """The page as HTML; `places` are paths of this machine, which it does not name."""
     known = {path for finding in findings for path, _ in finding.rows} | set(places)
     source, findings = without_known_places(source, known), [_anywhere(finding, known) for finding in findings]
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(files("favor.lint").joinpath("lint.html.jinja").read_text("utf-8"))
     counts = Counter(finding.severity for finding in findings)
-    page = template.render(
+    return template.render(
         source=source,
         counts=[(severity, counts[severity]) for severity in ORDER],
         findings=[(finding, _numbers(finding)) for finding in findings],
     )
-    write_text(path, page)
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:

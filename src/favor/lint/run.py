@@ -4,6 +4,7 @@ In: LintConfig. Out: Findings; JSON, a page, a cleaned copy. Next: page.py.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,25 +17,29 @@ from favor.errors import CheckpointError, ConfigError, DataError
 from favor.hide import places_in
 from favor.lint import fix
 from favor.lint.noise import model_gaps, noise_findings, reward_gaps
-from favor.lint.page import write_page
+from favor.lint.page import page_of
 from favor.lint.rows import row_findings
 from favor.lint.sets import set_findings
 from favor.lint.settings import ORDER, Finding, LintConfig, Row
 from favor.lint.tokens import token_findings
 from favor.model.load import ModelConfig, end_ids, load_policy, load_tokenizer
 from favor.output import Output
-from favor.run import write_json
 from favor.scoring.source import make_scorer
 
 
-def lint(config: LintConfig) -> list[Finding]:
-    """Every finding, the worst first. Raises DataError when a source cannot be read at all; ConfigError for settings that clash."""
+def lint(config: LintConfig, recipe: Path | None = None) -> list[Finding]:
+    """Every finding, the worst first. recipe: where the settings come from.
+
+    Raises DataError when a source cannot be read at all; ConfigError for settings that clash.
+    """
     settings, data = config.lint, config.data
     if settings.fix is not None and len(data.parts) > 1:
         raise ConfigError("lint.fix cleans one file; name it with data.train and clean each source by itself")
     with contextlib.ExitStack() as claims:
-        for out in _outputs(config):
-            output.known(claims.enter_context(output.claimed(out, _inputs(config))))
+        outputs = _outputs(config)
+        output.refuse_shared(outputs)
+        for out in outputs:
+            output.known(claims.enter_context(output.claimed(out, [*_inputs(config), recipe and str(recipe)])))
         return _lint(config)
 
 
@@ -134,21 +139,22 @@ def _summary(rows: list[Row]) -> Finding:
 
 def _write(config: LintConfig, rows: list[Row], found: list[Finding]) -> None:
     settings = config.lint
-    for out in _outputs(config):
-        output.remember(out, written=False)
+    texts: dict[str, dict[Path, str]] = {}
     if settings.fix is not None:
         train = [row for row in rows if row.part == "train"]
         kept, actions = fix.clean(train, found)
         if not kept:
             raise DataError(f"{config.data.training}: no row is left after cleaning; nothing was written")
-        log = fix.write(kept, actions, Path(settings.fix))
+        texts["lint.fix"] = fix.texts(kept, actions, Path(settings.fix))
         dropped = sum(action.action == "dropped" for action in actions)
-        text = f"{len(kept)} rows in {settings.fix}: {dropped} dropped, {len(actions) - dropped} mended; every action in {log}"
-        found.append(Finding("note", "fix", text))
+        text = f"{len(kept)} rows in {settings.fix}: {dropped} dropped, {len(actions) - dropped} mended; "
+        found.append(Finding("note", "fix", f"{text}every action in {fix.actions_of(Path(settings.fix))}"))
     if settings.out is not None:
-        write_json(Path(settings.out), {"findings": [finding._asdict() for finding in found]})
+        told = {"findings": [finding._asdict() for finding in found]}
+        texts["lint.out"] = {Path(settings.out): json.dumps(told, indent=2, ensure_ascii=False) + "\n"}
     if settings.page is not None:
         known = places_in(config.model_dump(mode="json"))
-        write_page(found, config.data.training, Path(settings.page), known)
+        texts["lint.page"] = {Path(settings.page): page_of(found, config.data.training, known)}
+    # only when all is made
     for out in _outputs(config):
-        output.remember(out, written=True)
+        output.write(out, texts[out.key], None)

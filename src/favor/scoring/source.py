@@ -10,7 +10,7 @@ import json
 import math
 import reprlib
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -97,9 +97,12 @@ def _callable(config: RewardConfig) -> Scorer:
 
     def score(prompts: Sequence[Text], responses: Sequence[str]) -> Any:
         found = function(list(prompts), list(responses))
-        # a generator runs the user's code while it is read, and may have no end
+        if not _is_list(found):
+            return found
+        # what is returned may run the user's code while it is read, and may have no end
         with guarded(config.path, "failed"):
-            return list(itertools.islice(found, len(responses) + 1)) if isinstance(found, Iterator) else found
+            given = list(itertools.islice(found, len(responses) + 1))
+            return [value if value is None or isinstance(value, str | bytes) else _as_number(value) for value in given]
 
     return score
 
@@ -138,7 +141,7 @@ def _checked(score: Scorer, what: str) -> Scorer:
 
     def checked(prompts: Sequence[Text], responses: Sequence[str]) -> list[float]:
         found: Any = score(prompts, responses)
-        if not isinstance(found, Iterable) or isinstance(found, str | bytes | Mapping | Set):
+        if not _is_list(found):
             raise DataError(f"{what}: returned {_shown(found)}; return a list with one number per response")
         given = list(found)
         if len(given) != len(responses):
@@ -148,6 +151,18 @@ def _checked(score: Scorer, what: str) -> Scorer:
         return [_number(x, text, what) for x, text in zip(given, responses, strict=True)]
 
     return checked
+
+
+def _is_list(found: Any) -> bool:
+    return isinstance(found, Iterable) and not isinstance(found, str | bytes | Mapping | Set)
+
+
+def _as_number(value: Any) -> Any:
+    """A number; what is none stays as it is, for the message."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return value
 
 
 def _number(value: Any, text: str, what: str) -> float:

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Callable, Generator
@@ -16,6 +17,7 @@ from typing import Any
 
 from favor.edge import first_line
 from favor.errors import ConfigError, FavorError
+from favor.stop import StoppedAtOnceError
 
 
 def find_function(path: str) -> Callable[..., Any]:
@@ -57,16 +59,25 @@ def _existing(path: Path) -> Path:
 
 @contextlib.contextmanager
 def guarded(path: str, what: str) -> Generator[None]:
-    """Turn whatever the user's code raises into a ConfigError; a signal that ends the command passes."""
+    """Turn whatever the user's code raises into a ConfigError; a signal that ends the command passes.
+
+    The working folder is what it was, so that relative paths of ours keep their meaning.
+    """
+    here = Path.cwd()
     try:
         yield
-    except FavorError:
+    except (FavorError, StoppedAtOnceError):
         raise
     # the user's code may raise anything, and may exit; nothing of ours runs in the block
-    except (Exception, SystemExit) as error:  # noqa: BLE001
-        kind, said = type(error).__name__, first_line(error)
+    except BaseException as error:  # noqa: BLE001
+        kind = said = type(error).__name__
+        with contextlib.suppress(Exception):
+            said = first_line(error)
         shown = kind if said == kind else f"{kind}: {said}"
         raise ConfigError(f"{path}: {what}{_place(error, path)} ({shown}); fix it there") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.chdir(here)
 
 
 def _place(error: BaseException, path: str) -> str:

@@ -36,7 +36,7 @@ from favor.train.loop import LoopConfig, finish, micro_batches, newest_sound, nu
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import identity
 from favor.train.rollout import Actors, Prompt, Rollout, collect, position_M
-from favor.train.session import Bar, Session, running
+from favor.train.session import Bar, Session, recipe_hash, running
 from favor.train.step import Machine, Objective, step
 
 STATS = ("tokens", "policy_loss", "value_loss", "clipped", "update_kl")
@@ -224,10 +224,14 @@ def _loop(config: PpoConfig, prompts: Sequence[Prompt], actors: Actors, session:
     parameters = policy.trainable() | (actors.critic.trainable() if actors.critic else {})
     optimizer = make_optimizer(config.optim, parameters)
     machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world)
-    inputs = identity(actors.reference, config.tokens) | {
-        "prompts": sha(json.dumps([(prompt.text, prompt.ids) for prompt in prompts])),
-        "reward": reward_identity(config.reward),
-    }
+    inputs = (
+        recipe_hash(config)
+        | identity(actors.reference, config.tokens)
+        | {
+            "prompts": sha(json.dumps([(prompt.text, prompt.ids) for prompt in prompts])),
+            "reward": reward_identity(config.reward),
+        }
+    )
     state = TrainingState(inputs=inputs, kl_coef=settings.kl_coef)
     expected = state
     if config.resume:

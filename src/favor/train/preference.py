@@ -35,7 +35,7 @@ from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resum
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import Reference, ReferenceConfig
 from favor.train.scored import kto_zero, needs, score, usable
-from favor.train.session import Bar, Session, running
+from favor.train.session import Bar, Session, recipe_hash, running
 from favor.train.step import Machine, Objective, Stepped, step
 from favor.train.twopass import gather
 from favor.train.watch import (
@@ -235,7 +235,8 @@ def _loop(
 
 def _inputs(config: TrainConfig, policy: Policy, splits: Splits, ref: Reference) -> dict[str, str]:
     """Hashes of everything that enters, by name."""
-    found = reference.identity(policy, config.tokens) | {"reference": ref.identity, "data": splits.identity}
+    found = recipe_hash(config) | reference.identity(policy, config.tokens)
+    found |= {"reference": ref.identity, "data": splits.identity}
     return found | ({"reward": reward_identity(config.reward)} if config.reward else {})
 
 

@@ -30,7 +30,7 @@ from favor.train.data import Splits, check_sources, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import identity
-from favor.train.session import Bar, Session, running
+from favor.train.session import Bar, Session, recipe_hash, running
 from favor.train.step import Machine, Objective, step
 from favor.train.view import where
 
@@ -132,7 +132,8 @@ def _check_options(config: BradleyTerryConfig, splits: Splits) -> None:
         raise ConfigError("reward.margin_scale is set, but no row has a margin or scores; remove it")
     if config.ties and not any(tree.ties for tree in splits.train):
         raise ConfigError("reward.ties is true, but the data holds no ties (tie = true, or equal scores); remove it")
-    if not config.ties and "tie_width" in config.model_fields_set:
+    # not whether it was set: a resolved recipe sets everything
+    if not config.ties and config.tie_width != BradleyTerryConfig().tie_width:
         raise ConfigError("reward.tie_width is read only with reward.ties=true; set that or remove it")
 
 
@@ -151,7 +152,8 @@ def _stats(chosen_P: Tensor, rejected_P: Tensor, batch: Batch) -> dict[str, Tens
 def _loop(config: RewardTrainConfig, policy: Policy, splits: Splits, session: Session) -> None:
     loop, parameters = config.train, policy.trainable()
     optimizer = make_optimizer(config.optim, parameters)
-    state = TrainingState(inputs=identity(policy, config.tokens) | {"data": splits.identity})
+    inputs = recipe_hash(config) | identity(policy, config.tokens) | {"data": splits.identity}
+    state = TrainingState(inputs=inputs)
     machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world)
     trees = where(splits.train, lambda tree: bool(tree.comparisons or (config.reward.ties and tree.ties)))
     if config.resume:

@@ -9,10 +9,13 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from favor.config import dump
 from favor.dist.world import World, current
+from favor.guard import sha
 from favor.run import RunFolder, append, start
 from favor.stop import StoppedError, StopRequest
 
@@ -42,6 +45,11 @@ class Session:
         """Something worth knowing beside the curves: printed and recorded."""
         self.say(message)
         self.record({"kind": "event", "step": step, "name": name, "message": message, **extra})
+
+
+def recipe_hash(config: BaseModel) -> dict[str, str]:
+    """The resolved recipe as one of the things that enter a run, by name: all of it but the run's place and `resume`."""
+    return {"recipe": sha(dump(config.model_copy(update={"run": "", "resume": False})))}
 
 
 @contextlib.contextmanager

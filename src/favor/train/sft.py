@@ -26,7 +26,7 @@ from favor.train.data import check_sources, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import identity
-from favor.train.session import Bar, Session, running
+from favor.train.session import Bar, Session, recipe_hash, running
 from favor.train.step import Machine, Objective, step
 from favor.train.view import View
 
@@ -62,7 +62,7 @@ def _tune(config: SftConfig, session: Session) -> None:
         )
     policy, why = settle(policy, config.model.layout, trees, train=True)
     session.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
-    inputs = identity(policy, config.tokens) | {"data": splits.identity}
+    inputs = recipe_hash(config) | identity(policy, config.tokens) | {"data": splits.identity}
     _loop(config, policy, trees, inputs, session)
 
 
