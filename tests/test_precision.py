@@ -177,3 +177,23 @@ def test_samples_longer_than_the_data_choose_the_layout_too(run, monkeypatch, ca
     evaluated = favor(monkeypatch, capsys, run, "eval", "run=w1", "sample.max_new_tokens=60", "sample_prompts=2")
     assert "FALL-BACK" in evaluated
     assert "FALL-BACK" not in favor(monkeypatch, capsys, run, "eval", "run=w1", "sample_prompts=0")
+
+
+def test_figures_against_another_start_are_refused(run, monkeypatch, capsys):
+    """The model that a run started from, edited since: eval and score would compare with something else."""
+    from safetensors.torch import load_file, save_file
+
+    tiny.save(run / "start")
+    words = ["model.path=start", "data.train=train.jsonl", "data.eval=test.jsonl", "train.max_steps=1"]
+    favor(monkeypatch, capsys, run, "train", "run=from", *words)
+    favor(monkeypatch, capsys, run, "eval", "run=from", "sample_prompts=0")
+    weights = load_file(run / "start/model.safetensors")
+    weights["model.norm.weight"][3] *= 1.5
+    save_file(weights, run / "start/model.safetensors", metadata={"format": "pt"})
+    for words in (
+        ["eval", "run=from"],
+        ["score", "out=o.jsonl", "data=test.jsonl", "reward.kind=implicit", "reward.path=from"],
+    ):
+        with pytest.raises(AssertionError, match="its weights are not those that from started from"):
+            favor(monkeypatch, capsys, run, *words)
+    favor(monkeypatch, capsys, run, "eval", "run=from", "sample_prompts=0", "reference=start")

@@ -6,6 +6,7 @@ its log-probs random. Next: attention.py.
 
 import contextlib
 import ctypes
+import hashlib
 import platform
 import re
 from collections.abc import Generator
@@ -207,6 +208,16 @@ def frozen_copy(policy: Policy) -> Policy:
     head = model.get_output_embeddings()
     fast = head if policy.fast_head is not None and type(head) is nn.Linear else None
     return replace(policy, model=model, backbone=model.base_model, fast_head=fast)
+
+
+def weights_hash(policy: Policy) -> str:
+    """SHA-256 of the reference's weights, adapters left out."""
+    digest = hashlib.sha256()
+    for name, tensor in policy.causal_lm.state_dict().items():
+        if ".lora_" not in name:
+            digest.update(name.replace(".base_layer", "").encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ from favor.data.types import Batch, PromptTree, Text, TokenTree
 from favor.errors import CheckpointError, ConfigError, DataError
 from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.layout import longest_path, settle
-from favor.model.load import ModelConfig, Policy, load_policy
+from favor.model.load import ModelConfig, Policy, load_policy, weights_hash
 from favor.model.logprobs import response_logps
-from favor.run import RunFolder
+from favor.run import RunFolder, read_json
 from favor.scoring.source import Scorer
 
 # Tokens computed at once; there is no gradient, so this bounds the memory of one forward only.
@@ -58,7 +58,14 @@ def load_pair(run: str, reference: str | None) -> tuple[Policy, Policy]:
     start = recipe.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
     other = {} if reference is None else {"path": reference, "revision": None}
     policy = load_policy(start.model_copy(update={"path": str(folder.model), "revision": None}))
-    return policy, load_policy(start.model_copy(update=other))
+    base = load_policy(start.model_copy(update=other))
+    began = read_json(folder.inputs).get("weights") if folder.inputs.exists() else None
+    if reference is None and began not in (None, weights_hash(base)):
+        raise CheckpointError(
+            f"{start.path}: its weights are not those that {run} started from, so figures against it would be wrong; put them "
+            "back, or name the model to compare with by reference=FOLDER"
+        )
+    return policy, base
 
 
 def model_scorer(path: str, tokens: TokensConfig | None) -> Scorer:

@@ -26,6 +26,7 @@ from favor.errors import NumericsError
 from favor.losses import LossConfig
 from favor.model.layout import sampled_tree, settle
 from favor.model.load import ModelConfig, Policy, load_policy, precise, precision_of
+from favor.run import same_inputs
 from favor.scoring.source import RewardConfig, check_scorer, make_scorer
 from favor.scoring.source import identity as reward_identity
 from favor.train import reference, twopass
@@ -191,6 +192,9 @@ def _loop(
     parameters = policy.trainable()
     optimizer = make_optimizer(config.optim, parameters)
     state = TrainingState(inputs=_inputs(config, policy, splits, ref))
+    if session.world.is_main:
+        # what is measured later must be against this reference
+        same_inputs(session.folder, state.inputs)
     moving = ref.weights if config.reference.sync_every else {}
     machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world, moving)
     if config.resume:

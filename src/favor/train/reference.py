@@ -28,7 +28,7 @@ from favor.dist.reduce import sum_
 from favor.dist.world import World, barrier
 from favor.errors import CheckpointError, NumericsError
 from favor.guard import sha
-from favor.model.load import Policy, as_reference, frozen_copy
+from favor.model.load import Policy, as_reference, frozen_copy, weights_hash
 from favor.model.logprobs import response_logps, scored_logps
 from favor.run import whole_file
 
@@ -174,16 +174,6 @@ def all_logps(
                     total[batch.index_R - trees[0].first_response] = response_logps(policy, batch)
             progress(len(members))
     return sum_(total, world).cpu()
-
-
-def weights_hash(policy: Policy) -> str:
-    """SHA-256 of the reference's weights, adapters left out."""
-    digest = hashlib.sha256()
-    for name, tensor in policy.causal_lm.state_dict().items():
-        if ".lora_" not in name:
-            digest.update(name.replace(".base_layer", "").encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _lookup(logps: Tensor) -> Callable[[Batch], Tensor]:
