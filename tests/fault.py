@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+# a forked child would wait for ever for threads of the tokenizer that only its parent has
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import tiny
 
 GOOD = [{"prompt": f"Film {i}?", "chosen": f"good {i} film", "rejected": f"bad {i}"} for i in range(6)]
