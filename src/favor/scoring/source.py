@@ -97,10 +97,11 @@ def _callable(config: RewardConfig) -> Scorer:
     function = find_function(config.path)
 
     def score(prompts: Sequence[Text], responses: Sequence[str]) -> Any:
-        found = function(list(prompts), list(responses))
+        found: Any = function(list(prompts), list(responses))
         if isinstance(found, Coroutine):
             # nobody waits for it
             found.close()
+            return found
         if not _is_list(found):
             return found
         # what is returned may run the user's code while it is read, and may have no end
