@@ -37,7 +37,7 @@ class Partial:
 
 def partial_of(out: Path) -> Path:
     """Where the unfinished part of a file lies."""
-    return out.with_name(out.name + ".partial")
+    return out.parent / f"{out.name}.partial"
 
 
 def open_partial(out: Path, fingerprint: str, *, overwrite: bool = False) -> Partial:

@@ -10,7 +10,8 @@ import json
 import math
 import reprlib
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+import warnings
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence, Set
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -96,12 +97,18 @@ def _callable(config: RewardConfig) -> Scorer:
     function = find_function(config.path)
 
     def score(prompts: Sequence[Text], responses: Sequence[str]) -> Any:
-        found = function(list(prompts), list(responses))
+        found: Any = function(list(prompts), list(responses))
+        if isinstance(found, Coroutine):
+            # nobody waits for it
+            found.close()
+            return found
         if not _is_list(found):
             return found
         # what is returned may run the user's code while it is read, and may have no end
-        with guarded(config.path, "failed"):
-            given = list(itertools.islice(found, len(responses) + 1))
+        with guarded(config.path, "failed"), warnings.catch_warnings():
+            # of torch, for a tensor that has a gradient
+            warnings.simplefilter("ignore")
+            given = list(found if isinstance(found, Collection) else itertools.islice(found, len(responses) + 1))
             return [value if value is None or isinstance(value, str | bytes) else _as_number(value) for value in given]
 
     return score
