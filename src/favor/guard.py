@@ -33,10 +33,18 @@ _ENDINGS = (".safetensors", ".bin", ".json", ".jinja", ".toml", ".txt", ".model"
 
 def aside(path: Path) -> Path:
     """Where this process writes what is to become `path`; what a killed process left of it is removed."""
+    sweep_beside(path)
+    return path.with_name(f".{_short(path)}.{os.getpid()}.tmp")
+
+
+def sweep_beside(path: Path) -> None:
+    """Remove what killed processes left of a file that they were writing."""
+    sweep(path.parent, f".{glob.escape(_short(path))}.*.tmp")
+
+
+def _short(path: Path) -> str:
     # a name may have 255 bytes
-    name = path.name.encode()[:200].decode(errors="ignore")
-    sweep(path.parent, f".{glob.escape(name)}.*.tmp")
-    return path.with_name(f".{name}.{os.getpid()}.tmp")
+    return path.name.encode()[:200].decode(errors="ignore")
 
 
 def is_ours(root: Path) -> bool:

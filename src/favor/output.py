@@ -58,6 +58,9 @@ def claimed(output: Output, inputs: Iterable[str | None]) -> Generator[Output]:
         if name is not None:
             _refuse_input(output, name)
     with guard.held(path.with_name(f".{path.name}.lock"), str(path)):
+        # also where the work turns out to be done, and nothing is written any more
+        for written in output.files:
+            guard.sweep_beside(written)
         yield output
 
 
