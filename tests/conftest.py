@@ -1,6 +1,7 @@
 """Fixtures: tiny models and tokenizers, made on the spot, so that no test needs a hub."""
 
 import os
+import signal
 
 # as the command line does, before transformers is imported
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -8,6 +9,10 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import pytest
 import torch
+
+
+# a suite started under nohup would hand the ignored signal on to the processes that tests send it to
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
