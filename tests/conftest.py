@@ -10,7 +10,6 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import pytest
 import torch
 
-
 # a suite started under nohup would hand the ignored signal on to the processes that tests send it to
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
