@@ -220,10 +220,9 @@ def results(here, command):
 
 
 def left_over(here):
-    """Temporary and lock files that lie about."""
-    return [
-        str(p.relative_to(here)) for p in here.rglob("*") if p.name.endswith((".tmp", ".lock")) or p.name == ".lock"
-    ]
+    """Temporary and lock files that lie about. Those of the cache, one empty file a data set, are kept in its own folder."""
+    found = (p for p in here.rglob("*") if p.name.endswith((".tmp", ".lock")))
+    return [str(p.relative_to(here)) for p in found if p.parent != here / "cache/locks"]
 
 
 def goes_on(here, command):
