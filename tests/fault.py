@@ -118,6 +118,8 @@ def prepare(root):
 def child(here, words, fault=None, kill_after=None):
     """Run a command in a fork of this process: (exit code, what it said on stderr)."""
     log = here / ".stderr"
+    # a kill may come before the child opens it
+    log.write_text("")
     pid = os.fork()
     if pid == 0:
         code = RAISED
