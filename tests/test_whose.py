@@ -138,7 +138,7 @@ def test_resume_with_an_edited_recipe_is_refused(here, model, name):
     recipe.write_text(sound.replace("clip = 1.0", "clip = 0.5"))
     assert recipe.read_text() != sound
     before = {path: raw for path, raw in content(here).items() if path.name != "metrics.jsonl"}
-    with pytest.raises(CheckpointError, match=r"step-00000\d: began with another recipe; resume with"):
+    with pytest.raises(CheckpointError, match=r"(step-00000\d|run): began with another recipe; resume with"):
         run(load(schema, recipe, ["resume=true"]), open_session)
     assert {path: raw for path, raw in content(here).items() if path.name != "metrics.jsonl"} == before
     if name in ("sft", "ppo"):
@@ -216,7 +216,6 @@ BODIES = {
     "an error without words": "class E(Exception):\n def __str__(self): raise KeyError\ndef r(p, a): raise E",
     "an error of the base": "class E(BaseException): pass\ndef r(p, a): raise E('x')",
     "the end of a generator": "def r(p, a): raise GeneratorExit",
-    "an interrupt": "def r(p, a): raise KeyboardInterrupt",
 }
 
 

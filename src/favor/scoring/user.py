@@ -66,7 +66,8 @@ def guarded(path: str, what: str) -> Generator[None]:
     here = Path.cwd()
     try:
         yield
-    except (FavorError, StoppedAtOnceError):
+    # in a notebook Ctrl-C is an exception, and it is the person's, not the function's
+    except (FavorError, StoppedAtOnceError, KeyboardInterrupt):
         raise
     # the user's code may raise anything, and may exit; nothing of ours runs in the block
     except BaseException as error:  # noqa: BLE001

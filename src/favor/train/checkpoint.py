@@ -7,13 +7,14 @@ for bit, or a refusal. Next: preference.py.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, cast
 
 import torch
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from favor.config import STRICT
 from favor.data.loader import LoaderState
@@ -199,6 +200,10 @@ def save_model(policy: Policy, folder: Path) -> None:
     """The final model folder, as transformers (or PEFT, for adapters) loads it, with its tokenizer."""
     with atomic_folder(folder) as aside:
         policy.model.save_pretrained(aside)
+        # of a full disk the tokenizers library says so by a bare Exception: our own write of the same bytes meets it first
+        probe = aside / "tokenizer.json"
+        probe.write_text(cast(PreTrainedTokenizerFast, policy.tokenizer).backend_tokenizer.to_str(pretty=True), "utf-8")
+        probe.unlink()
         policy.tokenizer.save_pretrained(aside)
         card = aside / "README.md"
         if card.exists():
