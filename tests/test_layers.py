@@ -17,7 +17,7 @@ ALLOWED = {
     "guard": {"errors"},
     "run": {"errors", "guard"},
     "output": {"errors", "run", "guard"},
-    "data": {"errors", "config"},
+    "data": {"errors", "config", "guard"},
     "losses": {"errors", "config", "data.types"},
     "model": {"errors", "config", "data.types", "data.pack"},
     "dist": {"errors"},

@@ -4,7 +4,6 @@ In: a folder, and what reading and tokenising give. Out: Sequences that decode w
 and when it may be reused is told in ../train/prepared.py. Next: digest.py.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow as pa
 
 from favor.data.columns import WINDOW, Columns, decode, encode
 from favor.data.types import PromptTree, Text, TokenTree
+from favor.guard import file_hash
 
 # pyarrow has no types
 _RecordBatch: TypeAlias = Any
@@ -173,12 +173,6 @@ def open_cache(folder: Path) -> Cached | None:
     found = report["read"]["sources"] or [report["read"]]
     counts = [(each["source"], each["num_trees"]) for each in found]
     return Cached(CachedTrees(folder / _TREES), CachedPrompts(folder / _PROMPTS, counts), report)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _windows(items: Iterable[Any]) -> Iterator[list[Any]]:

@@ -7,7 +7,6 @@ through; `where` says which row of which file a number is. Next: readers.py.
 import contextlib
 import errno
 import glob
-import hashlib
 import os
 import stat
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from favor.data.formats import RowError
 from favor.data.readers import BATCH, Numbered, reader_of, values_of
 from favor.errors import DataError
+from favor.guard import file_hash
 
 # Files that say that a folder is a data set saved by `datasets`.
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
@@ -232,8 +232,8 @@ def _revision(source: str) -> str:
 
 
 def _file_hash(path: Path) -> str:
-    with _readable(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with _readable(path):
+        return file_hash(path)
 
 
 def _of_data_set(source: str, split: str, *, streaming: bool) -> Iterator[Any]:
