@@ -21,7 +21,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from favor.embedded import cache_folder, model_folder, review_files
+from favor.demo.embedded import cache_folder, model_folder, review_files
 
 ROOT = Path(__file__).parent.parent
 HH = ROOT.parent / "shared/data/hh-harmless-base-test.jsonl.gz"
@@ -84,7 +84,7 @@ def prepare_here(source: str, model: str, *, cached: bool) -> Figures:
 
     from favor.data.read import DataConfig, parts_of
     from favor.data.tokenize import TokensConfig
-    from favor.dist.world import World
+    from favor.ranks import World
     from favor.train.prepared import Recipe, prepare
 
     tokenizer = AutoTokenizer.from_pretrained(model)

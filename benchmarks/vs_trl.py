@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from favor.embedded import cache_folder, model_folder, review_files
+from favor.demo.embedded import cache_folder, model_folder, review_files
 
 ROOT = Path(__file__).parent.parent
 HH = ROOT.parent / "shared/data/hh-harmless-base-test.jsonl.gz"

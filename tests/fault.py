@@ -366,16 +366,6 @@ def unbroken(root, name, command):
 def main(arguments):
     import torch
 
-    import favor.cli
-    import favor.eval.evaluate
-    import favor.eval.prefer
-    import favor.eval.winrate
-    import favor.frontier.run
-    import favor.lint.run
-    import favor.loop
-    import favor.report.page
-    import favor.train.ppo  # noqa: F401
-
     torch.set_num_threads(1)
     rng = random.Random(arguments.seed)
     root = Path(tempfile.mkdtemp(prefix="favor-fault-"))

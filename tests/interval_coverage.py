@@ -11,16 +11,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from favor_frontier import summary
+from favor_frontier.summary import Cell
 from scipy.stats import norm
 
-from favor.eval import divergence, evaluate, winstats
+from favor.eval import divergence, evaluate
 from favor.eval.calibration import calibrate
 from favor.eval.intervals import t_quantile
 from favor.eval.margins import PairFigures
-from favor.eval.winstats import JudgedPair, win_figures
-from favor.frontier import summary
-from favor.frontier.summary import Cell
 from favor.model.sample import SampleConfig
+from favor.winrate import stats as winstats
+from favor.winrate.stats import JudgedPair, win_figures
 
 # name of the interval -> (its ends or None, the true value)
 Trial = dict[str, tuple[tuple[float, float] | None, float]]

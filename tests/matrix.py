@@ -15,12 +15,12 @@ import torch
 from oracles import tree
 
 from favor.data.types import Comparison, Thumb
-from favor.dist.world import World
 from favor.errors import ConfigError
 from favor.losses import OPTIONS
 from favor.model.layout import settle
 from favor.model.load import LoraSettings, ModelConfig, as_reference, frozen_copy, make_policy
 from favor.model.logprobs import response_logps
+from favor.ranks import World
 from favor.train import preference, reference
 from favor.train.preference import Beside, TrainConfig
 from favor.train.scored import needs

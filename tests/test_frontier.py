@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from favor_frontier.page import frontier_rows
+from favor_frontier.recipe import FrontierConfig, points
+from favor_frontier.run import frontier
+from favor_frontier.shrink import shrink
+from favor_frontier.summary import Cell, _point, dominance, envelope
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from favor.config import load
-from favor.dist.world import World
 from favor.errors import ConfigError
-from favor.frontier.recipe import FrontierConfig, points
-from favor.frontier.run import frontier
-from favor.frontier.shrink import shrink
-from favor.frontier.summary import Cell, _point, dominance, envelope
+from favor.ranks import World
 from favor.report.collect import collect
-from favor.report.frontier import frontier_rows
 from favor.report.page import write_page
 from favor.run import RunFolder
 from favor.train.session import Session, StoppedError, StopRequest

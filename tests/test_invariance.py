@@ -16,12 +16,12 @@ from torch.testing import assert_close
 
 from favor import losses
 from favor.data import pack
-from favor.dist.world import World
 from favor.losses import LossConfig
 from favor.model import attention
 from favor.model.layout import config_obstacle, settle
 from favor.model.load import LoraSettings, ModelConfig, as_reference, frozen_copy, make_policy
 from favor.model.logprobs import response_logps
+from favor.ranks import World
 from favor.train.loop import micro_batches
 from favor.train.optim import OptimConfig, make_optimizer
 from favor.train.preference import make_objective

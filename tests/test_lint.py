@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from favor.config import load
 from favor.data.formats import FORMATS
 from favor.data.tokenize import TokensConfig, tokenize
-from favor.embedded import cache_folder
+from favor.demo.embedded import cache_folder
 from favor.errors import ConfigError, DataError
 from favor.lint.near import near_pairs, shingles
 from favor.lint.noise import model_gaps

@@ -11,13 +11,13 @@ from rich.console import Console
 
 from favor.config import load
 from favor.data import pack
-from favor.dist.world import World
 from favor.errors import ConfigError, NumericsError
 from favor.losses import ppo
 from favor.model.heads import logps_and_values, make_critic
 from favor.model.load import ModelConfig, load_policy
 from favor.model.logprobs import scored_logps
 from favor.model.sample import SampleConfig
+from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
 from favor.train.ppo import PpoConfig, PpoSettings, make_objective, make_targets, train_ppo
 from favor.train.preference import TrainConfig, train

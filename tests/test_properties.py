@@ -385,19 +385,20 @@ def test_grouping_through_files_equals_reading_in_memory(examples):
 @once
 def recipes():
     """Every recipe of the command line, with what it cannot do without."""
-    from favor.demo import DemoConfig
-    from favor.eval.engines import SamplesConfig
+    from favor_frontier.recipe import FrontierConfig
+
+    from favor.demo.run import DemoConfig
     from favor.eval.evaluate import EvalConfig
-    from favor.eval.prefer import PreferConfig
     from favor.eval.score import ScoreConfig
-    from favor.eval.winrate import WinrateConfig
-    from favor.frontier.recipe import FrontierConfig
+    from favor.generate.engines import SamplesConfig
+    from favor.generate.prefer import PreferConfig
     from favor.lint.settings import LintConfig
-    from favor.loop import LoopRunConfig
+    from favor.online import LoopRunConfig
     from favor.train.ppo import PpoConfig
     from favor.train.preference import TrainConfig
     from favor.train.reward import RewardTrainConfig
     from favor.train.sft import SftConfig
+    from favor.winrate.run import WinrateConfig
 
     model, data = {"model": {"path": "m"}}, {"data": {"train": "d"}}
     reward, run = {"reward": {"kind": "model", "path": "r"}}, {"run": "r"}

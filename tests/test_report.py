@@ -6,11 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from favor_frontier.page import frontier_figure, frontier_rows, widest_kl
 from rich.console import Console
 
 from favor.errors import CheckpointError
 from favor.report.collect import collect
-from favor.report.frontier import frontier_figure, frontier_rows, widest_kl
 from favor.report.page import flatten, write_page
 from favor.report.table import figures_table
 from favor.run import RunFolder, append, write_json

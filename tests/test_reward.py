@@ -16,7 +16,6 @@ from favor.data import pack
 from favor.data.read import DataConfig, read
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Comparison
-from favor.dist.world import World
 from favor.errors import CheckpointError, ConfigError, DataError
 from favor.eval.calibration import calibrate
 from favor.eval.score import ScoreConfig, score
@@ -24,9 +23,10 @@ from favor.losses.reward import bradley_terry, centering, rao_kupper_tie
 from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.load import ModelConfig, load_policy
 from favor.model.logprobs import response_logps
+from favor.ranks import World
+from favor.rewards.model import encode, implicit_scorer
+from favor.rewards.source import RewardConfig, make_scorer
 from favor.run import RunFolder, read_jsonl
-from favor.scoring.model import encode, implicit_scorer
-from favor.scoring.source import RewardConfig, make_scorer
 from favor.train.preference import TrainConfig, train
 from favor.train.reward import BradleyTerryConfig, RewardTrainConfig, make_objective, train_reward
 from favor.train.session import Session, StopRequest

@@ -10,14 +10,14 @@ from rich.console import Console
 
 from favor.config import load
 from favor.data.read import DataConfig, read
-from favor.dist.world import World
 from favor.errors import ConfigError, DataError
-from favor.eval import engines
-from favor.eval.engines import SamplesConfig
 from favor.eval.partial import Sampled
-from favor.eval.prefer import PreferConfig, prefer
-from favor.eval.samples import write_samples
-from favor.loop import LoopRunConfig, loop
+from favor.generate import engines
+from favor.generate.engines import SamplesConfig
+from favor.generate.prefer import PreferConfig, prefer
+from favor.generate.samples import write_samples
+from favor.online import LoopRunConfig, loop
+from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
 from favor.train.session import Session, StoppedError, StopRequest
 
@@ -174,7 +174,7 @@ def test_what_holds_no_preference_is_left_out_and_counted(inputs, tmp_path, monk
         *("long", "s", "t", "u"),
     ]
     monkeypatch.setattr(
-        "favor.eval.samples.draw",
+        "favor.generate.samples.draw",
         lambda config, jobs, keep: keep({job.index: Sampled(texts[job.index], True) for job in jobs}),
     )
     config = load(PreferConfig, None, words(inputs, tmp_path / "p.jsonl", *by_length(inputs)))
@@ -194,7 +194,7 @@ def test_what_holds_no_preference_is_left_out_and_counted(inputs, tmp_path, monk
         prefer(config, quiet)
     assert [p.name for p in tmp_path.glob("q.*")] == ["q.jsonl.partial"]
     # another reward, the same samples
-    monkeypatch.setattr("favor.eval.samples.draw", None)
+    monkeypatch.setattr("favor.generate.samples.draw", None)
     config = load(PreferConfig, None, words(inputs, tmp_path / "q.jsonl", *by_length(inputs)))
     assert prefer(config, quiet) == report
 

@@ -350,7 +350,7 @@ def test_sft_with_nothing_preferred_is_one_line(tmp_path):
 def quiet_session(root):
     from rich.console import Console
 
-    from favor.dist.world import World
+    from favor.ranks import World
     from favor.run import RunFolder
     from favor.train.session import Session, StopRequest
 

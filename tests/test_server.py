@@ -17,8 +17,8 @@ from transformers.utils.import_utils import is_serve_available
 
 from favor.config import load
 from favor.errors import ConfigError, ServerError
-from favor.eval.engines import SamplesConfig
-from favor.eval.samples import write_samples
+from favor.generate.engines import SamplesConfig
+from favor.generate.samples import write_samples
 from favor.server import ServerConfig, chat, complete, parallel
 
 

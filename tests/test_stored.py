@@ -20,10 +20,10 @@ from test_training import StopAt, curve, open_session
 from favor import guard
 from favor.config import load
 from favor.errors import CheckpointError, ConfigError, DataError, FavorError
-from favor.eval.engines import SamplesConfig
-from favor.eval.prefer import PreferConfig, prefer
-from favor.eval.samples import write_samples
 from favor.eval.score import ScoreConfig, score
+from favor.generate.engines import SamplesConfig
+from favor.generate.prefer import PreferConfig, prefer
+from favor.generate.samples import write_samples
 from favor.lint.run import lint
 from favor.lint.settings import LintConfig
 from favor.report.collect import collect

@@ -20,11 +20,11 @@ from safetensors import safe_open
 
 from favor.config import load
 from favor.data.read import read_parts
-from favor.dist.world import World
 from favor.errors import CheckpointError, ConfigError, NumericsError
 from favor.eval.evaluate import EvalConfig, evaluate
 from favor.model.load import ModelConfig, load_policy
 from favor.model.sample import SampleConfig
+from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
 from favor.train.checkpoint import checkpoints
 from favor.train.preference import TrainConfig, train

@@ -9,16 +9,16 @@ from test_training import StopAt, curve, open_session
 
 from favor.config import load
 from favor.errors import CheckpointError, ConfigError, DataError
-from favor.eval.engines import SamplesConfig
-from favor.eval.samples import write_samples
 from favor.eval.score import ScoreConfig, score
+from favor.generate.engines import SamplesConfig
+from favor.generate.samples import write_samples
 from favor.guard import MARK
 from favor.hide import without_secrets
 from favor.lint.run import lint
 from favor.lint.settings import LintConfig
-from favor.loop import LoopRunConfig, loop
+from favor.online import LoopRunConfig, loop
+from favor.rewards.source import RewardConfig, make_scorer
 from favor.run import RunFolder, opened, read_json, start
-from favor.scoring.source import RewardConfig, make_scorer
 from favor.train.ppo import PpoConfig, train_ppo
 from favor.train.preference import TrainConfig, train
 from favor.train.reward import RewardTrainConfig, train_reward
@@ -249,7 +249,7 @@ def test_a_damaged_round_is_not_trained_on(here, model, monkeypatch):
     ]
     words += ["reward.kind=callable", "reward.path=u.py:r", "train.batch_prompts=2", "train.save_every=1"]
     with monkeypatch.context() as patched:
-        patched.setattr("favor.loop.train", lambda *given: (_ for _ in ()).throw(StoppedError("x", 15)))
+        patched.setattr("favor.online.train", lambda *given: (_ for _ in ()).throw(StoppedError("x", 15)))
         with pytest.raises(StoppedError):
             loop(load(LoopRunConfig, None, words), open_session, quiet)
     words += ["resume=true"]

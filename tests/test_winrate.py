@@ -13,11 +13,11 @@ import tiny
 from favor.cli import main
 from favor.config import load
 from favor.errors import ConfigError, DataError, ServerError
-from favor.eval.judges import PROMPT, Duel, JudgeConfig, ask, make_judge, read_verdict
-from favor.eval.judgments import identity, key_of
-from favor.eval.winrate import WinrateConfig, winrate
-from favor.eval.winstats import JudgedPair, win_figures
 from favor.report.winrate import winrate_rows
+from favor.winrate.judges import PROMPT, Duel, JudgeConfig, ask, make_judge, read_verdict
+from favor.winrate.judgments import identity, key_of
+from favor.winrate.run import WinrateConfig, winrate
+from favor.winrate.stats import JudgedPair, win_figures
 
 COUNTING = """
 from pathlib import Path

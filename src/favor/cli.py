@@ -105,11 +105,12 @@ def score(words: Words = None) -> None:
 @app.command()
 def frontier(words: Words = None) -> None:
     """Reward against KL of DPO, IPO, KTO, PPO and the baselines on one task: the paper's experiment."""
+    from favor_frontier.page import frontier_table
+    from favor_frontier.recipe import FrontierConfig
+    from favor_frontier.run import frontier as run
+
     from favor.config import load, split_arguments
-    from favor.frontier.recipe import FrontierConfig
-    from favor.frontier.run import frontier as run
     from favor.report.collect import collect
-    from favor.report.frontier import frontier_table
     from favor.report.page import write_page
     from favor.run import RunFolder
 
@@ -141,9 +142,9 @@ def evaluate(words: Words = None) -> None:
 def winrate(words: Words = None) -> None:
     """Two models, or files of responses, compared by a judge: win rates with position and length taken out."""
     from favor.config import load, split_arguments
-    from favor.eval.winrate import WinrateConfig
-    from favor.eval.winrate import winrate as run
     from favor.report.winrate import winrate_table
+    from favor.winrate.run import WinrateConfig
+    from favor.winrate.run import winrate as run
 
     config = load(WinrateConfig, *split_arguments(words or []))
     console = _console()
@@ -157,8 +158,8 @@ def winrate(words: Words = None) -> None:
 def sample(words: Words = None) -> None:
     """Sample responses to the prompts of a file, as JSON lines; the same command again continues a stopped run."""
     from favor.config import load, split_arguments
-    from favor.eval.engines import SamplesConfig
-    from favor.eval.samples import write_samples
+    from favor.generate.engines import SamplesConfig
+    from favor.generate.samples import write_samples
 
     recipe, settings = split_arguments(words or [])
     config = load(SamplesConfig, recipe, settings)
@@ -172,8 +173,8 @@ def sample(words: Words = None) -> None:
 def prefer(words: Words = None) -> None:
     """Make preferences: sample several responses per prompt and rank them by a reward."""
     from favor.config import load, split_arguments
-    from favor.eval.prefer import PreferConfig
-    from favor.eval.prefer import prefer as run
+    from favor.generate.prefer import PreferConfig
+    from favor.generate.prefer import prefer as run
 
     recipe, settings = split_arguments(words or [])
     config = load(PreferConfig, recipe, settings)
@@ -187,8 +188,8 @@ def prefer(words: Words = None) -> None:
 def loop(words: Words = None) -> None:
     """Online preference learning: in rounds, sample from the model, rank by a reward, train, go on from there."""
     from favor.config import load, split_arguments
-    from favor.loop import LoopRunConfig
-    from favor.loop import loop as run
+    from favor.online import LoopRunConfig
+    from favor.online import loop as run
 
     config = load(LoopRunConfig, *split_arguments(words or []))
     _say_precision(config.model.dtype)
@@ -237,8 +238,8 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; several
 def demo(words: Words = None) -> None:
     """The main job on the embedded model and data: SFT, DPO, evaluation, report."""
     from favor.config import load, split_arguments
-    from favor.demo import DemoConfig
-    from favor.demo import demo as run
+    from favor.demo.run import DemoConfig
+    from favor.demo.run import demo as run
 
     config = load(DemoConfig, *split_arguments(words or []))
     console = _console()
@@ -309,8 +310,8 @@ def _in_session(run: "Callable[[Callable[[Path], Session]], object]", kept: str 
 
     kept: what is said when a signal comes while no step is under way.
     """
-    from favor.dist.world import world
     from favor.model.load import memory_settings
+    from favor.ranks import world
     from favor.run import RunFolder
     from favor.stop import stop_signals
     from favor.train.session import Session

@@ -24,8 +24,8 @@ from favor.data.read import DataConfig, parts_of, read
 from favor.data.settings import SourceConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Comparison, Thumb, TokenTree
-from favor.dist.world import World
 from favor.errors import DataError
+from favor.ranks import World
 from favor.train import prepared
 from favor.train.prepared import Recipe, describe, prepare
 
@@ -339,7 +339,7 @@ def test_several_processes_build_one_cache(tmp_path):
     source = write(tmp_path / "rows.jsonl", make_rows(3000, 2000))
     program = (
         "import sys; sys.path.insert(0, 'tests'); import tiny; from pathlib import Path; from tests.data import test_cache as t;"
-        "from favor.data.digest import hash_all; from favor.dist.world import World; from favor.train.prepared import prepare\n"
+        "from favor.data.digest import hash_all; from favor.ranks import World; from favor.train.prepared import prepare\n"
         "said = []\nfound = prepare(t.wanted(sys.argv[1], tiny.tokenizer(), cache=True), World(), said.append)\n"
         "print(hash_all({'a': found.trees}), sum('(once' in text for text in said))"
     )

@@ -15,7 +15,7 @@ from favor.data.render import plain_prompt
 from favor.data.tokenize import TokensConfig, encode_prompt, tokenize
 from favor.data.types import Comparison, PromptTree
 from favor.errors import DataError
-from favor.scoring.model import encode
+from favor.rewards.model import encode
 
 END = frozenset({2})
 USER = {"role": "user", "content": "What is good?"}

@@ -27,8 +27,8 @@ from favor.model.layout import sampled_tree, settle
 from favor.model.load import Policy, precision_of
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
+from favor.rewards.model import RunRecipe, load_pair, read_run
 from favor.run import RunFolder, opened, write_json, write_text
-from favor.scoring.model import RunRecipe, load_pair, read_run
 
 Scorer = Callable[[Sequence[str]], Sequence[float]]
 

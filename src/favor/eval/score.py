@@ -21,7 +21,7 @@ from favor.data.types import Text
 from favor.errors import DataError
 from favor.eval.calibration import calibrate
 from favor.output import Output
-from favor.scoring.source import RewardConfig, identity, make_scorer
+from favor.rewards.source import RewardConfig, identity, make_scorer
 
 # Responses handed to the scorer at once: enough to share prompts, little enough to see progress.
 _CHUNK = 256

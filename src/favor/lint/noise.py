@@ -18,7 +18,7 @@ from favor.lint.tokens import as_tree
 from favor.model.layout import settle
 from favor.model.load import Policy, precise
 from favor.model.logprobs import response_logps
-from favor.scoring.source import Scorer
+from favor.rewards.source import Scorer
 
 _ENOUGH = 10
 _BUDGET = 4096

@@ -24,7 +24,7 @@ from favor.lint.settings import ORDER, Finding, LintConfig, Row
 from favor.lint.tokens import token_findings
 from favor.model.load import ModelConfig, end_ids, load_policy, load_tokenizer
 from favor.output import Output
-from favor.scoring.source import make_scorer
+from favor.rewards.source import make_scorer
 
 
 def lint(config: LintConfig, recipe: Path | None = None) -> list[Finding]:

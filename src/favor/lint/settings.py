@@ -15,7 +15,7 @@ from favor.data.settings import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.model.load import ModelConfig
-from favor.scoring.source import RewardConfig
+from favor.rewards.source import RewardConfig
 
 Severity = Literal["error", "warning", "note"]
 # what a training recipe holds besides, and lint does not look at

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from favor_frontier.page import frontier_figure, frontier_rows, samples_side_by_side, stability_figures
+
 from favor.errors import CheckpointError
-from favor.report.frontier import frontier_figure, frontier_rows, samples_side_by_side, stability_figures
 from favor.report.table import figure_rows
 from favor.report.winrate import winrate_rows
 from favor.run import RunFolder, read_text

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 import plotly.offline
+from favor_frontier.page import frontier_figure, frontier_rows, samples_side_by_side, stability_figures
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.io import to_html
 
 from favor.hide import in_texts, places_in, without_places
 from favor.report.collect import RunRecord
-from favor.report.frontier import frontier_figure, frontier_rows, samples_side_by_side, stability_figures
 from favor.report.table import figure_rows
 from favor.report.winrate import winrate_rows
 from favor.run import write_text

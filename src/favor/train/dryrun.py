@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from favor.data import pack
 from favor.data.read import DataConfig, parts_of
 from favor.data.types import TokenTree
-from favor.dist.world import World
 from favor.model.layout import config_obstacle
 from favor.model.load import ModelConfig, end_ids, load_tokenizer, precision_of
 from favor.model.weights import readable
+from favor.ranks import World
 from favor.train.data import summary
 from favor.train.loop import num_steps
 from favor.train.preference import TrainConfig

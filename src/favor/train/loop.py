@@ -10,11 +10,10 @@ from pydantic import BaseModel, Field
 from favor.config import STRICT
 from favor.data import pack
 from favor.data.types import Batch, TokenTree
-from favor.dist.reduce import largest
-from favor.dist.world import World, barrier
 from favor.errors import CheckpointError
 from favor.guard import length_and_hash
 from favor.model.load import Policy
+from favor.ranks import World, barrier, largest
 from favor.run import fsync
 from favor.stop import StoppedError
 from favor.train import checkpoint

@@ -28,8 +28,8 @@ from favor.model.heads import Critic, logps_and_values, make_critic
 from favor.model.layout import sampled_tree, settle
 from favor.model.load import ModelConfig, Policy, frozen_copy, load_policy, precision_of
 from favor.model.sample import SampleConfig
-from favor.scoring.source import RewardConfig, check_scorer, make_scorer
-from favor.scoring.source import identity as reward_identity
+from favor.rewards.source import RewardConfig, check_scorer, make_scorer
+from favor.rewards.source import identity as reward_identity
 from favor.train import checkpoint
 from favor.train.checkpoint import TrainingState
 from favor.train.loop import LoopConfig, finish, micro_batches, newest_sound, num_steps, resume, save_or_stop

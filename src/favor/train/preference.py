@@ -21,14 +21,14 @@ from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
-from favor.dist.world import World
 from favor.errors import NumericsError
 from favor.losses import LossConfig
 from favor.model.layout import sampled_tree, settle
 from favor.model.load import ModelConfig, Policy, load_policy, precise, precision_of
+from favor.ranks import World
+from favor.rewards.source import RewardConfig, check_scorer, make_scorer
+from favor.rewards.source import identity as reward_identity
 from favor.run import same_inputs
-from favor.scoring.source import RewardConfig, check_scorer, make_scorer
-from favor.scoring.source import identity as reward_identity
 from favor.train import reference, twopass
 from favor.train.checkpoint import TrainingState
 from favor.train.data import Splits, check_sources, load_splits

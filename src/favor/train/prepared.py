@@ -24,9 +24,9 @@ from favor.data.group import Joined, group
 from favor.data.read import DataConfig, ReadReport, Wanted, joined, read_part
 from favor.data.tokenize import TokensConfig, tokenize, tokenized
 from favor.data.types import PromptTree, Text, TokenTree
-from favor.dist.world import World, barrier
 from favor.errors import DataError
 from favor.lint import brief as lint
+from favor.ranks import World, barrier
 from favor.run import atomic_folder, cache_folder
 
 # From here on data.cache = "auto" keeps token ids in a file.

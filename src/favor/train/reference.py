@@ -24,12 +24,11 @@ from favor.data import pack
 from favor.data.digest import hash_ids
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
-from favor.dist.reduce import sum_
-from favor.dist.world import World, barrier
 from favor.errors import CheckpointError, NumericsError
 from favor.guard import sha
 from favor.model.load import Policy, as_reference, frozen_copy, weights_hash
 from favor.model.logprobs import response_logps, scored_logps
+from favor.ranks import World, barrier, sum_
 from favor.run import whole_file
 
 # Raise when a change to favor can change log-probs beyond rounding: older stores are then refused.

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from favor.data.prompts import sample_seeds
 from favor.data.types import Batch, Text, TokenTree
-from favor.dist.reduce import sum_
-from favor.dist.world import World
 from favor.model.heads import Critic, logps_and_values
 from favor.model.load import Policy
 from favor.model.logprobs import scored_logps
 from favor.model.sample import SampleConfig, decode, sample
-from favor.scoring.source import Scorer
+from favor.ranks import World, sum_
+from favor.rewards.source import Scorer
 from favor.train.loop import micro_batches
 from favor.train.reference import frozen
 

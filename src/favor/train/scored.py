@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from favor.data.types import Batch, TokenTree
-from favor.dist.reduce import sum_
-from favor.dist.world import World
 from favor.errors import ConfigError
 from favor.losses import COUPLED, LOSSES, LossConfig, Scored
 from favor.model.load import Policy
 from favor.model.logprobs import mean_overlap, response_logps, scored_logps, sum_tokens
+from favor.ranks import World, sum_
 from favor.train.loop import micro_batches
 from favor.train.reference import Reference
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from favor.config import dump
-from favor.dist.world import World, current
 from favor.guard import sha
+from favor.ranks import World, current
 from favor.run import RunFolder, append, start
 from favor.stop import StoppedError, StopRequest
 

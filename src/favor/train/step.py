@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from favor.data.types import Batch
-from favor.dist.reduce import sum_, sum_gradients_
-from favor.dist.world import World
 from favor.errors import NumericsError
+from favor.ranks import World, sum_, sum_gradients_
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from favor.data import pack
 from favor.data.types import Batch, TokenTree
-from favor.dist.reduce import sum_
-from favor.dist.world import World
 from favor.losses import LossConfig, Scored, item_weight, term_sums
 from favor.model.load import Policy
 from favor.model.logprobs import mean_overlap, scored_logps
+from favor.ranks import World, sum_
 from favor.train.loop import micro_batches
 from favor.train.reference import Reference
 from favor.train.scored import needs

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from favor.config import STRICT
 from favor.data.types import Batch, TokenTree
-from favor.dist.world import World
 from favor.eval.divergence import kl_of_samples
 from favor.losses import LOSSES, LossConfig, Scored, item_weight, term_sums
 from favor.model.load import Policy, precise
 from favor.model.sample import SampleConfig, decode, sample
-from favor.scoring.source import Scorer
+from favor.ranks import World
+from favor.rewards.source import Scorer
 from favor.train.data import Splits
 from favor.train.reference import Reference
 from favor.train.scored import needs

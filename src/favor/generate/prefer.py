@@ -16,12 +16,12 @@ from favor.config import STRICT, Seed
 from favor.data.prompts import read_prompts
 from favor.data.tokenize import TokensConfig
 from favor.errors import DataError
-from favor.eval.engines import Engine, SamplesConfig, check_engine
-from favor.eval.samples import Drawn, Progress, already, claim, draw_all, inputs_of, made_from, score, write_rows
+from favor.generate.engines import Engine, SamplesConfig, check_engine
+from favor.generate.samples import Drawn, Progress, already, claim, draw_all, inputs_of, made_from, score, write_rows
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
 from favor.output import Output
-from favor.scoring.source import RewardConfig, check_scorer
+from favor.rewards.source import RewardConfig, check_scorer
 from favor.server import ServerConfig
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from favor.config import STRICT, Seed
 from favor.data.tokenize import TokensConfig
-from favor.scoring.source import RewardConfig
+from favor.rewards.source import RewardConfig
 
 # what the settings that a strength becomes take: loss.beta and ppo.target_kl, loss.alpha, train.epochs, N
 Strengths = tuple[Annotated[float, Field(gt=0, le=1e6)], ...]

@@ -18,12 +18,12 @@ from favor.data.sources import read_objects
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import DataError
-from favor.eval.judges import path_as_section
-from favor.eval.judgments import read_sealed, text_key
 from favor.guard import seal
 from favor.model.load import ModelConfig, load_policy
 from favor.model.sample import SampleConfig, sample
 from favor.run import append, cut_torn_line
+from favor.winrate.judges import path_as_section
+from favor.winrate.judgments import read_sealed, text_key
 
 # Batches between two writes of the responses: what a killed run loses.
 _BATCHES = 4

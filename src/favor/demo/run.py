@@ -13,7 +13,7 @@ from rich.console import Console
 
 from favor.config import STRICT, Seed
 from favor.data.read import DataConfig
-from favor.embedded import cache_folder, model_folder, review_files
+from favor.demo.embedded import cache_folder, model_folder, review_files
 from favor.eval.evaluate import EvalConfig, evaluate
 from favor.losses import LossConfig
 from favor.model.load import ModelConfig
@@ -21,8 +21,8 @@ from favor.model.sample import SampleConfig
 from favor.report.collect import collect
 from favor.report.page import write_page
 from favor.report.table import figures_table
+from favor.rewards.classifier import train_judge
 from favor.run import RunFolder, make_folder
-from favor.scoring.classifier import train_judge
 from favor.train.loop import LoopConfig
 from favor.train.optim import OptimConfig
 from favor.train.preference import TrainConfig, WatchConfig, train

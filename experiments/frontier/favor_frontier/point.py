@@ -20,20 +20,20 @@ from favor.data.read import DataConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import NumericsError
 from favor.eval.divergence import log_ratios
-from favor.frontier.prepare import OpenSession, Places, Task, learnt_reward, start_model, training_prompts
-from favor.frontier.recipe import FrontierConfig, Point
 from favor.losses import LossConfig, LossName
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
+from favor.rewards.source import Scorer, make_scorer
 from favor.run import RunFolder, make_folder, read_jsonl, write_json, write_text
-from favor.scoring.source import Scorer, make_scorer
 from favor.train.loop import LoopConfig
 from favor.train.optim import OptimConfig
 from favor.train.ppo import PpoConfig, PpoSettings, PromptsConfig, train_ppo
 from favor.train.preference import TrainConfig, WatchConfig, train
 from favor.train.reference import ReferenceConfig
+from favor_frontier.prepare import OpenSession, Places, Task, learnt_reward, start_model, training_prompts
+from favor_frontier.recipe import FrontierConfig, Point
 
 _LOSS: dict[str, LossName] = {
     "dpo": "sigmoid",

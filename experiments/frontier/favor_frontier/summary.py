@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from favor.eval.intervals import Array, Interval, crossed_reach
-from favor.frontier.point import curve
-from favor.frontier.prepare import Places
-from favor.frontier.recipe import FrontierConfig, points
+from favor_frontier.point import curve
+from favor_frontier.prepare import Places
+from favor_frontier.recipe import FrontierConfig, points
 
 _GRID = 25
 

@@ -23,8 +23,8 @@ from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import DataError, clipped
 from favor.guard import content, sha
+from favor.rewards.user import check_function, find_function, guarded
 from favor.run import read_text
-from favor.scoring.user import check_function, find_function, guarded
 
 Scorer: TypeAlias = Callable[[Sequence[Text], Sequence[str]], list[float]]
 
@@ -75,19 +75,19 @@ def make_scorer(config: RewardConfig) -> Scorer:
 
 
 def _model(config: RewardConfig) -> Scorer:
-    from favor.scoring.model import model_scorer
+    from favor.rewards.model import model_scorer
 
     return model_scorer(config.path, config.tokens)
 
 
 def _implicit(config: RewardConfig) -> Scorer:
-    from favor.scoring.model import implicit_scorer
+    from favor.rewards.model import implicit_scorer
 
     return implicit_scorer(config.path, config.reference, config.beta, config.tokens)
 
 
 def _classifier(config: RewardConfig) -> Scorer:
-    from favor.scoring.classifier import train_judge
+    from favor.rewards.classifier import train_judge
 
     judge = train_judge(Path(config.path))
     return lambda prompts, responses: judge.score(responses)

@@ -10,10 +10,10 @@ from typing import Any
 
 from favor.data.types import Text
 from favor.errors import CheckpointError
-from favor.eval.judges import Duel, JudgeConfig, make_judge, settings_that_count
-from favor.eval.winstats import Verdict
 from favor.guard import content, is_sealed, seal, sha
 from favor.run import append, cut_torn_line, read_jsonl
+from favor.winrate.judges import Duel, JudgeConfig, make_judge, settings_that_count
+from favor.winrate.stats import Verdict
 
 
 def judge_all(

@@ -23,7 +23,7 @@ from favor.eval.partial import Sampled
 from favor.model.load import ModelConfig, load_policy, load_tokenizer
 from favor.model.sample import SampleConfig, sample
 from favor.model.weights import check_path, readable
-from favor.scoring.source import RewardConfig
+from favor.rewards.source import RewardConfig
 from favor.server import Reply, ServerConfig, chat, complete, parallel
 
 Engine = Literal["transformers", "vllm", "openai"]

@@ -15,14 +15,12 @@ from favor.data.prompts import NumberedPrompts, encode_prompts, read_prompts, sa
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import TokenTree
-from favor.embedded import cache_folder, frontier_files, model_folder, review_files
-from favor.frontier.recipe import FrontierConfig
-from favor.frontier.shrink import shrink
+from favor.demo.embedded import cache_folder, frontier_files, model_folder, review_files
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, load_policy
 from favor.model.sample import SampleConfig, decode, sample
+from favor.rewards.source import RewardConfig, make_scorer
 from favor.run import RunFolder, make_folder, write_json, write_text
-from favor.scoring.source import RewardConfig, make_scorer
 from favor.train import reference
 from favor.train.data import load_splits
 from favor.train.loop import LoopConfig
@@ -30,6 +28,8 @@ from favor.train.optim import OptimConfig
 from favor.train.reward import RewardTrainConfig, train_reward
 from favor.train.session import Session
 from favor.train.sft import SftConfig, sft
+from favor_frontier.recipe import FrontierConfig
+from favor_frontier.shrink import shrink
 
 OpenSession = Callable[[Path], Session]
 

@@ -15,9 +15,15 @@ import torch
 from rich.console import Console
 
 from favor.config import dump, load
-from favor.dist.world import World
-from favor.frontier.point import make_bench, run_point
-from favor.frontier.prepare import (
+from favor.guard import content
+from favor.model.load import memory_settings
+from favor.ranks import World
+from favor.rewards.source import identity
+from favor.run import RunFolder, append, same_inputs, write_json
+from favor.stop import StoppedAtOnceError, StoppedError, StopRequest
+from favor.train.session import Session, recipe_hash, running
+from favor_frontier.point import make_bench, run_point
+from favor_frontier.prepare import (
     Places,
     Task,
     fine_tune,
@@ -27,14 +33,8 @@ from favor.frontier.prepare import (
     settle_task,
     store_reference,
 )
-from favor.frontier.recipe import FrontierConfig, Point, points, threads
-from favor.frontier.summary import summarise
-from favor.guard import content
-from favor.model.load import memory_settings
-from favor.run import RunFolder, append, same_inputs, write_json
-from favor.scoring.source import identity
-from favor.stop import StoppedAtOnceError, StoppedError, StopRequest
-from favor.train.session import Session, recipe_hash, running
+from favor_frontier.recipe import FrontierConfig, Point, points, threads
+from favor_frontier.summary import summarise
 
 
 def frontier(config: FrontierConfig, open_session: Callable[[Path], Session]) -> dict[str, Any]:

@@ -15,14 +15,14 @@ from favor.config import STRICT
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import ConfigError, DataError
-from favor.eval.winstats import Verdict
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, check_path, load_policy
 from favor.model.logprobs import response_logps
-from favor.scoring.model import encode, measure
-from favor.scoring.source import RewardConfig, check_scorer, make_scorer
-from favor.scoring.user import check_function, find_function
+from favor.rewards.model import encode, measure
+from favor.rewards.source import RewardConfig, check_scorer, make_scorer
+from favor.rewards.user import check_function, find_function
 from favor.server import ServerConfig, chat, parallel
+from favor.winrate.stats import Verdict
 
 PROMPT = """Compare two responses to the same prompt. Judge how well each one does what the prompt asks: whether it is \
 correct, helpful, relevant and clear. Neither the order in which they are shown nor their length speaks for a response.

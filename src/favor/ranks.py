@@ -1,15 +1,16 @@
-"""Which process am I of how many. One process needs no launcher; several come from torchrun.
+"""Which process am I of how many, and sums over all of them. One process needs no launcher; several come from torchrun.
 
-In: torchrun's environment variables. Out: World. Next: reduce.py.
+In: torchrun's environment variables; tensors of this rank. Out: World; sums over all ranks. Next: train/step.py.
 """
 
 import contextlib
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from favor.errors import ConfigError
 
@@ -79,3 +80,32 @@ def barrier(members: World) -> None:
     """Wait for every rank."""
     if members.size > 1:
         dist.barrier()
+
+
+def sum_(tensor: Tensor, members: World) -> Tensor:
+    """Sum a tensor over ranks, in place; returns it."""
+    if members.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest(number: int, members: World, device: torch.device) -> int:
+    """The largest of the ranks' numbers, so that all of them decide alike."""
+    if members.size == 1:
+        return number
+    tensor = torch.tensor([number], device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def sum_gradients_(parameters: Iterable[nn.Parameter], members: World) -> None:
+    """Sum gradients over ranks, in place. A parameter this rank did not touch counts as zero.
+
+    Sums, not means: the loss was divided by the global count before the backward.
+    """
+    if members.size == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)

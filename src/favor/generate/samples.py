@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from favor import output
 from favor.data.prompts import NumberedPrompts, read_prompts, sample_seeds
 from favor.data.types import Text
-from favor.eval.engines import Job, SamplesConfig, draw
 from favor.eval.partial import Sampled, open_partial, partial_of
+from favor.generate.engines import Job, SamplesConfig, draw
 from favor.guard import content, sha
 from favor.output import Output
-from favor.scoring.source import RewardConfig, check_scorer, identity, make_scorer
+from favor.rewards.source import RewardConfig, check_scorer, identity, make_scorer
 
 Progress = Callable[[str, int, int], None]
 # What has no part in a sample's text: a run may continue with other values of these.

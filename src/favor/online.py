@@ -17,14 +17,14 @@ from favor.data.prompts import NumberedPrompts, read_prompts
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.errors import CheckpointError, ConfigError
-from favor.eval.prefer import PreferConfig, prefer
+from favor.generate.prefer import PreferConfig, prefer
 from favor.guard import content, is_sealed, seal, sha
 from favor.losses import LossConfig
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
 from favor.output import hashes
+from favor.rewards.source import RewardConfig, check_scorer, identity
 from favor.run import RunFolder, make_folder, read_json, remove_folder, same_inputs, write_json, write_text
-from favor.scoring.source import RewardConfig, check_scorer, identity
 from favor.stop import StoppedError
 from favor.train.checkpoint import checkpoints
 from favor.train.loop import LoopConfig

@@ -22,8 +22,8 @@ from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.layout import longest_path, settle
 from favor.model.load import ModelConfig, Policy, load_policy, weights_hash
 from favor.model.logprobs import response_logps
+from favor.rewards.source import Scorer
 from favor.run import RunFolder, read_json
-from favor.scoring.source import Scorer
 
 # Tokens computed at once; there is no gradient, so this bounds the memory of one forward only.
 _BUDGET = 4096

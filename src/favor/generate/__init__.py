@@ -1,0 +1,1 @@
+"""Responses made by a model: engines, files of samples, preferences made from them."""
