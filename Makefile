@@ -40,8 +40,8 @@ test-all: .venv/.ready
 	$(BIN)/pytest
 
 check: .venv/.ready
-	$(BIN)/ruff format --check src tests benchmarks experiments
-	$(BIN)/ruff check src tests benchmarks experiments
+	$(BIN)/ruff format --check src tests benchmarks experiments examples
+	$(BIN)/ruff check src tests benchmarks experiments examples
 	$(BIN)/pyright --warnings
 	$(MAKE) test
 	$(MAKE) smoke

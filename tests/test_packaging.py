@@ -63,7 +63,20 @@ def test_the_wheel_has_every_file_that_is_no_module():
 
 def test_ruff_sees_every_file():
     """Its own list of exclusions holds `dist`, and so src/favor/dist was never looked at."""
-    words = [sys.executable, "-m", "ruff", "check", "--show-files", "src", "tests", "benchmarks"]
+    words = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--show-files",
+        "src",
+        "tests",
+        "benchmarks",
+        "experiments",
+        "examples",
+    ]
     shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    files = {p for folder in ("src", "tests", "benchmarks") for p in (ROOT / folder).rglob("*.py")}
+    files = {
+        p for folder in ("src", "tests", "benchmarks", "experiments", "examples") for p in (ROOT / folder).rglob("*.py")
+    }
     assert files <= {ROOT / line for line in shown}
