@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors.torch import load_file
 from test_server import Server
 
-from favor import edge, run
+from favor import errors, run
 from favor.cli import main
 from favor.errors import StorageError, writing
 from favor.hide import without_known_places, without_places, without_secrets
@@ -248,19 +248,19 @@ class Sized(BaseModel):
 
 
 def test_what_the_edge_explains_and_what_it_does_not(capsys):
-    assert "train.max_tokens_per_pack" in edge.explained(torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"))
-    assert "sample.batch" in edge.explained(MemoryError())
-    assert "nested too deeply" in edge.explained(RecursionError("maximum recursion depth"))
-    assert "UTF-8" in edge.explained(UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"))
-    assert "f.txt: cannot be used (Permission denied)" in edge.explained(
+    assert "train.max_tokens_per_pack" in errors.explained(torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"))
+    assert "sample.batch" in errors.explained(MemoryError())
+    assert "nested too deeply" in errors.explained(RecursionError("maximum recursion depth"))
+    assert "UTF-8" in errors.explained(UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"))
+    assert "f.txt: cannot be used (Permission denied)" in errors.explained(
         PermissionError(13, "Permission denied", "f.txt")
     )
     with pytest.raises(ValidationError) as refused:
         Sized(size="x")
-    assert "settings of Sized: 'size'" in edge.explained(refused.value)
+    assert "settings of Sized: 'size'" in errors.explained(refused.value)
     for mistake in (ValueError("x"), RuntimeError("x")):
-        assert edge.explained(mistake) is None
-    edge.our_mistake(RuntimeError, RuntimeError("an odd shape"), None)
+        assert errors.explained(mistake) is None
+    errors.our_mistake(RuntimeError, RuntimeError("an odd shape"), None)
     first, *rest = capsys.readouterr().err.splitlines()
     assert first.startswith(
         "favor: internal error, not caused by your input (RuntimeError: an odd shape); please report"

@@ -10,10 +10,9 @@ PACKAGE = ROOT / "src/favor"
 # what each part may import, beside itself
 BASE = {"errors", "config", "run", "guard"}
 ALLOWED = {
-    "errors": set(),
     "hide": set(),
+    "errors": {"hide"},
     "stop": {"errors"},
-    "edge": {"errors", "hide"},
     "config": {"errors", "hide"},
     "guard": {"errors"},
     "run": {"errors", "guard"},
@@ -23,7 +22,7 @@ ALLOWED = {
     "model": {"errors", "config", "data.types", "data.pack"},
     "ranks": {"errors"},
     "server": {"errors", "config", "hide"},
-    "rewards": BASE | {"edge", "stop", "data", "model"},
+    "rewards": BASE | {"stop", "data", "model"},
     "generate": BASE | {"output", "data", "model", "eval", "rewards", "server"},
     "winrate": BASE | {"output", "data", "model", "eval", "generate", "rewards", "server"},
     "eval": BASE | {"output", "data", "model", "losses", "ranks", "rewards"},
@@ -36,7 +35,7 @@ ALLOWED = {
     "online": BASE | {"output", "stop", "data", "losses", "model", "rewards", "generate", "train"},
     "cli": BASE
     | {"data", "model", "ranks", "rewards", "eval", "train", "report"}
-    | {"generate", "winrate", "demo", "online", "lint", "edge", "stop", "hide"},
+    | {"generate", "winrate", "demo", "online", "lint", "stop", "hide"},
 }
 PATH = (
     "train/preference",

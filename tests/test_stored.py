@@ -261,6 +261,16 @@ def test_a_folder_that_is_not_ours(inputs):
         assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, text)]
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "model"])
+def test_a_file_in_the_place_of_a_folder_is_refused_before_the_work(inputs, name):
+    with start(inputs / "run", 'run = "run"\n', resume=False):
+        (inputs / "run" / name).write_text("mine")
+    refused = pytest.raises(ConfigError, match=f"run/{name}: is a file where a folder belongs")
+    with refused, start(inputs / "run", 'run = "run"\n', resume=True):
+        pass
+    assert (inputs / "run" / name).read_text() == "mine"
+
+
 def test_a_failed_start_takes_back_what_it_made_and_nothing_else(inputs):
     missing = f"data.train={inputs / 'gone.jsonl'}"
     with pytest.raises(DataError):

@@ -12,7 +12,6 @@ from favor.errors import CheckpointError, ConfigError, DataError
 from favor.eval.score import ScoreConfig, score
 from favor.generate.engines import SamplesConfig
 from favor.generate.samples import write_samples
-from favor.guard import MARK
 from favor.hide import without_secrets
 from favor.lint.run import lint
 from favor.lint.settings import LintConfig
@@ -78,7 +77,7 @@ def test_a_mark_without_its_recipe_makes_no_run_folder(here):
     with start(here / "old", 'run = "old"\n', resume=False):
         (here / "old/model").write_text("made")
     assert not (here / "run").exists()
-    assert (here / "old" / MARK).exists()
+    assert (here / "old" / ".favor.json").exists()
     (here / "old/model").unlink()
     # a start that was killed may be repeated, also with another recipe, and a kill in the middle of that too
     with start(here / "old", 'run = "x"\n', resume=False):
@@ -100,7 +99,7 @@ def test_a_mark_without_its_recipe_makes_no_run_folder(here):
 def test_a_run_without_a_mark_is_known_by_what_it_made(here):
     with start(here / "run", 'run = "run"\n', resume=False) as folder:
         folder.metrics.write_text('{"kind": "step", "step": 1, "loss": 0.6}\n')
-    (here / "run" / MARK).unlink()
+    (here / "run" / ".favor.json").unlink()
     with start(here / "run", 'run = "run"\n', resume=True):
         pass
     with pytest.raises(ConfigError, match="already holds a run"), start(here / "run", "", resume=False):

@@ -248,12 +248,12 @@ def demo(words: Words = None) -> None:
 
 def main() -> None:
     """Entry point: every error that is meant for people becomes one line on stderr, and so does every signal."""
-    from favor import edge
+    from favor import errors
     from favor.errors import FavorError
     from favor.stop import StoppedAtOnceError, stop_signals
 
     _quiet()
-    sys.excepthook = edge.our_mistake
+    sys.excepthook = errors.our_mistake
     try:
         with stop_signals("nothing unfinished was kept; run the same command again"):
             app()
@@ -261,8 +261,8 @@ def main() -> None:
         _end(str(error), error.exit_code)
     except StoppedAtOnceError as error:
         _end(str(error), error.exit_code, at_once=True)
-    except edge.EXPECTED as error:
-        said = edge.explained(error)
+    except errors.EXPECTED as error:
+        said = errors.explained(error)
         if said is None:
             raise
         _end(said, FavorError.exit_code)

@@ -1,15 +1,27 @@
-"""The errors favor raises for people.
+"""The errors favor raises for people, and what the machine or a library refuses as one line; our own mistakes as such.
 
-In: nothing. Out: one base class and its kinds, and what the operating system refuses as one line. Next: config.py.
+In: nothing, or an exception that no part of favor expected. Out: one base class and its kinds; a line for the user, or None.
+Next: config.py.
 """
 
 import contextlib
 import errno
+import sys
 from collections.abc import Generator
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from safetensors import SafetensorError
 
+from favor.hide import without_secrets
+
+# what `explained` may know a line for; what it knows none for is raised on
+EXPECTED = (OSError, ValueError, RuntimeError, MemoryError, SafetensorError)
+_MEMORY = (
+    "lower train.batch_prompts, train.max_tokens_per_pack or sample.batch, shorten tokens.max_tokens or "
+    "sample.max_new_tokens, or train adapters with model.lora.rank=16"
+)
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place",
     errno.EDQUOT: "free some of your quota, or choose another place",
@@ -58,6 +70,42 @@ class StorageError(FavorError):
     """The operating system refuses a file: the disk is full, read-only, or the path cannot be."""
 
 
+def explained(error: Exception) -> str | None:
+    """One line for what the machine or a library's types say about the input; None for what must be our own mistake."""
+    said, told = first_line(error), None
+    if isinstance(error, UnicodeEncodeError | UnicodeDecodeError):
+        told = f"text that cannot be written or read as {error.encoding} ({error.reason}); use UTF-8"
+    elif isinstance(error, OSError):
+        told = refused(error)
+    elif isinstance(error, MemoryError):
+        told = f"out of memory ({said}); {_MEMORY}"
+    elif isinstance(error, RecursionError):
+        told = f"nested too deeply ({said}); flatten what is nested in the recipe or the data"
+    elif isinstance(error, SafetensorError):
+        told = f"a safetensors file cannot be written or read ({said}); free space, or choose another place"
+    # looked at only where they are imported already: `favor --help` needs neither
+    elif "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError):
+        told = f"out of memory on the GPU ({said}); {_MEMORY}"
+    elif "pydantic" in sys.modules and isinstance(error, sys.modules["pydantic"].ValidationError):
+        told = _invalid(error)
+    return told
+
+
+def _invalid(error: Any) -> str:
+    wrong = (f"'{'.'.join(map(str, item['loc']))}': {item['msg']}" for item in error.errors(include_input=False))
+    return f"settings of {error.title}: {'; '.join(wrong)}; fix the recipe they come from"
+
+
+def our_mistake(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The last hook: a line before the traceback, for whoever meets a fault of favor itself."""
+    said = f"{kind.__name__}: {without_secrets(first_line(error))}"
+    print(
+        f"favor: internal error, not caused by your input ({said}); please report it with the lines below",
+        file=sys.stderr,
+    )
+    sys.__excepthook__(kind, error, trace)
+
+
 def refused(error: OSError, path: Path | None = None) -> str:
     """What the operating system refused: `path`, or the file that the error names; its reason, and what to do."""
     where = clipped(str(path or error.filename or "a file"))
@@ -78,6 +126,12 @@ def writing(path: Path) -> Generator[None]:
     except SafetensorError as error:
         said = " ".join(str(error).split())
         raise StorageError(f"{path}: cannot be written ({said}); free some space, or choose another place") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one short line; its kind where it says nothing."""
+    said = " ".join(str(error).split())
+    return clipped(said) if said else type(error).__name__
 
 
 def clipped(text: str, longest: int = 120) -> str:

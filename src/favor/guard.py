@@ -1,4 +1,4 @@
-"""What guards stored things: hashes of content, locks that say who holds them, the sweeping of half-written files.
+"""What guards stored things: hashes of content, locks that say who holds them, the removal of half-written files.
 
 In: paths. Out: SHA-256, a block in which nobody else writes, or one clear error. No torch here. Next: run.py.
 """
@@ -21,11 +21,6 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from favor.errors import ConfigError
 
-# lies in every run folder: hashes of the recipes that favor wrote there
-MARK = ".favor.json"
-# what a start may leave before its recipe, and a reference store, which is checked before it is reused
-_LEFT = {MARK, ".lock", "reference.safetensors"}
-_STEP = b'{"kind": "step", "step": '
 _TEMPORARY = re.compile(r"\..*\.(\d+)\.tmp", re.DOTALL)
 # what decides the behaviour of a model folder or a judge's file
 _ENDINGS = (".safetensors", ".bin", ".json", ".jinja", ".toml", ".txt", ".model", ".py")
@@ -47,25 +42,6 @@ def _short(path: Path) -> str:
     return path.name.encode()[:200].decode(errors="ignore")
 
 
-def is_ours(root: Path) -> bool:
-    """Whether a folder is favor's: its recipe is one that the mark beside it names, or there is only what a start leaves.
-
-    Of a recipe that was changed since, or a run without a mark, checkpoints or steps speak.
-    """
-    config = root / "config.toml"
-    if not config.exists():
-        return all(path.name in _LEFT or temporary(path) for path in root.iterdir())
-    try:
-        if file_hash(config) in json.loads((root / MARK).read_bytes())["recipes"]:
-            return True
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    metrics = root / "metrics.jsonl"
-    return any(root.glob("checkpoints/step-*/state.json")) or (
-        metrics.is_file() and any(line.startswith(_STEP) for line in metrics.read_bytes().splitlines())
-    )
-
-
 def temporary(path: Path) -> bool:
     """Whether a name is one that is written aside."""
     return _TEMPORARY.fullmatch(path.name) is not None
@@ -76,19 +52,23 @@ def sweep(folder: Path, pattern: str = "**/*") -> None:
     for path in list(folder.glob(pattern)):
         found = _TEMPORARY.fullmatch(path.name)
         if found and not _alive(int(found[1])):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:
-    if process == os.getpid():
-        return False
+    """Whether another process has this number; of this one's own, nothing half-written is under way."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    return process != os.getpid()
 
 
 @contextlib.contextmanager
@@ -108,21 +88,17 @@ def held(lock: Path, what: str) -> Generator[None]:
         raise ConfigError(f"{what}: cannot be written ({error.strerror}); choose another place") from None
     # a soft lock (a file system without flock) keeps its own marks in the file, and removes it
     soft = isinstance(cast(BaseFileLock, guard), SoftFileLock)
+    command, since = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]), time.strftime("%Y-%m-%d %H:%M:%S")
+    me = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": since}
     try:
         if not soft:
-            lock.write_text(json.dumps(_me()), "utf-8")
+            lock.write_text(json.dumps(me), "utf-8")
         yield
     finally:
         if not soft:
             # whoever opened the removed file sees that it has no name left, and tries again
             lock.unlink(missing_ok=True)
         guard.release()
-
-
-def _me() -> dict[str, Any]:
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": since}
 
 
 def _holder(lock: Path) -> str:
@@ -133,25 +109,26 @@ def _holder(lock: Path) -> str:
         return "another process"
 
 
+def named_file(path: str) -> Path:
+    """The file or folder that a setting names, which may be `file.py:function`."""
+    place = Path(path)
+    return place if place.exists() or ".py:" not in path else Path(path.rpartition(":")[0])
+
+
 def content(path: str) -> str | None:
     """SHA-256 of what a path names: a file, `file.py:function`, a model or run folder; None for what is not here (a hub id).
 
     Of a run folder its recipe and its model count, of an adapter its base too.
     """
-    place = Path(path)
-    if not place.exists() and ".py:" in path:
-        place = Path(path.rpartition(":")[0])
+    place = named_file(path)
     if not place.is_dir():
         return file_hash(place) if place.is_file() else None
-    model = place / "model"
-    if (place / "config.toml").exists() and model.is_dir():
-        files = [place / "config.toml", *sorted(model.glob("*"))]
-    else:
-        files = sorted(place.glob("*"))
-    files = [file for file in files if file.is_file() and file.name.endswith(_ENDINGS)]
-    found = [[str(file.relative_to(place)), file_hash(file)] for file in files]
-    bases = [_base(file) for file in files if file.name == "adapter_config.json"]
-    return sha(json.dumps([*found, *([content(base)] for base in bases)]))
+    recipe, model = place / "config.toml", place / "model"
+    named = [recipe, *sorted(model.glob("*"))] if recipe.exists() and model.is_dir() else sorted(place.glob("*"))
+    files = [file for file in named if file.is_file() and file.name.endswith(_ENDINGS)]
+    found: list[Any] = [[str(file.relative_to(place)), file_hash(file)] for file in files]
+    found += [[content(_base(file))] for file in files if file.name == "adapter_config.json"]
+    return sha(json.dumps(found))
 
 
 def _base(adapter: Path) -> str:
@@ -167,16 +144,6 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with a hash of itself, for one line of a file that grows."""
-    return {**record, "check": sha(json.dumps(record, sort_keys=True))[:16]}
-
-
-def is_sealed(record: Mapping[str, Any]) -> bool:
-    """Whether a record is what `seal` gave."""
-    return seal({name: value for name, value in record.items() if name != "check"}) == record
-
-
 def length_and_hash(path: Path, length: int | None = None) -> tuple[int, str]:
     """The length of a file, or of its beginning of that length, in bytes, and the beginning's SHA-256."""
     raw = path.read_bytes()[:length] if path.exists() else b""
@@ -186,3 +153,13 @@ def length_and_hash(path: Path, length: int | None = None) -> tuple[int, str]:
 def sha(text: str) -> str:
     """SHA-256 of a text."""
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with a hash of itself, for one line of a file that grows."""
+    return {**record, "check": sha(json.dumps(record, sort_keys=True))[:16]}
+
+
+def is_sealed(record: Mapping[str, Any]) -> bool:
+    """Whether a record is what `seal` gave."""
+    return seal({name: value for name, value in record.items() if name != "check"}) == record

@@ -1,6 +1,6 @@
 """What must not be shown: secrets in messages, and the places of this machine on pages that are handed on.
 
-In: text. Out: the text without them. Next: edge.py.
+In: text. Out: the text without them. Next: errors.py.
 """
 
 import os

@@ -126,9 +126,8 @@ def refuse_shared(outputs: Iterable[Output]) -> None:
     taken: dict[Path, str] = {}
     for output in outputs:
         for path in output.files:
-            place = path.resolve()
-            if place in taken:
-                raise ConfigError(f"{output.key}={output.path}: {path} is written for {taken[place]}; name another one")
+            if (other := taken.get(path.resolve())) is not None:
+                raise ConfigError(f"{output.key}={output.path}: {path} is written for {other}; name another one")
         taken |= {path.resolve(): output.key for path in output.files}
 
 
@@ -144,18 +143,12 @@ def _refusal(output: Output, path: Path, why: str) -> ConfigError:
 
 
 def _refuse_input(output: Output, name: str) -> None:
-    place = Path(name)
-    if not place.exists() and ".py:" in name:
-        place = Path(name.rpartition(":")[0])
+    place = guard.named_file(name)
     # a name may hold brackets, too
     files = [place, *(Path(found) for found in glob.glob(name, recursive=True))]  # noqa: PTH207
     for mine in output.files:
-        if any(_same(mine, file) for file in files):
+        # one file, through symbolic and hard links too
+        if mine.exists() and any(file.exists() and mine.samefile(file) for file in files):
             raise ConfigError(f"{output.key}={mine}: is the file it reads ({name}); name another one")
         if place.is_dir() and mine.parent.resolve() == place.resolve():
             raise ConfigError(f"{output.key}={mine}: lies in the folder it reads ({name}); name another place")
-
-
-def _same(mine: Path, other: Path) -> bool:
-    """One file, through symbolic and hard links too."""
-    return mine.exists() and other.exists() and mine.samefile(other)

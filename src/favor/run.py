@@ -1,13 +1,14 @@
-"""The run folder: the names of everything in it, who may write there, atomic writes, append-only lines. No torch here.
+"""The run folder: the name of everything in it and who may write there; files that are whole or absent. No torch here.
 
-In: a path and plain records. Out: files that are either whole or absent. Next: guard.py.
+In: a path and plain records. Out: files. Next: guard.py.
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Generator, Mapping
+import tomllib
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,17 @@ from typing import Any
 from favor import guard
 from favor.errors import CheckpointError, ConfigError, writing
 
-# what a start writes before anything is made of it, by name; the reference store is checked before it is reused
-_OPENING = {
-    "config.toml",
-    "data.json",
-    "metrics.jsonl",
-    "inputs.json",
-    "winrate-settings.json",
-    "prompts.jsonl",
-    ".lock",
-    guard.MARK,
-}
-_REUSED = {"reference.safetensors"}
+_STEP = b'{"kind": "step", "step": '
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """A file or folder of a run folder, by its name."""
+
+    name: str
+
+    def __get__(self, folder: "RunFolder", owner: object = None) -> Path:
+        return folder.root / self.name
 
 
 @dataclass(frozen=True)
@@ -34,90 +34,36 @@ class RunFolder:
     """Where a run keeps things; every reader and writer takes the names from here."""
 
     root: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved recipe (TOML)."""
-        return self.root / "config.toml"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that writes here; says who that is."""
-        return self.root / ".lock"
-
-    @property
-    def inputs(self) -> Path:
-        """Hashes of what entered, where no checkpoint keeps them (JSON)."""
-        return self.root / "inputs.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a line; `kind` says which: step, eval, event (docs/metrics.md)."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """One folder a checkpoint, `step-000040`."""
-        return self.root / "checkpoints"
-
-    @property
-    def model(self) -> Path:
-        """The final model folder, as transformers or PEFT loads it."""
-        return self.root / "model"
-
-    @property
-    def reference(self) -> Path:
-        """The reference store, unless the recipe names another place."""
-        return self.root / "reference.safetensors"
-
-    @property
-    def data_report(self) -> Path:
-        """What was read, merged, cut and dropped (JSON)."""
-        return self.root / "data.json"
-
-    @property
-    def evaluation(self) -> Path:
-        """Held-out figures (JSON), written by `favor eval`."""
-        return self.root / "eval.json"
-
-    @property
-    def samples(self) -> Path:
-        """Samples of reference and policy side by side (JSONL)."""
-        return self.root / "samples.jsonl"
-
-    @property
-    def frontier(self) -> Path:
-        """Reward against KL of every method (JSON), written by `favor frontier`."""
-        return self.root / "frontier.json"
-
-    @property
-    def winrate(self) -> Path:
-        """Win rates (JSON), written by `favor winrate`."""
-        return self.root / "winrate.json"
-
-    @property
-    def winrate_samples(self) -> Path:
-        """Responses of both sides beside each other, with the judge's verdict (JSONL)."""
-        return self.root / "winrate-samples.jsonl"
-
-    @property
-    def winrate_settings(self) -> Path:
-        """What the responses of both sides were made with (JSON)."""
-        return self.root / "winrate-settings.json"
-
-    @property
-    def judgments(self) -> Path:
-        """One line per judged (prompt, first, second)."""
-        return self.root / "judgments.jsonl"
+    mark = _Inside(".favor.json")  # by which favor knows the folder: hashes of the recipes that it wrote there
+    lock = _Inside(".lock")  # held by the process that writes here; says who that is
+    config = _Inside("config.toml")  # the resolved recipe
+    inputs = _Inside("inputs.json")  # hashes of what entered
+    data_report = _Inside("data.json")  # what was read, merged, cut and dropped
+    metrics = _Inside("metrics.jsonl")  # one object a line; `kind` says which: step, eval, event (docs/metrics.md)
+    reference = _Inside("reference.safetensors")  # the reference store, unless the recipe names another place
+    checkpoints = _Inside("checkpoints")  # one folder a checkpoint, `step-000040`
+    model = _Inside("model")  # the final model, as transformers or PEFT loads it
+    evaluation = _Inside("eval.json")  # held-out figures of `favor eval`
+    samples = _Inside("samples.jsonl")  # of reference and policy side by side
+    prompts = _Inside("prompts.jsonl")  # those of a round of `favor loop`
+    frontier = _Inside("frontier.json")  # reward against KL of every method
+    winrate = _Inside("winrate.json")  # figures of `favor winrate`
+    winrate_settings = _Inside("winrate-settings.json")  # what the responses of both sides were made with
+    winrate_samples = _Inside("winrate-samples.jsonl")  # responses of both sides, with the judge's verdict
+    judgments = _Inside("judgments.jsonl")  # one line per judged (prompt, first, second)
+    report = _Inside("report.html")
 
     def responses(self, side: str) -> Path:
         """Responses sampled for side `a` or `b` of a win rate (JSONL)."""
         return self.root / f"responses-{side}.jsonl"
 
-    @property
-    def report(self) -> Path:
-        """The static page."""
-        return self.root / "report.html"
+
+_A = RunFolder(Path())
+# what may be there before a recipe is; a reference store is checked before it is reused
+_BEFORE = {_A.mark.name, _A.lock.name, _A.reference.name}
+# what a start writes before anything is made of it
+_RECORDS = (_A.mark, _A.lock, _A.config, _A.inputs, _A.data_report, _A.metrics, _A.prompts, _A.winrate_settings)
+_OPENING = {path.name for path in _RECORDS}
 
 
 def cache_folder() -> Path:
@@ -130,10 +76,9 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def start(root: Path, config_text: str, *, resume: bool, main: bool = True) -> Generator[RunFolder]:
-    """Open a run folder and hold it: a new one is created, an old one needs `resume` and the same recipe.
+    """Hold a run folder, as `opened` does (only the main rank looks and writes), with this recipe in it.
 
-    Only the main rank looks and writes. Raises ConfigError when the folder holds a run and `resume` is false or something that is
-    not favor's, when there is nothing to resume, when the recipe differs, or while another process holds the folder.
+    Raises ConfigError when it holds a run and `resume` is false, and with `resume` when there is none or its recipe differs.
     """
     folder = RunFolder(root)
     if not main:
@@ -141,6 +86,9 @@ def start(root: Path, config_text: str, *, resume: bool, main: bool = True) -> G
         return
     if resume and not folder.config.exists():
         raise ConfigError(f"{root}: nothing to resume (no config.toml); start the run without resume=true")
+    for path in (folder.checkpoints, folder.model):
+        if path.is_file():
+            raise ConfigError(f"{path}: is a file where a folder belongs; remove it, or choose another run=FOLDER")
     with opened(folder):
         if resume:
             _same_recipe(folder.config, config_text)
@@ -159,7 +107,7 @@ def start(root: Path, config_text: str, *, resume: bool, main: bool = True) -> G
 def write_config(folder: RunFolder, text: str) -> None:
     """The resolved recipe, and first the mark by which the folder is known to be favor's: of this recipe and the one before."""
     before = [guard.file_hash(folder.config)] if folder.config.exists() else []
-    write_json(folder.root / guard.MARK, {"recipes": [*before, guard.sha(text)]})
+    write_json(folder.mark, {"recipes": [*before, guard.sha(text)]})
     write_text(folder.config, text)
 
 
@@ -167,16 +115,15 @@ def write_config(folder: RunFolder, text: str) -> None:
 def opened(folder: RunFolder) -> Generator[None]:
     """Create a folder where there is none, hold it, and remove what killed processes left.
 
-    A block that fails before anything is made takes back what it created, never what was there before.
-
-    Raises ConfigError when it cannot be used, holds files but no run of favor, or is held by another process.
+    A block that fails before anything is made takes back what it created, never what was there before. Raises
+    ConfigError when it cannot be used, holds files but no run of favor, or is held by another process.
     """
     root = folder.root
     created = [path for path in (root, *root.parents) if not path.exists()]
     make_folder(root)
     try:
-        if not guard.is_ours(root):
-            marked = (root / guard.MARK).exists() and folder.config.exists()
+        if not is_ours(root):
+            marked = folder.mark.exists() and folder.config.exists()
             why = "its config.toml is not the one that favor wrote" if marked else "holds files, but no run of favor"
             raise ConfigError(f"{root}: {why}; choose another run=FOLDER")
         with guard.held(folder.lock, str(root)):
@@ -187,8 +134,10 @@ def opened(folder: RunFolder) -> Generator[None]:
                 yield
                 done = True
             finally:
-                if not done:
-                    _take_back(folder, before)
+                if not (done or _made(folder, _OPENING)):
+                    for path in root.iterdir():
+                        if path.name not in before and path != folder.lock:
+                            guard.remove(path)
     finally:
         # folders that stayed empty
         for path in created:
@@ -196,29 +145,46 @@ def opened(folder: RunFolder) -> Generator[None]:
                 path.rmdir()
 
 
+def is_ours(root: Path) -> bool:
+    """Whether a folder is favor's: its recipe is one that the mark beside it names, or there is only what a start leaves.
+
+    Of a recipe that was changed since, or a run without a mark, checkpoints or steps speak.
+    """
+    folder = RunFolder(root)
+    if not folder.config.exists():
+        return all(path.name in _BEFORE or guard.temporary(path) for path in root.iterdir())
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if guard.file_hash(folder.config) in json.loads(folder.mark.read_bytes())["recipes"]:
+            return True
+    return any(folder.checkpoints.glob("step-*/state.json")) or _has_steps(folder)
+
+
 def holds_work(folder: RunFolder) -> bool:
     """Whether something was made of a start."""
-    return _made(folder.root, _OPENING | _REUSED)
+    return _made(folder, _OPENING | _BEFORE)
 
 
-def _made(root: Path, opening: set[str]) -> bool:
+def _made(folder: RunFolder, opening: set[str]) -> bool:
     """Whether there is more than what every start writes, or a step."""
-    files = [path for path in root.rglob("*") if not path.is_dir()]
-    if (
-        any(path.name not in opening and not guard.temporary(path) for path in files)
-        or RunFolder(root).checkpoints.exists()
-    ):
-        return True
-    metrics = RunFolder(root).metrics
-    return metrics.exists() and '"kind": "step"' in read_text(metrics)
+    files = (path for path in folder.root.rglob("*") if not path.is_dir())
+    more = any(path.name not in opening and not guard.temporary(path) for path in files)
+    return more or folder.checkpoints.exists() or _has_steps(folder)
 
 
-def _take_back(folder: RunFolder, before: frozenset[str]) -> None:
-    if _made(folder.root, _OPENING):
-        return
-    for path in folder.root.iterdir():
-        if path.name not in before and path != folder.lock:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _has_steps(folder: RunFolder) -> bool:
+    metrics = folder.metrics
+    return metrics.is_file() and any(line.startswith(_STEP) for line in metrics.read_bytes().splitlines())
+
+
+def read_recipe(root: Path) -> dict[str, Any]:
+    """The resolved recipe of a run, section by section. Raises CheckpointError when there is none, or it is damaged."""
+    path = RunFolder(root).config
+    if not path.exists():
+        raise CheckpointError(f"{root}: no run here (no config.toml); name a run folder that favor wrote")
+    try:
+        return tomllib.loads(read_text(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged, not the TOML that was written ({error})") from None
 
 
 def same_inputs(folder: RunFolder, now: Mapping[str, str]) -> None:
@@ -265,7 +231,7 @@ def _same_recipe(path: Path, config_text: str) -> None:
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON line: whole, or not at all when the disk is full."""
-    append_text(path, json.dumps(record, ensure_ascii=False) + "\n")
+    append_text(path, jsonl([record]))
 
 
 def append_text(path: Path, text: str) -> None:
@@ -298,30 +264,21 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises CheckpointError when it is damaged."""
     try:
-        found = json.loads(path.read_bytes())
-        if not isinstance(found, dict):
-            raise ValueError("no object")
+        return _object(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: damaged, not the JSON that was written ({error}); delete it and run the command that writes it again"
         ) from None
-    return found
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; a torn last line (a killed writer) is passed over.
-
-    Raises CheckpointError when any earlier line is not JSON.
-    """
+    """Read JSON lines; a torn last line (a killed writer) is passed over. Raises CheckpointError for any other damage."""
     # not splitlines: a text may hold U+2028, which JSON leaves as it is
     lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line.decode("utf-8", "surrogatepass"))
-            if not isinstance(record, dict):
-                raise ValueError("no object")
-            records.append(record)
+            records.append(_object(line.decode("utf-8", "surrogatepass")))
         except ValueError:
             if number < len(lines):
                 raise CheckpointError(
@@ -330,21 +287,47 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _object(raw: str | bytes) -> dict[str, Any]:
+    found = json.loads(raw)
+    if not isinstance(found, dict):
+        raise ValueError("not an object")
+    return found
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Generator[Path]:
-    """Fill a file aside, fsync, rename it into place; on an error nothing of it remains and an older file stays."""
+    """Fill a file aside and rename it into place: whole or absent. An older file stays until then, and on an error."""
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; name a file")
+    with _replaced(path) as aside:
+        yield aside
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Generator[Path]:
+    """Fill a folder aside and rename it into place, as `whole_file` does; an older folder of that name is replaced."""
+    with _replaced(path) as aside:
+        aside.mkdir(parents=True)
+        yield aside
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Generator[Path]:
+    """Everything is flushed before the rename, so it is whole after a crash too; on an error nothing of it remains."""
     aside = guard.aside(path)
+    guard.remove(aside)
     try:
         with writing(path):
             yield aside
-            fsync(aside)
+            for file in (aside, *sorted(aside.rglob("*"))):
+                fsync(file)
+            if path.is_dir():
+                remove_folder(path)
             aside.replace(path)
             fsync(path.parent)
     finally:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            guard.remove(aside)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -358,26 +341,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Generator[Path]:
-    """Fill a folder aside and rename it into place; on an error nothing of it remains.
+def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines, all of them or none."""
+    write_text(path, jsonl(records))
 
-    Every file is fsynced before the rename, so after a crash the folder is whole or absent. An older
-    folder of that name is replaced.
-    """
-    aside = guard.aside(path)
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        with writing(path):
-            aside.mkdir(parents=True)
-            yield aside
-            for file in sorted(aside.rglob("*")):
-                fsync(file)
-            remove_folder(path)
-            aside.replace(path)
-            fsync(path.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+def jsonl(records: Iterable[Mapping[str, Any]]) -> str:
+    """Records as JSON lines."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def remove_folder(path: Path) -> None:

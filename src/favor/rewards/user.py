@@ -15,8 +15,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-from favor.edge import first_line
-from favor.errors import ConfigError, FavorError
+from favor.errors import ConfigError, FavorError, first_line
 from favor.stop import StoppedAtOnceError
 
 

@@ -16,9 +16,9 @@ from favor.config import STRICT, Seed, dump
 from favor.data.prompts import read_prompts
 from favor.data.tokenize import TokensConfig
 from favor.errors import ConfigError, DataError
-from favor.guard import content, is_ours
+from favor.guard import content
 from favor.model.sample import SampleConfig
-from favor.run import RunFolder, holds_work, opened, read_json, write_config, write_json, write_text
+from favor.run import RunFolder, holds_work, is_ours, opened, read_json, write_config, write_json, write_text
 from favor.winrate.judges import Duel, JudgeConfig, check_judge, describe
 from favor.winrate.judgments import judge_all
 from favor.winrate.sides import Placed, Sampling, SideConfig, read_responses, sampled_responses
