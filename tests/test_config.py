@@ -2,6 +2,7 @@
 
 import pytest
 
+import favor.config
 from favor.config import dump, load, split_arguments
 from favor.errors import ConfigError
 from favor.train.optim import OptimConfig, learning_rate
@@ -74,3 +75,17 @@ def test_learning_rates():
 def test_a_value_where_a_section_belongs_names_its_keys():
     with pytest.raises(ConfigError, match=r"'model' is a section, found 'x'; set model.KEY=..., one of model.path, "):
         load(TrainConfig, None, ["run=r", "data.train=t", "model=x"])
+
+
+def test_a_renamed_key_says_its_new_name(monkeypatch, tmp_path):
+    """In a recipe and in an override; a sentence stands for a setting that has no single successor."""
+    monkeypatch.setattr(favor.config, "RENAMED", {"optim.rate": "optim.lr", "seeds": "give seed once a run"})
+    with pytest.raises(ConfigError, match=r"unknown key 'optim.rate'; it is called 'optim.lr' now"):
+        load(TrainConfig, None, [*NEEDED, "optim.rate=1"])
+    (tmp_path / "r.toml").write_text("seeds = 3\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'seeds'; give seed once a run"):
+        load(TrainConfig, tmp_path / "r.toml", NEEDED)
+
+
+def test_a_new_name_is_never_an_old_one():
+    assert not set(favor.config.RENAMED) & set(favor.config.RENAMED.values())

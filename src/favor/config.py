@@ -20,6 +20,8 @@ M = TypeVar("M", bound=BaseModel)
 STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 # what every generator of random numbers here takes (scikit-learn's is the narrowest)
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+# settings of earlier versions, dotted -> the key of today, or a sentence that says what to do instead
+RENAMED: Mapping[str, str] = {}
 # bytes of a recipe: more must be another kind of file
 _LARGEST = 1 << 20
 
@@ -159,7 +161,7 @@ def _explain(item: Any, schema: type[BaseModel], where: str) -> str:
     path = [str(part) for part in item["loc"]]
     key = ".".join(path)
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key '{clipped(key)}'{_nearest(key, schema)}"
+        return f"{where}: unknown key '{clipped(key)}'; {_advice(key, schema)}"
     if item["type"] == "missing":
         return f"{where}: '{key}' is not set; add it to the recipe or give {key}=..."
     given = clipped(without_secrets(repr(item["input"])))
@@ -172,17 +174,20 @@ def _explain(item: Any, schema: type[BaseModel], where: str) -> str:
     return f"{where}: '{key}' is {given}: {message[0].lower() + message[1:]}"
 
 
-def _nearest(key: str, schema: type[BaseModel]) -> str:
+def _advice(key: str, schema: type[BaseModel]) -> str:
+    """What to write instead of an unknown key: its new name, the nearest valid one, or all that are known there."""
+    if now := RENAMED.get(key):
+        return now if " " in now else f"it is called '{now}' now"
     valid = list(_keys(schema))
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
     if not close:
         leaf = key.rsplit(".", 1)[-1]
         close = [name for name in valid if name.rsplit(".", 1)[-1] == leaf][:1]
     if close:
-        return f"; did you mean '{close[0]}'?"
+        return f"did you mean '{close[0]}'?"
     parent = key.rpartition(".")[0]
     siblings = [name for name in valid if name.rpartition(".")[0] == parent]
-    return f"; known here: {', '.join(siblings or valid)}"
+    return f"known here: {', '.join(siblings or valid)}"
 
 
 def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
