@@ -78,7 +78,7 @@ def dpo_loss(
         loss = -log sigmoid(beta [log pi(w)/ref(w) - log pi(l)/ref(l)])
 
     w is the preferred answer, l the other. The log-ratio to the reference (the model before training) is the reward that
-    the policy stands for; beta says how dear it is to move away from the reference. Where both models agree it is ln 2.
+    the policy stands for; beta says how costly it is to move away from the reference. Where both models agree it is ln 2.
     """
     log_ratio = pi_logps - ref_logps
     losses = -logsigmoid(beta * (log_ratio[yw_idxs] - log_ratio[yl_idxs]))
