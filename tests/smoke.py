@@ -25,8 +25,9 @@ def run(here, *words):
 def main():
     assert Path(favor.__file__).is_relative_to(sys.prefix), favor.__file__
     assert not [name for name in ("pytest", "ruff", "pyright", "trl", "vllm") if importlib.util.find_spec(name)]
-    for template in ("report/page.html.jinja", "lint/lint.html.jinja"):
-        assert files("favor").joinpath(template).is_file(), template
+    for template in ("favor/report/page.html.jinja", "favor/lint/lint.html.jinja", "favor_frontier/page.html.jinja"):
+        package, _, rest = template.partition("/")
+        assert files(package).joinpath(rest).is_file(), template
     with tempfile.TemporaryDirectory() as place:
         here = Path(place)
         tiny.save(here / "model")

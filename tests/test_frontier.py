@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from favor_frontier.page import frontier_rows
+from favor_frontier.page import SECTIONS, frontier_rows
 from favor_frontier.recipe import FrontierConfig, points
 from favor_frontier.run import frontier
 from favor_frontier.shrink import shrink
@@ -173,7 +173,7 @@ def test_a_whole_picture_and_its_resumption(task, tmp_path):
     assert changed == ["dpo-0.5-seed1"]
     rows = frontier_rows(again)
     assert len(rows.points) == 9
-    write_page([collect(tmp_path / "run")], tmp_path / "page.html")
+    write_page([collect(tmp_path / "run", SECTIONS)], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "Who dominates whom" in page
     assert "PPO, learnt reward" in page

@@ -1,12 +1,13 @@
 """The page says what the run folder says, escapes what it shows, and is whole on its own."""
 
 import io
+import json
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from favor_frontier.page import frontier_figure, frontier_rows, widest_kl
+from favor_frontier.page import SECTIONS, frontier_figure, frontier_rows, widest_kl
 from rich.console import Console
 
 from favor.errors import CheckpointError
@@ -133,7 +134,7 @@ def a_picture(root, evil="<script>alert(1)</script>"):
 
 
 def test_frontier_winrate_and_calibration_are_shown_and_escaped(tmp_path):
-    write_page([collect(a_picture(tmp_path / "run"))], tmp_path / "page.html")
+    write_page([collect(a_picture(tmp_path / "run"), SECTIONS)], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     for text in (
         "DPO against PPO, learnt reward",
@@ -242,7 +243,7 @@ def test_browser_draws_every_plot_without_an_error(tmp_path):
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("no Chromium on this machine")
-    write_page([collect(a_picture(tmp_path / "run"))], tmp_path / "page.html")
+    write_page([collect(a_picture(tmp_path / "run"), SECTIONS)], tmp_path / "page.html")
     flags = [
         "--headless",
         "--no-sandbox",
@@ -302,7 +303,7 @@ def test_few_prompts_are_said_and_no_spread_is_no_interval():
     ],
 )
 def test_a_frontier_says_what_its_intervals_are(tmp_path, seeds, prompts, words):
-    found = collect(a_picture(tmp_path / "run")).frontier | {
+    found = json.loads(RunFolder(a_picture(tmp_path / "run")).frontier.read_text()) | {
         "intervals": "crossed",
         "seeds": seeds,
         "num_prompts": prompts,

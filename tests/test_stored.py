@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from favor_frontier.page import SECTIONS
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -388,7 +389,7 @@ def test_report_shows_what_is_there(tmp_path):
     folder.samples.write_text('{"prompt": "p"}\n')
     folder.winrate.write_text("[]")
     folder.frontier.write_text('{"points": 1}')
-    record = collect(folder.root)
+    record = collect(folder.root, SECTIONS)
     assert [step["loss"] for step in record.steps] == [0.7 - 0.1, 0.7 - 0.2]
     notes = " ".join(event["message"] for event in record.events)
     assert all(name in notes for name in ("metrics.jsonl: 3 of 5 lines", "eval.json", "winrate.json", "frontier.json"))

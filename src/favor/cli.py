@@ -105,7 +105,7 @@ def score(words: Words = None) -> None:
 @app.command()
 def frontier(words: Words = None) -> None:
     """Reward against KL of DPO, IPO, KTO, PPO and the baselines on one task: the paper's experiment."""
-    from favor_frontier.page import frontier_table
+    from favor_frontier.page import SECTIONS, frontier_table
     from favor_frontier.recipe import FrontierConfig
     from favor_frontier.run import frontier as run
 
@@ -120,7 +120,7 @@ def frontier(words: Words = None) -> None:
     _in_session(lambda open_session: found.append(run(config, open_session)))
     _console().print(frontier_table(found[0]))
     page = RunFolder(Path(config.run)).report
-    write_page([collect(Path(config.run))], page)
+    write_page([collect(Path(config.run), SECTIONS)], page)
     _print(f"report: {page}")
 
 
@@ -225,12 +225,14 @@ def lint(
 @app.command()
 def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")]) -> None:
     """Write report.html into the first run folder: curves, samples, numbers, settings."""
+    from favor_frontier.page import SECTIONS
+
     from favor.report.collect import collect
     from favor.report.page import write_page
     from favor.run import RunFolder
 
     path = RunFolder(runs[0]).report
-    write_page([collect(run) for run in runs], path)
+    write_page([collect(run, SECTIONS) for run in runs], path)
     _print(f"report: {path}")
 
 

@@ -1,6 +1,6 @@
 """Reward against KL, who dominates whom, and stability over training: plots and rows of a frontier.
 
-In: the content of frontier.json. Out: figures for the page, rows for page and terminal. Next: page.py.
+In: the content of frontier.json. Out: a section of the report, rows for the terminal. Next: page.html.jinja.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 from rich.table import Table
 
+from favor.report.page import plot_html, rendered
 from favor.report.table import FEW
 
 LABELS = {
@@ -48,6 +49,18 @@ class FrontierRows(NamedTuple):
     points: list[tuple[str, str, str, str]]
     dominance: list[tuple[str, str, str]]
     notes: list[str]
+
+
+def frontier_section(found: Mapping[str, Any]) -> str:
+    """What the report of a frontier's run folder shows of frontier.json, as HTML."""
+    return rendered(
+        "favor_frontier",
+        "page.html.jinja",
+        rows=frontier_rows(found),
+        plot=plot_html(frontier_figure(found)),
+        stability=[plot_html(figure) for figure in stability_figures(found)],
+        samples=samples_side_by_side(found),
+    )
 
 
 def frontier_rows(found: Mapping[str, Any]) -> FrontierRows:
@@ -237,3 +250,7 @@ def _interval(value: Mapping[str, float], spec: str) -> str:
     # without spread the value is exact (the start's KL, Best-of-N's bound)
     ends = "" if value["low"] == value["high"] else f" [{value['low']:{spec}}, {value['high']:{spec}}]"
     return f"{value['mean']:{spec}}{ends}"
+
+
+# for `collect`: what a report shows of a frontier's run folder
+SECTIONS = {"frontier.json": frontier_section}

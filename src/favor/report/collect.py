@@ -4,12 +4,11 @@ In: a run folder; any part but its recipe may be missing. Out: RunRecord. Next: 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
-
-from favor_frontier.page import frontier_figure, frontier_rows, samples_side_by_side, stability_figures
 
 from favor.errors import CheckpointError
 from favor.report.table import figure_rows
@@ -29,13 +28,16 @@ class RunRecord:
     samples: tuple[dict[str, Any], ...]
     data: dict[str, Any]
     config: str
-    frontier: dict[str, Any]
     winrate: dict[str, Any]
     winrate_samples: tuple[dict[str, Any], ...]
+    sections: tuple[str, ...] = ()
 
 
-def collect(root: Path) -> RunRecord:
-    """Read a run folder; what of it is damaged is left out and told among the events. Raises CheckpointError when it is none."""
+def collect(root: Path, sections: Mapping[str, Callable[[dict[str, Any]], str]] = MappingProxyType({})) -> RunRecord:
+    """Read a run folder; what of it is damaged is left out and told among the events. Raises CheckpointError when it is none.
+
+    sections: a file of the folder that only the caller knows -> the function that shows its content as HTML.
+    """
     folder = RunFolder(root)
     if not folder.config.exists():
         raise CheckpointError(f"{root}: no run here (no config.toml); name a run folder that favor wrote")
@@ -43,8 +45,8 @@ def collect(root: Path) -> RunRecord:
     metrics = _lines(folder.metrics, notes)
     found: dict[str, Any] = {
         "evaluation": _json(folder.evaluation, notes, (figure_rows, _curve)),
-        "frontier": _json(
-            folder.frontier, notes, (frontier_rows, frontier_figure, stability_figures, samples_side_by_side)
+        "sections": tuple(
+            render(content) for name, render in sections.items() if (content := _json(root / name, notes, (render,)))
         ),
         "winrate": _json(folder.winrate, notes, (winrate_rows,)),
         "data": _json(folder.data_report, notes, ()),

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 import plotly.offline
-from favor_frontier.page import frontier_figure, frontier_rows, samples_side_by_side, stability_figures
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.io import to_html
@@ -63,16 +62,15 @@ _COLOURS = ("#2f6f9f", "#c2603a", "#3f8f5f", "#8a5fa8", "#8c7a2f", "#555555")
 def write_page(runs: Sequence[RunRecord], path: Path) -> None:
     """Write the page for one run, or for several compared; whole or not at all. It names no place of this machine."""
     runs = [_anywhere(run) for run in runs]
-    template = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(files("favor.report").joinpath("page.html.jinja").read_text("utf-8"))
     by_step, by_tokens = _plots(runs, "step"), _plots(runs, "tokens")
-    page = template.render(
+    page = rendered(
+        "favor.report",
+        "page.html.jinja",
         runs=runs,
         title=" / ".join(run.name for run in runs),
         plotly=Markup(plotly.offline.get_plotlyjs()),
-        frontiers=[_frontier(run) for run in runs if run.frontier],
-        calibrations=[_html(f) for f in (_calibration(runs),) if f.data],
+        sections=any(run.sections for run in runs),
+        calibrations=[plot_html(f) for f in (_calibration(runs),) if f.data],
         winrates=[(run.name, winrate_rows(run.winrate)) for run in runs if run.winrate],
         judged=[(run.name, run.winrate_samples) for run in runs if run.winrate_samples],
         by_step=by_step,
@@ -104,16 +102,6 @@ def _anywhere(run: RunRecord) -> RunRecord:
     )
 
 
-def _frontier(run: RunRecord) -> dict[str, Any]:
-    return {
-        "name": run.name,
-        "rows": frontier_rows(run.frontier),
-        "plot": _html(frontier_figure(run.frontier)),
-        "stability": [_html(figure) for figure in stability_figures(run.frontier)],
-        "samples": samples_side_by_side(run.frontier),
-    }
-
-
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Nested records as (dotted key, text) rows; long lists are counted and opened."""
     if isinstance(value, dict):
@@ -129,12 +117,20 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 def _plots(runs: Sequence[RunRecord], over: str) -> list[Markup]:
     """The curves for which any run has figures, as HTML without the library."""
     figures = [_figure(runs, curve, over) for curve in CURVES]
-    return [_html(figure) for figure in figures if figure.data]
+    return [plot_html(figure) for figure in figures if figure.data]
 
 
-def _html(figure: go.Figure) -> Markup:
+def plot_html(figure: go.Figure) -> Markup:
+    """A plot as HTML without the plotting library, which the page holds once."""
     settings = {"displayModeBar": False, "responsive": True}
     return Markup(to_html(figure, include_plotlyjs=False, full_html=False, config=settings))
+
+
+def rendered(package: str, template: str, **values: Any) -> Markup:
+    """A template of a package, filled in; values are escaped, but for Markup."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = files(package).joinpath(template).read_text("utf-8")
+    return Markup(environment.from_string(text).render(**values))
 
 
 def _calibration(runs: Sequence[RunRecord]) -> go.Figure:
