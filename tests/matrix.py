@@ -17,6 +17,7 @@ from oracles import tree
 from favor.data.types import Comparison, Thumb
 from favor.errors import ConfigError
 from favor.losses import OPTIONS
+from favor.model.batched import measured
 from favor.model.layout import settle
 from favor.model.load import LoraSettings, ModelConfig, as_reference, frozen_copy, make_policy
 from favor.model.logprobs import response_logps
@@ -128,9 +129,9 @@ def references(cell, ref, trees):
         return alive, alive.logps
     if cell.weights == "lora":
         with as_reference(ref) as base:
-            table = reference.all_logps(base, trees, 10_000, World(), lambda done: None)
+            table = measured(base, trees, lambda batch: response_logps(base, batch), 10_000)
     else:
-        table = reference.all_logps(ref, trees, 10_000, World(), lambda done: None)
+        table = measured(ref, trees, lambda batch: response_logps(ref, batch), 10_000)
     return reference.Reference(lambda batch: table[batch.index_R], "stored"), alive.logps
 
 

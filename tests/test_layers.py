@@ -19,7 +19,7 @@ ALLOWED = {
     "output": {"errors", "run", "guard"},
     "data": {"errors", "config", "guard"},
     "losses": {"errors", "config", "data.types"},
-    "model": {"errors", "config", "data.types", "data.pack"},
+    "model": {"errors", "config", "data.types", "data.pack", "ranks"},
     "ranks": {"errors"},
     "server": {"errors", "config", "hide"},
     "rewards": BASE | {"stop", "data", "model"},

@@ -247,12 +247,12 @@ def test_reference_store_is_reused_over_losses_and_refused_when_stale(world_of_f
 
 
 def test_wrong_reference_is_caught_at_step_0(world_of_films, tmp_path, monkeypatch):
-    import favor.train.reference as module
+    import favor.train.preference as module
 
-    honest = module.all_logps
+    honest = module.measured
     monkeypatch.setattr(
         module,
-        "all_logps",
+        "measured",
         lambda *args: (
             honest(*args) + torch.randn(1, dtype=torch.float64).abs() * torch.arange(50)[: honest(*args).shape[0]]
         ),

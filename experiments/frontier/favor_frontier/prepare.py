@@ -16,8 +16,10 @@ from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import TokenTree
 from favor.demo.embedded import cache_folder, frontier_files, model_folder, review_files
+from favor.model.batched import measured
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, load_policy
+from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
 from favor.rewards.source import RewardConfig, make_scorer
 from favor.run import RunFolder, make_folder, write_json, write_text
@@ -165,7 +167,7 @@ def store_reference(task: Task, places: Places, seed: int, open_session: OpenSes
     policy, _ = settle(policy, "auto", splits.train)
 
     def build(trees: Sequence[TokenTree]) -> Tensor:
-        return reference.all_logps(policy, trees, 2048, session.world, lambda done: None)
+        return measured(policy, trees, lambda batch: response_logps(policy, batch), 2048, session.world)
 
     identity = reference.fingerprint(policy, task.tokens, {"train": splits.train})
     reference.stored(policy, {"train": splits.train}, identity, path, build, session.world)

@@ -8,18 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from favor.data import pack
 from favor.data.types import Batch, TokenTree
 from favor.eval.intervals import standard_error
+from favor.model.batched import measured
 from favor.model.load import Policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig
+from favor.ranks import World
 
 # Tokens scored at once; without gradients this bounds nothing but the memory of one forward.
 _BUDGET = 2048
+_ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def kl_of_samples(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[tuple[int, ...]],
     config: SampleConfig,
+    world: World = _ALONE,
 ) -> Divergence:
     """KL(policy || reference) = E_{y~policy}[log pi(y|x) - log ref(y|x)], from responses the policy sampled.
 
@@ -55,7 +57,7 @@ def kl_of_samples(
         TokenTree(tuple(prompt), (response,), (True,), (), first_response=i, row=0)
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
-    ratio = log_ratios(policy, reference, trees)
+    ratio = log_ratios(policy, reference, trees, world)
     places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     error = standard_error(ratio.numpy(), np.array([places[tuple(prompt)] for prompt in prompts]))
     return Divergence(
@@ -67,12 +69,8 @@ def kl_of_samples(
     )
 
 
-def log_ratios(policy: Policy, reference: Callable[[Batch], Tensor], trees: Sequence[TokenTree]) -> Tensor:
+def log_ratios(
+    policy: Policy, reference: Callable[[Batch], Tensor], trees: Sequence[TokenTree], world: World = _ALONE
+) -> Tensor:
     """Log pi(y|x) - log ref(y|x) of every response: float64 [responses], CPU, without gradients."""
-    ratio = torch.zeros(sum(len(tree.response_ids) for tree in trees), dtype=torch.float64)
-    with torch.no_grad():
-        for members in pack.plan([pack.computed_tokens(tree, policy.layout) for tree in trees], _BUDGET):
-            batch = pack.build([trees[i] for i in members], policy.layout).to(policy.device)
-            difference = response_logps(policy, batch) - reference(batch)
-            ratio[batch.index_R.cpu() - trees[0].first_response] = difference.cpu()
-    return ratio
+    return measured(policy, trees, lambda batch: response_logps(policy, batch) - reference(batch), _BUDGET, world)

@@ -23,8 +23,10 @@ from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import NumericsError
 from favor.losses import LossConfig
+from favor.model.batched import measured
 from favor.model.layout import sampled_tree, settle
 from favor.model.load import ModelConfig, Policy, load_policy, precise, precision_of
+from favor.model.logprobs import response_logps
 from favor.ranks import World
 from favor.rewards.source import RewardConfig, check_scorer, make_scorer
 from favor.rewards.source import identity as reward_identity
@@ -170,7 +172,7 @@ def _stored(
         computed = precise(policy) if trees is splits.eval else policy
         with Bar(session, "reference", len(trees)) as bar, reference.frozen(computed) as ref:
             budget = config.train.max_tokens_per_pack
-            return reference.all_logps(ref, trees, budget, session.world, bar.advance)
+            return measured(ref, trees, lambda batch: response_logps(ref, batch), budget, session.world, bar.advance)
 
     stored = reference.stored(policy, parts, identity, path, build, session.world)
     seconds = time.monotonic() - began
@@ -223,13 +225,14 @@ def _loop(
             if config.reference.sync_every and state.step % config.reference.sync_every == 0:
                 reference.sync(ref, parameters, config.reference.sync_weight)
             if watch.kl_every and state.step % watch.kl_every == 0:
-                kl = probe(watch, config.seed, policy, beside, splits)
+                kl = probe(watch, config.seed, policy, beside, splits, session.world)
             record = _step_record(done, state, order, cut, now - step_began)
             session.record(record | {"lr": rate} | kl)
             bar.advance(1, figures(record | kl))
             watch_displacement(session, below, done, state.step, watch.displacement_threshold)
             if watch.eval_every and state.step % watch.eval_every == 0 and splits.eval:
-                found = evaluate(config.loss, policy, beside.references["eval"], splits.eval, loop.max_tokens_per_pack)
+                settings = (loop.max_tokens_per_pack, session.world)
+                found = evaluate(config.loss, policy, beside.references["eval"], splits.eval, settings)
                 session.record({"kind": "eval", "step": state.step, **found})
                 session.say(f"held-out at step {state.step}: " + figures(found))
             state = state.model_copy(update={"kl": kl, "below": tuple(below)})

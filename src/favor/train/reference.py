@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from favor.config import STRICT
-from favor.data import pack
 from favor.data.digest import hash_ids
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
@@ -28,14 +27,12 @@ from favor.errors import CheckpointError, NumericsError
 from favor.guard import sha
 from favor.model.load import Policy, as_reference, frozen_copy, weights_hash
 from favor.model.logprobs import response_logps, scored_logps
-from favor.ranks import World, barrier, sum_
+from favor.ranks import World, barrier
 from favor.run import whole_file
 
 # Raise when a change to favor can change log-probs beyond rounding: older stores are then refused.
 _CODE = "2"
 _HASH = "sha256"
-# Trees packed together in the no-gradient passes: enough to fill the budget, few enough to start at once.
-_WINDOW = 128
 
 
 class ReferenceConfig(BaseModel):
@@ -156,23 +153,6 @@ def sync(reference: Reference, parameters: Mapping[str, Tensor], weight: float) 
 def frozen(policy: Policy) -> AbstractContextManager[Policy]:
     """The policy as its own reference, before it has trained: its adapters are switched off, if it has any."""
     return as_reference(policy) if policy.lora else nullcontext(policy)
-
-
-def all_logps(
-    policy: Policy, trees: Sequence[TokenTree], budget: int, world: World, progress: Callable[[int], None]
-) -> Tensor:
-    """Log-probs of every response of a split, without gradients: float64 [responses], on the CPU, equal on all ranks."""
-    total = torch.zeros(sum(len(tree.response_ids) for tree in trees), dtype=torch.float64, device=policy.device)
-    for start in range(0, len(trees), _WINDOW):
-        window = trees[start : start + _WINDOW]
-        bins = pack.plan([tree.num_tokens for tree in window], budget, world.size)
-        for members in bins[world.rank :: world.size]:
-            if members:
-                batch = pack.build([window[i] for i in members], policy.layout).to(policy.device)
-                with torch.no_grad():
-                    total[batch.index_R - trees[0].first_response] = response_logps(policy, batch)
-            progress(len(members))
-    return sum_(total, world).cpu()
 
 
 def _lookup(logps: Tensor) -> Callable[[Batch], Tensor]:

@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from favor.config import STRICT, Seed, dump
-from favor.data import pack
 from favor.data.loader import LoaderState, Order, batches
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
@@ -22,8 +21,10 @@ from favor.data.types import Batch, TokenTree
 from favor.errors import ConfigError
 from favor.eval.calibration import Calibration, calibrate
 from favor.losses.reward import bradley_terry, centering, rao_kupper_tie
+from favor.model.batched import measured, pairs
 from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.load import ModelConfig, Policy, precise, precision_of
+from favor.ranks import World
 from favor.run import write_json
 from favor.train.checkpoint import TrainingState
 from favor.train.data import Splits, check_sources, load_splits
@@ -83,7 +84,7 @@ def _learn(config: RewardTrainConfig, session: Session) -> Calibration | None:
     held_out = where(splits.eval, lambda tree: bool(tree.comparisons))
     if not held_out:
         return None
-    found = calibrate(*gaps(precise(policy), held_out))
+    found = calibrate(*gaps(precise(policy), held_out, config.train.max_tokens_per_pack, session.world))
     write_json(session.folder.evaluation, {"calibration": found.as_json()})
     session.say(f"held-out accuracy {found.accuracy:.3f} on {found.pairs} pairs, ECE {found.ece:.3f}")
     return found
@@ -112,18 +113,11 @@ def make_objective(config: BradleyTerryConfig, policy: Policy) -> Objective:
     return Objective(loss, count, STATS)
 
 
-def gaps(policy: Policy, trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray]:
+def gaps(policy: Policy, trees: Sequence[TokenTree], budget: int, world: World) -> tuple[np.ndarray, np.ndarray]:
     """r(chosen) - r(rejected) of every pair, and the index of its prompt."""
-    found: list[Tensor] = []
-    prompts: list[int] = []
-    with torch.no_grad():
-        for index, tree in enumerate(trees):
-            batch = pack.build([tree], policy.layout).to(policy.device)
-            score_R = response_scores(policy, batch)
-            gap_P = (score_R[batch.chosen_P] - score_R[batch.rejected_P]).cpu()
-            found.append(gap_P)
-            prompts += [index] * len(gap_P)
-    return torch.cat(found).numpy(), np.array(prompts)
+    score_R = measured(policy, trees, lambda batch: response_scores(policy, batch), budget, world).numpy()
+    chosen_P, rejected_P, tree_P = pairs(trees)
+    return score_R[chosen_P] - score_R[rejected_P], tree_P
 
 
 def _check_options(config: BradleyTerryConfig, splits: Splits) -> None:

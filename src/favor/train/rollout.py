@@ -11,13 +11,13 @@ from torch import Tensor
 
 from favor.data.prompts import sample_seeds
 from favor.data.types import Batch, Text, TokenTree
+from favor.model.batched import measured
 from favor.model.heads import Critic, logps_and_values
 from favor.model.load import Policy
 from favor.model.logprobs import scored_logps
 from favor.model.sample import SampleConfig, decode, sample
 from favor.ranks import World, sum_
 from favor.rewards.source import Scorer
-from favor.train.loop import micro_batches
 from favor.train.reference import frozen
 
 
@@ -63,12 +63,17 @@ def collect(
     actors: Actors, prompts: Sequence[Prompt], each: int, seed: int, config: SampleConfig, budget: int, world: World
 ) -> Rollout:
     """Sample `each` responses per prompt, split over ranks, and measure them. Seeds depend on prompt and `seed` alone."""
-    trees = _sampled(actors.policy, prompts, each, seed, config, world)
-    responses = [response for tree in trees for response in tree.response_ids]
+    repeated = [prompt for prompt in prompts for _ in range(each)]
+    seeds = sample_seeds(seed, [prompt.index for prompt in prompts], each)
+    responses = sampled(actors.policy, [prompt.ids for prompt in repeated], seeds, config, world)
+    trees = [
+        TokenTree(prompt.ids, tuple(responses[i * each :][:each]), (True,) * each, (), first_response=i * each, row=i)
+        for i, prompt in enumerate(prompts)
+    ]
     texts = decode(actors.policy, responses)
     length_R = torch.tensor([len(r) for r in responses])
     mask_RT = torch.arange(int(length_R.max()))[None] < length_R[:, None]
-    arrays = _measured(actors, trees, mask_RT.shape, budget, world)
+    arrays = _measured(actors, trees, mask_RT, budget, world)
     return Rollout(
         trees=trees,
         texts=texts,
@@ -76,7 +81,7 @@ def collect(
         logp_RT=arrays[0],
         ref_RT=arrays[1],
         value_RT=arrays[2],
-        score_R=_scores(actors.scorer, prompts, texts, each, world),
+        score_R=scores(actors.scorer, [prompt.text for prompt in repeated], texts, world),
         ended_R=torch.tensor([r[-1] in actors.policy.end_ids for r in responses]),
         group_R=torch.arange(len(prompts)).repeat_interleave(each),
     )
@@ -88,50 +93,42 @@ def position_M(batch: Batch) -> Tensor:
     return torch.arange(batch.member_response_M.shape[0], device=start_R.device) - start_R[batch.member_response_M]
 
 
-def _sampled(
-    policy: Policy, prompts: Sequence[Prompt], each: int, seed: int, config: SampleConfig, world: World
-) -> list[TokenTree]:
-    mine = prompts[world.rank :: world.size]
-    ids = [prompt.ids for prompt in mine for _ in range(each)]
-    found = sample(policy, ids, sample_seeds(seed, [p.index for p in mine], each), config) if ids else []
+def sampled(
+    policy: Policy, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: SampleConfig, world: World
+) -> list[tuple[int, ...]]:
+    """One response per prompt, each rank sampling its share; equal on all ranks."""
+    mine = range(world.rank, len(prompts), world.size)
+    found = sample(policy, [prompts[i] for i in mine], [seeds[i] for i in mine], config) if mine else []
     # token ids + 1, so that 0 marks what is not there; the sum over ranks puts every rank's rows together
-    table = torch.zeros(len(prompts), each, config.max_new_tokens, dtype=torch.int64, device=policy.device)
-    for row, start in enumerate(range(0, len(found), each)):
-        for k, response in enumerate(found[start : start + each]):
-            table[world.rank + row * world.size, k, : len(response)] = torch.tensor(response) + 1
-    rows = [[tuple(t - 1 for t in r if t) for r in group] for group in sum_(table, world).tolist()]
-    return [
-        TokenTree(prompt.ids, tuple(group), (True,) * each, (), first_response=i * each, row=i)
-        for i, (prompt, group) in enumerate(zip(prompts, rows, strict=True))
-    ]
+    table = torch.zeros(len(prompts), config.max_new_tokens, dtype=torch.int64, device=policy.device)
+    for i, response in zip(mine, found, strict=True):
+        table[i, : len(response)] = torch.tensor(response) + 1
+    return [tuple(token - 1 for token in row if token) for row in sum_(table, world).tolist()]
+
+
+def scores(scorer: Scorer, prompts: Sequence[Text], responses: Sequence[str], world: World) -> Tensor:
+    """The score of every response, each rank asking for its share; float64 [R], equal on all ranks."""
+    mine = range(world.rank, len(responses), world.size)
+    score_R = torch.zeros(len(responses), dtype=torch.float64)
+    if mine:
+        found = scorer([prompts[i] for i in mine], [responses[i] for i in mine])
+        score_R[list(mine)] = torch.tensor(found, dtype=torch.float64)
+    return sum_(score_R, world)
 
 
 def _measured(
-    actors: Actors, trees: Sequence[TokenTree], shape: torch.Size, budget: int, world: World
+    actors: Actors, trees: Sequence[TokenTree], mask_RT: Tensor, budget: int, world: World
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of policy and reference, and values, of every sampled token: float32 [R, T], equal on all ranks."""
-    device = actors.policy.device
-    arrays = torch.zeros(3, *shape, device=device)
-    with torch.no_grad():
-        for cut in micro_batches(trees, actors.policy, budget, world):
-            batch = cut.to(device)
-            logp_E, value_E = logps_and_values(actors.policy, actors.critic, batch)
-            with frozen(actors.reference) as reference:
-                ref_E = scored_logps(reference, batch)
-            place = (batch.index_R[batch.member_response_M], position_M(batch))
-            arrays[0][place] = logp_E[batch.member_edge_M]
-            arrays[1][place] = ref_E[batch.member_edge_M]
-            if value_E is not None:
-                arrays[2][place] = value_E[batch.member_edge_M]
-    logp_RT, ref_RT, value_RT = sum_(arrays, world).cpu().unbind()
+
+    def three(batch: Batch) -> Tensor:
+        logp_E, value_E = logps_and_values(actors.policy, actors.critic, batch)
+        with frozen(actors.reference) as reference:
+            ref_E = scored_logps(reference, batch)
+        values = (logp_E, ref_E, torch.zeros_like(logp_E) if value_E is None else value_E)
+        return torch.stack([value[batch.member_edge_M] for value in values])
+
+    arrays = torch.zeros(3, *mask_RT.shape)
+    arrays[:, mask_RT] = measured(actors.policy, trees, three, budget, world, tokens=True).float()
+    logp_RT, ref_RT, value_RT = arrays.unbind()
     return logp_RT, ref_RT, value_RT
-
-
-def _scores(scorer: Scorer, prompts: Sequence[Prompt], texts: Sequence[str], each: int, world: World) -> Tensor:
-    """This rank scores its own prompts' responses; float64 [R], equal on all ranks."""
-    mine = [i for p in range(world.rank, len(prompts), world.size) for i in range(p * each, (p + 1) * each)]
-    score_R = torch.zeros(len(texts), dtype=torch.float64)
-    if mine:
-        found = scorer([prompts[i // each].text for i in mine], [texts[i] for i in mine])
-        score_R[mine] = torch.tensor(found, dtype=torch.float64)
-    return sum_(score_R, world)

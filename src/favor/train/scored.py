@@ -6,16 +6,15 @@ In: LossConfig, Policy, Reference. Out: Scored, the trees that hold items, refus
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from favor.data.types import Batch, TokenTree
 from favor.errors import ConfigError
 from favor.losses import COUPLED, LOSSES, LossConfig, Scored
+from favor.model.batched import measured
 from favor.model.load import Policy
 from favor.model.logprobs import mean_overlap, response_logps, scored_logps, sum_tokens
-from favor.ranks import World, sum_
-from favor.train.loop import micro_batches
+from favor.ranks import World
 from favor.train.reference import Reference
 
 
@@ -131,9 +130,5 @@ def kto_zero(
         for i in range(len(trees))
     ]
     budget, world = settings
-    ratio = torch.zeros(1, dtype=torch.float64, device=policy.device)
-    with torch.no_grad():
-        for cut in micro_batches(strangers, policy, budget, world):
-            batch = cut.to(policy.device)
-            ratio += (response_logps(policy, batch) - alive(batch)).sum()
-    return max(0.0, float(sum_(ratio, world)) / len(trees))
+    ratio_R = measured(policy, strangers, lambda batch: response_logps(policy, batch) - alive(batch), budget, world)
+    return max(0.0, float(ratio_R.mean()))

@@ -14,10 +14,10 @@ from torch import Tensor
 from favor.data import pack
 from favor.data.types import Batch, TokenTree
 from favor.losses import LossConfig, Scored, item_weight, term_sums
+from favor.model.batched import measured
 from favor.model.load import Policy
 from favor.model.logprobs import mean_overlap, scored_logps
-from favor.ranks import World, sum_
-from favor.train.loop import micro_batches
+from favor.ranks import World
 from favor.train.reference import Reference
 from favor.train.scored import needs
 from favor.train.step import Objective
@@ -30,24 +30,19 @@ def gather(
     budget, world = settings
     needed = needs(config)
     whole = pack.build(trees, policy.layout).to(policy.device)
-    row_of = {index: row for row, index in enumerate(whole.index_R.tolist())}
-    start_R = whole.length_R.cumsum(0) - whole.length_R
-    pi_M, ref_M = (torch.zeros(int(whole.length_R.sum()), dtype=torch.float64, device=policy.device) for _ in range(2))
-    ref_R, overlap_R = (torch.zeros(whole.num_responses, dtype=torch.float64, device=policy.device) for _ in range(2))
-    with torch.no_grad():
-        for cut in micro_batches(trees, policy, budget, world):
-            batch = cut.to(policy.device)
-            row_R = torch.tensor([row_of[index] for index in batch.index_R.tolist()], device=policy.device)
-            place_M = start_R[row_R][batch.member_response_M] + _within(batch)
-            pi_M[place_M] = scored_logps(policy, batch).double()[batch.member_edge_M]
-            ref_R[row_R] = reference.logps(batch)
-            if needed.tokens:
-                assert reference.tokens is not None
-                ref_M[place_M] = reference.tokens(batch).double()[batch.member_edge_M]
-            if needed.overlap:
-                overlap_R[row_R] = mean_overlap(policy, batch)
-    pi_M, ref_M, ref_R, overlap_R = (sum_(tensor, world) for tensor in (pi_M, ref_M, ref_R, overlap_R))
-    return Scored(_per_response(pi_M, whole), ref_R, pi_M, ref_M, overlap_R), whole
+
+    def both(batch: Batch) -> Tensor:
+        logps = [scored_logps(policy, batch), *([reference.tokens(batch)] if reference.tokens else [])]
+        return torch.stack([logp_E.double()[batch.member_edge_M] for logp_E in logps])
+
+    pi_M, *ref = measured(policy, trees, both, budget, world, tokens=True).to(policy.device)
+    assert ref or not needed.tokens, "[reference] is live where tokens are read"
+    # a stored reference only looks up; a live one has just been computed
+    ref_R = _per_response(ref[0], whole) if ref else reference.logps(whole)
+    overlap_R = None
+    if needed.overlap:
+        overlap_R = measured(policy, trees, lambda batch: mean_overlap(policy, batch), budget, world).to(policy.device)
+    return Scored(_per_response(pi_M, whole), ref_R, pi_M, ref[0] if ref else None, overlap_R), whole
 
 
 def surrogate(

@@ -16,11 +16,12 @@ from favor.data.types import Batch, TokenTree
 from favor.eval.divergence import kl_of_samples
 from favor.losses import LOSSES, LossConfig, Scored, item_weight, term_sums
 from favor.model.load import Policy, precise
-from favor.model.sample import SampleConfig, decode, sample
+from favor.model.sample import SampleConfig, decode
 from favor.ranks import World
 from favor.rewards.source import Scorer
 from favor.train.data import Splits
 from favor.train.reference import Reference
+from favor.train.rollout import sampled, scores
 from favor.train.scored import needs
 from favor.train.session import Session
 from favor.train.step import Stepped
@@ -129,7 +130,9 @@ def figures(record: Mapping[str, object]) -> str:
     return "  ".join(f"{label} {record[key]:{spec}}" for key, (label, spec) in shown.items() if key in record)
 
 
-def probe(watch: WatchConfig, seed: int, policy: Policy, beside: Beside, splits: Splits) -> dict[str, float]:
+def probe(
+    watch: WatchConfig, seed: int, policy: Policy, beside: Beside, splits: Splits, world: World
+) -> dict[str, float]:
     """Sampled KL, and the samples' score, on the first prompts of the held-out part (of the training part without one)."""
     assert beside.measured is not None
     policy = precise(policy)
@@ -137,13 +140,12 @@ def probe(watch: WatchConfig, seed: int, policy: Policy, beside: Beside, splits:
     trees = splits.by_name[name][: watch.kl_prompts]
     settings = SampleConfig(max_new_tokens=watch.kl_tokens)
     prompts = [tree.prompt_ids for tree in trees]
-    ids = sample(policy, prompts, [seed * 1_000_003 + i for i in range(len(prompts))], settings)
-    kl = kl_of_samples(policy, beside.measured, prompts, ids, settings)
+    ids = sampled(policy, prompts, [seed * 1_000_003 + i for i in range(len(prompts))], settings, world)
+    kl = kl_of_samples(policy, beside.measured, prompts, ids, settings, world)
     found = {"kl": kl.mean} | ({} if kl.se is None else {"kl_se": kl.se})
     if beside.scorer is not None:
-        texts = decode(policy, ids)
-        scores = beside.scorer([splits.prompts[name][tree.source, tree.row] for tree in trees], texts)
-        found["reward"] = sum(scores) / len(scores)
+        texts = [splits.prompts[name][tree.source, tree.row] for tree in trees]
+        found["reward"] = float(scores(beside.scorer, texts, decode(policy, ids), world).mean())
     return found
 
 
@@ -168,15 +170,18 @@ def _share(below: deque[tuple[float, float]]) -> float:
 
 
 def evaluate(
-    config: LossConfig, policy: Policy, reference: Reference, trees: Sequence[TokenTree], budget: int
+    config: LossConfig, policy: Policy, reference: Reference, trees: Sequence[TokenTree], settings: tuple[int, World]
 ) -> dict[str, float]:
-    """Held-out loss, accuracy and margin, by the training loss, in float32. A coupled loss sees the whole part at once."""
+    """Held-out loss, accuracy and margin, by the training loss, in float32. A coupled loss sees the whole part at once.
+
+    settings: token budget, ranks, which share the work.
+    """
     policy = precise(policy)
     window = len(trees) if needs(config).coupled else _WINDOW
     stats: dict[str, float] = dict.fromkeys(STATS, 0.0)
     sums, counts = (torch.zeros(len(config.terms), dtype=torch.float64) for _ in range(2))
     for start in range(0, len(trees), window):
-        scored, batch = gather(config, policy, reference, trees[start : start + window], (budget, World()))
+        scored, batch = gather(config, policy, reference, trees[start : start + window], settings)
         sums += term_sums(config, scored, batch).cpu()
         counts += torch.tensor(item_weight(config, batch), dtype=torch.float64)
         stats = {name: stats[name] + float(value) for name, value in batch_stats(config, scored, batch).items()}
