@@ -21,7 +21,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from favor.demo.embedded import cache_folder, model_folder, review_files
+from favor.demo.embedded import model_folder, review_files
+from favor.run import cache_folder
 
 ROOT = Path(__file__).parent.parent
 HH = ROOT.parent / "shared/data/hh-harmless-base-test.jsonl.gz"

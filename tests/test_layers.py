@@ -31,7 +31,7 @@ ALLOWED = {
     | {"lint.brief", "eval.divergence", "eval.calibration"},
     "lint": BASE | {"output", "hide", "data", "model", "rewards"},
     "report": {"errors", "hide", "run", "guard"},
-    "demo": BASE | {"data", "losses", "model", "rewards", "eval", "train", "report"},
+    "demo": BASE | {"stop", "rewards", "eval", "train", "report"},
     "online": BASE | {"output", "stop", "data", "losses", "model", "rewards", "generate", "train"},
     "cli": BASE
     | {"data", "model", "ranks", "rewards", "eval", "train", "report"}

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from favor.config import load
 from favor.data.formats import FORMATS
 from favor.data.tokenize import TokensConfig, tokenize
-from favor.demo.embedded import cache_folder
 from favor.errors import ConfigError, DataError
 from favor.lint.near import near_pairs, shingles
 from favor.lint.noise import model_gaps
@@ -21,6 +20,7 @@ from favor.lint.run import fails, lint
 from favor.lint.settings import LintConfig, LintSettings, Row
 from favor.lint.tokens import as_tree
 from favor.model.load import ModelConfig, load_policy
+from favor.run import cache_folder
 
 WHO = [
     "critic",

@@ -7,11 +7,11 @@ from oracles import plain_logps
 from favor.data import pack
 from favor.data.read import DataConfig, read
 from favor.data.tokenize import TokensConfig, tokenize
-from favor.demo.embedded import cache_folder
 from favor.losses import LossConfig
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, frozen_copy, load_policy
 from favor.model.logprobs import response_logps
+from favor.run import cache_folder
 from favor.train.preference import make_objective
 from favor.train.reference import Reference
 

@@ -15,14 +15,14 @@ from favor.data.prompts import NumberedPrompts, encode_prompts, read_prompts, sa
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import TokenTree
-from favor.demo.embedded import cache_folder, frontier_files, model_folder, review_files
+from favor.demo.embedded import model_folder, review_files
 from favor.model.batched import measured
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, load_policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
 from favor.rewards.source import RewardConfig, make_scorer
-from favor.run import RunFolder, make_folder, write_json, write_text
+from favor.run import RunFolder, cache_folder, make_folder, write_json, write_text
 from favor.train import reference
 from favor.train.data import load_splits
 from favor.train.loop import LoopConfig
@@ -30,6 +30,7 @@ from favor.train.optim import OptimConfig
 from favor.train.reward import RewardTrainConfig, train_reward
 from favor.train.session import Session
 from favor.train.sft import SftConfig, sft
+from favor_frontier.films import film_files
 from favor_frontier.recipe import FrontierConfig
 from favor_frontier.shrink import shrink
 
@@ -85,7 +86,7 @@ def settle_task(config: FrontierConfig, root: Path, say: Callable[[str], None]) 
     if (own := config.task) is not None:
         return Task(Path(own.model), own.prompts, own.eval_prompts, own.sft, own.reward, own.tokens)
     cache = cache_folder()
-    full, reviews, files = model_folder(cache, say), review_files(cache, say), frontier_files(cache, say)
+    full, reviews, files = model_folder(cache, say), review_files(cache, say), film_files(cache, say)
     small = root / "base"
     if not small.exists():
         rows = [json.loads(line) for name in ("sft", "eval") for line in _lines(files / f"{name}.jsonl")]

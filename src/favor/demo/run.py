@@ -4,46 +4,53 @@ In: DemoConfig. Out: run folders `sft` and `dpo` and a page. Task: write a one-l
 fresh quote is preferred to a rotten one of the same film. Next: train/preference.py.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field
 from rich.console import Console
 
 from favor.config import STRICT, Seed
-from favor.data.read import DataConfig
-from favor.demo.embedded import cache_folder, model_folder, review_files
+from favor.demo.embedded import model_folder, review_files
 from favor.eval.evaluate import EvalConfig, evaluate
-from favor.losses import LossConfig
-from favor.model.load import ModelConfig
-from favor.model.sample import SampleConfig
 from favor.report.collect import collect
 from favor.report.page import write_page
 from favor.report.table import figures_table
 from favor.rewards.classifier import train_judge
-from favor.run import RunFolder, make_folder
-from favor.train.loop import LoopConfig
-from favor.train.optim import OptimConfig
-from favor.train.preference import TrainConfig, WatchConfig, train
+from favor.run import RunFolder, cache_folder, make_folder
+from favor.stop import StoppedError
+from favor.train.preference import TrainConfig, train
 from favor.train.session import Session
 from favor.train.sft import SftConfig, sft
 
 
 class DemoConfig(BaseModel):
-    """Settings of `favor demo`; the defaults are what README reports. Without `run` a fresh folder runs/demo-N is taken."""
+    """Settings of `favor demo`; the defaults are what README reports."""
 
     model_config = STRICT
     run: str | None = None
+    """Folder of everything the demo makes; without it a fresh one, runs/demo-N."""
     seed: Seed = 0
+    """Decides the order of the data and the samples."""
     pairs: int = Field(default=200, ge=1)
+    """Preference pairs to train on."""
     max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps of SFT and of DPO, at most; without it one pass over the pairs each."""
     sft_lr: float = Field(default=1e-4, gt=0)
+    """Learning rate of SFT."""
     lr: float = Field(default=3e-5, gt=0)
+    """Learning rate of DPO."""
     beta: float = Field(default=0.1, gt=0)
+    """DPO's beta: the weight of staying near the reference."""
     test_pairs: int = Field(default=80, ge=1)
+    """Held-out pairs to measure on."""
     prompts: int = Field(default=20, ge=1)
+    """Held-out prompts to sample from."""
     samples_per_prompt: int = Field(default=4, ge=1)
+    """Samples of each of them."""
 
 
 def demo(
@@ -59,56 +66,59 @@ def demo(
     make_folder(root)
     began = time.monotonic()
     console.rule("1. supervised fine-tuning on the preferred quotes")
-    sft(_sft_recipe(config, root, model, reviews), open_session)
+    with _stopped("sft", root / "sft"):
+        sft(SftConfig.model_validate(_recipe(config, root / "sft", model, reviews, config.sft_lr)), open_session)
     console.rule("2. DPO")
-    train(_dpo_recipe(config, root, reviews), open_session)
+    with _stopped("train", root / "dpo"):
+        train(dpo_recipe(config, root, reviews), open_session)
     console.rule("3. held-out films")
-    figures = evaluate_run(config, root / "dpo", reviews, console, progress)
+    judge = train_judge(reviews / "classifier.jsonl")
+    console.print(f"judge: TF-IDF + logistic regression, accuracy {judge.accuracy:.3f} on films it was not trained on")
+    asked = {
+        "run": str(root / "dpo"),
+        "seed": config.seed,
+        "max_rows": config.test_pairs,
+        "sample_prompts": config.prompts,
+        "samples_per_prompt": config.samples_per_prompt,
+        "sample": {"max_new_tokens": 40, "batch": 80},
+    }
+    # the samples are scored by a judge trained on films that neither training nor test saw
+    figures = evaluate(EvalConfig.model_validate(asked), console.print, progress, ("sentiment", judge.score))
     console.print(figures_table(figures))
     page = RunFolder(root / "dpo").report
     write_page([collect(root / "dpo")], page)
     console.print(f"report: {page}    ({time.monotonic() - began:.0f} s without downloads)")
 
 
-def evaluate_run(
-    config: DemoConfig, run: Path, reviews: Path, console: Console, progress: Callable[[str, int, int], None]
-) -> dict[str, object]:
-    """Held-out figures, the samples scored by a judge trained on films that neither training nor test saw."""
-    judge = train_judge(reviews / "classifier.jsonl")
-    console.print(f"judge: TF-IDF + logistic regression, accuracy {judge.accuracy:.3f} on films it was not trained on")
-    settings = EvalConfig(
-        run=str(run),
-        seed=config.seed,
-        max_rows=config.test_pairs,
-        sample_prompts=config.prompts,
-        samples_per_prompt=config.samples_per_prompt,
-        sample=SampleConfig(max_new_tokens=40, batch=80),
-    )
-    return evaluate(settings, console.print, progress, ("sentiment", judge.score))
+def _recipe(config: DemoConfig, run: Path, model: Path, reviews: Path, lr: float) -> dict[str, Any]:
+    """What SFT and DPO have in common."""
+    return {
+        "run": str(run),
+        "seed": config.seed,
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": str(reviews / "train.jsonl"), "max_rows": config.pairs},
+        "optim": {"lr": lr, "warmup_steps": 2},
+        "train": {"batch_prompts": 8, "save_every": 0, "max_steps": config.max_steps},
+    }
 
 
-def _sft_recipe(config: DemoConfig, root: Path, model: Path, reviews: Path) -> SftConfig:
-    return SftConfig(
-        run=str(root / "sft"),
-        seed=config.seed,
-        model=ModelConfig(path=str(model), dtype="float32"),
-        data=DataConfig(train=str(reviews / "train.jsonl"), max_rows=config.pairs),
-        optim=OptimConfig(lr=config.sft_lr, warmup_steps=2),
-        train=LoopConfig(batch_prompts=8, save_every=0, max_steps=config.max_steps),
-    )
+def dpo_recipe(config: DemoConfig, root: Path, reviews: Path) -> TrainConfig:
+    """DPO from the model that SFT made, with the KL watched on samples."""
+    recipe = _recipe(config, root / "dpo", RunFolder(root / "sft").model, reviews, config.lr)
+    recipe["data"]["eval"] = str(reviews / "test.jsonl")
+    recipe["loss"] = {"name": "sigmoid", "beta": config.beta}
+    recipe["watch"] = {"kl_every": 10, "kl_prompts": 8, "kl_tokens": 40}
+    return TrainConfig.model_validate(recipe)
 
 
-def _dpo_recipe(config: DemoConfig, root: Path, reviews: Path) -> TrainConfig:
-    return TrainConfig(
-        run=str(root / "dpo"),
-        seed=config.seed,
-        model=ModelConfig(path=str(RunFolder(root / "sft").model), dtype="float32"),
-        data=DataConfig(train=str(reviews / "train.jsonl"), eval=str(reviews / "test.jsonl"), max_rows=config.pairs),
-        loss=LossConfig(name="sigmoid", beta=config.beta),
-        optim=OptimConfig(lr=config.lr, warmup_steps=2),
-        train=LoopConfig(batch_prompts=8, save_every=0, max_steps=config.max_steps),
-        watch=WatchConfig(kl_every=10, kl_prompts=8, kl_tokens=40),
-    )
+@contextlib.contextmanager
+def _stopped(command: str, run: Path) -> Generator[None]:
+    """The demo takes no resume=true, but the command that it ran does."""
+    try:
+        yield
+    except StoppedError as error:
+        told = f"stopped, with a checkpoint; finish this part with: favor {command} {run}/config.toml resume=true"
+        raise StoppedError(told, error.exit_code - 128) from None
 
 
 def _free_folder(parent: Path) -> Path:

@@ -16,15 +16,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from favor.data.types import Batch, TokenTree
 from favor.errors import CheckpointError, ConfigError
 from favor.model.layout import Method, settle
-from favor.model.load import (
-    ModelConfig,
-    Policy,
-    load_tokenizer,
-    make_policy,
-    refuse_adapter_on_adapter,
-)
+from favor.model.load import ModelConfig, Policy, load_parts, make_policy
 from favor.model.logprobs import head_states, logps_of_states, scored_logps
-from favor.model.weights import Unmatched, check_path, load_weights
 
 # names under which a causal LM keeps the head that a reward model replaces
 _LM_HEAD = frozenset({"lm_head.weight", "lm_head.bias", "embed_out.weight", "output.weight"})
@@ -34,20 +27,23 @@ def load_scalar_model(config: ModelConfig, seed: int = 0, *, fresh: bool = False
     """A causal LM with a scalar head, as transformers' sequence classifier with one output.
 
     fresh: the start of a reward model, whose folder may be a plain LM: a head that it does not have begins at zero, so
-    every first score is 0. The padding id is set to one that ends no turn: transformers reads the score at the last
-    token that is not padding, and that must be the end-of-turn token. Raises CheckpointError for a model that is
-    missing or incomplete, gives more than one number, or (unless fresh) has no trained head.
+    every first score is 0. Raises CheckpointError for a model that is missing or incomplete, gives more than one number,
+    or (unless fresh) has no trained head.
     """
-    check_path(config.path)
-    tokenizer = load_tokenizer(config)
-    model, found = load_weights(
-        AutoModelForSequenceClassification, config.path, config.revision, config.trust_remote_code, num_labels=1
-    )
+    model, tokenizer, found = load_parts(AutoModelForSequenceClassification, config, num_labels=1)
     headless = "score.weight" in found.missing
-    _check_head(config.path, found, headless=headless and not fresh)
+    if headless and not fresh:
+        raise CheckpointError(
+            f"{config.path}: a language model without a trained score (score.weight), no reward model: it would score "
+            "everything 0; train one from it with favor reward"
+        )
+    if "score.weight" in found.mismatched:
+        labels = found.mismatched["score.weight"][0][0]
+        raise CheckpointError(
+            f"{config.path}: a classifier of {labels} labels; a reward model gives one number, name another"
+        )
     # the head of the plain LM it was made from has no place here
     found.without(_LM_HEAD | ({"score.weight"} if headless else frozenset())).refuse(config.path)
-    refuse_adapter_on_adapter(config, found)
     if not isinstance(dict(model.named_children()).get("score"), nn.Linear):
         raise CheckpointError(
             f"{config.path}: {type(model).__name__} keeps no linear layer named 'score'; choose another"
@@ -59,15 +55,18 @@ def load_scalar_model(config: ModelConfig, seed: int = 0, *, fresh: bool = False
     return policy
 
 
-def _check_head(path: str, found: Unmatched, *, headless: bool) -> None:
-    if headless:
-        raise CheckpointError(
-            f"{path}: a language model without a trained score (score.weight), no reward model: it would score everything 0; "
-            "train one from it with favor reward"
+def _pad_without_end(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad with a token that ends no turn: transformers reads the score at the last token that is not padding."""
+    config = policy.causal_lm.config
+    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
+    # some tokenizers bring a padding token that the model has no embedding for
+    fitting = [i for i in candidates if isinstance(i, int) and i < config.get_text_config().vocab_size]
+    pad = next((i for i in fitting if i not in policy.end_ids), None)
+    if pad is None:
+        raise ConfigError(
+            f"{policy.source}: every special token of its tokenizer ends a turn, so none can pad; add a pad token"
         )
-    if "score.weight" in found.mismatched:
-        labels = found.mismatched["score.weight"][0][0]
-        raise CheckpointError(f"{path}: a classifier of {labels} labels; a reward model gives one number, name another")
+    tokenizer.pad_token_id = config.get_text_config().pad_token_id = config.pad_token_id = pad
 
 
 def response_scores(policy: Policy, batch: Batch) -> Tensor:
@@ -138,27 +137,8 @@ def logps_and_values(policy: Policy, critic: Critic | None, batch: Batch) -> tup
     """
     if critic is None:
         return scored_logps(policy, batch), None
-    if critic.trunk is not None:
-        return scored_logps(policy, batch), _values(critic, head_states(critic.trunk, batch, batch.head_N), batch)
-    states_NH = head_states(policy, batch, batch.head_N)
-    logp_E = logps_of_states(policy, batch, states_NH) if policy.fast_head is not None else scored_logps(policy, batch)
-    return logp_E, _values(critic, states_NH.detach() if critic.mode == "detached" else states_NH, batch)
-
-
-def _values(critic: Critic, states_NH: Tensor, batch: Batch) -> Tensor:
-    return critic.head(states_NH.float()).squeeze(-1)[batch.edge_head_E]
-
-
-def _pad_without_end(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-    config = policy.causal_lm.config
-    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
-    # some tokenizers bring a padding token that the model has no embedding for
-    fitting = [i for i in candidates if isinstance(i, int) and i < config.get_text_config().vocab_size]
-    pad = next((i for i in fitting if i not in policy.end_ids), None)
-    if pad is None:
-        raise ConfigError(
-            f"{policy.source}: every special token of its tokenizer ends a turn, so none can pad; add a pad token"
-        )
-    tokenizer.pad_token_id = pad
-    config.get_text_config().pad_token_id = pad
-    config.pad_token_id = pad
+    states_NH = head_states(critic.trunk or policy, batch, batch.head_N)
+    shared = critic.trunk is None and policy.fast_head is not None
+    logp_E = logps_of_states(policy, batch, states_NH) if shared else scored_logps(policy, batch)
+    seen_NH = states_NH.detach() if critic.mode == "detached" else states_NH
+    return logp_E, critic.head(seen_NH.float()).squeeze(-1)[batch.edge_head_E]

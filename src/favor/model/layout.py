@@ -17,9 +17,8 @@ from favor.data.pack import build
 from favor.data.types import Batch, Layout, TokenTree
 from favor.errors import CheckpointError, ConfigError, NumericsError
 from favor.model import attention
-from favor.model.load import Policy, check_ids, precise, use_attention
+from favor.model.load import Policy, check_ids, length_dependent, precise, use_attention
 from favor.model.logprobs import plain_logits, plain_logp, response_logps
-from favor.model.rope import length_dependent
 
 # Layer types of transformers' configs in which a token sees its whole past through softmax attention.
 _TREE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})

@@ -1,7 +1,7 @@
 """A model folder or hub id -> a Policy: weights, tokenizer, and how this model may be computed.
 
-In: ModelConfig. Out: Policy. LoRA through peft; the policy stays in eval mode, so no dropout makes
-its log-probs random. Next: attention.py.
+In: ModelConfig. Out: Policy. LoRA through peft; the policy stays in eval mode, so no dropout makes its log-probs random.
+Rotary frequencies that depend on the longest row of a batch are made to depend on each row alone. Next: attention.py.
 """
 
 import contextlib
@@ -9,15 +9,16 @@ import ctypes
 import hashlib
 import platform
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,7 +30,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from favor.config import STRICT
 from favor.data.types import Layout
 from favor.errors import CheckpointError, ConfigError
-from favor.model.rope import row_by_row
 from favor.model.weights import Unmatched, check_path, load_weights, readable
 
 
@@ -128,16 +128,27 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_policy(config: ModelConfig, seed: int = 0) -> Policy:
-    """Load weights and tokenizer; adds LoRA adapters when asked (their start depends on `seed`).
+    """Weights and tokenizer, and LoRA adapters when asked (their start depends on `seed`).
 
     Raises CheckpointError for a missing, unreadable or incomplete model, ConfigError for settings that cannot work.
     """
+    model, tokenizer, found = load_parts(AutoModelForCausalLM, config)
+    found.refuse(config.path)
+    return make_policy(model, tokenizer, config, seed)
+
+
+def load_parts(loader: Any, config: ModelConfig, **more: Any) -> tuple[Any, PreTrainedTokenizerBase, Unmatched]:
+    """Model, tokenizer, and the weights that files and model do not share. Raises also for new adapters on an adapter."""
     check_path(config.path)
     tokenizer = load_tokenizer(config)
-    model, found = load_weights(AutoModelForCausalLM, config.path, config.revision, config.trust_remote_code)
-    found.refuse(config.path)
-    refuse_adapter_on_adapter(config, found)
-    return make_policy(model, tokenizer, config, seed)
+    model, found = load_weights(loader, config.path, config.revision, config.trust_remote_code, **more)
+    if config.lora is not None and found.adapter:
+        # peft would save the new adapter as one on the hub or base model, without the adapter in between
+        raise ConfigError(
+            f"{config.path}: holds an adapter, and new adapters on it could not be loaded without it; "
+            "remove [model.lora] to train in full, or merge it into its model first (peft's merge_and_unload)"
+        )
+    return model, tokenizer, found
 
 
 def check_ids(policy: "Policy", largest: int) -> None:
@@ -152,37 +163,26 @@ def check_ids(policy: "Policy", largest: int) -> None:
         )
 
 
-def refuse_adapter_on_adapter(config: ModelConfig, found: Unmatched) -> None:
-    """Raises ConfigError for new adapters on a folder that holds one itself."""
-    if config.lora is not None and found.adapter:
-        # peft would save the new adapter as one on the hub or base model, without the adapter in between
-        raise ConfigError(
-            f"{config.path}: holds an adapter, and new adapters on it could not be loaded without it; "
-            "remove [model.lora] to train in full, or merge it into its model first (peft's merge_and_unload)"
-        )
-
-
 def make_policy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: int = 0
 ) -> Policy:
     """Wrap a model already in memory (the tests' and notebooks' way in)."""
     if model._hf_peft_config_loaded:  # pyright: ignore[reportPrivateUsage]
         raise ConfigError(f"{config.path}: has an adapter inside; give peft's merge_and_unload() of it, or its folder")
-    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else _plain(config.device))
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if cuda else "cpu")
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
     row_by_row(model)
-    plain_attention = _attention_name(model)
-    trained = _with_lora(model, config.lora, seed) if config.lora else model
     head = model.get_output_embeddings()
     policy = Policy(
-        model=trained,
+        plain_attention=_attention_name(model),
+        model=_with_lora(model, config.lora, seed) if config.lora else model,
         backbone=model.base_model,
         fast_head=head if type(head) is nn.Linear else None,
         tokenizer=tokenizer,
         device=device,
         compute_dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
         layout="rows",
-        plain_attention=plain_attention,
         source=config.path,
     )
     if config.gradient_checkpointing:
@@ -261,10 +261,6 @@ def _attention_name(model: PreTrainedModel) -> str:
     return model.config._attn_implementation or "eager"  # pyright: ignore[reportPrivateUsage]
 
 
-def _plain(device: str) -> str:
-    return "cpu" if device == "auto" else device
-
-
 def _with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
     # SEQ_CLS also trains and saves the scalar head
@@ -292,3 +288,38 @@ def _checkpoint_layers(policy: Policy) -> None:
         )
     for layer in layers:
         layer.training = True
+
+
+def length_dependent(config: dict[str, Any]) -> tuple[str, int] | None:
+    """(rope_type, tokens): beyond so many tokens a row's length chooses its frequencies; None where it never does."""
+    rope = config.get("rope_parameters") or {}
+    kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    found: list[tuple[str, int]] = []
+    for kind in kinds:
+        name = str(kind.get("rope_type"))
+        if name == "longrope":
+            found.append((name, int(kind["original_max_position_embeddings"])))
+        elif "dynamic" in name:
+            found.append((name, int(config["max_position_embeddings"])))
+    return min(found, key=lambda item: item[1], default=None)
+
+
+def row_by_row(model: PreTrainedModel) -> None:
+    """Let every rotary embedding of this kind see one row at a time. Padding must repeat a row's last position."""
+    for module in model.modules():
+        kinds = vars(module).get("rope_type")
+        names = kinds.values() if isinstance(kinds, dict) else [kinds]
+        if any(isinstance(name, str) and ("dynamic" in name or name == "longrope") for name in names):
+            # a partial of a bound method: a deep copy of the model then calls its own module
+            module.forward = partial(_each_row, module.forward)
+
+
+def _each_row(forward: Callable[..., Any], x: Tensor, position_ids: Tensor, *more: Any, **named: Any) -> Any:
+    found: list[Any] = []
+    for row in range(position_ids.shape[0]):
+        # "dynamic" remembers the longest row it has met; position 0 makes it forget
+        forward(x[:1], position_ids.new_zeros((1, 1)), *more, **named)
+        found.append(forward(x[:1], position_ids[row : row + 1], *more, **named))
+    if isinstance(found[0], Tensor):
+        return torch.cat(found)
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))

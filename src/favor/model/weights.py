@@ -7,7 +7,7 @@ are read. Next: load.py.
 import contextlib
 import json
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ _OBJECTS = (
     *("adapter_config.json", "model.safetensors.index.json"),
 )
 _FLOATS = ("F16", "BF16", "F32", "F64")
+_KINDS = {"I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool"}
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,7 @@ class Unmatched:
 
     def refuse(self, path: str) -> None:
         """Raise CheckpointError when there are any: what is missing would be random, what is left over ignored."""
-        shapes = frozenset(
-            f"{name} ({_shape(here)}, not {_shape(there)})" for name, (here, there) in self.mismatched.items()
-        )
+        shapes = {f"{n} ({_shape(here)}, not {_shape(there)})" for n, (here, there) in self.mismatched.items()}
         problems = {
             "lack": self.missing,
             "hold, but the model has no place for": self.unexpected,
@@ -119,18 +118,18 @@ def _merged(adapted: PeftModel, path: str) -> Any:
 
 
 def check_path(path: str) -> None:
-    """Raises CheckpointError when `path` is a folder without a model, or no folder and no hub id."""
+    """Raises CheckpointError when `path` is a folder without a sound model, or no folder and no hub id."""
     folder = Path(path)
+    adapter = (folder / "adapter_config.json").exists()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{path}: no config.json or adapter_config.json in this folder; name a model folder")
-    if (folder / "adapter_config.json").exists() and not (folder / "adapter_model.safetensors").exists():
-        # peft would fall back to adapter_model.bin
-        raise CheckpointError(f"{path}: no adapter_model.safetensors in this folder; save the adapter as safetensors")
     if not folder.exists() and looks_local:
         raise CheckpointError(f"{path}: no such model folder; give a local folder or a hub id like owner/name")
-    if folder.is_dir():
-        _check_objects(folder)
+    if folder.is_dir() and not (adapter or (folder / "config.json").exists()):
+        raise CheckpointError(f"{path}: no config.json or adapter_config.json in this folder; name a model folder")
+    if adapter and not (folder / "adapter_model.safetensors").exists():
+        # peft would fall back to adapter_model.bin
+        raise CheckpointError(f"{path}: no adapter_model.safetensors in this folder; save the adapter as safetensors")
+    _check_objects(folder)
 
 
 @contextlib.contextmanager
@@ -162,13 +161,10 @@ def _whole(loader: Any, path: str, revision: str | None, trust: bool, **more: An
         )
         tensors = _tensors(Path(str(cached_file(path, CONFIG_NAME, revision=revision))).parent)
     _check_kinds(path, model, tensors)
-    leftover = frozenset(name for name in info["unexpected_keys"] if _is_mask(name, tensors))
-    return model, _unmatched(info).without(leftover)
-
-
-def _unmatched(info: dict[str, Any]) -> Unmatched:
+    missing, unexpected = frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"])
+    leftover = frozenset(name for name in unexpected if _is_mask(name, tensors))
     mismatched = {str(name): (here, there) for name, here, there in info["mismatched_keys"]}
-    return Unmatched(frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched)
+    return model, Unmatched(missing, unexpected - leftover, mismatched)
 
 
 def _tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
@@ -191,21 +187,18 @@ def _check_kinds(path: str, model: Any, tensors: Mapping[str, tuple[str, list[in
             f"{path}: its weights are quantized (quantization_config: {method}), which favor cannot train or score exactly; "
             "name the model it was made from"
         )
-    floats = (name for name, value in model.state_dict().items() if value.is_floating_point())
-    wrong = next((name for name in floats if name in tensors and tensors[name][0] not in _FLOATS), None)
-    if wrong is not None:
-        raise CheckpointError(
-            f"{path}: holds {wrong} as {_KINDS.get(tensors[wrong][0], tensors[wrong][0])} numbers, not floats: quantized or "
-            "damaged; name the model it was made from"
-        )
+    floats = [name for name, value in model.state_dict().items() if value.is_floating_point() and name in tensors]
+    for name in floats:
+        if (kind := tensors[name][0]) not in _FLOATS:
+            raise CheckpointError(
+                f"{path}: holds {name} as {_KINDS.get(kind, kind)} numbers, not floats: quantized or damaged; "
+                "name the model it was made from"
+            )
     ends = model.generation_config.eos_token_id if model.can_generate() else None
     if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends]) if end is not None):
         raise CheckpointError(
             f"{path}: generation_config.json: eos_token_id is {ends!r}, expected token ids; correct it"
         )
-
-
-_KINDS = {"I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool"}
 
 
 def _is_mask(name: str, tensors: Mapping[str, tuple[str, list[int]]]) -> bool:
@@ -217,25 +210,21 @@ def _is_mask(name: str, tensors: Mapping[str, tuple[str, list[int]]]) -> bool:
 
 def _check_objects(folder: Path) -> None:
     """Raises CheckpointError for a JSON file of a model folder that is damaged: transformers passes over some of them."""
-    for name in _OBJECTS:
-        if not (folder / name).exists():
-            continue
+    for path in (folder / name for name in _OBJECTS if (folder / name).exists()):
         try:
-            value = json.loads((folder / name).read_text("utf-8"))
+            value = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{folder / name}: cannot be read as JSON ({error}); fetch the file again") from None
+            raise CheckpointError(f"{path}: cannot be read as JSON ({error}); fetch the file again") from None
         if not isinstance(value, dict):
-            raise CheckpointError(
-                f"{folder / name}: holds a {type(value).__name__}, expected an object; fetch the file again"
-            )
-        if name.endswith("index.json") and not isinstance(value.get("weight_map"), dict):
-            raise CheckpointError(f"{folder / name}: has no weight_map; fetch the file again")
+            raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected an object; fetch the file again")
+        if path.name.endswith("index.json") and not isinstance(value.get("weight_map"), dict):
+            raise CheckpointError(f"{path}: has no weight_map; fetch the file again")
 
 
 def _shape(shape: Any) -> str:
     return " x ".join(map(str, shape)) or "one number"
 
 
-def _few(names: frozenset[str]) -> str:
+def _few(names: Set[str]) -> str:
     shown = ", ".join(sorted(names)[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
