@@ -83,16 +83,16 @@ def prepare_here(source: str, model: str, *, cached: bool) -> Figures:
     """favor's preparation in this process."""
     from transformers import AutoTokenizer
 
-    from favor.data.read import DataConfig, parts_of
+    from favor.data.prepare import Recipe, prepare_split
+    from favor.data.read import DataConfig, splits_of
     from favor.data.tokenize import TokensConfig
-    from favor.ranks import World
-    from favor.train.prepared import Recipe, prepare
+    from favor.lint.brief import CHECKS
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = DataConfig(train=source, bad_rows="drop", cache=cached)
     began = time.monotonic()
-    recipe = Recipe(parts_of(data)[0], data, TokensConfig(), tokenizer, frozenset({tokenizer.eos_token_id}))
-    part = prepare(recipe, World(), lambda _: None)
+    recipe = Recipe(splits_of(data)[0], data, TokensConfig(), tokenizer, frozenset({tokenizer.eos_token_id}))
+    part = prepare_split(recipe, CHECKS, lambda _: None)
     seconds = time.monotonic() - began
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return Figures(part.read["num_rows"], seconds, _mib(status["VmHWM"]), _mib(status["RssAnon"]))

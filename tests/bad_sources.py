@@ -191,7 +191,7 @@ def _differs(what: str, found: Mapping[int, str], expected: Mapping[int, str]) -
 
 def _contents(source: Source) -> "list[str]":
     """Every good row has the words that were written into it."""
-    from favor.data.read import DataConfig, read_parts
+    from favor.data.read import DataConfig, read_splits
 
     if source.during or source.late:
         return []
@@ -199,7 +199,7 @@ def _contents(source: Source) -> "list[str]":
         key.removeprefix("data."): value if value.isalpha() else json.loads(value)
         for key, _, value in (m.partition("=") for m in source.more)
     }
-    trees, _ = read_parts(DataConfig.model_validate({"train": str(source.data), "bad_rows": "drop"} | settings))[
+    trees, _ = read_splits(DataConfig.model_validate({"train": str(source.data), "bad_rows": "drop"} | settings))[
         "train"
     ]
     found = {tree.rows[0]: (tree.prompt, tree.responses) for tree in trees}

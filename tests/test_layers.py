@@ -17,7 +17,7 @@ ALLOWED = {
     "guard": {"errors"},
     "run": {"errors", "guard"},
     "output": {"errors", "run", "guard"},
-    "data": {"errors", "config", "guard"},
+    "data": {"errors", "config", "guard", "run"},
     "losses": {"errors", "config", "data.types"},
     "model": {"errors", "config", "data.types", "data.pack", "ranks"},
     "ranks": {"errors"},

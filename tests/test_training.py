@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors import safe_open
 
 from favor.config import load
-from favor.data.read import read_parts
+from favor.data.read import read_splits
 from favor.errors import CheckpointError, ConfigError, NumericsError
 from favor.eval.evaluate import EvalConfig, evaluate
 from favor.model.load import ModelConfig, load_policy
@@ -380,7 +380,7 @@ def test_held_out_share_is_never_trained_on_and_evaluated(world_of_films, tmp_pa
     evaluate(config, lambda text: None, lambda *args: None)
     sampled = {record["prompt"] for record in read_jsonl(RunFolder(tmp_path / "a").samples)}
     data = load(TrainConfig, RunFolder(tmp_path / "a").config).data
-    assert sampled == {tree.prompt for tree in read_parts(data)["eval"][0]}
+    assert sampled == {tree.prompt for tree in read_splits(data)["eval"][0]}
 
 
 def test_sft_raises_the_preferred_responses_only(world_of_films, tmp_path):

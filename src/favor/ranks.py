@@ -5,7 +5,7 @@ In: torchrun's environment variables; tensors of this rank. Out: World; sums ove
 
 import contextlib
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,13 @@ def _local_rank() -> int:
 def current() -> World:
     """The group that `world` has joined; one process without one."""
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else World()
+
+
+def on_main(members: World, work: Callable[[], object]) -> None:
+    """Run a function on the main rank, while the others wait."""
+    if members.is_main:
+        work()
+    barrier(members)
 
 
 def barrier(members: World) -> None:

@@ -16,18 +16,19 @@ import pytest
 import tiny
 from filelock import FileLock
 
-from favor.data import cache
+from favor.data import cache, cached
+from favor.data import prepare as preparing
+from favor.data.cached import describe
 from favor.data.columns import WINDOW
 from favor.data.digest import hash_all, hash_ids
 from favor.data.group import group
-from favor.data.read import DataConfig, parts_of, read
+from favor.data.prepare import Recipe, prepare_split
+from favor.data.read import DataConfig, read, splits_of
 from favor.data.settings import SourceConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Comparison, Thumb, TokenTree
 from favor.errors import DataError
-from favor.ranks import World
-from favor.train import prepared
-from favor.train.prepared import Recipe, describe, prepare
+from favor.lint.brief import CHECKS
 
 END = frozenset({2})
 FILES = ["trees.arrow", "prompts.arrow", "report.json", "hashes.json"]
@@ -70,12 +71,12 @@ def write(path, rows):
 
 def wanted(source, tok, tokens=None, **settings):
     data = DataConfig(**{"train": source, "bad_rows": "drop", **settings})
-    return Recipe(parts_of(data)[0], data, tokens or TokensConfig(), tok, END)
+    return Recipe(splits_of(data)[0], data, tokens or TokensConfig(), tok, END)
 
 
 def get(source, tok, tokens=None, part=0, **settings):
     recipe = wanted(source, tok, tokens, **settings)
-    return prepare(recipe._replace(part=parts_of(recipe.data)[part]), World(), lambda _: None)
+    return prepare_split(recipe._replace(split=splits_of(recipe.data)[part]), CHECKS, lambda _: None)
 
 
 def caches(tmp_path):
@@ -187,7 +188,7 @@ def test_sequence(tmp_path):
 def test_reused_without_reading(tmp_path, tok, monkeypatch):
     source = write(tmp_path / "rows.jsonl", make_rows(50, 20))
     first = get(source, tok, cache=True)
-    for module, name in ((prepared, "group"), (prepared, "tokenized")):
+    for module, name in ((cached, "group"), (cached, "tokenized")):
         monkeypatch.setattr(module, name, None)
     again = get(source, tok, cache=True)
     assert list(again.trees) == list(first.trees)
@@ -207,8 +208,8 @@ def test_every_part_of_the_fingerprint_counts(tmp_path, tok, monkeypatch):
         "tokenizer": start._replace(tokenizer=longer),
         "tokens": start._replace(tokens=TokensConfig(max_tokens=9)),
         "data": start._replace(data=data.model_copy(update={"max_rows": 2})),
-        "half": start._replace(part=start.part._replace(half="train")),
-        "sources": start._replace(part=start.part._replace(sources=(SourceConfig(path=source, weight=2.0),))),
+        "half": start._replace(split=start.split._replace(half="train")),
+        "sources": start._replace(split=start.split._replace(sources=(SourceConfig(path=source, weight=2.0),))),
         "end ids": start._replace(end_ids=frozenset({3})),
     }
     for name, now in changed.items():
@@ -251,7 +252,7 @@ def test_random_damage_is_seen_and_said(tmp_path, tok):
         content[start:stop] = bytes(b ^ rng.randrange(1, 256) for b in content[start:stop])
         (folder / name).write_bytes(bytes(content))
         said = []
-        found = prepare(wanted(source, tok, cache=True), World(), said.append)
+        found = prepare_split(wanted(source, tok, cache=True), CHECKS, said.append)
         assert "what was there is damaged" in said[0]
         assert (list(found.trees), dict(found.prompts), found.read, found.tokens, found.findings) == expected
     assert caches(tmp_path) == [folder]
@@ -280,7 +281,7 @@ def test_other_things_in_place_of_a_cache(tmp_path, tok, monkeypatch):
 def test_a_file_that_changes_meanwhile_leaves_no_cache(tmp_path, tok, monkeypatch, when):
     """The identity is of the content before; what is read must be that."""
     (tmp_path / "in").mkdir()
-    path, real = tmp_path / "in/rows.jsonl", prepared.group
+    path, real = tmp_path / "in/rows.jsonl", cached.group
     source = str(tmp_path / "in")
     write(path, make_rows(50, 20))
     content = path.read_bytes()
@@ -303,11 +304,11 @@ def test_a_file_that_changes_meanwhile_leaves_no_cache(tmp_path, tok, monkeypatc
             change()
         return found
 
-    monkeypatch.setattr(prepared, "group", group_while_it_changes)
+    monkeypatch.setattr(cached, "group", group_while_it_changes)
     with pytest.raises(DataError, match="changed while it was read; start again"):
         get(source, tok, cache=True)
     assert caches(tmp_path) == []
-    monkeypatch.setattr(prepared, "group", real)
+    monkeypatch.setattr(cached, "group", real)
     path.write_bytes(content)
     assert len(get(source, tok, cache=True).trees) > 10
 
@@ -316,12 +317,12 @@ def test_the_second_builder_waits_and_is_told(tmp_path, tok):
     """It builds nothing itself."""
     source, said = write(tmp_path / "rows.jsonl", make_rows(50, 20)), []
     recipe = wanted(source, tok, cache=True)
-    expected = list(prepare(recipe, World(), said.append).trees)
+    expected = list(prepare_split(recipe, CHECKS, said.append).trees)
     (folder,) = caches(tmp_path)
     shutil.move(folder, tmp_path / "aside")
     found, waits = [], []
     with FileLock(next((tmp_path / "cache/locks").iterdir())):
-        second = threading.Thread(target=lambda: found.append(prepare(recipe, World(), waits.append)))
+        second = threading.Thread(target=lambda: found.append(prepare_split(recipe, CHECKS, waits.append)))
         second.start()
         while not waits:
             assert second.is_alive()
@@ -339,8 +340,8 @@ def test_several_processes_build_one_cache(tmp_path):
     source = write(tmp_path / "rows.jsonl", make_rows(3000, 2000))
     program = (
         "import sys; sys.path.insert(0, 'tests'); import tiny; from pathlib import Path; from tests.data import test_cache as t;"
-        "from favor.data.digest import hash_all; from favor.ranks import World; from favor.train.prepared import prepare\n"
-        "said = []\nfound = prepare(t.wanted(sys.argv[1], tiny.tokenizer(), cache=True), World(), said.append)\n"
+        "from favor.data.digest import hash_all; from favor.lint.brief import CHECKS; from favor.data.prepare import prepare_split\n"
+        "said = []\nfound = prepare_split(t.wanted(sys.argv[1], tiny.tokenizer(), cache=True), CHECKS, said.append)\n"
         "print(hash_all({'a': found.trees}), sum('(once' in text for text in said))"
     )
     root = Path(__file__).parent.parent.parent
@@ -372,7 +373,7 @@ def test_interrupted_build_leaves_nothing(tmp_path, tok, monkeypatch, where):
 def test_auto_is_by_size(tmp_path, tok, monkeypatch):
     source = write(tmp_path / "rows.jsonl", make_rows(50, 20))
     assert isinstance(get(source, tok).trees, list)
-    monkeypatch.setattr(prepared, "_LARGE", Path(source).stat().st_size - 1)
+    monkeypatch.setattr(preparing, "_LARGE", Path(source).stat().st_size - 1)
     assert not isinstance(get(source, tok).trees, list)
 
 

@@ -9,7 +9,7 @@ import pytest
 from favor.config import dump, load
 from favor.data.formats import FORMATS
 from favor.data.pairing import Rules, arrange
-from favor.data.read import DataConfig, read, read_parts
+from favor.data.read import DataConfig, read, read_splits
 from favor.data.types import Comparison
 from favor.errors import ConfigError, DataError
 from favor.train.preference import TrainConfig
@@ -150,7 +150,7 @@ def test_mixing_multiplies_weights_and_reports_each_source(tmp_path):
     )  # fmt: skip
     (tmp_path / "r.toml").write_text(dump(config))
     assert load(TrainConfig, tmp_path / "r.toml") == config
-    trees, report = read_parts(config.data)["train"]
+    trees, report = read_splits(config.data)["train"]
     assert [(t.source, t.prompt) for t in trees] == [(a, "p"), (b, "q0"), (b, "q1"), (c, "p")]
     assert (trees[0].comparisons[0].weight, trees[1].thumbs[0].weight, trees[3].ties[0].weight) == (1.5, 2.0, 4.0)
     assert [(r.source, r.format, r.num_rows, len(r.dropped)) for r in report.each] == [
@@ -164,7 +164,7 @@ def test_mixing_multiplies_weights_and_reports_each_source(tmp_path):
 
 
 def held(path, **settings):
-    parts = read_parts(DataConfig(train=path, **settings))
+    parts = read_splits(DataConfig(train=path, **settings))
     return [
         {t.prompt if isinstance(t.prompt, str) else t.prompt[0]["content"] for t in parts[n][0]}
         for n in ("train", "eval")
@@ -193,14 +193,14 @@ def test_held_out_prompts_are_whole_and_stable(tmp_path):
 def test_held_out_rows_are_counted_once(tmp_path):
     rows = [{"prompt": f"p{i % 50}", "chosen": "a", "rejected": "b"} for i in range(100)] + [{"prompt": "bad"}]
     path = write(tmp_path / "a.jsonl", rows)
-    parts = read_parts(DataConfig(train=path, eval_share=0.5, bad_rows="drop"))
+    parts = read_splits(DataConfig(train=path, eval_share=0.5, bad_rows="drop"))
     train, out = parts["train"][1], parts["eval"][1]
     assert train.num_rows + out.num_rows == 101
     assert train.repeated_comparisons + out.repeated_comparisons == 50
     assert (len(train.dropped), len(out.dropped)) == (1, 0)
     lone = write(tmp_path / "b.jsonl", rows[:1])
     with pytest.raises(DataError, match=r"eval_share = 0.01 leaves no prompt for eval"):
-        read_parts(DataConfig(train=lone, eval_share=0.01))
+        read_splits(DataConfig(train=lone, eval_share=0.01))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from favor.config import load
 from favor.data.formats import FORMATS, RowError, recognise
 from favor.data.group import group
+from favor.data.prepare import summary
 from favor.data.prompts import read_prompts
 from favor.data.read import DataConfig, read
 from favor.data.settings import SourceConfig, VerdictConfig
@@ -15,7 +16,6 @@ from favor.errors import ConfigError, DataError
 from favor.lint.noise import Gap, noise_findings
 from favor.lint.run import lint
 from favor.lint.settings import LintConfig, LintSettings, Row
-from favor.train.data import summary
 
 C = Comparison
 VALUES = {"first": ["model_a", 1], "second": ["model_b", 2], "tie": ["tie", 0.5], "both_bad": ["tie (bothbad)", True]}

@@ -24,11 +24,10 @@ from favor.model.sample import SampleConfig, decode, sample
 from favor.rewards.source import RewardConfig, make_scorer
 from favor.run import RunFolder, cache_folder, make_folder, write_json, write_text
 from favor.train import reference
-from favor.train.data import load_splits
 from favor.train.loop import LoopConfig
 from favor.train.optim import OptimConfig
 from favor.train.reward import RewardTrainConfig, train_reward
-from favor.train.session import Session
+from favor.train.session import Session, load_splits
 from favor.train.sft import SftConfig, sft
 from favor_frontier.films import film_files
 from favor_frontier.recipe import FrontierConfig
@@ -164,7 +163,8 @@ def store_reference(task: Task, places: Places, seed: int, open_session: OpenSes
     session = open_session(path.parent)
     policy = load_policy(ModelConfig(path=str(start_model(task, places)), dtype="float32"))
     data = DataConfig(train=str(places.preferences(seed)))
-    splits = load_splits(data, task.tokens, policy, session, need_comparisons=True)
+    splits = load_splits(data, task.tokens, policy, session)
+    splits.need_comparisons()
     policy, _ = settle(policy, "auto", splits.train)
 
     def build(trees: Sequence[TokenTree]) -> Tensor:

@@ -17,7 +17,7 @@ from favor.data.settings import DataConfig, SourceConfig, VerdictConfig
 from favor.data.types import PromptTree, Text
 from favor.errors import DataError
 
-__all__ = ["LEFT_OUT", "DataConfig", "ReadReport", "SourceConfig", "read", "read_parts"]
+__all__ = ["LEFT_OUT", "DataConfig", "ReadReport", "SourceConfig", "read", "read_splits"]
 
 _TABLE = "data.verdict"
 # counts of a report that say what was left out, for people
@@ -77,7 +77,7 @@ Part: TypeAlias = tuple[Sequence[PromptTree], ReadReport]
 Half: TypeAlias = Literal["all", "train", "eval"]
 
 
-class Wanted(NamedTuple):
+class SplitSpec(NamedTuple):
     """One part of the data: its sources, and which half of their prompts belongs to it."""
 
     name: str
@@ -85,25 +85,25 @@ class Wanted(NamedTuple):
     half: Half
 
 
-def parts_of(config: DataConfig) -> list[Wanted]:
+def splits_of(config: DataConfig) -> list[SplitSpec]:
     """The parts "train" and, where the recipe holds anything out, "eval".
 
     With eval_share a prompt goes wholly to one part, by a hash of its text: more rows or another order change nothing.
     """
     if config.eval is not None:
         held_out = SourceConfig(path=config.eval, split=config.eval_split)
-        return [Wanted("train", config.parts, "all"), Wanted("eval", (held_out,), "all")]
+        return [SplitSpec("train", config.parts, "all"), SplitSpec("eval", (held_out,), "all")]
     if config.eval_share:
-        return [Wanted("train", config.parts, "train"), Wanted("eval", config.parts, "eval")]
-    return [Wanted("train", config.parts, "all")]
+        return [SplitSpec("train", config.parts, "train"), SplitSpec("eval", config.parts, "eval")]
+    return [SplitSpec("train", config.parts, "all")]
 
 
-def read_parts(config: DataConfig) -> dict[str, Part]:
+def read_splits(config: DataConfig) -> dict[str, Part]:
     """Every part, read whole. Raises DataError as `read` does."""
-    return {wanted.name: read_part(wanted, config) for wanted in parts_of(config)}
+    return {wanted.name: read_split(wanted, config) for wanted in splits_of(config)}
 
 
-def read_part(wanted: Wanted, config: DataConfig) -> Part:
+def read_split(wanted: SplitSpec, config: DataConfig) -> Part:
     """One part, read whole. Raises DataError as `read` does."""
     trees: list[PromptTree] = []
     reports: list[ReadReport] = []
@@ -127,7 +127,7 @@ def read(source: str, config: DataConfig, split: str) -> Part:
     Raises DataError: no such file, damaged or empty file, unknown format; and for the first row that cannot
     be used, unless `data.bad_rows = "drop"` leaves such rows out and lists them.
     """
-    return read_part(Wanted("train", (SourceConfig(path=source, split=split),), "all"), config)
+    return read_split(SplitSpec("train", (SourceConfig(path=source, split=split),), "all"), config)
 
 
 def judged(
@@ -304,7 +304,7 @@ def _held_out(prompt: Text, config: DataConfig) -> bool:
     return int.from_bytes(digest[:8], "big") < config.eval_share * 2**64
 
 
-def joined(reports: Sequence[ReadReport], wanted: Wanted, config: DataConfig) -> ReadReport:
+def joined(reports: Sequence[ReadReport], wanted: SplitSpec, config: DataConfig) -> ReadReport:
     """The report of a part from those of its sources. Raises DataError when a half holds no prompt."""
     if not any(report.num_trees for report in reports):
         raise DataError(

@@ -18,6 +18,8 @@ from favor.data.readers import BATCH, Numbered, reader_of, values_of
 from favor.errors import DataError
 from favor.guard import file_hash
 
+Stamp = tuple[str, int, int, int, int, int]
+
 # Files that say that a folder is a data set saved by `datasets`.
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 
@@ -130,9 +132,9 @@ def local_files(source: str) -> list[Path] | None:
     return found
 
 
-def stamps(found: Iterable[Path]) -> list[tuple[str, int, int, int, int, int]]:
+def stamps(found: Iterable[Path]) -> list[Stamp]:
     """(name, device, inode, bytes, when its content and when anything of it was changed) of files: all change with them."""
-    listed: list[tuple[str, int, int, int, int, int]] = []
+    listed: list[Stamp] = []
     for path in found:
         with _readable(path):
             now = path.stat()

@@ -15,7 +15,7 @@ from favor.config import STRICT
 from favor.data import sources
 from favor.data.encode import Encoder
 from favor.data.formats import RowError
-from favor.data.formats.common import brief
+from favor.data.formats.common import Kind, brief
 from favor.data.render import Rendered, Renderer
 from favor.data.types import Comparison, PromptTree, Text, TokenTree
 from favor.errors import ConfigError, DataError
@@ -63,7 +63,7 @@ class TokenReport:
     pairs: int = 0
     pairs_lost: int = 0
     dropped: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
-    kinds: list[str] = field(default_factory=list[str])
+    kinds: list[Kind] = field(default_factory=list[Kind])
 
     def as_json(self) -> dict[str, Any]:
         """For data.json."""
@@ -335,7 +335,8 @@ def _count_lost(report: TokenReport, before: TokenTree, after: TokenTree | None)
     report.pairs_lost += len(before.comparisons) - (len(after.comparisons) if after else 0)
 
 
-def _drop(report: TokenReport, reason: str, row: int, kind: str) -> None:
+def _drop(report: TokenReport, reason: str, row: int, kind: Kind) -> None:
     report.trees_dropped += 1
     report.dropped.append((row, reason))
-    report.kinds.append(kind or "round_trip")
+    # what cannot be rendered does not come through the template
+    report.kinds.append("round_trip" if kind == "malformed" else kind)

@@ -88,6 +88,19 @@ class TokenTree:
         return len(self.prompt_ids) + sum(map(len, self.response_ids))
 
 
+class Finding(NamedTuple):
+    """One kind of fault in the data and where it is. rows: numbers, or (source, number) of several sources together.
+
+    examples: what to show of the first of them.
+    """
+
+    severity: Literal["error", "warning", "note"]
+    name: str
+    message: str
+    rows: tuple[Any, ...] = ()
+    examples: tuple[str, ...] = ()
+
+
 class Node(NamedTuple):
     """A run of tokens shared by everything below it, in pre-order: [start, stop), descendants [stop, end)."""
 

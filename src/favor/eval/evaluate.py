@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from favor.config import STRICT, Seed
-from favor.data.read import DataConfig, read, read_parts
+from favor.data.read import DataConfig, read, read_splits
 from favor.data.tokenize import tokenize
 from favor.data.types import Batch, PromptTree, TokenTree
 from favor.errors import ConfigError, DataError
@@ -113,7 +113,7 @@ def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) 
     data = DataConfig.model_validate({**recipe.data, "max_rows": limit})
     if config.data is None and data.eval is None and not data.eval_share:
         raise ConfigError(f"{config.run}: the run had no data.eval; name held-out preferences with data=FILE")
-    texts, report = read(config.data, data, data.eval_split) if config.data else read_parts(data)["eval"]
+    texts, report = read(config.data, data, data.eval_split) if config.data else read_splits(data)["eval"]
     policy, reference = load_pair(config.run, config.reference)
     trees, _ = tokenize(texts, policy.tokenizer, recipe.tokens, policy.end_ids, data.bad_rows)
     trees = [tree for tree in trees if tree.comparisons]

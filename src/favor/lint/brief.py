@@ -1,25 +1,16 @@
 """Faults of preference data that training would not notice: pure checks on prompt trees and reports.
 
-In: PromptTrees, a TokenReport. Out: findings, each with the rows concerned. Next: ../train/data.py.
+In: PromptTrees, a TokenReport. Out: findings, each with the rows concerned. Next: ../data/prepare.py.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
 
+from favor.data.prepare import Checks
 from favor.data.tokenize import TokenReport
-from favor.data.types import PromptTree, Text
+from favor.data.types import Finding, PromptTree, Text
 
 _LONGER_SHARE = 0.6
 _CUT_SHARE = 0.05
-
-
-class Finding(NamedTuple):
-    """One kind of fault and where it is."""
-
-    severity: Literal["error", "warning", "note"]
-    name: str
-    message: str
-    rows: tuple[int, ...]
 
 
 def lint(trees: Sequence[PromptTree]) -> list[Finding]:
@@ -108,3 +99,10 @@ def _contents(messages: Sequence[dict[str, object]]) -> Iterator[str]:
 def _rows(rows: Sequence[int]) -> str:
     shown = ", ".join(map(str, rows[:5]))
     return f"(row{'s' if len(rows) > 1 else ''} {shown}{', ...' if len(rows) > 5 else ''})"
+
+
+def _split(trees: Sequence[PromptTree], report: TokenReport) -> list[Finding]:
+    return [*lint(trees), *lint_tokens(report)]
+
+
+CHECKS = Checks(_split, leaks)

@@ -9,16 +9,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from favor.data import pack
-from favor.data.read import DataConfig, parts_of
+from favor.data.prepare import Prepared, Recipe, prepare_split, summary
+from favor.data.read import DataConfig, splits_of
 from favor.data.types import TokenTree
+from favor.lint import brief as lint
 from favor.model.layout import config_obstacle
 from favor.model.load import ModelConfig, end_ids, load_tokenizer, precision_of
 from favor.model.weights import readable
-from favor.ranks import World
-from favor.train.data import summary
 from favor.train.loop import num_steps
 from favor.train.preference import TrainConfig
-from favor.train.prepared import Part, Recipe, prepare
 
 _GIB = 1 << 30
 
@@ -53,10 +52,10 @@ def describe(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def _part(data: DataConfig, config: TrainConfig) -> Part:
+def _part(data: DataConfig, config: TrainConfig) -> Prepared:
     tokenizer = load_tokenizer(config.model)
-    recipe = Recipe(parts_of(data)[0], data, config.tokens, tokenizer, end_ids(tokenizer, None))
-    return prepare(recipe, World(), lambda _: None)
+    recipe = Recipe(splits_of(data)[0], data, config.tokens, tokenizer, end_ids(tokenizer, None))
+    return prepare_split(recipe, lint.CHECKS, lambda _: None)
 
 
 def _architecture(model: ModelConfig) -> PreTrainedConfig:

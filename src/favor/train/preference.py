@@ -18,6 +18,7 @@ from favor import losses
 from favor.config import STRICT, Seed, dump
 from favor.data import pack
 from favor.data.loader import LoaderState, Order, batches
+from favor.data.prepare import Splits, check_sources
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
@@ -33,12 +34,11 @@ from favor.rewards.source import identity as reward_identity
 from favor.run import same_inputs
 from favor.train import reference, twopass
 from favor.train.checkpoint import TrainingState
-from favor.train.data import Splits, check_sources, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import Reference, ReferenceConfig
 from favor.train.scored import kto_zero, needs, score, usable
-from favor.train.session import Bar, Session, recipe_hash, running
+from favor.train.session import Bar, Session, load_splits, recipe_hash, running
 from favor.train.step import Machine, Objective, Stepped, step
 from favor.train.twopass import gather
 from favor.train.watch import (
@@ -103,7 +103,7 @@ def train(config: TrainConfig, open_session: Callable[[Path], Session]) -> None:
 
 def _train(config: TrainConfig, session: Session) -> None:
     policy = load_policy(config.model, config.seed)
-    splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=False)
+    splits = load_splits(config.data, config.tokens, policy, session)
     used = usable(config.loss, splits.train, config.data.training)
     policy, why = settle(policy, config.model.layout, splits.train, also=_beyond(config, splits), train=True)
     session.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from favor.config import STRICT, Seed, dump
 from favor.data.loader import LoaderState, Order, batches
+from favor.data.prepare import Splits, check_sources
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
@@ -27,11 +28,10 @@ from favor.model.load import ModelConfig, Policy, precise, precision_of
 from favor.ranks import World
 from favor.run import write_json
 from favor.train.checkpoint import TrainingState
-from favor.train.data import Splits, check_sources, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import identity
-from favor.train.session import Bar, Session, recipe_hash, running
+from favor.train.session import Bar, Session, load_splits, recipe_hash, running
 from favor.train.step import Machine, Objective, step
 from favor.train.view import where
 
@@ -76,7 +76,8 @@ def train_reward(config: RewardTrainConfig, open_session: Callable[[Path], Sessi
 
 def _learn(config: RewardTrainConfig, session: Session) -> Calibration | None:
     policy = load_scalar_model(config.model, config.seed, fresh=True)
-    splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=True)
+    splits = load_splits(config.data, config.tokens, policy, session)
+    splits.need_comparisons()
     _check_options(config.reward, splits)
     policy, why = settle_scores(policy, config.model.layout, splits.train, also=splits.eval, train=True)
     session.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -14,9 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from favor.config import dump
+from favor.data.prepare import Splits, prepare
+from favor.data.read import DataConfig
+from favor.data.tokenize import TokensConfig
 from favor.guard import sha
-from favor.ranks import World, current
-from favor.run import RunFolder, append, start
+from favor.lint import brief as lint
+from favor.model.load import Policy
+from favor.ranks import World, current, on_main
+from favor.run import RunFolder, append, start, write_json
 from favor.stop import StoppedError, StopRequest
 
 __all__ = ["Bar", "Session", "StopRequest", "StoppedError"]
@@ -57,6 +63,16 @@ def running(run: str, recipe: str, *, resume: bool, open_session: Callable[[Path
     """The session of a run whose folder this process holds. Raises what `run.start` raises."""
     with start(Path(run), recipe, resume=resume, main=current().is_main) as folder:
         yield open_session(folder.root)
+
+
+def load_splits(data: DataConfig, tokens: TokensConfig, policy: Policy, session: Session) -> Splits:
+    """The data of a run, its report in data.json. Raises DataError as `prepare` does."""
+    splits = prepare(
+        data, tokens, (policy.tokenizer, policy.end_ids), lint.CHECKS, session.say, partial(on_main, session.world)
+    )
+    if session.world.is_main:
+        write_json(session.folder.data_report, splits.report)
+    return splits
 
 
 class Bar:

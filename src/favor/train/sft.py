@@ -14,6 +14,7 @@ from torch import Tensor
 
 from favor.config import STRICT, Seed, dump
 from favor.data.loader import LoaderState, Order, batches
+from favor.data.prepare import check_sources
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
@@ -22,11 +23,10 @@ from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy, precision_of
 from favor.model.logprobs import response_logps
 from favor.train.checkpoint import TrainingState
-from favor.train.data import check_sources, load_splits
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import identity
-from favor.train.session import Bar, Session, recipe_hash, running
+from favor.train.session import Bar, Session, load_splits, recipe_hash, running
 from favor.train.step import Machine, Objective, step
 from favor.train.view import View
 
@@ -54,7 +54,7 @@ def sft(config: SftConfig, open_session: Callable[[Path], Session]) -> None:
 
 def _tune(config: SftConfig, session: Session) -> None:
     policy = load_policy(config.model, config.seed)
-    splits = load_splits(config.data, config.tokens, policy, session, need_comparisons=False)
+    splits = load_splits(config.data, config.tokens, policy, session)
     trees = preferred_only(splits.train)
     if not trees:
         raise DataError(

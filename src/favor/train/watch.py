@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from favor.config import STRICT
+from favor.data.prepare import Splits
 from favor.data.types import Batch, TokenTree
 from favor.eval.divergence import kl_of_samples
 from favor.losses import LOSSES, LossConfig, Scored, item_weight, term_sums
@@ -19,7 +20,6 @@ from favor.model.load import Policy, precise
 from favor.model.sample import SampleConfig, decode
 from favor.ranks import World
 from favor.rewards.source import Scorer
-from favor.train.data import Splits
 from favor.train.reference import Reference
 from favor.train.rollout import sampled, scores
 from favor.train.scored import needs

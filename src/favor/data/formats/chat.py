@@ -87,7 +87,7 @@ def _outputs(row: dict[str, Any]) -> list[tuple[Any, str]]:
 def _alpaca_prompt(row: dict[str, Any]) -> Text:
     text = _string(row, "instruction")
     if not text.strip():
-        raise RowError("instruction is empty")
+        raise RowError("instruction is empty", "empty")
     more = _string(row, "input") if "input" in row else ""
     text = f"{text}\n{more}" if more.strip() else text
     before: list[Message] = []

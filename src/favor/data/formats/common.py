@@ -5,7 +5,7 @@ In: values of a row. Out: checked values, or a RowError that names the column. N
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from favor.data.strict import parse
 from favor.data.types import Message, Text
@@ -23,17 +23,23 @@ _TOO_DEEP = f"it is nested more than {_DEEPEST} levels deep"
 _LARGEST = 1e30
 
 
+Kind: TypeAlias = Literal["malformed", "empty", "identical", "special_text", "equal_ids", "round_trip", "truncation"]
+
+
 class RowError(Exception):
     """Why a row cannot be used, in one printable line; read.py adds file and row number.
 
-    kind: the finding of `favor lint` it belongs to, where it has its own. place: the response it is about, or 0.
+    kind: reading gives malformed, empty (a side or a column is missing or says nothing), identical (two responses are
+    the same); tokenising gives special_text (text of a control token), equal_ids (responses become the same tokens),
+    round_trip (text that template or tokenizer change), truncation. place: the response it is about, or 0.
     """
 
-    def __init__(self, reason: str, kind: str = "", place: int = 0) -> None:
+    def __init__(self, reason: str, kind: Kind = "malformed", place: int = 0) -> None:
         line = " ".join(reason.split())
         # a file's own names may hold what a terminal would obey
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
-        self.kind, self.place = kind, place
+        self.kind: Kind = kind
+        self.place = place
 
 
 class Judgment(NamedTuple):
@@ -92,7 +98,7 @@ def common_prompt(
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     if shared == len(chosen) == len(rejected):
-        raise RowError("chosen and rejected are the same")
+        raise RowError("chosen and rejected are the same", "identical")
     if shared < len(chosen) - 1 or shared < len(rejected) - 1:
         raise RowError(
             f"chosen and rejected part ways before the last turn (turn {shared + 1} of {len(chosen)} and {len(rejected)})"
@@ -151,7 +157,7 @@ def checked(reader: Callable[[dict[str, Any]], Judgment]) -> Callable[[dict[str,
 def need(row: dict[str, Any], name: str) -> Any:
     """The value of a column that must be there."""
     if name not in row:
-        raise RowError(f"column '{name}' is missing or null")
+        raise RowError(f"column '{name}' is missing or null", "empty")
     return row[name]
 
 
@@ -160,7 +166,7 @@ def as_text(value: Any, name: str) -> Text:
     value = joined_parts(value, name)
     if isinstance(value, str):
         if not value.strip():
-            raise RowError(f"{name} is empty")
+            raise RowError(f"{name} is empty", "empty")
         return value
     return as_conversation(value, name)
 
@@ -189,7 +195,7 @@ def _message(value: Any, name: str) -> Message:
     if "content" in message:
         message["content"] = joined_parts(message["content"], f"{name}.content")
     if not isinstance(message.get("content", ""), str) or ("content" not in message and not message.get("tool_calls")):
-        raise RowError(f"{name} has no text content")
+        raise RowError(f"{name} has no text content", "empty")
     return message
 
 
@@ -219,7 +225,7 @@ def complete(messages: tuple[Message, ...], name: str) -> tuple[Message, ...]:
     if last["role"] != "assistant":
         raise RowError(f"{name} ends with a turn of '{last['role']}', expected the assistant's")
     if not (last.get("content") or "").strip() and not last.get("tool_calls"):
-        raise RowError(f"{name} is empty (its last turn says nothing)")
+        raise RowError(f"{name} is empty (its last turn says nothing)", "empty")
     return messages
 
 
@@ -298,7 +304,7 @@ def beside(prompt: Text, response: Text) -> Text:
 def distinct(responses: Sequence[Text], names: str) -> None:
     """Raise RowError when two responses are the same."""
     if len({json.dumps(r, sort_keys=True, default=str) for r in responses}) < len(responses):
-        raise RowError(f"two of its {names} are the same")
+        raise RowError(f"two of its {names} are the same", "identical")
 
 
 def weight_of(row: dict[str, Any]) -> float:

@@ -39,7 +39,7 @@ def pairs(row: dict[str, Any]) -> Judgment:
     """
     prompt, responses = sides(row, ("chosen", "rejected"))
     if responses[0] == responses[1]:
-        raise RowError("chosen and rejected are the same")
+        raise RowError("chosen and rejected are the same", "identical")
     if is_tie(row):
         return Judgment(prompt, responses, (), weight_of(row), tools_of(row), ties=((0, 1),))
     scores = (margin_of(row), 0.0) if "margin" in row else ()
@@ -127,7 +127,7 @@ def openai_preference(row: dict[str, Any]) -> Judgment:
     names = ("preferred_output", "non_preferred_output")
     responses = tuple(beside(prompt, as_response(need(row, name), name)) for name in names)
     if responses[0] == responses[1]:
-        raise RowError("preferred_output and non_preferred_output are the same")
+        raise RowError("preferred_output and non_preferred_output are the same", "identical")
     return Judgment(prompt, responses, ((0, 1),), weight_of(row), tools_of(given))
 
 
