@@ -27,14 +27,12 @@ _REMEDIES = {
     errno.EDQUOT: "free some of your quota, or choose another place",
     errno.EFBIG: "the file system takes no file of this size; choose another place",
     errno.EROFS: "choose a place that can be written",
-    errno.EACCES: "check its rights, or choose another place",
-    errno.EPERM: "check its rights, or choose another place",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "check its rights, or choose another place"),
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.ENOTDIR: "a part of the path is a file; choose another path",
     errno.EISDIR: "name a file, not a folder",
     errno.ELOOP: "the links lead in a circle; check the path",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "raise the limit of open files (ulimit -n)",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
     errno.EIO: "the disk or its connection fails; choose another place",
 }
 _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -124,7 +122,7 @@ def writing(path: Path) -> Generator[None]:
         mine = not isinstance(error.filename, str) or error.filename.startswith(str(path.parent))
         raise StorageError(refused(error, path if mine else Path(error.filename))) from None
     except SafetensorError as error:
-        said = " ".join(str(error).split())
+        said = first_line(error)
         raise StorageError(f"{path}: cannot be written ({said}); free some space, or choose another place") from None
 
 

@@ -54,9 +54,8 @@ def claimed(output: Output, inputs: Iterable[str | None]) -> Generator[Output]:
         raise ConfigError(f"{path}: is a folder; name a file with {output.key}=FILE")
     if not path.parent.is_dir():
         raise ConfigError(f"{path.parent}: no such folder; make it, or choose another {output.key}=FILE")
-    for name in inputs:
-        if name is not None:
-            _refuse_input(output, name)
+    for name in filter(None, inputs):
+        _refuse_input(output, name)
     with guard.held(path.with_name(f".{path.name}.lock"), str(path)):
         # also where the work turns out to be done, and nothing is written any more
         for written in output.files:
@@ -93,11 +92,12 @@ def known(output: Output) -> dict[str, Any] | None:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         sound, found = False, {}
     for name, hashed in there.items():
-        path = output.path.with_name(name)
-        if not sound or not any(name in found[when] for when in ("files", "before")):
-            raise _refusal(output, path, "is there already, and not known to be made by this command")
-        if hashed not in (found["files"].get(name), found["before"].get(name)):
-            raise _refusal(output, path, "was changed since favor wrote it")
+        written = [found[when][name] for when in ("files", "before") if sound and name in found[when]]
+        if hashed not in written:
+            unknown = "is there already, and not known to be made by this command"
+            raise _refusal(
+                output, output.path.with_name(name), "was changed since favor wrote it" if written else unknown
+            )
     return found
 
 

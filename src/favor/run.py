@@ -93,12 +93,10 @@ def start(root: Path, config_text: str, *, resume: bool, main: bool = True) -> G
         if resume:
             _same_recipe(folder.config, config_text)
             cut_torn_line(folder.metrics)
+        elif holds_work(folder):
+            raise ConfigError(f"{root}: already holds a run; continue it with resume=true or choose another run=FOLDER")
         else:
             # a start that failed before anything was made may be repeated
-            if holds_work(folder):
-                raise ConfigError(
-                    f"{root}: already holds a run; continue it with resume=true or choose another run=FOLDER"
-                )
             folder.metrics.unlink(missing_ok=True)
             write_config(folder, config_text)
         yield folder
@@ -128,16 +126,13 @@ def opened(folder: RunFolder) -> Generator[None]:
             raise ConfigError(f"{root}: {why}; choose another run=FOLDER")
         with guard.held(folder.lock, str(root)):
             guard.sweep(root)
-            before = frozenset(path.name for path in root.iterdir())
-            done = False
+            before = {folder.lock, *root.iterdir()}
             try:
                 yield
-                done = True
-            finally:
-                if not (done or _made(folder, _OPENING)):
-                    for path in root.iterdir():
-                        if path.name not in before and path != folder.lock:
-                            guard.remove(path)
+            except BaseException:
+                for path in [] if _made(folder, _OPENING) else {*root.iterdir()} - before:
+                    guard.remove(path)
+                raise
     finally:
         # folders that stayed empty
         for path in created:
@@ -217,10 +212,10 @@ def make_folder(path: Path) -> None:
 
 
 def _same_recipe(path: Path, config_text: str) -> None:
-    def settings(text: str) -> list[str]:
-        return [line for line in text.splitlines() if not line.startswith("resume =")]
-
-    before, now = settings(read_text(path)), settings(config_text)
+    before, now = (
+        [line for line in text.splitlines() if not line.startswith("resume =")]
+        for text in (read_text(path), config_text)
+    )
     changed = [line for line in now if line not in before] + [line for line in before if line not in now]
     if changed:
         raise ConfigError(

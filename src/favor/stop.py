@@ -62,8 +62,9 @@ def stop_signals(kept: str) -> Generator[StopRequest]:
     terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def handler(number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            _forget(terminals)
+        # a terminal that has hung up refuses every line, and that must not cost the checkpoint
+        for stream in terminals if number == signal.SIGHUP else []:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if request.told is None or request.signal_number is not None:
             seen = request.signal_number is not None
             raise StoppedAtOnceError(number, "nothing was saved since the last checkpoint" if seen else kept)
@@ -72,8 +73,7 @@ def stop_signals(kept: str) -> Generator[StopRequest]:
         with contextlib.suppress(OSError):
             os.write(2, f"favor: {request.told}\n".encode())
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {n: signal.getsignal(n) for n in numbers}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number, old in before.items():
         if old is not signal.SIG_IGN:
             signal.signal(number, handler)
@@ -82,11 +82,3 @@ def stop_signals(kept: str) -> Generator[StopRequest]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def _forget(terminals: list[int]) -> None:
-    """A terminal that has hung up refuses every line, and that must not cost the checkpoint."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in terminals:
-        os.dup2(nowhere, stream)
-    os.close(nowhere)

@@ -5,6 +5,7 @@ fresh quote is preferred to a rotten one of the same film. Next: train/preferenc
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -39,18 +40,10 @@ class DemoConfig(BaseModel):
     """Preference pairs to train on."""
     max_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps of SFT and of DPO, at most; without it one pass over the pairs each."""
-    sft_lr: float = Field(default=1e-4, gt=0)
-    """Learning rate of SFT."""
     lr: float = Field(default=3e-5, gt=0)
     """Learning rate of DPO."""
     beta: float = Field(default=0.1, gt=0)
     """DPO's beta: the weight of staying near the reference."""
-    test_pairs: int = Field(default=80, ge=1)
-    """Held-out pairs to measure on."""
-    prompts: int = Field(default=20, ge=1)
-    """Held-out prompts to sample from."""
-    samples_per_prompt: int = Field(default=4, ge=1)
-    """Samples of each of them."""
 
 
 def demo(
@@ -67,21 +60,15 @@ def demo(
     began = time.monotonic()
     console.rule("1. supervised fine-tuning on the preferred quotes")
     with _stopped("sft", root / "sft"):
-        sft(SftConfig.model_validate(_recipe(config, root / "sft", model, reviews, config.sft_lr)), open_session)
+        sft(SftConfig.model_validate(_recipe(config, root / "sft", model, reviews, 1e-4)), open_session)
     console.rule("2. DPO")
     with _stopped("train", root / "dpo"):
         train(dpo_recipe(config, root, reviews), open_session)
     console.rule("3. held-out films")
     judge = train_judge(reviews / "classifier.jsonl")
     console.print(f"judge: TF-IDF + logistic regression, accuracy {judge.accuracy:.3f} on films it was not trained on")
-    asked = {
-        "run": str(root / "dpo"),
-        "seed": config.seed,
-        "max_rows": config.test_pairs,
-        "sample_prompts": config.prompts,
-        "samples_per_prompt": config.samples_per_prompt,
-        "sample": {"max_new_tokens": 40, "batch": 80},
-    }
+    sizes = {"max_rows": 80, "sample_prompts": 20, "samples_per_prompt": 4}
+    asked = {"run": str(root / "dpo"), "seed": config.seed, "sample": {"max_new_tokens": 40, "batch": 80}, **sizes}
     # the samples are scored by a judge trained on films that neither training nor test saw
     figures = evaluate(EvalConfig.model_validate(asked), console.print, progress, ("sentiment", judge.score))
     console.print(figures_table(figures))
@@ -122,7 +109,4 @@ def _stopped(command: str, run: Path) -> Generator[None]:
 
 
 def _free_folder(parent: Path) -> Path:
-    number = 1
-    while (parent / f"demo-{number}").exists():
-        number += 1
-    return parent / f"demo-{number}"
+    return next(path for path in (parent / f"demo-{n}" for n in itertools.count(1)) if not path.exists())

@@ -19,12 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from favor.config import STRICT
@@ -34,29 +29,37 @@ from favor.model.weights import Unmatched, check_path, load_weights, readable
 
 
 class LoraSettings(BaseModel):
-    """Train low-rank adapters; the model without them is the reference."""
+    """Section [model.lora]: train low-rank adapters; the model without them is the reference."""
 
     model_config = STRICT
     rank: int = Field(default=16, ge=1, le=1 << 16)
+    """Rank of every adapter."""
     alpha: int = Field(default=32, ge=1)
+    """An adapter's product is multiplied by alpha / rank."""
     targets: str | tuple[str, ...] = "all-linear"
+    """Which layers get one, as peft names them."""
 
 
 class ModelConfig(BaseModel):
-    """Section [model]. dtype: what products are computed in while training; the weights are float32 either way.
-
-    What favor measures (evaluation, probes, rewards) is float32 whatever training used.
-    """
+    """Section [model]. What favor measures (evaluation, probes, rewards) is float32 whatever training used."""
 
     model_config = STRICT
     path: str
+    """A model folder or a hub id; safetensors only."""
     revision: str | None = None
+    """Branch, tag or commit on the hub."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it is computed; auto takes the GPU where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """What products are computed in while training; the weights are float32 either way."""
     layout: Literal["auto", "tree", "rows"] = "auto"
+    """Prompt trees or one padded row per response; auto takes trees where they are exact for this model."""
     gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass: less memory, more time."""
     trust_remote_code: bool = False
+    """Run the code that the model's folder brings."""
     lora: LoraSettings | None = None
+    """Train adapters rather than all weights."""
 
     @model_validator(mode="after")
     def _device_exists(self) -> "ModelConfig":
