@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracles import tree
 
-from favor.data.pack import build
+from favor.data.batches import build
 from favor.data.types import Comparison
 from favor.losses import LOSSES, LossConfig, Scored, View
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 from oracles import tree
 
-from favor.data import pack
+from favor.data import batches
 from favor.model.batched import measured, pairs
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, make_policy
@@ -47,7 +47,7 @@ def test_batches_keep_the_budget_and_every_value_is_in_its_place(layout):
     # the rows of unequal trees are padded to the longest
     assert max(computed) <= 320
     assert sum(done) == len(trees)
-    alone = [response_logps(policy, pack.build([each], layout)).detach() for each in trees]
+    alone = [response_logps(policy, batches.build([each], layout)).detach() for each in trees]
     assert torch.allclose(found, torch.cat(alone), atol=1e-4)
     tokens = measured(policy, trees, lambda b: scored_logps(policy, b)[b.member_edge_M].expand(2, -1), 300, tokens=True)
     lengths = [len(response) for each in trees for response in each.response_ids]
@@ -57,7 +57,7 @@ def test_batches_keep_the_budget_and_every_value_is_in_its_place(layout):
 
 def test_pairs_are_those_of_a_batch():
     trees = forest(5)
-    batch = pack.build(trees, "tree")
+    batch = batches.build(trees, "tree")
     chosen_P, rejected_P, tree_P = pairs(trees)
     assert chosen_P.tolist() == batch.chosen_P.tolist()
     assert rejected_P.tolist() == batch.rejected_P.tolist()
@@ -67,14 +67,14 @@ def test_pairs_are_those_of_a_batch():
 PROGRAM = """
 from types import SimpleNamespace
 import favor.model.batched as batched, favor.train.rollout as rollout
-plain, sample, log = batched.pack.build, rollout.sample, open({log!r} + __import__("os").environ.get("RANK", "0"), "w")
+plain, sample, log = batched.batches.build, rollout.sample, open({log!r} + __import__("os").environ.get("RANK", "0"), "w")
 def build(trees, layout, *rest):
     print("computed", len(trees), file=log, flush=True)
     return plain(trees, layout, *rest)
 def counted(policy, prompts, *rest):
     print("sampled", len(prompts), file=log, flush=True)
     return sample(policy, prompts, *rest)
-batched.pack = SimpleNamespace(plan=batched.pack.plan, computed_tokens=batched.pack.computed_tokens, build=build)
+batched.batches = SimpleNamespace(plan=batched.batches.plan, computed_tokens=batched.batches.computed_tokens, build=build)
 rollout.sample = counted
 from favor.cli import main
 main()

@@ -7,7 +7,7 @@ import torch
 from oracles import tree
 
 import favor.losses as losses
-from favor.data.pack import build
+from favor.data.batches import build
 from favor.data.types import Comparison, Thumb
 from favor.losses import LOSSES, OPTIONS, LossConfig, Scored, pairwise, ranking, reference_free, unpaired
 from favor.losses.divergence import DIVERGENCES

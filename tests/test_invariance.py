@@ -15,7 +15,7 @@ from oracles import plain_logps, tree
 from torch.testing import assert_close
 
 from favor import losses
-from favor.data import pack
+from favor.data import batches
 from favor.losses import LossConfig
 from favor.model import attention
 from favor.model.layout import config_obstacle, settle
@@ -84,7 +84,7 @@ def test_tree_equals_rows_equals_plain_transformers(family, layout, checkpointin
     policy, _ = settle(policy, layout, trees)
     assert policy.layout == layout
     for variant in (policy, replace(policy, fast_head=None)):
-        found = response_logps(variant, pack.build(trees, layout))
+        found = response_logps(variant, batches.build(trees, layout))
         assert_close(found, plain, rtol=1e-5, atol=1e-5)
         assert_same_gradients(gradients(found, model), expected)
 
@@ -110,7 +110,7 @@ def test_lora_tree_equals_plain_and_adapter_off_is_the_base(family, checkpointin
     plain = plain_logps(oracle.causal_lm, trees)
     expected = gradients(plain, oracle.model)
     policy, _ = settle(adapted(family, gradient_checkpointing=checkpointing), "tree", trees)
-    batch = pack.build(trees, "tree")
+    batch = batches.build(trees, "tree")
     found = response_logps(policy, batch)
     assert_close(found, plain, rtol=1e-5, atol=1e-5)
     assert_same_gradients(gradients(found, policy.model), expected)
@@ -122,7 +122,7 @@ def test_lora_tree_equals_plain_and_adapter_off_is_the_base(family, checkpointin
 def test_attention_kernels_agree_and_match_masked_softmax():
     """The flash parts, the plain-torch parts and one masked softmax give the same output and gradients (GQA)."""
     rng = random.Random(3)
-    nodes, packed, _, where = pack.radix([tuple(rng.randrange(2) for _ in range(n)) for n in (9, 7, 8, 6, 9, 3)])
+    nodes, packed, _, where = batches.radix([tuple(rng.randrange(2) for _ in range(n)) for n in (9, 7, 8, 6, 9, 3)])
     count = len(packed)
     q, k, v = (torch.randn(1, h, count, 16, requires_grad=True) for h in (4, 2, 2))
     allowed = torch.zeros(count, count, dtype=torch.bool)
@@ -158,7 +158,7 @@ def test_radix_holds_every_distinct_prefix_once():
     rng = random.Random(1)
     for _ in range(200):
         paths = [tuple(rng.randrange(3) for _ in range(rng.randint(1, 9))) for _ in range(rng.randint(1, 9))]
-        nodes, packed, position, where = pack.radix(paths)
+        nodes, packed, position, where = batches.radix(paths)
         assert len(packed) == len({p[:i] for p in paths for i in range(1, len(p) + 1)})
         for path, index in zip(paths, where, strict=True):
             assert tuple(packed[index]) == path
@@ -170,11 +170,11 @@ def test_plan_is_balanced_deterministic_and_keeps_the_budget():
     rng = random.Random(2)
     for budget, world in itertools.product((40, 100, 1000), (1, 2, 3)):
         sizes = [rng.randint(1, 120) for _ in range(rng.randint(1, 30))]
-        bins = pack.plan(sizes, budget, world)
+        bins = batches.plan(sizes, budget, world)
         assert sorted(i for members in bins for i in members) == list(range(len(sizes)))
         assert len(bins) % world == 0
         assert all(len(m) <= 1 or sum(sizes[i] for i in m) <= budget for m in bins)
-        assert bins == pack.plan(list(sizes), budget, world)
+        assert bins == batches.plan(list(sizes), budget, world)
 
 
 def updated_weights(trees, budget, loss, layout="tree", world_cut=1):
@@ -185,7 +185,7 @@ def updated_weights(trees, budget, loss, layout="tree", world_cut=1):
     reference, _ = settle(reference, "rows", trees)
 
     def ref_logps(batch):
-        rows = pack.build(trees, "rows")
+        rows = batches.build(trees, "rows")
         with torch.no_grad():
             return response_logps(reference, rows)[batch.index_R]
 
@@ -220,9 +220,9 @@ def test_first_loss_is_ln_2_and_margins_are_zero():
     trees = forest()
     policy, _ = settle(policy_of(tiny.model("llama")), "tree", trees)
     reference = frozen_copy(policy)
-    batch = pack.build(trees, "tree")
+    batch = batches.build(trees, "tree")
     with torch.no_grad():
-        ref = response_logps(reference, pack.build(trees, "tree"))
+        ref = response_logps(reference, batches.build(trees, "tree"))
     loss, stats = make_objective(LossConfig(), policy, Reference(lambda _: ref, "")).loss(batch)
     assert loss.item() / losses.item_weight(LossConfig(), batch)[0] == pytest.approx(0.6931471805599453, abs=1e-6)
     assert abs(stats["margin"].item()) < 1e-6

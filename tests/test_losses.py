@@ -8,7 +8,7 @@ from oracles import tree
 
 import favor
 from favor import losses
-from favor.data.pack import build
+from favor.data.batches import build
 from favor.losses import LossConfig, pairwise
 from favor.losses.ranking import plackett_luce
 

@@ -10,7 +10,7 @@ from oracles import tree
 from rich.console import Console
 
 from favor.config import load
-from favor.data import pack
+from favor.data import batches
 from favor.errors import ConfigError, NumericsError
 from favor.losses import ppo
 from favor.model.heads import logps_and_values, make_critic
@@ -163,7 +163,7 @@ def test_rollout_measures_what_plain_scoring_measures(small):
     assert [len(t.response_ids) for t in out.trees] == [3, 3]
     assert out.score_R.tolist() == [float(len(t)) for t in out.texts]
     for r, response in enumerate(y for t in out.trees for y in t.response_ids):
-        alone = pack.build([tree(PROMPTS[r // 3].ids, [response])], "rows")
+        alone = batches.build([tree(PROMPTS[r // 3].ids, [response])], "rows")
         logp, value = logps_and_values(actors.policy, actors.critic, alone)
         n = len(response)
         order = alone.member_edge_M
@@ -179,7 +179,7 @@ def test_the_first_update_is_the_policy_gradient(small):
     settings = PpoSettings(advantage="rloo", kl="fixed", kl_coef=0.1)
     out = collect(actors, PROMPTS, 3, 7, SampleConfig(max_new_tokens=6), 64, World())
     targets = make_targets(settings, out, 0.1)
-    batch = pack.build(out.trees, "rows")
+    batch = batches.build(out.trees, "rows")
     parameter = actors.policy.causal_lm.get_input_embeddings().weight
     loss, _ = make_objective(settings, actors.policy, None, out, targets).loss(batch)
     found = torch.autograd.grad(loss, parameter)[0]
@@ -212,10 +212,10 @@ def test_gradient_does_not_depend_on_layout_or_packing(small, layout):
         settings = PpoSettings()
         policy, _ = settle(actors.policy, asked, out.trees)
         objective = make_objective(settings, policy, actors.critic, out, make_targets(settings, out, 0.1))
-        sizes = [pack.computed_tokens(t, policy.layout) for t in out.trees]
+        sizes = [batches.computed_tokens(t, policy.layout) for t in out.trees]
         total = sum(
-            objective.loss(pack.build([out.trees[i] for i in members], policy.layout))[0]
-            for members in pack.plan(sizes, budget)
+            objective.loss(batches.build([out.trees[i] for i in members], policy.layout))[0]
+            for members in batches.plan(sizes, budget)
             if members
         )
         found.append(
@@ -308,7 +308,7 @@ def test_dpo_on_exact_preferences_reaches_the_same_optimum(bandit, tmp_path):
     policies = [
         load_policy(ModelConfig(path=str(f), dtype="float32")) for f in (tmp_path / "run/model", bandit / "model")
     ]
-    batch = pack.build([tree((5,), [(3, 2), (4, 2)])], "rows")
+    batch = batches.build([tree((5,), [(3, 2), (4, 2)])], "rows")
     from favor.model.logprobs import response_logps
 
     with torch.no_grad():

@@ -119,7 +119,7 @@ def test_the_same_figures_in_bfloat16_would_differ(run):
     """What the test above would miss if rounding were too small to see on this model."""
     from oracles import tree
 
-    from favor.data.pack import build
+    from favor.data.batches import build
     from favor.model.load import ModelConfig, load_policy
     from favor.model.logprobs import response_logps
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from favor.config import dump, load
-from favor.data import columns, pack, sources, strict
+from favor.data import batches, columns, sources, strict
 from favor.data.formats import FORMATS, Judgment, RowError, recognise
 from favor.data.formats.shapes import SHAPES
 from favor.data.group import group
@@ -251,7 +251,7 @@ def test_radix_equals_a_trie(examples):
     """Every distinct prefix stands exactly once, in pre-order; nodes tile the row; each path finds its ids again."""
 
     def check(paths):
-        nodes, ids, position, where = pack.radix(paths)
+        nodes, ids, position, where = batches.radix(paths)
         prefixes = {tuple(path[:n]) for path in paths for n in range(1, len(path) + 1)}
         assert len(ids) == len(position) == len(prefixes)
         assert [node.start for node in nodes] == [0, *(node.stop for node in nodes)][:-1]
@@ -284,7 +284,7 @@ def test_radix_equals_a_trie(examples):
 @tried(100, 10_000)
 def test_plan_takes_every_index_once_within_the_budget(examples):
     def check(sizes, budget, world):
-        bins = pack.plan(sizes, budget, world)
+        bins = batches.plan(sizes, budget, world)
         assert sorted(i for members in bins for i in members) == list(range(len(sizes)))
         assert len(bins) % world == 0
         assert all(members == sorted(members) for members in bins)

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from favor.config import load
-from favor.data import pack
+from favor.data import batches
 from favor.data.read import DataConfig, read
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Comparison
@@ -139,7 +139,7 @@ def test_a_ranking_by_scores_implies_every_margin():
     from dataclasses import replace
 
     ranked = replace(tree((5, 6), [(7, 2), (8, 2), (9, 2)]), comparisons=(Comparison((2, 0, 1), 1.0, (0.5, 2.0)),))
-    batch = pack.build([ranked], "tree")
+    batch = batches.build([ranked], "tree")
     assert list(zip(batch.chosen_P.tolist(), batch.rejected_P.tolist(), batch.margin_P.tolist(), strict=True)) == [
         (2, 0, 0.5),
         (2, 1, 2.5),
@@ -162,10 +162,10 @@ def test_score_is_what_transformers_reads_and_trees_do_not_change_it(family, tmp
     torch.nn.init.normal_(policy.causal_lm.score.weight)
     trees = [tree((5, 6, 7), [(8, 9, 2), (8, 10, 11, 2)]), tree((5, 9), [(12, 2)], first=2)]
     with torch.no_grad():
-        plain = response_scores(policy, pack.build(trees, "rows"))
+        plain = response_scores(policy, batches.build(trees, "rows"))
         settled, why = settle_scores(policy, "auto", trees)
         assert settled.layout == "tree", why
-        packed = response_scores(settled, pack.build(trees, "tree"))
+        packed = response_scores(settled, batches.build(trees, "tree"))
     torch.testing.assert_close(plain, packed, atol=1e-4, rtol=1e-4)
     policy.causal_lm.set_attn_implementation(policy.plain_attention)
     policy.causal_lm.save_pretrained(tmp_path / "rm")
@@ -193,7 +193,7 @@ def test_gradient_equals_that_of_separate_rows(inputs):
         settled, _ = settle_scores(policy, layout, trees)
         objective = make_objective(BradleyTerryConfig(centering=0.1), settled)
         parts = [trees] if layout == "tree" else [[t] for t in trees]
-        total = sum(objective.loss(pack.build(part, settled.layout))[0] for part in parts)
+        total = sum(objective.loss(batches.build(part, settled.layout))[0] for part in parts)
         grads.append(torch.autograd.grad(total, list(settled.trainable().values())))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -270,7 +270,7 @@ def test_implicit_reward_is_beta_log_ratio(inputs, tmp_path):
         load_policy(ModelConfig(path=str(p), dtype="float32")) for p in (tmp_path / "dpo/model", inputs / "model")
     )
     trees, place = encode(["Film 1?"] * 2, texts, policy, TokensConfig())
-    batch = pack.build(trees, "rows")
+    batch = batches.build(trees, "rows")
     with torch.no_grad():
         expected = 0.3 * (response_logps(policy, batch) - response_logps(ref, batch))
     assert found == pytest.approx(expected[place].tolist(), abs=1e-4)

@@ -10,7 +10,7 @@ from oracles import plain_logps, tree
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, Gemma2Config, Gemma2ForCausalLM
 
-from favor.data.pack import build
+from favor.data.batches import build
 from favor.errors import CheckpointError, NumericsError
 from favor.model import attention, layout
 from favor.model.heads import load_scalar_model, settle_scores

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import plain_logps
 
-from favor.data import pack
+from favor.data import batches
 from favor.data.read import DataConfig, read
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.losses import LossConfig
@@ -31,7 +31,7 @@ def test_smollm2_trees_equal_plain_transformers():
     expected = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
     policy, why = settle(policy, "auto", trees)
     assert "prompt trees" in why
-    batch = pack.build(trees, "tree")
+    batch = batches.build(trees, "tree")
     assert batch.num_tokens < 0.8 * batch.num_naive_tokens
     policy.model.zero_grad()
     found = response_logps(policy, batch)

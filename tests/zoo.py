@@ -19,7 +19,7 @@ from oracles import tree
 from transformers import logging
 from zoo_models import ENCODERS, FAMILIES, WORDS, NotBuiltError
 
-from favor.data.pack import build
+from favor.data.batches import build
 from favor.errors import FavorError
 from favor.model.heads import response_scores, settle_scores
 from favor.model.layout import settle

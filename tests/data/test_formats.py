@@ -10,7 +10,7 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from favor.data import pack
+from favor.data import batches
 from favor.data.formats import FORMATS, RowError, columns_of, recognise
 from favor.data.grow import Growing
 from favor.data.pairing import Rules
@@ -98,7 +98,7 @@ def test_fixture_trains(name):
     texts, _ = load(name)
     tokens, _ = tokenize(texts, tiny.tokenizer(), TokensConfig(max_tokens=512), frozenset({2}), "error")
     for layout in ("tree", "rows"):
-        batch = pack.build(tokens, layout)
+        batch = batches.build(tokens, layout)
         for value in vars(batch).values():
             assert not hasattr(value, "isfinite") or value.isfinite().all()
         assert batch.weight_Q.numel() == sum(len(tree.comparisons) for tree in texts)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from favor.data import pack
+from favor.data import batches
 from favor.data.types import Batch, TokenTree
 from favor.eval.intervals import SHARE, mean_interval, sign_share
 from favor.losses.pairwise import sigmoid
@@ -56,9 +56,9 @@ def pair_figures(
     """Implicit reward r = beta log(pi/ref) on every pair; `loss` is the mean DPO loss, nats a pair."""
     margins, gaps, prompts = [], [], []
     with torch.no_grad():
-        for members in pack.plan([pack.computed_tokens(tree, policy.layout) for tree in trees], budget):
+        for members in batches.plan([batches.computed_tokens(tree, policy.layout) for tree in trees], budget):
             chosen = [trees[i] for i in members]
-            batch = pack.build(chosen, policy.layout).to(policy.device)
+            batch = batches.build(chosen, policy.layout).to(policy.device)
             ref_R = reference(batch)
             reward_R = beta * (response_logps(policy, batch) - ref_R)
             margins.append((reward_R[batch.chosen_P] - reward_R[batch.rejected_P]).cpu())

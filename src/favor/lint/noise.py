@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from favor.data import pack
+from favor.data import batches
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.data.types import Batch, Text
 from favor.lint.settings import Finding, LintSettings, Row, shown, words_of
@@ -59,8 +59,8 @@ def model_gaps(rows: Sequence[Row], policy: Policy, reference: Policy | None, to
     reference = None if reference is None else settle(precise(reference), policy.layout, trees)[0]
     value_of: dict[int, float] = {}
     with torch.no_grad():
-        for members in pack.plan([pack.computed_tokens(tree, policy.layout) for tree in trees], _BUDGET):
-            batch = pack.build([trees[i] for i in members], policy.layout).to(policy.device)
+        for members in batches.plan([batches.computed_tokens(tree, policy.layout) for tree in trees], _BUDGET):
+            batch = batches.build([trees[i] for i in members], policy.layout).to(policy.device)
             value_of.update(zip(batch.index_R.tolist(), _value(batch, policy, reference).tolist(), strict=True))
     found: list[Gap] = []
     for tree in trees:

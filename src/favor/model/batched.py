@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from favor.data import pack
+from favor.data import batches
 from favor.data.types import Batch, TokenTree
 from favor.model.load import Policy
 from favor.ranks import World, sum_
@@ -42,7 +42,7 @@ def measured(
         # where each tree's values begin among those of the window
         counts = [sum(map(len, tree.response_ids)) if tokens else len(tree.response_ids) for tree in window]
         begins = list(accumulate(counts, initial=0))
-        bins = pack.plan([pack.computed_tokens(tree, policy.layout) for tree in window], budget, world.size)
+        bins = batches.plan([batches.computed_tokens(tree, policy.layout) for tree in window], budget, world.size)
         total = torch.empty(0)
         for first in range(0, len(bins), world.size):
             together = bins[first : first + world.size]
@@ -51,7 +51,7 @@ def measured(
                 break
             members = together[world.rank]
             # a rank without trees computes the main rank's too: all run equally many forwards, and know the shape
-            batch = pack.build([window[i] for i in members or together[0]], policy.layout).to(policy.device)
+            batch = batches.build([window[i] for i in members or together[0]], policy.layout).to(policy.device)
             with torch.no_grad():
                 value = measure(batch).double()
             if first == 0:

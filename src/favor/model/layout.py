@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from favor.data.pack import build
+from favor.data.batches import build
 from favor.data.types import Batch, Layout, TokenTree
 from favor.errors import CheckpointError, ConfigError, NumericsError
 from favor.model import attention

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from favor.config import load
-from favor.data import pack
+from favor.data import batches
 from favor.data.formats import RowError
 from favor.data.tokenize import TokensConfig, encode_prompt, tokenize
 from favor.data.types import Batch, PromptTree, Text, TokenTree
@@ -205,7 +205,7 @@ def measure(trees: Sequence[TokenTree], policy: Policy, function: Callable[[Batc
     """`function` of every response, without gradients: float64 [responses], CPU, in the trees' order."""
     total = torch.zeros(sum(len(tree.response_ids) for tree in trees), dtype=torch.float64)
     with torch.no_grad():
-        for members in pack.plan([pack.computed_tokens(tree, policy.layout) for tree in trees], _BUDGET):
-            batch = pack.build([trees[i] for i in members], policy.layout).to(policy.device)
+        for members in batches.plan([batches.computed_tokens(tree, policy.layout) for tree in trees], _BUDGET):
+            batch = batches.build([trees[i] for i in members], policy.layout).to(policy.device)
             total[batch.index_R.cpu() - trees[0].first_response] = function(batch).double().cpu()
     return total

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from favor.config import STRICT
-from favor.data.loader import LoaderState
+from favor.data.batches import LoaderState
 from favor.errors import CheckpointError
 from favor.guard import file_hash, sha
 from favor.hide import without_places

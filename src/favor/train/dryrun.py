@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from favor.data import pack
+from favor.data import batches
 from favor.data.prepare import Prepared, Recipe, prepare_split, summary
 from favor.data.read import DataConfig, splits_of
 from favor.data.types import TokenTree
@@ -38,7 +38,7 @@ def describe(config: TrainConfig) -> str:
         for r in [tree.response_ids[i]]
     )
     size = config.train.batch_prompts
-    unique = sum(pack.build(trees[i : i + size], layout).num_tokens for i in range(0, len(trees), size))
+    unique = sum(batches.build(trees[i : i + size], layout).num_tokens for i in range(0, len(trees), size))
     steps = num_steps(config.train, len(trees))
     lines = [
         f"train: {summary(part.read, part.tokens)}",

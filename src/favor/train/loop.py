@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel, Field
 
 from favor.config import STRICT
-from favor.data import pack
+from favor.data import batches
 from favor.data.types import Batch, TokenTree
 from favor.errors import CheckpointError
 from favor.guard import length_and_hash
@@ -43,9 +43,9 @@ def num_steps(config: LoopConfig, num_trees: int) -> int:
 
 def micro_batches(trees: Sequence[TokenTree], policy: Policy, budget: int, world: World) -> list[Batch]:
     """This rank's share of an optimizer batch, cut to the token budget."""
-    sizes = [pack.computed_tokens(tree, policy.layout) for tree in trees]
-    bins = pack.plan(sizes, budget, world.size)[world.rank :: world.size]
-    return [pack.build([trees[i] for i in members], policy.layout) for members in bins if members]
+    sizes = [batches.computed_tokens(tree, policy.layout) for tree in trees]
+    bins = batches.plan(sizes, budget, world.size)[world.rank :: world.size]
+    return [batches.build([trees[i] for i in members], policy.layout) for members in bins if members]
 
 
 def resume(machine: Machine, expected: TrainingState, session: Session, num_trees: int) -> TrainingState:

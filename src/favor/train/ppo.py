@@ -17,7 +17,7 @@ from torch import Tensor
 
 from favor.config import STRICT, Seed, dump
 from favor.data import sources
-from favor.data.loader import LoaderState, Order, batches
+from favor.data.batches import LoaderState, Order
 from favor.data.prompts import encode_prompts, read_prompts
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch
@@ -240,7 +240,7 @@ def _loop(config: PpoConfig, prompts: Sequence[Prompt], actors: Actors, session:
     order = Order(len(prompts), loop.batch_prompts, config.seed, loop.shuffle)
     began = time.monotonic() - state.seconds
     with session.stop.looked_at(), Bar(session, "ppo", total, state.step) as bar:
-        for indices, place in batches(order, LoaderState(state.epoch, state.position)):
+        for indices, place in order.batches(LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break
             step_began = time.monotonic()

@@ -1,7 +1,7 @@
 """The main loop of the DPO family: from preferences to a better model. Newcomers start here.
 
 In: TrainConfig (a recipe). Out: a run folder with the trained model. The path of one preference from here:
-data/read -> data/tokenize -> data/pack -> data/loader -> model/logprobs -> losses/pairwise -> train/step.
+data/read -> data/tokenize -> data/batches -> model/logprobs -> losses/pairwise -> train/step.
 """
 
 import time
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from favor import losses
 from favor.config import STRICT, Seed, dump
-from favor.data import pack
-from favor.data.loader import LoaderState, Order, batches
+from favor.data import batches
+from favor.data.batches import LoaderState, Order
 from favor.data.prepare import Splits, check_sources
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
@@ -208,7 +208,7 @@ def _loop(
     began = time.monotonic() - state.seconds
 
     with session.stop.looked_at(), Bar(session, "train", total, state.step) as bar:
-        for indices, place in batches(order, LoaderState(state.epoch, state.position)):
+        for indices, place in order.batches(LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break
             trees = [splits.train[used[i]] for i in indices]
@@ -266,7 +266,7 @@ def at_reference(config: LossConfig, trees: Sequence[TokenTree]) -> float | None
     """The loss of an optimizer batch whose policy is the reference; None where the loss reads more than their ratio."""
     if not all(losses.LOSSES[term.name].reference and term.wpo == "off" for term in config.terms):
         return None
-    whole = pack.build(trees, "tree")
+    whole = batches.build(trees, "tree")
     zeros_R = torch.zeros(whole.num_responses, dtype=torch.float64)
     zeros_M = torch.zeros(int(whole.length_R.sum()), dtype=torch.float64)
     sums = losses.term_sums(config, losses.Scored(zeros_R, zeros_R, zeros_M, zeros_M), whole)

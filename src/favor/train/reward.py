@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from favor.config import STRICT, Seed, dump
-from favor.data.loader import LoaderState, Order, batches
+from favor.data.batches import LoaderState, Order
 from favor.data.prepare import Splits, check_sources
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
@@ -157,7 +157,7 @@ def _loop(config: RewardTrainConfig, policy: Policy, splits: Splits, session: Se
     order = Order(len(trees), loop.batch_prompts, config.seed, loop.shuffle)
     began = time.monotonic() - state.seconds
     with session.stop.looked_at(), Bar(session, "reward", total, state.step) as bar:
-        for indices, place in batches(order, LoaderState(state.epoch, state.position)):
+        for indices, place in order.batches(LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break
             step_began = time.monotonic()

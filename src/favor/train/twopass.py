@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from favor.data import pack
+from favor.data import batches
 from favor.data.types import Batch, TokenTree
 from favor.losses import LossConfig, Scored, item_weight, term_sums
 from favor.model.batched import measured
@@ -29,7 +29,7 @@ def gather(
     """Pass 1: the whole optimizer batch as Scored, equal on all ranks, without a graph. settings: token budget, ranks."""
     budget, world = settings
     needed = needs(config)
-    whole = pack.build(trees, policy.layout).to(policy.device)
+    whole = batches.build(trees, policy.layout).to(policy.device)
 
     def both(batch: Batch) -> Tensor:
         logps = [scored_logps(policy, batch), *([reference.tokens(batch)] if reference.tokens else [])]

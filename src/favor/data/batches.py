@@ -1,16 +1,48 @@
-"""Token trees -> Batches: which trees share a micro-batch, and how its tokens are laid out.
+"""Token trees -> Batches: which trees form an optimizer batch, its cut into micro-batches, how tokens are laid out.
 
-In: the TokenTrees of one optimizer batch. Out: micro-batches under a token budget, one list per
-rank, and each as tensors. Pure and deterministic. Next: loader.py.
+In: TokenTrees. Out: optimizer batches in an order that resumes, micro-batches under a token budget, each as tensors.
+Pure and deterministic. Next: ../model/logprobs.py.
 """
 
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, combinations, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from favor.data.types import Batch, Comparison, Layout, Node, Thumb, TokenTree
+
+
+class LoaderState(NamedTuple):
+    """Where the order stands: whole epochs done, trees of the current epoch already given out."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+class Order(NamedTuple):
+    """How trees become optimizer batches: shuffled, resumable, the same on every rank."""
+
+    num_trees: int
+    batch_prompts: int
+    seed: int
+    shuffle: bool = True
+
+    def batches(self, state: LoaderState) -> Iterator[tuple[list[int], LoaderState]]:
+        """Tree indices of optimizer batches from `state` on, without end; each comes with the state that follows it."""
+        epoch, position = state
+        while True:
+            # a function of seed and epoch alone, so a run that stops and resumes sees what an unbroken one sees
+            indices = np.arange(self.num_trees)
+            if self.shuffle:
+                indices = np.random.default_rng([self.seed, epoch]).permutation(self.num_trees)
+            while position < self.num_trees:
+                batch: list[int] = indices[position : position + self.batch_prompts].tolist()
+                position += len(batch)
+                done = position >= self.num_trees
+                yield batch, LoaderState(epoch + 1, 0) if done else LoaderState(epoch, position)
+            epoch, position = epoch + 1, 0
 
 
 def plan(sizes: Sequence[int], budget: int, world: int = 1) -> list[list[int]]:
@@ -70,7 +102,18 @@ def radix(paths: Sequence[Sequence[int]]) -> tuple[tuple[Node, ...], np.ndarray,
     """The forest of common prefixes of token sequences, in pre-order.
 
     Returns nodes, ids_T int64, position_T int64 (depth from the root) and for every path the packed index
-    of each of its tokens.
+    of each of its tokens. Two pairs whose prompts begin with the same tokens a b:
+
+        paths       a b c x y      node           start stop end     ids_T       a b c x y z d w x
+                    a b c x z      a b            0     2    9       position_T  0 1 2 3 4 4 2 3 3
+                    a b d x        +- c x         2     4    6       index       0 1 2 3 4 5 6 7 8
+                    a b d w        |  +- y        4     5    5
+                                   |  +- z        5     6    6       where[1] = [0 1 2 3 5]   (a b c x z)
+                                   +- d           6     7    9       where[2] = [0 1 6 8]     (a b d x)
+                                      +- w        7     8    8
+                                      +- x        8     9    9
+
+    9 tokens are computed instead of 18. A node attends to itself causally; its descendants [stop, end) see all of it.
     """
     order = sorted(range(len(paths)), key=lambda i: tuple(paths[i]))
     shared = [0] + [_common(paths[a], paths[b]) for a, b in pairwise(order)]
@@ -175,28 +218,36 @@ def _comparisons(trees: Sequence[TokenTree]) -> dict[str, torch.Tensor]:
         thumbs.extend(thumb._replace(response=offset + thumb.response) for thumb in tree.thumbs)
     longest = max((len(c.order) for c in rankings), default=2)
     pairs = [pair for ranking in rankings for pair in _implied(ranking)]
+    chosen, rejected, weight, margin, label = zip(*pairs, strict=True) if pairs else ((),) * 5
     orders = [c.order + (-1,) * (longest - len(c.order)) for c in rankings]
     drops = [list(accumulate(c.gaps or (0.0,) * (len(c.order) - 1), initial=0.0)) for c in rankings]
-    return {
-        "index_R": torch.tensor(index, dtype=torch.int64),
-        "chosen_P": torch.tensor([p[0] for p in pairs], dtype=torch.int64),
-        "rejected_P": torch.tensor([p[1] for p in pairs], dtype=torch.int64),
-        "weight_P": torch.tensor([p[2] for p in pairs], dtype=torch.float32),
-        "margin_P": torch.tensor([p[3] for p in pairs], dtype=torch.float32),
-        "label_P": torch.tensor([p[4] for p in pairs], dtype=torch.float32),
-        "ranking_QK": torch.tensor(orders, dtype=torch.int64).view(-1, longest),
-        "drop_QK": torch.tensor([d + [0.0] * (longest - len(d)) for d in drops]).view(-1, longest),
-        "weight_Q": torch.tensor([c.weight for c in rankings], dtype=torch.float32),
-        "tie_U2": torch.tensor([c.order for c in ties], dtype=torch.int64).view(-1, 2),
-        "weight_U": torch.tensor([c.weight for c in ties], dtype=torch.float32),
-        "thumb_I": torch.tensor([t.response for t in thumbs], dtype=torch.int64),
-        "good_I": torch.tensor([t.good for t in thumbs], dtype=torch.bool),
-        "weight_I": torch.tensor([t.weight for t in thumbs], dtype=torch.float32),
+    integers = {
+        "index_R": index,
+        "chosen_P": chosen,
+        "rejected_P": rejected,
+        "ranking_QK": orders,
+        "tie_U2": [c.order for c in ties],
+        "thumb_I": [t.response for t in thumbs],
     }
+    numbers = {
+        "weight_P": weight,
+        "margin_P": margin,
+        "label_P": label,
+        "drop_QK": [d + [0.0] * (longest - len(d)) for d in drops],
+        "weight_Q": [c.weight for c in rankings],
+        "weight_U": [c.weight for c in ties],
+        "weight_I": [t.weight for t in thumbs],
+    }
+    found = {name: torch.tensor(values, dtype=torch.int64) for name, values in integers.items()}
+    found |= {name: torch.tensor(values, dtype=torch.float32) for name, values in numbers.items()}
+    found["good_I"] = torch.tensor([t.good for t in thumbs], dtype=torch.bool)
+    # without any the second dimension would be missing
+    shapes = {"ranking_QK": (-1, longest), "drop_QK": (-1, longest), "tie_U2": (-1, 2)}
+    return found | {name: found[name].view(shape) for name, shape in shapes.items()}
 
 
 def _implied(ranking: Comparison) -> list[tuple[int, int, float, float, float]]:
     """(better, worse, weight, margin, label) of every pair that a ranking implies; the margin is 0 where nothing is known."""
     order, weight, gaps, label = ranking
-    count = len(order)
-    return [(order[i], order[j], weight, sum(gaps[i:j], 0.0), label) for i in range(count) for j in range(i + 1, count)]
+    places = combinations(range(len(order)), 2)
+    return [(order[i], order[j], weight, sum(gaps[i:j], 0.0), label) for i, j in places]
