@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ _A = RunFolder(Path())
 _BEFORE = {_A.mark.name, _A.lock.name, _A.reference.name}
 # what a start writes before anything is made of it
 _RECORDS = (_A.mark, _A.lock, _A.config, _A.inputs, _A.data_report, _A.metrics, _A.prompts, _A.winrate_settings)
-_OPENING = {path.name for path in _RECORDS}
+_OPENING = frozenset(path.name for path in _RECORDS)
 
 
 def cache_folder() -> Path:
@@ -130,7 +130,7 @@ def opened(folder: RunFolder) -> Generator[None]:
             try:
                 yield
             except BaseException:
-                for path in [] if _made(folder, _OPENING) else {*root.iterdir()} - before:
+                for path in [] if holds_work(folder, _OPENING) else {*root.iterdir()} - before:
                     guard.remove(path)
                 raise
     finally:
@@ -154,13 +154,8 @@ def is_ours(root: Path) -> bool:
     return any(folder.checkpoints.glob("step-*/state.json")) or _has_steps(folder)
 
 
-def holds_work(folder: RunFolder) -> bool:
-    """Whether something was made of a start."""
-    return _made(folder, _OPENING | _BEFORE)
-
-
-def _made(folder: RunFolder, opening: set[str]) -> bool:
-    """Whether there is more than what every start writes, or a step."""
+def holds_work(folder: RunFolder, opening: Set[str] = _OPENING | _BEFORE) -> bool:
+    """Whether something was made of a start: there is more than what every start writes, or a step."""
     files = (path for path in folder.root.rglob("*") if not path.is_dir())
     more = any(path.name not in opening and not guard.temporary(path) for path in files)
     return more or folder.checkpoints.exists() or _has_steps(folder)
