@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import shutil
-import tomllib
 from collections.abc import Generator, Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,17 +163,6 @@ def holds_work(folder: RunFolder, opening: Set[str] = _OPENING | _BEFORE) -> boo
 def _has_steps(folder: RunFolder) -> bool:
     metrics = folder.metrics
     return metrics.is_file() and any(line.startswith(_STEP) for line in metrics.read_bytes().splitlines())
-
-
-def read_recipe(root: Path) -> dict[str, Any]:
-    """The resolved recipe of a run, section by section. Raises CheckpointError when there is none, or it is damaged."""
-    path = RunFolder(root).config
-    if not path.exists():
-        raise CheckpointError(f"{root}: no run here (no config.toml); name a run folder that favor wrote")
-    try:
-        return tomllib.loads(read_text(path))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged, not the TOML that was written ({error})") from None
 
 
 def same_inputs(folder: RunFolder, now: Mapping[str, str]) -> None:

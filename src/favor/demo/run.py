@@ -54,7 +54,8 @@ def demo(
 ) -> None:
     """Run it all, print the table and name the page. Raises what its parts raise."""
     cache = cache_folder()
-    root = Path(config.run) if config.run else _free_folder(Path("runs"))
+    free = (path for path in (Path(f"runs/demo-{n}") for n in itertools.count(1)) if not path.exists())
+    root = Path(config.run) if config.run else next(free)
     model, reviews = model_folder(cache, console.print), review_files(cache, console.print)
     make_folder(root)
     began = time.monotonic()
@@ -106,7 +107,3 @@ def _stopped(command: str, run: Path) -> Generator[None]:
     except StoppedError as error:
         told = f"stopped, with a checkpoint; finish this part with: favor {command} {run}/config.toml resume=true"
         raise StoppedError(told, error.exit_code - 128) from None
-
-
-def _free_folder(parent: Path) -> Path:
-    return next(path for path in (parent / f"demo-{n}" for n in itertools.count(1)) if not path.exists())
