@@ -238,11 +238,10 @@ GOLD = {
 
 def wrong_types(name: str) -> Case:
     """A published row, and beside it the same with every wrong value in every column that its format reads."""
-    from favor.data.formats import recognise
-    from favor.data.formats.shapes import SHAPES
+    from favor.data import formats
 
     row = json.loads((FORMATS / f"{GOLD[name]}.jsonl").read_text("utf-8").splitlines()[name == "turns"])
-    shape = SHAPES[recognise(row)]
+    shape = formats.FORMATS[formats.recognise(row)]
     rows: list[tuple[dict[str, Any], str]] = []
     for key in sorted(shape.needs | (shape.either & row.keys())):
         wrong = OPTIONAL["label"] if key == "label" else NUMBER_WRONG if key in NUMBERS else TEXT_WRONG

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import tree
 
-import favor.losses as losses
+from favor import losses
 from favor.data.batches import build
 from favor.data.types import Comparison, Thumb
 from favor.losses import LOSSES, OPTIONS, LossConfig, Scored, pairwise, ranking, reference_free, unpaired

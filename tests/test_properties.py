@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from favor.config import dump, load
 from favor.data import batches, columns, sources, strict
 from favor.data.formats import FORMATS, Judgment, RowError, recognise
-from favor.data.formats.shapes import SHAPES
+from favor.data.formats.table import FORMATS
 from favor.data.group import group
 from favor.data.read import DataConfig, judge, read
 from favor.data.settings import SourceConfig
@@ -114,7 +114,7 @@ LIKELY = st.one_of(VALUES, WORDS, TURNS, TALK, st.lists(WORDS, max_size=4), st.l
 @st.composite
 def rows_of(draw, name):
     """A row with the columns of a format, most of them there, any value in each."""
-    shape = SHAPES[name]
+    shape = FORMATS[name]
     names = [*sorted(shape.needs), *sorted(shape.either), *sorted(shape.more)]
     there = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
     wanted = dict.fromkeys([*sorted(shape.needs), *there] if draw(st.integers(0, 9)) else there)

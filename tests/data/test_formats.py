@@ -161,12 +161,12 @@ MALFORMED = [
     ("alpaca_ranking", {"output": ["one"]}, "output must be text, or a list of at least two"),
     ("alpaca_ranking", {"history": ["a"]}, "history must hold pairs"),
     ("alpaca_pairs", {"rejected": None}, "column 'rejected' is missing"),
-    ("sharegpt", {"chosen": "text"}, r"chosen\[0\] is no turn"),
+    ("sharegpt", {"chosen": "text"}, r"chosen\[0\] is not a turn"),
     ("sharegpt", {"conversations": [{"from": "robot", "value": "x"}]}, r"conversations\[0\].from is 'robot'"),
     ("votes", {"votes": [1]}, "votes must be a list of 2"),
     ("votes", {"votes": [0, 0]}, "at least one above 0"),
     ("votes_choices", {"choices": [0, 2]}, "choices holds 2"),
-    ("ranked", {"ranking": [0, 1]}, r"ranking \[0, 1\] is no order"),
+    ("ranked", {"ranking": [0, 1]}, r"ranking \[0, 1\] is not an order"),
 ]  # fmt: skip
 
 

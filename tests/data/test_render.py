@@ -306,7 +306,7 @@ def test_content_parts_are_text_and_nothing_else_is(tmp_path):
     path.write_text(json.dumps({"prompt": [{"role": "user", "content": part}]}) + "\n")
     assert read_prompts(str(path), "train") == [(1, ({"role": "user", "content": "Paris"},))]
     path.write_text(json.dumps({"prompt": ["hi"]}) + "\n")
-    with pytest.raises(DataError, match=r"row 1: .*prompt\[0\] is no chat message"):
+    with pytest.raises(DataError, match=r"row 1: .*prompt\[0\] is not a chat message"):
         read_prompts(str(path), "train")
     with pytest.raises(DataError, match="row 3: .*special token.*fix the row"):
         encode_prompts("p", [(3, FORGED)], tiny.tokenizer(), TokensConfig())

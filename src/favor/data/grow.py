@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from favor.data.formats import Judgment
-from favor.data.formats.common import by_scores
+from favor.data.formats.fields import by_scores
 from favor.data.pairing import LeftOut, Rules, arrange
 from favor.data.types import Comparison, PromptTree, Text, Thumb
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from favor.data.formats import FORMATS, RowError, recognise
-from favor.data.formats.common import as_text, check_unicode, joined_parts, shown, strings
+from favor.data.formats.fields import as_text, check_unicode, joined_parts, shown, strings
 from favor.data.sources import read_objects
 from favor.data.tokenize import TokensConfig, prompt_encoder
 from favor.data.types import Text

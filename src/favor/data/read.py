@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from favor.data import sources
 from favor.data.formats import FORMATS, Judgment, RowError, check_order, recognise
-from favor.data.formats.common import brief
+from favor.data.formats.fields import brief
 from favor.data.grow import Counts, Growing, Grown, key_of
 from favor.data.settings import DataConfig, SourceConfig, VerdictConfig
 from favor.data.types import PromptTree, Text

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from favor.data.formats.common import SAID, RowError, check_unicode, shown, strings
+from favor.data.formats.fields import SAID, RowError, check_unicode, shown, strings
 from favor.data.types import Message, PromptTree, Text
 
 Tools = tuple[dict[str, Any], ...] | None

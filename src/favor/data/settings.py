@@ -12,11 +12,6 @@ from favor.config import STRICT, Seed
 from favor.data.formats import FORMATS, columns_of
 from favor.data.pairing import Pairing, Rules, Votes
 
-# formats whose rows hold no comparison, and formats that say how far apart two responses are
-_UNCOMPARED = {"sft", "thumbs"}
-_UNSCORED = _UNCOMPARED | {"verdict", "openai_tldr", "openai_preference", "nectar", "alpaca", "sharegpt"}
-_VOTED = {"votes", "verdict"}
-
 
 Value = str | bool | int | float
 
@@ -151,11 +146,12 @@ class DataConfig(BaseModel):
         if "auto" in names:
             return
         shown = ", ".join(sorted(names))
-        if self.pairing != "auto" and names <= _UNCOMPARED:
+        known = [FORMATS[name] for name in names]
+        if self.pairing != "auto" and not any(each.compared for each in known):
             raise ValueError(f"data.pairing would be ignored: format {shown} compares nothing")
-        if self.min_gap and names <= _UNSCORED:
+        if self.min_gap and not any(each.scored for each in known):
             raise ValueError(f"data.min_gap would be ignored: format {shown} has no scores")
-        if self.votes != "soft" and not names & _VOTED:
+        if self.votes != "soft" and not any(each.voted for each in known):
             raise ValueError(f"data.votes would be ignored: format {shown} has no votes")
 
     def verdict_of(self, source: SourceConfig) -> VerdictConfig | None:
@@ -195,7 +191,7 @@ def known_format(name: str) -> str:
 
 def _check_columns(columns: dict[str, str], name: str) -> None:
     """Every column that is mapped must be one that the format reads."""
-    known = columns_of(name) if name != "auto" else frozenset[str]().union(*map(columns_of, FORMATS))
+    known = columns_of(name)
     for column in columns:
         if column not in known:
             near = difflib.get_close_matches(column, known, n=1)

@@ -15,7 +15,7 @@ from favor.config import STRICT
 from favor.data import sources
 from favor.data.encode import Encoder
 from favor.data.formats import RowError
-from favor.data.formats.common import Kind, brief
+from favor.data.formats.fields import Kind, brief
 from favor.data.render import Rendered, Renderer
 from favor.data.types import Comparison, PromptTree, Text, TokenTree
 from favor.errors import ConfigError, DataError

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from favor.data.formats.common import Judgment
+from favor.data.formats.fields import Judgment
 from favor.lint.near import near_pairs, shingles
 from favor.lint.settings import Finding, LintSettings, Row, shown, words_of
 

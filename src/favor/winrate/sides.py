@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, field_validator, model_validator
 
 from favor.config import STRICT
-from favor.data.formats.common import RowError, brief
+from favor.data.formats.fields import RowError, brief
 from favor.data.prompts import encode_prompts, prompt_of, sample_seeds, sample_text
 from favor.data.sources import read_objects
 from favor.data.tokenize import TokensConfig

@@ -1,14 +1,15 @@
-"""Rows that compare two responses, and rows of plain SFT data.
+"""Rows that compare two responses or judge one, and rows of plain SFT data.
 
-In: a row as a dict. Out: its Judgment. Next: chat.py.
+In: a row as a dict. Out: its Judgment. Next: lists.py.
 """
 
 import math
 from typing import Any
 
-from favor.data.formats.common import (
+from favor.data.formats.fields import (
     Judgment,
     RowError,
+    answers_to,
     as_conversation,
     as_messages,
     as_response,
@@ -17,9 +18,8 @@ from favor.data.formats.common import (
     brief,
     common_prompt,
     distinct,
+    flag_of,
     is_number,
-    is_tie,
-    margin_of,
     need,
     number_of,
     objects_of,
@@ -29,6 +29,10 @@ from favor.data.formats.common import (
     weight_of,
 )
 from favor.data.types import Text
+
+# what labels of one response mean, and what a margin is
+THUMB = "true (a good response) or false (a bad one)"
+_MARGIN = "a number from 0 up: by how much chosen is better"
 
 
 def pairs(row: dict[str, Any]) -> Judgment:
@@ -40,9 +44,10 @@ def pairs(row: dict[str, Any]) -> Judgment:
     prompt, responses = sides(row, ("chosen", "rejected"))
     if responses[0] == responses[1]:
         raise RowError("chosen and rejected are the same", "identical")
-    if is_tie(row):
+    if row.get("tie") is not None and flag_of(row, "tie"):
         return Judgment(prompt, responses, (), weight_of(row), tools_of(row), ties=((0, 1),))
-    scores = (margin_of(row), 0.0) if "margin" in row else ()
+    margin = number_of(row["margin"], "margin", _MARGIN, 0) if "margin" in row else None
+    scores = () if margin is None else (margin, 0.0)
     return Judgment(prompt, responses, ((0, 1),), weight_of(row), tools_of(row), scores=scores)
 
 
@@ -53,7 +58,9 @@ def ultrafeedback_binarized(row: dict[str, Any]) -> Judgment:
     best, worst = (number_of(need(row, name), name) for name in names)
     if best < worst:
         raise RowError(f"score_chosen is {best:g} and score_rejected {worst:g}, but chosen should be the better one")
-    return _settled(judgment, best - worst)
+    if best == worst:
+        return judgment._replace(orders=(), ties=((0, 1),), scores=())
+    return judgment._replace(scores=(best - worst, 0.0))
 
 
 def shp(row: dict[str, Any]) -> Judgment:
@@ -62,12 +69,10 @@ def shp(row: dict[str, Any]) -> Judgment:
     The gap is log2 of the ratio of the votes, known where both are positive or the row gives `score_ratio`.
     """
     prompt = as_text(need(row, "history"), "history")
-    responses = tuple(beside(prompt, as_response(need(row, name), name)) for name in ("human_ref_A", "human_ref_B"))
-    distinct(responses, "comments")
-    label = need(row, "labels")
-    if not is_number(label) or label not in (0, 1):
-        raise RowError(f"labels is {brief(label)}, expected 1 (comment A is better) or 0 (comment B is)")
-    order = (0, 1) if label == 1 else (1, 0)
+    names = ("human_ref_A", "human_ref_B")
+    responses = answers_to(prompt, [need(row, name) for name in names], names, "comments")
+    label = _bit(row, "labels", "1 (comment A is better) or 0 (comment B is)")
+    order = (1 - label, label)
     ratio = _vote_ratio(row, order)
     judgment = Judgment(prompt, responses, (order,), weight_of(row), placed=True)
     if ratio is None:
@@ -108,13 +113,13 @@ def openai_tldr(row: dict[str, Any]) -> Judgment:
             )
         parts.append(part.strip())
     prompt = f"SUBREDDIT: r/{parts[0].removeprefix('r/')}\n\nTITLE: {parts[1]}\n\nPOST: {parts[2]}\n\nTL;DR:"
-    texts = [as_response(s.get("text"), f"summaries[{i}].text") for i, s in enumerate(_two(row))]
+    summaries = objects_of(row, "summaries")
+    if len(summaries) != 2:
+        raise RowError(f"summaries holds {len(summaries)} summaries, expected two")
+    texts = [as_response(item.get("text"), f"{name}.text") for item, name in summaries]
     responses = tuple(" " + text.strip() if isinstance(text, str) else text for text in texts)
     distinct(responses, "summaries")
-    choice = need(row, "choice")
-    if not is_number(choice) or choice not in (0, 1):
-        raise RowError(f"choice is {brief(choice)}, expected 0 or 1: the index of the better summary")
-    choice = int(choice)
+    choice = _bit(row, "choice", "0 or 1: the index of the better summary")
     return Judgment(prompt, responses, ((choice, 1 - choice),), weight_of(row), placed=True)
 
 
@@ -129,6 +134,12 @@ def openai_preference(row: dict[str, Any]) -> Judgment:
     if responses[0] == responses[1]:
         raise RowError("preferred_output and non_preferred_output are the same", "identical")
     return Judgment(prompt, responses, ((0, 1),), weight_of(row), tools_of(given))
+
+
+def thumbs(row: dict[str, Any]) -> Judgment:
+    """TRL's unpaired preferences: `prompt, completion, label`, true for a good response; text or messages."""
+    prompt, response = prompt_and_response(row)
+    return Judgment(prompt, (response,), (), weight_of(row), tools_of(row), thumbs=((0, flag_of(row, "label", THUMB)),))
 
 
 def sft(row: dict[str, Any]) -> Judgment:
@@ -181,13 +192,6 @@ def _check_within(prompt: Text, shared: Text) -> None:
         )
 
 
-def _settled(judgment: Judgment, gap: float) -> Judgment:
-    """The same pair with its gap; without one it is a tie."""
-    if gap == 0:
-        return judgment._replace(orders=(), ties=((0, 1),), scores=())
-    return judgment._replace(scores=(gap, 0.0))
-
-
 def _vote_ratio(row: dict[str, Any], order: tuple[int, ...]) -> float | None:
     """Votes of the better comment over those of the other; None where the row does not say."""
     if "score_A" in row and "score_B" in row:
@@ -200,30 +204,23 @@ def _vote_ratio(row: dict[str, Any], order: tuple[int, ...]) -> float | None:
             return number_of(votes[order[0]] / votes[order[1]], "score_A over score_B")
     if "score_ratio" not in row:
         return None
-    ratio = number_of(row["score_ratio"], "score_ratio")
-    if ratio < 1:
-        raise RowError(f"score_ratio is {ratio:g}, expected 1 or more: the better comment's votes over the other's")
-    return ratio
+    return number_of(row["score_ratio"], "score_ratio", "1 or more: the better comment's votes over the other's", 1)
 
 
 def _from_strength(row: dict[str, Any], prompt: Text, names: tuple[str, str], strength: str) -> Judgment:
     """A pair judged on a scale from -3 (the first is much better) to 3 (the second is); 0 is a tie."""
-    responses = tuple(beside(prompt, as_response(need(row, name), name)) for name in names)
-    distinct(responses, "responses")
-    value = need(row, strength)
-    if not is_number(value) or not -3 <= value <= 3:
-        raise RowError(
-            f"{strength} is {brief(value)}, expected a number from -3 (the first is better) to 3 (the second is)"
-        )
+    responses = answers_to(prompt, [need(row, name) for name in names], names, "responses")
+    meaning = "a number from -3 (the first is better) to 3 (the second is)"
+    value = number_of(need(row, strength), strength, meaning, -3, 3)
     judgment = Judgment(prompt, responses, (), weight_of(row), placed=True)
     if value == 0:
         return judgment._replace(ties=((0, 1),))
     order = (0, 1) if value < 0 else (1, 0)
-    return judgment._replace(orders=(order,), scores=(max(0.0, -float(value)), max(0.0, float(value))))
+    return judgment._replace(orders=(order,), scores=(max(0.0, -value), max(0.0, value)))
 
 
-def _two(row: dict[str, Any]) -> list[dict[str, Any]]:
-    found = objects_of(need(row, "summaries"), "summaries")
-    if len(found) != 2:
-        raise RowError(f"summaries holds {len(found)} summaries, expected two")
-    return found
+def _bit(row: dict[str, Any], name: str, meaning: str) -> int:
+    value = need(row, name)
+    if not is_number(value) or value not in (0, 1):
+        raise RowError(f"{name} is {brief(value)}, expected {meaning}")
+    return int(value)

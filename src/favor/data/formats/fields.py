@@ -1,10 +1,10 @@
-"""What every format's reader shares: the Judgment they make, and reading text, messages and numbers out of a row.
+"""What every format's reader shares: the Judgment they make, and text, messages and numbers out of a row.
 
 In: values of a row. Out: checked values, or a RowError that names the column. Next: pairs.py.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from favor.data.strict import parse
@@ -18,7 +18,7 @@ SAID = ("content", "reasoning_content", "reasoning", "thinking", "thought", "too
 # kinds of content parts that are text
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _DEEPEST = 100
-_TOO_DEEP = f"it is nested more than {_DEEPEST} levels deep"
+TOO_DEEP = f"it is nested more than {_DEEPEST} levels deep"
 # beyond this a float32 or a difference of two numbers overflows
 _LARGEST = 1e30
 
@@ -70,7 +70,7 @@ class Judgment(NamedTuple):
 def dialogue(text: str, name: str) -> tuple[Message, ...]:
     r"""The turns of "\n\nHuman: ...\n\nAssistant: ...", the last of which may be empty."""
     if not text.startswith(_HUMAN):
-        raise RowError(f"{name} is no transcript (it must begin with '\\n\\nHuman:')")
+        raise RowError(f"{name} is not a transcript (it must begin with '\\n\\nHuman:')")
     messages: list[Message] = []
     rest = text
     while rest:
@@ -84,9 +84,9 @@ def dialogue(text: str, name: str) -> tuple[Message, ...]:
 
 
 def transcript(text: str, name: str) -> tuple[Message, ...]:
-    """A transcript that ends with the assistant's answer. Raises RowError when it is none."""
+    """A transcript that ends with the assistant's answer."""
     if not text.startswith(_HUMAN):
-        raise RowError(f"there is no prompt column and {name} is no transcript (it must begin with '\\n\\nHuman:')")
+        raise RowError(f"there is no prompt column and {name} is not a transcript (it must begin with '\\n\\nHuman:')")
     return complete(dialogue(text, name), name)
 
 
@@ -126,7 +126,7 @@ def strings(value: Any) -> Iterator[str]:
         if not deeper:
             return
         level = deeper
-    raise RowError(_TOO_DEEP)
+    raise RowError(TOO_DEEP)
 
 
 def check_unicode(text: str) -> None:
@@ -135,23 +135,8 @@ def check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RowError(
-            f"it holds half a character (U+{ord(text[error.start]):04X}, a lone surrogate), which is no text"
+            f"it holds half a character (U+{ord(text[error.start]):04X}, a lone surrogate), which is not text"
         ) from None
-
-
-def checked(reader: Callable[[dict[str, Any]], Judgment]) -> Callable[[dict[str, Any]], Judgment]:
-    """A format's reader that refuses what is not text in whatever it takes from a row."""
-
-    def read(row: dict[str, Any]) -> Judgment:
-        try:
-            judgment = reader(row)
-        except RecursionError:
-            raise RowError(_TOO_DEEP) from None
-        for text in strings((judgment.prompt, judgment.responses, judgment.tools)):
-            check_unicode(text)
-        return judgment
-
-    return read
 
 
 def need(row: dict[str, Any], name: str) -> Any:
@@ -190,7 +175,7 @@ def as_conversation(value: Any, name: str) -> tuple[Message, ...]:
 
 def _message(value: Any, name: str) -> Message:
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
-        raise RowError(f"{name} is no chat message with role and content")
+        raise RowError(f"{name} is not a chat message with role and content")
     message = {str(key): v for key, v in value.items() if v is not None}
     if "content" in message:
         message["content"] = joined_parts(message["content"], f"{name}.content")
@@ -229,11 +214,6 @@ def complete(messages: tuple[Message, ...], name: str) -> tuple[Message, ...]:
     return messages
 
 
-def assistant_turn(text: str) -> tuple[Message, ...]:
-    """Text as the assistant's turn."""
-    return ({"role": "assistant", "content": text},)
-
-
 def shown(value: Any) -> str:
     """A wrong value, short."""
     return "an empty list" if value == [] else f"{type(value).__name__} {brief(value)}"[:60]
@@ -246,15 +226,6 @@ def brief(value: Any, limit: int = 60) -> str:
     except (RecursionError, ValueError):
         return "(too large to show)"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def by_ranking(ranking: Any, count: int) -> tuple[tuple[int, ...], ...]:
-    """A list of indices, best first, as the one order it is."""
-    if not isinstance(ranking, list) or sorted(map(str, ranking)) != sorted(map(str, range(count))):
-        raise RowError(
-            f"ranking {brief(ranking)} is no order of the {count} responses (indices 0 to {count - 1}, best first)"
-        )
-    return (tuple(int(i) for i in ranking),)
 
 
 def by_scores(numbers: Sequence[float]) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, int], ...]]:
@@ -273,10 +244,12 @@ def is_number(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and -_LARGEST <= value <= _LARGEST
 
 
-def number_of(value: Any, name: str) -> float:
-    """A finite number."""
-    if not is_number(value):
-        raise RowError(f"{name} is {brief(value)}, expected a finite number")
+def number_of(
+    value: Any, name: str, meaning: str = "a finite number", least: float = -_LARGEST, most: float = _LARGEST
+) -> float:
+    """A finite number within bounds; `meaning` says in a RowError what was expected."""
+    if not is_number(value) or not least <= value <= most:
+        raise RowError(f"{name} is {brief(value)}, expected {meaning}")
     return float(value)
 
 
@@ -289,16 +262,26 @@ def numbers_of(value: Any, count: int, name: str) -> tuple[float, ...]:
     return tuple(map(float, value))
 
 
-def objects_of(value: Any, name: str, least: int = 2) -> list[dict[str, Any]]:
-    """A list of at least `least` objects with named fields."""
-    if not isinstance(value, list) or len(value) < least or not all(isinstance(item, dict) for item in value):
-        raise RowError(f"{name} must be a list of at least {least} objects, found {shown(value)}")
-    return value
+def objects_of(row: dict[str, Any], name: str) -> list[tuple[dict[str, Any], str]]:
+    """(object with named fields, its name) of a column that lists at least two."""
+    value = need(row, name)
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, dict) for item in value):
+        raise RowError(f"{name} must be a list of at least 2 objects, found {shown(value)}")
+    return [(item, f"{name}[{i}]") for i, item in enumerate(value)]
 
 
 def beside(prompt: Text, response: Text) -> Text:
     """A response in the shape of its prompt: a turn where the prompt is messages."""
-    return assistant_turn(response) if isinstance(prompt, tuple) and isinstance(response, str) else response
+    if isinstance(prompt, tuple) and isinstance(response, str):
+        return ({"role": "assistant", "content": response},)
+    return response
+
+
+def answers_to(prompt: Text, values: Sequence[Any], names: Sequence[str], what: str) -> tuple[Text, ...]:
+    """Responses of these columns in the shape of their prompt. what: their name in a RowError when two are the same."""
+    responses = tuple(beside(prompt, as_response(value, name)) for value, name in zip(values, names, strict=True))
+    distinct(responses, what)
+    return responses
 
 
 def distinct(responses: Sequence[Text], names: str) -> None:
@@ -307,36 +290,17 @@ def distinct(responses: Sequence[Text], names: str) -> None:
         raise RowError(f"two of its {names} are the same", "identical")
 
 
+def flag_of(row: dict[str, Any], name: str, meaning: str = "true or false") -> bool:
+    """A column that must be true or false."""
+    value = need(row, name)
+    if not isinstance(value, bool):
+        raise RowError(f"{name} is {brief(value)}, expected {meaning}")
+    return value
+
+
 def weight_of(row: dict[str, Any]) -> float:
     """The column weight: 1 without it."""
-    weight = row.get("weight", 1.0)
-    if not is_number(weight) or weight < 1 / _LARGEST:
-        raise RowError(f"weight is {brief(weight)}, expected a positive number")
-    return float(weight)
-
-
-def margin_of(row: dict[str, Any]) -> float:
-    """The column margin: by how much chosen is better."""
-    margin = row["margin"]
-    if not is_number(margin) or margin < 0:
-        raise RowError(f"margin is {brief(margin)}, expected a number from 0 up: by how much chosen is better")
-    return float(margin)
-
-
-def cut_of(row: dict[str, Any], count: int) -> tuple[int, ...]:
-    """The responses that the column ended says were cut."""
-    ended = row.get("ended", [True] * count)
-    if not isinstance(ended, list) or len(ended) != count or not all(isinstance(x, bool) for x in ended):
-        raise RowError(f"ended must be a list of {count} true or false, one per response")
-    return tuple(i for i, whole in enumerate(ended) if not whole)
-
-
-def is_tie(row: dict[str, Any]) -> bool:
-    """The column tie: false without it."""
-    tie = row.get("tie", False)
-    if not isinstance(tie, bool):
-        raise RowError(f"tie is {brief(tie)}, expected true or false")
-    return tie
+    return number_of(row.get("weight", 1.0), "weight", "a positive number", 1 / _LARGEST)
 
 
 def tools_of(row: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:

@@ -1,61 +1,99 @@
-"""Which columns belong to which format.
+"""THE table of formats: the columns of each, who reads them and what its rows can say; and which format a row has.
 
-In: the columns of a row. Out: the format's name. Next: ../read.py.
+In: the columns of a row. Out: a Format, whose call makes the row's Judgment; what to try for a row of no known format.
+docs/formats.md shows a row of each. Next: ../read.py.
 """
 
 import difflib
 import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
-from favor.data.formats.common import RowError, brief
+from favor.data.formats import lists, pairs
+from favor.data.formats.fields import TOO_DEEP, Judgment, RowError, brief, check_unicode, strings
 
 
-class Shape(NamedTuple):
-    """A format's columns: it needs all of `needs` and, where there are any, one of `either`; `more` are read too."""
+class Format(NamedTuple):
+    """A format needs all columns of `needs` and, where there are any, one of `either`; `more` are read too.
 
+    compared: its rows compare responses. scored: they may say how far apart two are. voted: they may hold votes.
+    """
+
+    read: Callable[[dict[str, Any]], Judgment]
     needs: frozenset[str]
     either: frozenset[str] = frozenset()
     more: frozenset[str] = frozenset()
+    compared: bool = True
+    scored: bool = False
+    voted: bool = False
+
+    def __call__(self, row: dict[str, Any]) -> Judgment:
+        """What a row says. Raises RowError, also for what is not text in whatever it takes from the row."""
+        try:
+            judgment = self.read(row)
+        except RecursionError:
+            raise RowError(TOO_DEEP) from None
+        for text in strings((judgment.prompt, judgment.responses, judgment.tools)):
+            check_unicode(text)
+        return judgment
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Every column that it reads."""
+        return self.needs | self.either | self.more
 
     def fits(self, columns: Set[str]) -> bool:
         """Whether a row with these columns can be of this format."""
         return self.needs <= columns and (not self.either or bool(self.either & columns))
 
     def __str__(self) -> str:
-        return " + ".join(
-            [*sorted(self.needs, key=_rank), *([" or ".join(sorted(self.either))] if self.either else [])]
-        )
+        either = [" or ".join(sorted(self.either))] if self.either else []
+        return " + ".join([*sorted(self.needs, key=_rank), *either])
 
 
 def _rank(column: str) -> tuple[int, str]:
     return (0 if column in ("prompt", "instruction", "history", "context") else 1, column)
 
 
-def _shape(needs: str, either: str = "", more: str = "weight") -> Shape:
-    return Shape(frozenset(needs.split()), frozenset(either.split()), frozenset(more.split()))
+def _row(read: Callable[[dict[str, Any]], Judgment], columns: str, says: str = "compared") -> Format:
+    """columns: "needs / either / more", the last two may be left out; says: what rows of it can say."""
+    needs, either, more = (frozenset(part.split()) for part in f"{columns} / /".split("/")[:3])
+    facts = says.split()
+    return Format(
+        read,
+        needs,
+        either,
+        more | ({"weight"} if read is not pairs.sft else set()),
+        "compared" in facts,
+        "scored" in facts,
+        "voted" in facts,
+    )
 
 
 # the first that fits is the format: what has more columns of its own stands before what has fewer
-SHAPES: dict[str, Shape] = {
-    "openai_preference": _shape("input preferred_output non_preferred_output"),
-    "shp": _shape("history human_ref_A human_ref_B labels", more="score_A score_B score_ratio weight"),
-    "helpsteer3": _shape("context response1 response2 overall_preference"),
-    "helpsteer2_preference": _shape("prompt response_1 response_2 preference_strength"),
-    "openai_tldr": _shape("info summaries choice"),
-    "nectar": _shape("prompt answers"),
-    "ultrafeedback": _shape("instruction completions"),
-    "sharegpt": _shape("conversations", more="chosen rejected kto_tag system tools weight"),
-    "alpaca": _shape("instruction", "output chosen", "input rejected kto_tag system history tools weight"),
-    "ultrafeedback_binarized": _shape("chosen rejected score_chosen score_rejected", more="prompt tools weight"),
-    "helpsteer": _shape("prompt response helpfulness"),
-    "verdict": _shape("first second verdict", more="prompt tools weight"),
-    "votes": _shape("prompt responses", "votes choices", "tools weight"),
-    "ranked": _shape("responses", "ranking scores", "prompt ended tools weight"),
-    "pairs": _shape("chosen rejected", more="prompt margin tie tools weight"),
-    "thumbs": _shape("label", "completion response messages", "prompt tools weight"),
-    "sft": _shape("", "messages completion response", "prompt tools"),
+FORMATS: dict[str, Format] = {
+    "openai_preference": _row(pairs.openai_preference, "input preferred_output non_preferred_output"),
+    "shp": _row(pairs.shp, "history human_ref_A human_ref_B labels / / score_A score_B score_ratio", "compared scored"),
+    "helpsteer3": _row(pairs.helpsteer3, "context response1 response2 overall_preference", "compared scored"),
+    "helpsteer2_preference": _row(
+        pairs.helpsteer2_preference, "prompt response_1 response_2 preference_strength", "compared scored"
+    ),
+    "openai_tldr": _row(pairs.openai_tldr, "info summaries choice"),
+    "nectar": _row(lists.nectar, "prompt answers"),
+    "ultrafeedback": _row(lists.ultrafeedback, "instruction completions", "compared scored"),
+    "sharegpt": _row(lists.sharegpt, "conversations / / chosen rejected kto_tag system tools"),
+    "alpaca": _row(lists.alpaca, "instruction / output chosen / input rejected kto_tag system history tools"),
+    "ultrafeedback_binarized": _row(
+        pairs.ultrafeedback_binarized, "chosen rejected score_chosen score_rejected / / prompt tools", "compared scored"
+    ),
+    "helpsteer": _row(lists.helpsteer, "prompt response helpfulness", "compared scored"),
+    "verdict": _row(lists.verdict, "first second verdict / / prompt tools", "compared voted"),
+    "votes": _row(lists.votes, "prompt responses / votes choices / tools", "compared scored voted"),
+    "ranked": _row(lists.ranked, "responses / ranking scores / prompt ended tools", "compared scored"),
+    "pairs": _row(pairs.pairs, "chosen rejected / / prompt margin tie tools", "compared scored"),
+    "thumbs": _row(pairs.thumbs, "label / completion response messages / prompt tools", ""),
+    "sft": _row(pairs.sft, " / messages completion response / prompt tools", ""),
 }
 _PLAIN = (
     "expected prompt + chosen + rejected, chosen + rejected, prompt + responses + ranking or scores, prompt + completion, "
@@ -64,18 +102,17 @@ _PLAIN = (
 
 
 def columns_of(name: str) -> frozenset[str]:
-    """Every column that a format reads."""
-    shape = SHAPES[name]
-    return shape.needs | shape.either | shape.more
+    """Every column that a format reads; of "auto", that any reads."""
+    return FORMATS[name].columns if name in FORMATS else frozenset[str]().union(*(f.columns for f in FORMATS.values()))
 
 
 def recognise(row: Mapping[str, Any]) -> str:
     """The format a row's columns belong to. Raises RowError, naming the columns found and the formats known."""
     columns = {name for name in row if row[name] is not None}
-    for name, shape in SHAPES.items():
-        if shape.fits(columns) and (name != "sft" or "messages" in columns or "prompt" in columns):
+    for name, known in FORMATS.items():
+        if known.fits(columns) and (name != "sft" or "messages" in columns or "prompt" in columns):
             return name
-    special = ", ".join(name for name in SHAPES if name not in ("pairs", "ranked", "sft"))
+    special = ", ".join(name for name in FORMATS if name not in ("pairs", "ranked", "sft"))
     raise RowError(
         f"its columns ({', '.join(sorted(columns)) or 'none'}) are of no known format; {_PLAIN}{special}"
         f"{_nearest(columns)}; data.columns maps columns of other names. The row: {_short(row)}{suggested(row)}"
@@ -159,13 +196,12 @@ _JUDGED = ("winner", "verdict", "preference", "preferred", "label", "choice", "b
 def _nearest(columns: Set[str]) -> str:
     """The format that lacks least, columns of nearly the right name counting."""
 
-    def near(shape: Shape) -> float:
-        wanted = [*shape.needs, *sorted(shape.either)[:1]]
-        read = shape.needs | shape.either | shape.more
-        return _covered(wanted, columns) + _covered(columns, read)
+    def near(known: Format) -> float:
+        wanted = [*known.needs, *sorted(known.either)[:1]]
+        return _covered(wanted, columns) + _covered(columns, known.columns)
 
-    name = max(SHAPES, key=lambda name: near(SHAPES[name]))
-    return f"; the nearest is {name} ({SHAPES[name]})" if near(SHAPES[name]) >= 0.75 else ""
+    name = max(FORMATS, key=lambda name: near(FORMATS[name]))
+    return f"; the nearest is {name} ({FORMATS[name]})" if near(FORMATS[name]) >= 0.75 else ""
 
 
 def _covered(wanted: Collection[str], given: Collection[str]) -> float:
