@@ -215,7 +215,7 @@ def _linted(source: Source, ran: Ran, here: Path) -> "list[str]":
     found = {row for f in findings if f["severity"] == "error" for _, row in f["rows"]}
     wrong = [] if found == bad.keys() else [f"error findings on rows {sorted(found)}, expected {sorted(bad)}"]
     usable = len(source.good) + len(source.late)
-    summary = next(f["message"] for f in findings if f["name"] == "read")
+    summary = next(f["message"] for f in findings if f["kind"] == "read")
     if not summary.startswith(f"{usable + len(source.bad)} rows, {usable} of them usable"):
         wrong.append(f"summary {summary!r}, expected {usable} of {usable + len(source.bad)}")
     if source.good:

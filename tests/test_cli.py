@@ -277,7 +277,7 @@ def test_lint_lists_every_bad_row_and_fails(favor, tmp_path):
         "lint", "data.train=d.jsonl", "lint.out=lint.json", "lint.page=lint.html", "--fix", "clean.jsonl"
     )
     assert code == 1
-    found = {f["name"]: f for f in json.loads((tmp_path / "lint.json").read_text())["findings"]}
+    found = {f["kind"]: f for f in json.loads((tmp_path / "lint.json").read_text())["findings"]}
     assert found["empty"]["examples"] == ["d.jsonl, row 8: chosen is empty"]
     assert found["contradiction"]["rows"] == [["d.jsonl", 7]]
     assert all(name in out for name in ("contradiction", "empty", "length"))

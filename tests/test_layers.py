@@ -28,8 +28,8 @@ ALLOWED = {
     "eval": BASE | {"output", "data", "model", "losses", "ranks", "rewards"},
     "train": BASE
     | {"stop", "hide", "data", "losses", "model", "ranks", "rewards"}
-    | {"lint.brief", "eval.divergence", "eval.calibration"},
-    "lint": BASE | {"output", "hide", "data", "model", "rewards"},
+    | {"lint.cheap", "eval.divergence", "eval.calibration"},
+    "lint": BASE | {"output", "hide", "data", "model", "rewards", "report.table"},
     "report": {"errors", "hide", "run", "guard"},
     "demo": BASE | {"stop", "rewards", "eval", "train", "report"},
     "online": BASE | {"output", "stop", "data", "losses", "model", "rewards", "generate", "train"},

@@ -14,11 +14,11 @@ from favor.config import load
 from favor.data.formats import FORMATS
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.errors import ConfigError, DataError
-from favor.lint.near import near_pairs, shingles
-from favor.lint.noise import model_gaps
+from favor.lint.models import as_tree, model_gaps
+from favor.lint.rows import Row
 from favor.lint.run import fails, lint
-from favor.lint.settings import LintConfig, LintSettings, Row
-from favor.lint.tokens import as_tree
+from favor.lint.sets import near_pairs, shingles
+from favor.lint.settings import LintConfig, LintSettings
 from favor.model.load import ModelConfig, load_policy
 from favor.run import cache_folder
 
@@ -197,7 +197,7 @@ def files(tmp_path):
 
 
 def worse_than_notes(findings):
-    return {f.name: f for f in findings if f.severity != "note"}
+    return {f.kind: f for f in findings if f.severity != "note"}
 
 
 def reward(tmp_path):
@@ -208,7 +208,7 @@ def test_clean_data_has_no_findings(files, tmp_path):
     for seed in range(3):
         found = lint(files(clean_rows(seed=seed), None, *reward(tmp_path)))
         assert worse_than_notes(found) == {}
-        assert {"read", "length"} <= {f.name for f in found}
+        assert {"read", "length"} <= {f.kind for f in found}
 
 
 def test_there_are_enough_faults():
@@ -263,7 +263,7 @@ def test_what_is_no_fault(files):
     train[3]["chosen"] = "Use <b>bold</b> near the harbour and the bridge"
     found = lint(files(train))
     assert worse_than_notes(found) == {}
-    assert next(f for f in found if f.name == "markup").rows[0][1] == 4
+    assert next(f for f in found if f.kind == "markup").rows[0][1] == 4
 
 
 def test_rows_of_one_prompt_are_no_near_duplicates(files):
@@ -285,7 +285,7 @@ def test_mapped_columns_are_read_and_the_clean_copy_keeps_their_names(files, tmp
     config = config.model_copy(update={"data": config.data.model_copy(update={"eval": None})})
     found = lint(config)
     assert set(worse_than_notes(found)) == {"blanks"}
-    assert next(f for f in found if f.name == "unread_column").message.endswith("read: by (60)")
+    assert next(f for f in found if f.kind == "unread_column").message.endswith("read: by (60)")
     assert all(set(json.loads(line)) == set(train[0]) for line in clean.read_text("utf-8").splitlines())
 
 
@@ -306,7 +306,7 @@ def test_a_model_doubts_labels(files, tmp_path):
     tiny.model(seed=3).save_pretrained(reference)
     tiny.tokenizer(template=DROPPING).save_pretrained(reference)
     for more, by in (([], "the model"), ([f"lint.reference={reference}"], "the implicit reward")):
-        found = {f.name: f for f in lint(files(train, None, "lint.doubt=true", "model.dtype=float32", *more))}
+        found = {f.kind: f for f in lint(files(train, None, "lint.doubt=true", "model.dtype=float32", *more))}
         assert found["agreement"].message.startswith(by)
     policy, other = (load_policy(ModelConfig(path=str(path), dtype="float32")) for path in (model, reference))
     rows = [Row("train", "t", i, row, FORMATS["pairs"](row), None) for i, row in enumerate(train)]
@@ -334,7 +334,7 @@ def test_page_and_json_escape_what_they_show(files, tmp_path):
     assert "<script>" not in page
     assert "&amp;amp;" in page
     found = json.loads((tmp_path / "p.json").read_text("utf-8"))["findings"]
-    assert {"entities", "markup", "read"} <= {f["name"] for f in found}
+    assert {"entities", "markup", "read"} <= {f["kind"] for f in found}
 
 
 def test_refusals(files, tmp_path):
@@ -345,7 +345,7 @@ def test_refusals(files, tmp_path):
         lint(files([{"prompt": "p", "chosen": "", "rejected": "x"}], None, f"lint.fix={tmp_path / 'c.jsonl'}"))
     assert not (tmp_path / "c.jsonl").exists()
     found = lint(files(train, None, "model.path=./nowhere"))
-    assert any(f.name == "tokenizer" and "left out" in f.message for f in found)
+    assert any(f.kind == "tokenizer" and "left out" in f.message for f in found)
 
 
 def test_near_pairs_against_all_pairs():

@@ -373,7 +373,7 @@ def test_held_out_share_is_never_trained_on_and_evaluated(world_of_films, tmp_pa
     run_train([*words, f"data.sources=[{tables}]", "data.eval_share=0.4", "train.epochs=1"])
     told = json.loads(RunFolder(tmp_path / "a").data_report.read_text())
     assert told["train"]["read"]["num_trees"] + told["eval"]["read"]["num_trees"] == 21
-    assert not [finding for finding in told["lint"] if finding["name"] == "leak"]
+    assert not [finding for finding in told["lint"] if finding["kind"] == "leak"]
     config = EvalConfig(
         run=str(tmp_path / "a"), sample_prompts=30, samples_per_prompt=1, sample=SampleConfig(max_new_tokens=2)
     )

@@ -205,8 +205,7 @@ def lint(
 ) -> None:
     """Look for faults in preference data; exit code 1 when a finding is as severe as lint.fail_on (error)."""
     from favor.config import load, split_arguments
-    from favor.lint.page import findings_table
-    from favor.lint.run import fails
+    from favor.lint.run import fails, findings_table
     from favor.lint.run import lint as run
     from favor.lint.settings import LintConfig
 

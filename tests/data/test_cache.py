@@ -28,7 +28,7 @@ from favor.data.settings import SourceConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Comparison, Thumb, TokenTree
 from favor.errors import DataError
-from favor.lint.brief import CHECKS
+from favor.lint.cheap import CHECKS
 
 END = frozenset({2})
 FILES = ["trees.arrow", "prompts.arrow", "report.json", "hashes.json"]
@@ -340,7 +340,7 @@ def test_several_processes_build_one_cache(tmp_path):
     source = write(tmp_path / "rows.jsonl", make_rows(3000, 2000))
     program = (
         "import sys; sys.path.insert(0, 'tests'); import tiny; from pathlib import Path; from tests.data import test_cache as t;"
-        "from favor.data.digest import hash_all; from favor.lint.brief import CHECKS; from favor.data.prepare import prepare_split\n"
+        "from favor.data.digest import hash_all; from favor.lint.cheap import CHECKS; from favor.data.prepare import prepare_split\n"
         "said = []\nfound = prepare_split(t.wanted(sys.argv[1], tiny.tokenizer(), cache=True), CHECKS, said.append)\n"
         "print(hash_all({'a': found.trees}), sum('(once' in text for text in said))"
     )

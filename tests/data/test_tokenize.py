@@ -5,10 +5,10 @@ import re
 import pytest
 import tiny
 
-from favor.data.tokenize import TokensConfig, encode_prompt, tokenize
+from favor.data.tokenize import TokenReport, TokensConfig, encode_prompt, tokenize
 from favor.data.types import Comparison, PromptTree
 from favor.errors import ConfigError, DataError
-from favor.lint.brief import lint, lint_tokens
+from favor.lint.cheap import of_split, truncation
 
 END = frozenset({2})
 
@@ -168,20 +168,21 @@ def test_first_response_counts_on_over_dropped_trees():
     kept, report = tokenize(trees, tiny.tokenizer(), TokensConfig(max_tokens=64), END, "error")
     assert [(tree.row, tree.first_response) for tree in kept] == [(1, 0), (3, 2)]
     assert report.dropped == [(2, "longer than tokens.max_tokens = 64")]
-    assert lint_tokens(report)[0].severity == "warning"
+    assert truncation(report)[0].severity == "warning"
 
 
 def test_lint_finds_planted_faults():
-    contradiction = PromptTree("p", ("a b", "c d"), (Comparison((0, 1)), Comparison((1, 0))), (9,), "f")
-    longer = [text_tree(f"q{i}", "long answer here", "short one", row=i) for i in range(9)]
-    found = {
-        finding.name: finding
-        for finding in lint([contradiction, *longer, text_tree("s", "stub", "two words ", row=10)])
-    }
+    """The checks that training runs; 40 comparisons are enough to speak of a bias, and 30 of them favour the longer."""
+    contradiction = PromptTree("p", ("a b", "c de"), (Comparison((0, 1)), Comparison((1, 0))), (9,), "f")
+    longer = [text_tree(f"q{i}", "long answer here", "short one", row=i) for i in range(29)]
+    shorter = [text_tree(f"r{i}", "short one", "long answer here", row=i) for i in range(8)]
+    trees = [contradiction, *longer, *shorter, text_tree("s", "stub", "two words ", row=10)]
+    found = {finding.kind: finding for finding in of_split(trees, TokenReport("plain"))}
     assert found["contradiction"].severity == "error"
-    assert found["contradiction"].rows == (9,)
+    assert found["contradiction"].rows == (("f", 9),)
     assert found["length"].severity == "warning"
     assert re.search("in 75%", found["length"].message)
-    assert found["stub"].rows == (10,)
-    assert found["blanks"].rows == (10,)
-    assert [f.name for f in lint([text_tree("p", "a b", "cc dd"), text_tree("q", "aa bb", "c d")])] == ["length"]
+    assert found["stub"].rows == (("rows.jsonl", 10),)
+    assert found["blanks"].rows == (("rows.jsonl", 10),)
+    few = [text_tree("p", "a b", "cc dd"), text_tree("q", "aa bb", "c d")]
+    assert [f.kind for f in of_split(few, TokenReport("plain"))] == ["length"]

@@ -13,9 +13,10 @@ from favor.data.read import DataConfig, read
 from favor.data.settings import SourceConfig, VerdictConfig
 from favor.data.types import Comparison, Thumb
 from favor.errors import ConfigError, DataError
-from favor.lint.noise import Gap, noise_findings
+from favor.lint.models import Gap, noise_findings
+from favor.lint.rows import Row
 from favor.lint.run import lint
-from favor.lint.settings import LintConfig, LintSettings, Row
+from favor.lint.settings import LintConfig, LintSettings
 
 C = Comparison
 VALUES = {"first": ["model_a", 1], "second": ["model_b", 2], "tie": ["tie", 0.5], "both_bad": ["tie (bothbad)", True]}
@@ -151,7 +152,7 @@ def test_a_list_of_answers_is_no_ranking_unless_the_format_is_named(tmp_path):
     trees, _ = read(str(path), DataConfig(train=str(path), format="alpaca"), "train")
     assert trees[1].comparisons == (C((0, 1)),)
     assert [prompt for _, prompt in read_prompts(str(path), "train")] == ["Name a thing.", "Name two."]
-    found = {f.name: f for f in lint(load(LintConfig, None, [f"data.train={path}"]))}
+    found = {f.kind: f for f in lint(load(LintConfig, None, [f"data.train={path}"]))}
     assert found["malformed"].rows == ((str(path), 2),)
 
 
@@ -161,18 +162,18 @@ def test_lint_says_when_labels_lean_to_a_side(tmp_path):
     words.append("data.verdict={first='ask.a', second='ask.b', column='winner', values={first=[1], second=[2]}}")
     for second, severity, share in ((40, "warning", 0), (20, "note", 50), (2, "warning", 95)):
         path.write_text("".join(json.dumps(row(2 if n < second else 1, n)) + "\n" for n in range(40)))
-        found = {f.name: f for f in lint(load(LintConfig, None, words))}
+        found = {f.kind: f for f in lint(load(LintConfig, None, words))}
         assert found["position"].severity == severity
         assert f"the first response is preferred in {share}% of 40" in found["position"].message
         assert "unread_column" not in found
     path.write_text(json.dumps({"prompt": "p", "chosen": "a b", "rejected": "b a"}) + "\n")
-    assert "position" not in {f.name for f in lint(load(LintConfig, None, words[:1]))}
+    assert "position" not in {f.kind for f in lint(load(LintConfig, None, words[:1]))}
 
 
 def test_lint_says_when_a_reward_is_against_most_labels():
     for against, severity in ((50, "warning"), (20, "note")):
         gaps = [Gap(Row("train", "f", i, {}, None, None), -1.0 if i < against else 1.0, "a", "b") for i in range(60)]
-        found = {f.name: f for f in noise_findings(gaps, "the reward", LintSettings())}
+        found = {f.kind: f for f in noise_findings(gaps, "the reward", LintSettings())[1]}
         assert found["agreement"].severity == severity
 
 

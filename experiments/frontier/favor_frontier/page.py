@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 from rich.table import Table
 
-from favor.report.page import plot_html, rendered
-from favor.report.table import FEW
+from favor.report.page import plot_html
+from favor.report.table import FEW, rendered
 
 LABELS = {
     "start": "SFT (start)",

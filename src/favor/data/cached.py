@@ -41,7 +41,9 @@ def prepare_split(
             "set FAVOR_CACHE to another folder, or data.cache=false"
         ) from None
     report = found.report
-    findings = [Finding(f["severity"], f["name"], f["message"], tuple(f["rows"])) for f in report["findings"]]
+    findings = [
+        Finding(f["severity"], f["kind"], f["message"], tuple(map(tuple, f["rows"]))) for f in report["findings"]
+    ]
     texts = cache.PromptsAlone(found.prompts)
     return Prepared(found.trees, found.prompts, texts, report["read"], report["tokens"], findings)
 

@@ -127,9 +127,9 @@ def prepare(
         findings += checks.leaks(found["train"].texts, found["eval"].texts)
     for finding in findings:
         # how often the longer one is preferred is always shown: labels that are read wrongly show there
-        if finding.severity != "note" or finding.name == "length":
+        if finding.severity != "note" or finding.kind == "length":
             say(f"{finding.severity}: {finding.message}")
-    listed = [{"severity": f.severity, "name": f.name, "message": f.message} for f in findings]
+    listed = [{"severity": f.severity, "kind": f.kind, "message": f.message} for f in findings]
     report = {name: {"read": split.read, "tokens": split.tokens} for name, split in found.items()}
     prompts = {name: split.prompts for name, split in found.items()}
     held_out = found["eval"].trees if "eval" in found else ()

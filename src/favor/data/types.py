@@ -89,15 +89,12 @@ class TokenTree:
 
 
 class Finding(NamedTuple):
-    """One kind of fault in the data and where it is. rows: numbers, or (source, number) of several sources together.
-
-    examples: what to show of the first of them.
-    """
+    """One kind of fault in the data and where it is: rows are (source, row number); examples show the first of them."""
 
     severity: Literal["error", "warning", "note"]
-    name: str
+    kind: str
     message: str
-    rows: tuple[Any, ...] = ()
+    rows: tuple[tuple[str, int], ...] = ()
     examples: tuple[str, ...] = ()
 
 

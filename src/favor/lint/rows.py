@@ -1,21 +1,24 @@
-"""Checks of one row at a time: what training would refuse, broken text, secrets, leaked prompts.
+"""Checks of one row at a time: what training would refuse, broken text, secrets, repeated prompts; and text repaired.
 
-In: Rows. Out: Findings, one for each kind of fault. Next: sets.py.
+In: Rows. Out: Hits. Next: sets.py.
 """
 
 import html
-import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from itertools import combinations, pairwise
+from typing import Any, NamedTuple
 
 import ftfy
 
-from favor.lint.settings import Finding, LintSettings, Row, Severity, shown, words_of
+from favor.data.formats import Judgment, RowError
+from favor.hide import in_texts
+from favor.lint.cheap import RESPONSE_CHECKS, Hit, Where, shown, words_of
 
 # only what changes the meaning of bytes: typographic quotes and ligatures are good text
-REPAIR = ftfy.TextFixerConfig(
+_REPAIR = ftfy.TextFixerConfig(
     uncurl_quotes=False,
     fix_latin_ligatures=False,
     fix_character_width=False,
@@ -36,170 +39,124 @@ _REFUSAL = re.compile(r"^\W*(?:i'?m sorry|sorry,|i cannot|i can'?t|i am unable|a
 _INVISIBLE = frozenset("\u200b\u200c\u200d\u2060\ufeff\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u00ad")
 _JOINER = "\u200d"
 
-Check = Callable[[Row], str | None]
+
+class Row(NamedTuple):
+    """One row: as the file has it, and what it says or why it cannot be used. A row that cannot be used has no texts."""
+
+    part: str
+    source: str
+    number: int
+    raw: dict[str, Any]
+    judgment: Judgment | None
+    refusal: RowError | None
+
+    @property
+    def where(self) -> Where:
+        """(source, row number)."""
+        return self.source, self.number
+
+    @property
+    def prompt(self) -> str:
+        """The prompt as plain text, without the blanks around it."""
+        return words_of(self.judgment.prompt).strip() if self.judgment else ""
+
+    @property
+    def responses(self) -> list[str]:
+        """The responses as plain text."""
+        return list(map(words_of, self.judgment.responses)) if self.judgment else []
+
+    @property
+    def orders(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of responses, best first."""
+        return self.judgment.orders if self.judgment else ()
+
+    @property
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """(better, worse) of every pair that the orders imply."""
+        texts = self.responses
+        return ((texts[a], texts[b]) for order in self.orders for a, b in combinations(order, 2))
 
 
-def row_findings(rows: Sequence[Row], settings: LintSettings) -> list[Finding]:
-    """Every row check over all rows: one finding for each that says anything, with its rows and examples."""
-    found: list[Finding] = []
-    for name, (severity, sentence, check) in CHECKS.items():
-        hits = [(row, said) for row in rows if (said := check(row)) is not None]
-        if hits:
-            examples = tuple(f"{row.source}, row {row.number}: {said}" for row, said in hits[: settings.examples])
-            found.append(Finding(severity, name, f"{len(hits)} {sentence}", tuple(r.where for r, _ in hits), examples))
+def row_hits(row: Row) -> Iterator[Hit]:
+    """Every fault that a row shows by itself."""
+    if row.refusal is not None:
+        yield Hit(row.refusal.kind, row.where, str(row.refusal))
+    yield from _broken_texts(row)
+    yield from _private_texts(row)
+    yield from _odd_responses(row)
+    turns = row.judgment.prompt if row.judgment and not isinstance(row.judgment.prompt, str) else ()
+    for before, turn in pairwise(turns):
+        if before == turn and turn.get("content"):
+            said = f"two turns are the same: {shown(json.dumps(turn, ensure_ascii=False), 80)}"
+            yield Hit("repeated_turn", row.where, said)
+
+
+def repaired(text: str) -> str:
+    """A text with its encoding, entities, invisible characters and trailing blanks repaired."""
+    text = _visible(ftfy.fix_text(text, _REPAIR))
+    return (html.unescape(text) if _ENTITY.search(text) else text).rstrip()
+
+
+def _broken_texts(row: Row) -> Iterator[Hit]:
+    # of a row that cannot be used, every string in it
+    for text in [words_of(row.judgment.prompt), *row.responses] if row.judgment else _strings(row.raw):
+        if said := _mojibake(text):
+            yield Hit("encoding", row.where, said)
+        if "\ufffd" in text:
+            said = f"U+FFFD in {shown(text, 80)!r}: letters were lost in an earlier conversion"
+            yield Hit("lost_characters", row.where, said)
+        if not (text.isascii() and text.isprintable()):
+            for letter in [c for i, c in enumerate(text) if _is_invisible(text, i)][:1]:
+                yield Hit("invisible", row.where, f"U+{ord(letter):04X} in {shown(text, 60)!r}")
+        for kind, pattern in (("entities", _ENTITY), ("markup", _TAGS)):
+            if hit := pattern.search(text):
+                yield Hit(kind, row.where, f"{hit.group()} in {shown(text[max(0, hit.start() - 30) :], 80)!r}")
+
+
+def _private_texts(row: Row) -> Iterator[Hit]:
+    """In any column, also one that is not read; only the first letters are shown."""
+    for name, text in ((name, text) for name, value in row.raw.items() for text in _strings(value)):
+        for kind, pattern, what, letters in (
+            ("secret", _SECRETS, "a key", 8),
+            ("personal", _PERSONAL, "personal data", 3),
+        ):
+            if hit := pattern.search(text):
+                said = f"column '{name}' holds what looks like {what}: {hit.group()[:letters]}..."
+                yield Hit(kind, row.where, said)
+
+
+def _odd_responses(row: Row) -> Iterator[Hit]:
+    for text in row.responses:
+        for kind, is_odd in RESPONSE_CHECKS.items():
+            if is_odd(text):
+                yield Hit(kind, row.where, f"a response is {text[-40:]!r}")
+        if len(row.prompt) >= 15 and text.strip().startswith(row.prompt):
+            yield Hit("echo", row.where, f"a response begins with the whole prompt: {shown(text, 80)!r}")
+    for best, *_, worst in row.orders[:1]:
+        chosen, rejected = row.responses[best], row.responses[worst]
+        if _REFUSAL.search(chosen) and not _REFUSAL.search(rejected):
+            yield Hit("refusal", row.where, f"chosen refuses, rejected does not: {shown(chosen, 80)!r}")
+
+
+def _strings(value: object) -> list[str]:
+    found: list[str] = []
+    in_texts(value, lambda text: found.append(text) or text)
     return found
-
-
-def texts(row: Row) -> list[str]:
-    """Prompt and responses as plain text; of a refused row every string in it."""
-    if row.judgment is None:
-        return strings(row.raw)
-    return [words_of(row.judgment.prompt), *map(words_of, row.judgment.responses)]
-
-
-def strings(value: object) -> list[str]:
-    """Every string inside a value."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        return [found for inner in value.values() for found in strings(inner)]
-    if isinstance(value, list | tuple):
-        return [found for inner in value for found in strings(inner)]
-    return []
-
-
-def _refused(*marks: str) -> Check:
-    return lambda row: row.refusal if row.refusal and any(mark in row.refusal for mark in marks) else None
-
-
-def _malformed(row: Row) -> str | None:
-    known = (*_IDENTICAL, *_EMPTY)
-    return row.refusal if row.refusal and not any(mark in row.refusal for mark in known) else None
-
-
-def _any_text(found: Callable[[str], str | None]) -> Check:
-    return lambda row: next((said for text in texts(row) if (said := found(text)) is not None), None)
 
 
 def _mojibake(text: str) -> str | None:
     # quick way out: broken decoding leaves characters beyond ASCII
-    if text.isascii() or (repaired := ftfy.fix_text(text, REPAIR)) == text or visible(repaired) == visible(text):
+    if text.isascii() or (better := ftfy.fix_text(text, _REPAIR)) == text or _visible(better) == _visible(text):
         return None
-    return f"{shown(text, 60)!r} is probably {shown(repaired, 60)!r}"
+    return f"{shown(text, 60)!r} is probably {shown(better, 60)!r}"
 
 
-def visible(text: str) -> str:
-    """A text without its invisible and control characters."""
-    return "".join(c for i, c in enumerate(text) if not _is_invisible(c) or _joins(text, i))
+def _visible(text: str) -> str:
+    return "".join(c for i, c in enumerate(text) if not _is_invisible(text, i))
 
 
-def _is_invisible(character: str) -> bool:
-    return character in _INVISIBLE or (unicodedata.category(character) == "Cc" and character not in "\t\n\r")
-
-
-def _invisible(text: str) -> str | None:
-    if text.isascii() and text.isprintable():
-        return None
+def _is_invisible(text: str, i: int) -> bool:
+    c = text[i]
     # a zero-width joiner between two symbols makes one emoji of them
-    found = next((c for i, c in enumerate(text) if _is_invisible(c) and not _joins(text, i)), None)
-    return None if found is None else f"U+{ord(found):04X} in {shown(text, 60)!r}"
-
-
-def _joins(text: str, i: int) -> bool:
-    return text[i] == _JOINER and 0 < i < len(text) - 1 and ord(text[i + 1]) > 0x2000
-
-
-def _replacement(text: str) -> str | None:
-    return f"U+FFFD in {shown(text, 80)!r}: letters were lost in an earlier conversion" if "\ufffd" in text else None
-
-
-def _searched(pattern: re.Pattern[str]) -> Check:
-    def found(text: str) -> str | None:
-        hit = pattern.search(text)
-        return f"{hit.group()} in {shown(text[max(0, hit.start() - 30) :], 80)!r}" if hit else None
-
-    return _any_text(found)
-
-
-def mended(text: str) -> str:
-    """A text with its encoding, entities, invisible characters and trailing blanks repaired."""
-    text = visible(ftfy.fix_text(text, REPAIR))
-    return (html.unescape(text) if _ENTITY.search(text) else text).rstrip()
-
-
-def _secret(row: Row) -> str | None:
-    for column, value in row.raw.items():
-        for text in strings(value):
-            if found := _SECRETS.search(text):
-                return f"column '{column}' holds what looks like a key: {found.group()[:8]}..."
-    return None
-
-
-def _personal(row: Row) -> str | None:
-    for column, value in row.raw.items():
-        for text in strings(value):
-            if found := _PERSONAL.search(text):
-                return f"column '{column}' holds what looks like personal data: {found.group()[:3]}..."
-    return None
-
-
-def _echo(row: Row) -> str | None:
-    if row.judgment is None:
-        return None
-    prompt = words_of(row.judgment.prompt).strip()
-    answers = (words_of(response).strip() for response in row.judgment.responses)
-    said = next((answer for answer in answers if len(prompt) >= 15 and answer.startswith(prompt)), None)
-    return None if said is None else f"a response begins with the whole prompt: {shown(said, 80)!r}"
-
-
-def _stub(row: Row) -> str | None:
-    if row.judgment is None:
-        return None
-    said = next((r for r in map(words_of, row.judgment.responses) if len(r.split()) < 2), None)
-    return None if said is None else f"a response is {said!r}"
-
-
-def _blanks(row: Row) -> str | None:
-    if row.judgment is None:
-        return None
-    said = next((r for r in map(words_of, row.judgment.responses) if r != r.rstrip()), None)
-    return None if said is None else f"a response ends in blanks: {said[-20:]!r}"
-
-
-def _repeated_turn(row: Row) -> str | None:
-    if row.judgment is None or isinstance(row.judgment.prompt, str):
-        return None
-    turns = row.judgment.prompt
-    same = next((b for a, b in itertools.pairwise(turns) if a == b and a.get("content")), None)
-    return None if same is None else f"two turns are the same: {shown(json.dumps(same, ensure_ascii=False), 80)}"
-
-
-def _chosen_refuses(row: Row) -> str | None:
-    if row.judgment is None or not row.judgment.orders:
-        return None
-    best, *_, worst = row.judgment.orders[0]
-    chosen, rejected = (words_of(row.judgment.responses[i]) for i in (best, worst))
-    if _REFUSAL.search(chosen) and not _REFUSAL.search(rejected):
-        return f"chosen refuses, rejected does not: {shown(chosen, 80)!r}"
-    return None
-
-
-_IDENTICAL = ("are the same", "responses are the same")
-_EMPTY = ("is empty", "says nothing", "no text content", "is missing or null")
-CHECKS: dict[str, tuple[Severity, str, Check]] = {
-    "identical": ("error", "rows whose responses are the same", _refused(*_IDENTICAL)),
-    "empty": ("error", "rows with an empty or missing side", _refused(*_EMPTY)),
-    "malformed": ("error", "rows that cannot be read", _malformed),
-    "encoding": ("warning", "rows with text that was decoded wrongly", _any_text(_mojibake)),
-    "lost_characters": ("warning", "rows with replacement characters", _any_text(_replacement)),
-    "invisible": ("warning", "rows with invisible or control characters", _any_text(_invisible)),
-    "entities": ("warning", "rows with HTML entities", _searched(_ENTITY)),
-    "markup": ("note", "rows with HTML tags", _searched(_TAGS)),
-    "secret": ("error", "rows with what looks like a secret", _secret),
-    "personal": ("warning", "rows with what looks like personal data", _personal),
-    "echo": ("warning", "rows whose response repeats the prompt", _echo),
-    "repeated_turn": ("warning", "rows with the same turn twice", _repeated_turn),
-    "blanks": ("warning", "rows with a response that ends in blanks", _blanks),
-    "stub": ("note", "rows with a response of a single word", _stub),
-    "refusal": ("note", "rows whose preferred response is the refusal", _chosen_refuses),
-}
+    joins = c == _JOINER and 0 < i < len(text) - 1 and ord(text[i + 1]) > 0x2000
+    return not joins and (c in _INVISIBLE or (unicodedata.category(c) == "Cc" and c not in "\t\n\r"))

@@ -1,30 +1,41 @@
 """`favor lint`: read every row, run every check, write what was asked for.
 
-In: LintConfig. Out: Findings; JSON, a page, a cleaned copy. Next: page.py.
+In: LintConfig. Out: Findings; JSON, a page, a cleaned copy. Next: settings.py.
 """
 
+import base64
 import contextlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
 
 from favor import output
 from favor.data import sources
 from favor.data.formats import FORMATS, RowError, check_order, columns_of, recognise
 from favor.data.read import named
 from favor.data.settings import SourceConfig
+from favor.data.types import Finding
 from favor.errors import CheckpointError, ConfigError, DataError
-from favor.hide import places_in
-from favor.lint import fix
-from favor.lint.noise import model_gaps, noise_findings, reward_gaps
-from favor.lint.page import page_of
-from favor.lint.rows import row_findings
-from favor.lint.sets import set_findings
-from favor.lint.settings import ORDER, Finding, LintConfig, Row
-from favor.lint.tokens import token_findings
-from favor.model.load import ModelConfig, end_ids, load_policy, load_tokenizer
+from favor.hide import in_texts, places_in, without_known_places
+from favor.lint.cheap import Hit, findings
+from favor.lint.models import Found, model_gaps, noise_findings, reward_gaps, token_findings
+from favor.lint.rows import Row, repaired, row_hits
+from favor.lint.sets import contradicting, set_findings, set_hits
+from favor.lint.settings import KINDS, ORDER, LintConfig, LintSettings
+from favor.model.load import end_ids, load_policy, load_tokenizer
 from favor.output import Output
+from favor.report.table import rendered
 from favor.rewards.source import make_scorer
+
+_COLOURED = {"error": "[red]error[/red]", "warning": "[yellow]warning[/yellow]", "note": "note"}
+# columns that every format reads
+_ALWAYS_READ = frozenset({"weight", "tools", "ended"})
 
 
 def lint(config: LintConfig, recipe: Path | None = None) -> list[Finding]:
@@ -35,126 +46,169 @@ def lint(config: LintConfig, recipe: Path | None = None) -> list[Finding]:
     settings, data = config.lint, config.data
     if settings.fix is not None and len(data.parts) > 1:
         raise ConfigError("lint.fix cleans one file; name it with data.train and clean each source by itself")
+    read = [*(source.path for source in data.parts), data.eval, settings.reference, recipe and str(recipe)]
+    read += [section.path for section in (config.model, config.reward) if section]
+    outputs = _outputs(settings)
+    output.refuse_shared(outputs)
     with contextlib.ExitStack() as claims:
-        outputs = _outputs(config)
-        output.refuse_shared(outputs)
         for out in outputs:
-            output.known(claims.enter_context(output.claimed(out, [*_inputs(config), recipe and str(recipe)])))
-        return _lint(config)
+            output.known(claims.enter_context(output.claimed(out, read)))
+        known: dict[str, frozenset[str]] = {}
+        rows = [row for source in data.parts for row in _rows(config, source, "train", known)]
+        if data.eval is not None:
+            rows += _rows(config, SourceConfig(path=data.eval, split=data.eval_split), "eval", known)
+        hits, found = _checked(config, rows, known)
+        found = sorted([*findings(hits, settings.examples), *found], key=lambda one: ORDER.index(one.severity))
+        texts = _texts(config, rows, hits, found)
+        # only when all is made
+        for out in outputs:
+            output.write(out, texts[out.key], None)
+    return found
 
 
-def _inputs(config: LintConfig) -> list[str | None]:
-    named = [source.path for source in config.data.parts] + [config.data.eval, config.lint.reference]
-    return [*named, config.model.path if config.model else None, config.reward.path if config.reward else None]
+def fails(config: LintConfig, found: Sequence[Finding]) -> bool:
+    """Whether a finding is as severe as lint.fail_on asks for."""
+    bad = {"never": (), "error": ("error",), "warning": ("error", "warning")}[config.lint.fail_on]
+    return any(finding.severity in bad for finding in found)
 
 
-def _outputs(config: LintConfig) -> list[Output]:
-    """The files that are asked for."""
-    settings = config.lint
-    named = {"lint.fix": settings.fix, "lint.out": settings.out, "lint.page": settings.page}
-    also = () if settings.fix is None else (fix.actions_of(Path(settings.fix)),)
+def findings_table(found: Sequence[Finding]) -> Table:
+    """The findings for a terminal, the first examples beneath each."""
+    table = Table("severity", "finding", "what", show_lines=False)
+    for finding in found:
+        lines = [finding.message, *(f"  {example}" for example in finding.examples)]
+        table.add_row(_COLOURED[finding.severity], finding.kind, Text("\n".join(lines)))
+    return table
+
+
+def _outputs(settings: LintSettings) -> list[Output]:
+    asked = {"lint.fix": settings.fix, "lint.out": settings.out, "lint.page": settings.page}
     return [
-        Output(Path(path), key, settings.overwrite, also if key == "lint.fix" else ())
-        for key, path in named.items()
+        Output(Path(path), key, settings.overwrite, (_actions_of(path),) if key == "lint.fix" else ())
+        for key, path in asked.items()
         if path is not None
     ]
 
 
-def _lint(config: LintConfig) -> list[Finding]:
-    settings, data = config.lint, config.data
-    known: dict[str, frozenset[str]] = {}
-    rows = [row for source in data.parts for row in _rows(config, source, "train", known)]
-    if data.eval is not None:
-        held_out = SourceConfig(path=data.eval, split=data.eval_split)
-        rows += _rows(config, held_out, "eval", known)
-    found = [*row_findings(rows, settings), *set_findings(rows, settings, known)]
-    if config.model is not None:
-        found += _tokens(config, config.model, rows)
-    if config.reward is not None:
-        found += noise_findings(reward_gaps(rows, make_scorer(config.reward)), "the reward", settings)
-    if settings.doubt:
-        found += _doubted(config, rows)
-    found.append(_summary(rows))
-    found.sort(key=lambda finding: ORDER.index(finding.severity))
-    _write(config, rows, found)
-    return found
-
-
-def _tokens(config: LintConfig, model: ModelConfig, rows: list[Row]) -> list[Finding]:
-    """Checks with the model's tokenizer; without it the rest is still worth having."""
-    try:
-        tokenizer = load_tokenizer(model)
-    except CheckpointError as error:
-        return [Finding("note", "tokenizer", f"checks with the tokenizer were left out: {error}")]
-    return token_findings(rows, tokenizer, config.tokens, end_ids(tokenizer, None), config.lint)
-
-
-def _doubted(config: LintConfig, rows: list[Row]) -> list[Finding]:
-    """Labels that the model itself, or its log-ratio to a reference, is strongly against."""
-    if config.model is None:
-        raise ConfigError("lint.doubt asks a model about the labels; name it with model.path")
-    policy = load_policy(config.model)
-    path = config.lint.reference
-    reference = None if path is None else load_policy(config.model.model_copy(update={"path": path, "lora": None}))
-    by = "the model" if path is None else "the implicit reward"
-    return noise_findings(model_gaps(rows, policy, reference, config.tokens), by, config.lint)
-
-
-def fails(config: LintConfig, findings: list[Finding]) -> bool:
-    """Whether a finding is as severe as lint.fail_on asks for."""
-    bad = {"never": (), "error": ("error",), "warning": ("error", "warning")}[config.lint.fail_on]
-    return any(finding.severity in bad for finding in findings)
+def _actions_of(fix: str) -> Path:
+    return Path(fix).with_name(f"{Path(fix).stem}.actions.jsonl")
 
 
 def _rows(config: LintConfig, source: SourceConfig, part: str, known: dict[str, frozenset[str]]) -> Iterator[Row]:
-    name = asked = config.data.format_of(source)
-    columns = config.data.columns if source.columns is None else source.columns
-    found = sources.rows(source.path, source.split or config.data.split, streaming=config.data.streaming)
-    count = 0
-    for number, raw in sources.limited(found, source.max_rows or config.data.max_rows):
-        count += 1
+    """Every row of a source; `known` gets the columns that favor reads of it."""
+    data = config.data
+    name = asked = data.format_of(source)
+    columns = data.columns if source.columns is None else source.columns
+    number = 0
+    found = sources.rows(source.path, source.split or data.split, streaming=data.streaming)
+    for number, raw in sources.limited(found, source.max_rows or data.max_rows):
         try:
-            row, whole = named(raw, source, config.data), sources.as_object(raw)
+            row = named(raw, source, data)
             name = recognise(row) if name == "auto" else name
             if asked == "auto":
                 check_order(row, name)
-            yield Row(part, source.path, number, whole, FORMATS[name](row), None)
+            yield Row(part, source.path, number, sources.as_object(raw), FORMATS[name](row), None)
         except RowError as error:
-            known_row = raw if isinstance(raw, dict) else {} if isinstance(raw, RowError) else {"row": raw}
-            yield Row(part, source.path, number, known_row, None, str(error))
-    if not count:
+            whole = raw if isinstance(raw, dict) else {} if isinstance(raw, RowError) else {"row": raw}
+            yield Row(part, source.path, number, whole, None, error)
+    if not number:
         raise DataError(f"{source.path}: it holds no rows; name a file with rows")
-    read = columns_of(name) if name != "auto" else frozenset[str]()
-    verdict = config.data.verdict_of(source)
+    verdict = data.verdict_of(source)
     mapped = [*columns.values(), *((verdict.first, verdict.second, *verdict.columns) if verdict else ())]
-    known[source.path] = read | {path.split(".")[0] for path in mapped}
+    read = columns_of(name) if name != "auto" else frozenset[str]()
+    known[source.path] = read | _ALWAYS_READ | {path.split(".")[0] for path in mapped}
 
 
-def _summary(rows: list[Row]) -> Finding:
-    read = [row for row in rows if row.judgment is not None]
-    responses = sum(len(row.judgment.responses) for row in read if row.judgment)
-    text = f"{len(rows)} rows, {len(read)} of them usable, {responses} responses"
-    return Finding("note", "read", text)
+def _checked(config: LintConfig, rows: Sequence[Row], known: dict[str, frozenset[str]]) -> Found:
+    """Every check that the settings ask for."""
+    settings, model = config.lint, config.model
+    usable = [row for row in rows if row.judgment is not None]
+    hits = [*(hit for row in rows for hit in row_hits(row)), *set_hits(usable, settings)]
+    found = set_findings(usable, settings, known)
+    more: list[Found] = []
+    if model is not None:
+        try:
+            tokenizer = load_tokenizer(model)
+            more.append(token_findings(usable, tokenizer, end_ids(tokenizer, None), config))
+        except CheckpointError as error:
+            found.append(Finding("note", "tokenizer", f"checks with the tokenizer were left out: {error}"))
+    if config.reward is not None:
+        more.append(noise_findings(reward_gaps(usable, make_scorer(config.reward)), "the reward", settings))
+    if model is not None and settings.doubt:
+        path, by = settings.reference, "the implicit reward" if settings.reference else "the model"
+        reference = load_policy(model.model_copy(update={"path": path, "lora": None})) if path else None
+        gaps = model_gaps(usable, load_policy(model), reference, config.tokens)
+        more.append(noise_findings(gaps, by, settings))
+    responses = sum(len(row.responses) for row in usable)
+    read = Finding("note", "read", f"{len(rows)} rows, {len(usable)} of them usable, {responses} responses")
+    return (
+        [*hits, *(hit for hits, _ in more for hit in hits)],
+        [*found, *(finding for _, found in more for finding in found), read],
+    )
 
 
-def _write(config: LintConfig, rows: list[Row], found: list[Finding]) -> None:
-    settings = config.lint
+def _texts(
+    config: LintConfig, rows: Sequence[Row], hits: Sequence[Hit], found: list[Finding]
+) -> dict[str, dict[Path, str]]:
+    """What is written, by the setting that names it; `found` gets a note on the cleaned copy."""
+    settings, training = config.lint, config.data.training
     texts: dict[str, dict[Path, str]] = {}
     if settings.fix is not None:
-        train = [row for row in rows if row.part == "train"]
-        kept, actions = fix.clean(train, found)
+        kept, actions = _clean([row for row in rows if row.part == "train"], hits)
         if not kept:
-            raise DataError(f"{config.data.training}: no row is left after cleaning; nothing was written")
-        texts["lint.fix"] = fix.texts(kept, actions, Path(settings.fix))
-        dropped = sum(action.action == "dropped" for action in actions)
-        text = f"{len(kept)} rows in {settings.fix}: {dropped} dropped, {len(actions) - dropped} mended; "
-        found.append(Finding("note", "fix", f"{text}every action in {fix.actions_of(Path(settings.fix))}"))
+            raise DataError(f"{training}: no row is left after cleaning; nothing was written")
+        beside = _actions_of(settings.fix)
+        texts["lint.fix"] = {Path(settings.fix): _lines(kept), beside: _lines(actions)}
+        dropped = sum(action["action"] == "dropped" for action in actions)
+        text = f"{len(kept)} rows in {settings.fix}: {dropped} dropped, {len(actions) - dropped} fixed; every action in {beside}"
+        found.append(Finding("note", "fix", text))
     if settings.out is not None:
-        told = {"findings": [finding._asdict() for finding in found]}
-        texts["lint.out"] = {Path(settings.out): json.dumps(told, indent=2, ensure_ascii=False) + "\n"}
+        listed = {"findings": [finding._asdict() for finding in found]}
+        texts["lint.out"] = {Path(settings.out): json.dumps(listed, indent=2, ensure_ascii=False) + "\n"}
     if settings.page is not None:
-        known = places_in(config.model_dump(mode="json"))
-        texts["lint.page"] = {Path(settings.page): page_of(found, config.data.training, known)}
-    # only when all is made
-    for out in _outputs(config):
-        output.write(out, texts[out.key], None)
+        # a page may be handed on, so it names no folder of this machine
+        places = {row.source for row in rows}.union(places_in(config.model_dump(mode="json")))
+        anywhere = partial(without_known_places, known=places)
+        texts["lint.page"] = {
+            Path(settings.page): rendered(
+                "favor.lint",
+                "lint.html.jinja",
+                source=anywhere(training),
+                counts=Counter(finding.severity for finding in found),
+                findings=in_texts(found, anywhere),
+            )
+        }
+    return texts
+
+
+def _clean(rows: Sequence[Row], hits: Sequence[Hit]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows that stay, fixed where that is safe, and what was done to every row that changed."""
+    reasons: dict[tuple[str, int], str] = {}
+    for hit in hits:
+        if KINDS[hit.kind][2]:
+            reasons.setdefault(hit.where, f"{hit.kind}: {hit.said}")
+    # neither side of a contradiction can be known to be right
+    for hit, other in contradicting(rows):
+        reasons.setdefault(other, f"contradiction: row {hit.where[1]} says the opposite")
+    kept = [in_texts(row.raw, repaired) for row in rows if row.where not in reasons]
+    actions = [
+        {"row": row.number, "action": "dropped", "reason": reason}
+        if reason
+        else {
+            "row": row.number,
+            "action": "fixed",
+            "reason": "encoding, entities, invisible characters or trailing blanks",
+        }
+        for row in rows
+        if (reason := reasons.get(row.where)) or in_texts(row.raw, repaired) != row.raw
+    ]
+    return kept, actions
+
+
+def _lines(records: Sequence[dict[str, Any]]) -> str:
+    """JSON lines; what a Parquet column may hold and JSON has not becomes text."""
+
+    def as_text(value: object) -> str:
+        return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+    return "".join(json.dumps(record, ensure_ascii=False, default=as_text) + "\n" for record in records)

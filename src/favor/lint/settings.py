@@ -1,54 +1,89 @@
-"""Section [lint], and what a check sees and says.
+"""Section [lint], and the table of what a finding can be.
 
-In: a recipe. Out: LintConfig, Row, Finding. Next: rows.py.
+In: a recipe. Out: LintConfig; KINDS. Next: cheap.py.
 """
 
-import difflib
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from favor.config import STRICT
-from favor.data.formats import Judgment
 from favor.data.settings import DataConfig
 from favor.data.tokenize import TokensConfig
-from favor.data.types import Text
 from favor.model.load import ModelConfig
 from favor.rewards.source import RewardConfig
 
-Severity = Literal["error", "warning", "note"]
-# what a training recipe holds besides, and lint does not look at
-ELSEWHERE = {"run", "seed", "resume", "loss", "optim", "reference", "train", "watch", "ppo", "sample"}
+Severity: TypeAlias = Literal["error", "warning", "note"]
 ORDER: tuple[Severity, ...] = ("error", "warning", "note")
+# sections of training recipes that lint passes over
+ELSEWHERE = {"run", "seed", "resume", "loss", "optim", "reference", "train", "watch", "ppo", "sample"}
+# thresholds that the checks of `favor train` share
+LENGTH_SHARE, CUT_SHARE = 0.6, 0.05
+# kind -> (severity, what is said after the number of rows ("": its check says it), whether --fix leaves these rows out)
+KINDS: dict[str, tuple[Severity, str, bool]] = {
+    "identical": ("error", "rows whose responses are the same", True),
+    "empty": ("error", "rows with an empty or missing side", True),
+    "malformed": ("error", "rows that cannot be read", True),
+    "encoding": ("warning", "rows with text that was decoded wrongly", False),
+    "lost_characters": ("warning", "rows with replacement characters", True),
+    "invisible": ("warning", "rows with invisible or control characters", False),
+    "entities": ("warning", "rows with HTML entities", False),
+    "markup": ("note", "rows with HTML tags", False),
+    "secret": ("error", "rows with what looks like a secret", True),
+    "personal": ("warning", "rows with what looks like personal data", True),
+    "echo": ("warning", "rows whose response repeats the prompt", True),
+    "repeated_turn": ("warning", "rows with the same turn twice", True),
+    "blanks": ("warning", "rows with a response that ends in blanks", False),
+    "stub": ("note", "rows with a response of a single word", False),
+    "refusal": ("note", "rows whose preferred response is the refusal", False),
+    "contradiction": ("error", "rows contradict another row", True),
+    "duplicate": ("warning", "rows repeat an earlier one", True),
+    "leak": ("error", "held-out rows have a prompt of the training part", False),
+    "near_duplicate": ("warning", "rows nearly repeat another", True),
+    "near_leak": ("warning", "held-out rows have nearly a prompt of the training part", False),
+    "language": ("warning", "rows are in another language than most", True),
+    "special_text": ("error", "rows hold the text of a special token", True),
+    "round_trip": ("error", "rows do not come through the template and the tokenizer as they are", True),
+    "equal_ids": ("error", "rows compare responses that become the same tokens", True),
+    "doubled_special": ("error", "rows have a doubled special token", True),
+    "truncation": ("warning", "", True),
+    "label_noise": ("warning", "rows have a label that a reward or model is strongly against", False),
+}
 
 
 class LintSettings(BaseModel):
-    """Section [lint]; docs/lint.md gives every check with its threshold.
+    """Section [lint]; docs/lint.md gives every check with its threshold."""
 
-    out, page, fix: the findings as JSON and as an HTML page; a cleaned copy of the training rows (JSONL). They replace what
-    favor lint wrote there before; overwrite: any other file too. fail_on: the
-    least severe finding that makes the exit code 1. near: Jaccard similarity of word triples from which texts count as
-    near-duplicates (0: not looked for). noise: how many standard deviations below its
-    median a reward difference must lie to doubt its label. doubt: ask [model] about the labels, by the mean log-prob of a
-    token, or by its log-ratio to `reference`, a model folder.
-    """
-
-    model_config = STRICT
+    model_config = STRICT | ConfigDict(use_attribute_docstrings=True)
     out: str | None = None
+    """Write the findings to this JSON file."""
     page: str | None = None
+    """Write the findings to this HTML page."""
     fix: str | None = None
+    """Write a cleaned copy of the training rows to this JSONL file."""
     overwrite: bool = False
+    """Replace files there that favor lint did not write, too."""
     fail_on: Literal["error", "warning", "never"] = "error"
+    """The least severe finding that makes the exit code 1."""
     near: float = Field(default=0.8, ge=0, le=1)
+    """Jaccard similarity of word triples from which texts count as near-duplicates; 0 looks for none."""
     language: bool = True
-    length_share: float = Field(default=0.6, ge=0.5, le=1)
-    cut_share: float = Field(default=0.05, ge=0, le=1)
+    """Look for responses in another language than most of the file's."""
+    length_share: float = Field(default=LENGTH_SHARE, ge=0.5, le=1)
+    """Share of comparisons won by the longer response (or by the shorter) from which lengths are a warning."""
+    cut_share: float = Field(default=CUT_SHARE, ge=0, le=1)
+    """Share of rows that tokens.max_tokens cuts or drops from which it is a warning; needs [model]."""
     opening_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of the preferred (or of the rejected) responses with the same first two words that is a warning."""
     noise: float = Field(default=3.0, gt=0)
+    """Standard deviations below its median at which a reward difference doubts its label; needs [reward] or lint.doubt."""
     doubt: bool = False
+    """Ask [model] about the labels, by the mean log-prob of a token, or by its log-ratio to lint.reference."""
     reference: str | None = None
+    """Model folder of the reference for lint.doubt."""
     examples: int = Field(default=5, ge=0)
+    """Rows of each finding that are shown with their text."""
 
     @field_validator("out", "page", "fix")
     @classmethod
@@ -67,10 +102,10 @@ class LintSettings(BaseModel):
 class LintConfig(BaseModel):
     """A recipe for `favor lint`: [data] and [lint]; [model] tries its tokenizer and template, [reward] doubts labels.
 
-    A whole training recipe serves too; its other sections are not looked at. What no such recipe has is refused.
+    A whole training recipe serves too: its other sections are passed over.
     """
 
-    model_config = STRICT | ConfigDict(extra="ignore")
+    model_config = STRICT
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
     lint: LintSettings = LintSettings()
@@ -79,48 +114,21 @@ class LintConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_other_keys(cls, tree: Any) -> Any:
-        known = [*cls.model_fields, *ELSEWHERE]
-        for key in tree if isinstance(tree, dict) else ():
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(cls.model_fields)}"
-                raise ValueError(f"unknown key '{key}'; {hint}")
-        return tree
+    def _pass_over(cls, tree: Any) -> Any:
+        return {key: value for key, value in tree.items() if key not in ELSEWHERE} if isinstance(tree, dict) else tree
 
-
-class Row(NamedTuple):
-    """One row: as the file has it, what it says, or why it says nothing."""
-
-    part: str
-    source: str
-    number: int
-    raw: dict[str, Any]
-    judgment: Judgment | None
-    refusal: str | None
-
-    @property
-    def where(self) -> tuple[str, int]:
-        """(source, row number)."""
-        return self.source, self.number
-
-
-class Finding(NamedTuple):
-    """One kind of fault and where it is: rows are (source, row number); examples show the first of them."""
-
-    severity: Severity
-    name: str
-    message: str
-    rows: tuple[tuple[str, int], ...] = ()
-    examples: tuple[str, ...] = ()
-
-
-def words_of(text: Text) -> str:
-    """A prompt or response as plain text."""
-    return text if isinstance(text, str) else "\n".join(str(m.get("content") or "") for m in text)
-
-
-def shown(text: str, limit: int = 160) -> str:
-    """One line of a text, for a message."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= limit else flat[: limit - 3] + "..."
+    @model_validator(mode="after")
+    def _every_option_is_read(self) -> "LintConfig":
+        settings = self.lint
+        if settings.doubt and self.model is None:
+            raise ValueError("lint.doubt asks a model about the labels; name it with model.path")
+        readers = {
+            "overwrite": (settings.out or settings.page or settings.fix, "lint.out, lint.page or lint.fix"),
+            "cut_share": (self.model, "model.path"),
+            "noise": (self.reward or settings.doubt, "reward.kind or lint.doubt=true"),
+        }
+        for name in settings.model_dump(exclude_defaults=True).keys() & readers:
+            read, by = readers[name]
+            if not read:
+                raise ValueError(f"lint.{name} is read only with {by}; set that or remove it")
+        return self

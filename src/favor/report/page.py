@@ -7,19 +7,17 @@ import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 import plotly.offline
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.io import to_html
 
 from favor.hide import in_texts, places_in, without_places
 from favor.report.collect import RunRecord
-from favor.report.table import figure_rows
+from favor.report.table import figure_rows, rendered
 from favor.report.winrate import winrate_rows
 from favor.run import write_text
 
@@ -124,13 +122,6 @@ def plot_html(figure: go.Figure) -> Markup:
     """A plot as HTML without the plotting library, which the page holds once."""
     settings = {"displayModeBar": False, "responsive": True}
     return Markup(to_html(figure, include_plotlyjs=False, full_html=False, config=settings))
-
-
-def rendered(package: str, template: str, **values: Any) -> Markup:
-    """A template of a package, filled in; values are escaped, but for Markup."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = files(package).joinpath(template).read_text("utf-8")
-    return Markup(environment.from_string(text).render(**values))
 
 
 def _calibration(runs: Sequence[RunRecord]) -> go.Figure:

@@ -4,8 +4,11 @@ In: the content of eval.json. Out: (name, policy, reference) rows, and a rich ta
 """
 
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from rich.table import Table
 
 Row = tuple[str, str, str]
@@ -77,3 +80,10 @@ def with_interval(value: float, interval: Sequence[float] | None, spec: str, pro
 def few(prompts: int) -> str:
     """What is said beside a figure of less than 30 prompts."""
     return "" if prompts >= FEW else f", few: {prompts} prompt{'s' * (prompts != 1)}"
+
+
+def rendered(package: str, template: str, **values: Any) -> Markup:
+    """A template of a package, filled in; values are escaped, but for Markup."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = files(package).joinpath(template).read_text("utf-8")
+    return Markup(environment.from_string(text).render(**values))

@@ -12,7 +12,7 @@ from favor.data import batches
 from favor.data.prepare import Prepared, Recipe, prepare_split, summary
 from favor.data.read import DataConfig, splits_of
 from favor.data.types import TokenTree
-from favor.lint import brief as lint
+from favor.lint.cheap import CHECKS
 from favor.model.layout import config_obstacle
 from favor.model.load import ModelConfig, end_ids, load_tokenizer, precision_of
 from favor.model.weights import readable
@@ -55,7 +55,7 @@ def describe(config: TrainConfig) -> str:
 def _part(data: DataConfig, config: TrainConfig) -> Prepared:
     tokenizer = load_tokenizer(config.model)
     recipe = Recipe(splits_of(data)[0], data, config.tokens, tokenizer, end_ids(tokenizer, None))
-    return prepare_split(recipe, lint.CHECKS, lambda _: None)
+    return prepare_split(recipe, CHECKS, lambda _: None)
 
 
 def _architecture(model: ModelConfig) -> PreTrainedConfig:

@@ -19,7 +19,7 @@ from favor.data.prepare import Splits, prepare
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.guard import sha
-from favor.lint import brief as lint
+from favor.lint.cheap import CHECKS
 from favor.model.load import Policy
 from favor.ranks import World, current, on_main
 from favor.run import RunFolder, append, start, write_json
@@ -68,7 +68,7 @@ def running(run: str, recipe: str, *, resume: bool, open_session: Callable[[Path
 def load_splits(data: DataConfig, tokens: TokensConfig, policy: Policy, session: Session) -> Splits:
     """The data of a run, its report in data.json. Raises DataError as `prepare` does."""
     splits = prepare(
-        data, tokens, (policy.tokenizer, policy.end_ids), lint.CHECKS, session.say, partial(on_main, session.world)
+        data, tokens, (policy.tokenizer, policy.end_ids), CHECKS, session.say, partial(on_main, session.world)
     )
     if session.world.is_main:
         write_json(session.folder.data_report, splits.report)

@@ -1,0 +1,140 @@
+"""Checks with a tokenizer, a reward or a model: tokens as training would make them, labels that are doubted.
+
+In: Rows that can be used, and what to ask. Out: Hits and Findings. Next: run.py.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from favor.data.tokenize import TokensConfig, tokenize
+from favor.data.types import Batch, Comparison, Finding, PromptTree, Text, TokenTree
+from favor.errors import DataError
+from favor.lint.cheap import Hit, shown, truncation
+from favor.lint.rows import Row
+from favor.lint.settings import LintConfig, LintSettings
+from favor.model.batched import measured
+from favor.model.layout import settle
+from favor.model.load import Policy, precise
+from favor.model.logprobs import response_logps
+from favor.rewards.source import Scorer
+
+# fewer labels say nothing about a reward
+_ENOUGH = 10
+# tokens of a forward
+_BUDGET = 4096
+Found: TypeAlias = tuple[list[Hit], list[Finding]]
+
+
+class Gap(NamedTuple):
+    """By how much the best response of an order is scored above its worst."""
+
+    row: Row
+    value: float
+    chosen: str
+    rejected: str
+
+
+def token_findings(rows: Sequence[Row], tokenizer: Any, end_ids: frozenset[int], config: LintConfig) -> Found:
+    """Tokenise every row as training would; whatever it would refuse, cut or render differently is found."""
+    if not rows:
+        return [], []
+    try:
+        trees = [as_tree(row, index) for index, row in enumerate(rows)]
+        kept, report = tokenize(trees, tokenizer, config.tokens, end_ids, "drop")
+    except DataError as error:
+        return [], [Finding("error", "tokens", str(error))]
+    dropped = zip(report.dropped, report.kinds, strict=True)
+    hits = [Hit(kind, rows[index].where, reason) for (index, reason), kind in dropped]
+    hits += [Hit("doubled_special", rows[t.row].where, s) for t in kept if (s := _doubled(t, tokenizer, end_ids))]
+    counts = {
+        "missing_end": (
+            report.appended_end,
+            "responses get no end-of-turn token from the chat template; favor adds the tokenizer's",
+        ),
+        "trimmed": (report.responses_trimmed, "responses lose the blanks around their text in the chat template"),
+        "tools": (report.tools_unread, "prompts have tools that the chat template leaves out"),
+    }
+    notes = [Finding("note", kind, f"{count} {sentence}") for kind, (count, sentence) in counts.items() if count]
+    long = [hit.where for hit in hits if hit.kind == "truncation"]
+    return hits, [*truncation(report, config.lint.cut_share, long), *notes]
+
+
+def as_tree(row: Row, index: int) -> PromptTree:
+    """A row that can be used as a tree of its own; `rows` leads back to it."""
+    judgment = row.judgment
+    assert judgment is not None
+    orders, ties = (tuple(map(Comparison, found)) for found in (judgment.orders, judgment.ties))
+    return PromptTree(
+        judgment.prompt, judgment.responses, orders, (index,), row.source, judgment.tools, ties, judgment.cut
+    )
+
+
+def _doubled(tree: TokenTree, tokenizer: Any, end_ids: frozenset[int]) -> str | None:
+    first = tokenizer.bos_token_id
+    if isinstance(first, int) and first not in end_ids and tree.prompt_ids[:2] == (first, first):
+        return "the prompt begins with two beginning-of-sequence tokens"
+    if any(len(ids) > 1 and end_ids.issuperset(ids[-2:]) for ids in tree.response_ids):
+        return "a response ends with two end-of-turn tokens"
+    return None
+
+
+def reward_gaps(rows: Sequence[Row], scorer: Scorer) -> list[Gap]:
+    """By a reward on text."""
+    sides = [(row, row.responses[order[i]]) for row in rows for order in row.orders for i in (0, -1)]
+    prompts: list[Text] = [row.judgment.prompt for row, _ in sides if row.judgment]
+    scores = scorer(prompts, [text for _, text in sides])
+    return [Gap(sides[i][0], scores[i] - scores[i + 1], sides[i][1], sides[i + 1][1]) for i in range(0, len(sides), 2)]
+
+
+def model_gaps(rows: Sequence[Row], policy: Policy, reference: Policy | None, tokens: TokensConfig) -> list[Gap]:
+    """By log pi/ref; without a reference by the mean log-prob of a token, so that length does not count. Nats."""
+    rows = [row for row in rows if row.orders]
+    texts = [as_tree(row, index) for index, row in enumerate(rows)]
+    trees, _ = tokenize(texts, policy.tokenizer, tokens, policy.end_ids, "drop")
+    policy, _ = settle(precise(policy), "auto", trees)
+    reference = None if reference is None else settle(precise(reference), policy.layout, trees)[0]
+
+    def value(batch: Batch) -> Tensor:
+        logp_R = response_logps(policy, batch)
+        return logp_R / batch.length_R if reference is None else logp_R - response_logps(reference, batch)
+
+    values = measured(policy, trees, value, _BUDGET).tolist()
+    found: list[Gap] = []
+    for tree in trees:
+        row, first = rows[tree.row], tree.first_response
+        # responses that truncation made alike are one
+        for order in row.orders if len(tree.response_ids) == len(row.responses) else ():
+            best, worst = order[0], order[-1]
+            gap = values[first + best] - values[first + worst]
+            found.append(Gap(row, gap, row.responses[best], row.responses[worst]))
+    return found
+
+
+def noise_findings(gaps: Sequence[Gap], by: str, settings: LintSettings) -> Found:
+    """Labels that the difference is clearly against, `noise` robust standard deviations below the middle one; agreement."""
+    if len(gaps) < _ENOUGH:
+        return [], []
+    values = np.array([gap.value for gap in gaps])
+    # medians, so that the rows looked for do not widen the spread they are measured by
+    middle = float(np.median(values))
+    rare = middle - settings.noise * 1.4826 * float(np.median(np.abs(values - middle)))
+    # against, and by no less than half of what is usually told apart
+    limit = min(rare, -0.5 * float(np.median(np.abs(values))))
+    agreed = float((values > 0).mean())
+    text = f"{by} agrees with {agreed:.1%} of {len(gaps)} labels"
+    # three standard errors below a coin
+    turned = agreed < 0.5 - 1.5 / len(gaps) ** 0.5
+    advice = ": check whether the labels are the wrong way round" if turned else ""
+    hits = [
+        Hit(
+            "label_noise",
+            gap.row.where,
+            f"{by}: {gap.value:+.2f}, chosen {shown(gap.chosen, 60)!r}, rejected {shown(gap.rejected, 60)!r}",
+        )
+        for gap in sorted(gaps, key=lambda gap: gap.value)
+        if gap.value < limit
+    ]
+    return hits, [Finding("warning" if turned else "note", "agreement", text + advice)]
