@@ -219,8 +219,8 @@ def openrlhf(batch: Batch, folder: str, **options) -> torch.Tensor:
 def plan() -> list[tuple]:
     """(favor's loss, favor's options, what of TRL, function, TRL's options, note) of every case."""
     cases = []
-    gap = (("sigmoid", "sigmoid", {}), ("hinge", "hinge", {}), ("ipo", "ipo", {"length_normalized": True}))
-    gap += (("sigmoid", "sigmoid_norm", {"length_normalized": True}), ("nca", "nca_pair", {}))
+    gap = (("dpo", "sigmoid", {}), ("hinge", "hinge", {}), ("ipo", "ipo", {"length_normalized": True}))
+    gap += (("dpo", "sigmoid_norm", {"length_normalized": True}), ("nca", "nca_pair", {}))
     gap += (("sppo_hard", "sppo_hard", {}), ("apo_zero", "apo_zero", {}), ("apo_down", "apo_down", {}))
     gap += (("discopop", "discopop", {}), ("aot", "aot", {}), ("aot_unpaired", "aot_unpaired", {}))
     sorts = "sorted over the 8 pairs of the batch: the mean only"
@@ -257,14 +257,14 @@ def plan() -> list[tuple]:
 def _divergences(beta: float) -> list[tuple]:
     found = []
     for name, kind in (("forward_kl", "forward_kl"), ("jensen_shannon", "js_divergence")):
-        for loss in ("sigmoid", "hinge"):
+        for loss, theirs in (("dpo", "sigmoid"), ("hinge", "hinge")):
             options = {"beta": beta, "f_divergence_type": kind}
-            found.append((loss, {"beta": beta, "divergence": name}, f"dpo:{loss}", options, ""))
+            found.append((loss, {"beta": beta, "divergence": {"kind": name}}, f"dpo:{theirs}", options, ""))
     for coefficient in (0.5, 0.7):
-        ours = {"beta": beta, "divergence": "alpha", "divergence_alpha": round(1 - coefficient, 1)}
+        ours = {"beta": beta, "divergence": {"kind": "alpha", "alpha": round(1 - coefficient, 1)}}
         theirs = {"beta": beta, "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": coefficient}
         note = "float32 (float64 is a KeyError); TRL's coefficient is one minus the paper's alpha"
-        found.append(("sigmoid", ours, "dpo:sigmoid", theirs, note))
+        found.append(("dpo", ours, "dpo:sigmoid", theirs, note))
     return found
 
 
@@ -272,15 +272,19 @@ def _token_level(beta: float) -> list[tuple]:
     found = []
     for alpha in (0.0, 0.5):
         options = {"beta": beta, "ld_alpha": alpha}
-        found.append(("sigmoid", options, "dpo:sigmoid", options, ""))
-    for loss, ours in (("sigmoid", {}), ("ipo", {"length_normalized": True}), ("apo_zero", None)):
+        found.append(("dpo", options, "dpo:sigmoid", options, ""))
+    for loss, kind, ours in (
+        ("dpo", "sigmoid", {}),
+        ("ipo", "ipo", {"length_normalized": True}),
+        ("apo_zero", "apo_zero", None),
+    ):
         theirs = {"beta": beta, "use_weighting": True}
         note = "TRL does not cap the weight at 1: pairs whose weight exceeds 1 differ"
         name, options = (loss, {"beta": beta, "wpo": "aligned", **ours}) if ours is not None else (None, {})
-        found.append((name, options, f"dpo:{loss}", theirs, note))
+        found.append((name, options, f"dpo:{kind}", theirs, note))
     rpo = {"beta": beta, "loss_weights": [1.0, 0.5]}
     per_token = "the sft part is a mean over the batch's tokens, so mean differs from the mean of per_item"
-    found.append(("sigmoid + 0.5 sft", {"beta": beta}, "dpo:sigmoid+sft", rpo, per_token))
+    found.append(("dpo + 0.5 sft", {"beta": beta}, "dpo:sigmoid+sft", rpo, per_token))
     if beta == BETAS[0]:
         found.append(("sft", {}, "dpo:sft", {}, per_token))
     return found
@@ -386,7 +390,7 @@ def main() -> None:
     found = {"trl": "1.16.0", "about": "grad_*: d mean/d (first, last token's log pi), chosen then rejected"}
     entries = [run_case(case, inputs) for case in cases]
     for beta in BETAS if args.openrlhf else ():
-        for name, extra in (("sigmoid", {}), ("cdpo", {"label_smoothing": 0.1}), ("ipo", {"ipo": True})):
+        for name, extra in (("dpo", {}), ("cdpo", {"label_smoothing": 0.1}), ("ipo", {"ipo": True})):
             ours = {"beta": beta, **{key: value for key, value in extra.items() if key != "ipo"}}
             entries.append(run_case((name, ours, f"openrlhf:{args.openrlhf}", {"beta": beta, **extra}, ""), inputs))
     text = dump({**found, "inputs": inputs, "cases": entries})

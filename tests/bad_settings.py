@@ -208,7 +208,7 @@ def seeds():
 
 
 def numbers():
-    for key in ("loss.beta", "optim.lr", "optim.clip", "loss.weight", "optim.eps", "optim.weight_decay"):
+    for key in ("loss.beta", "optim.lr", "optim.clip", "optim.eps", "optim.weight_decay"):
         yield bad("train", f"{key}=nan", names=[key])
         yield bad("train", f"{key}=inf", names=[key])
     yield bad("train", "optim.betas=[1.0, 0.9]", names=["optim.betas"])
@@ -282,9 +282,9 @@ def words_and_types():
         ('data.columns={prompt = ""}', "data.columns.prompt"),
         ("data.columns=[1]", "data.columns"),
         ("data.columns.prompt=1.5e400", "1.5e400"),
-        ("loss.also=[1]", "loss.also"),
-        ("loss.also={name = 'sft'}", "loss.also"),
-        ("loss.name=dpo", "loss.name"),
+        ("loss.terms=[1]", "loss.terms"),
+        ("loss.terms={kind = 'sft'}", "loss.terms"),
+        ("loss.kind=sigmoid", "loss.kind"),
         ("reference=live", "'reference'"),
         ("train=1", "'train'"),
         ("train.epochs=2024-01-01", "train.epochs"),
@@ -362,7 +362,7 @@ def recipes():
     yield recipe("a key with dots", '{base}\n"loss.beta" = 0.2\n', "loss.beta")
     yield recipe("a key with quotes", "{base}\n'a\"b' = 1\n", 'a"b')
     yield recipe("an empty key", '{base}\n"" = 1\n', "unknown key")
-    yield recipe("a table for a list", "{base}\n[loss.also]\nname = 'sft'\n", "loss.also")
+    yield recipe("a table for a list", "{base}\n[loss]\nkind = 'sum'\n[loss.terms]\nkind = 'sft'\n", "loss.terms")
     yield recipe("a list of tables for a section", "{base}\n[[optim]]\nlr = 1.0\n", "optim")
     yield recipe("nesting of 5,000", "a = " + "[" * 5000 + "]" * 5000, "r.toml")
     yield recipe("an integer of 5,000 digits", "seed = " + "9" * 5000, "r.toml")

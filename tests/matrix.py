@@ -16,7 +16,7 @@ from oracles import tree
 
 from favor.data.types import Comparison, Thumb
 from favor.errors import ConfigError
-from favor.losses import OPTIONS
+from favor.losses.table import LOSSES, needs
 from favor.model.batched import measured
 from favor.model.layout import settle
 from favor.model.load import LoraSettings, ModelConfig, as_reference, frozen_copy, make_policy
@@ -24,26 +24,28 @@ from favor.model.logprobs import response_logps
 from favor.ranks import World
 from favor.train import preference, reference
 from favor.train.preference import Beside, TrainConfig
-from favor.train.scored import needs
 from favor.train.step import Machine, step
 
 # every loss as it comes, and the options that change what it sees
-VARIANTS = {name: {"name": name} for name in OPTIONS} | {
-    "sigmoid, length-normalised": {"name": "sigmoid", "length_normalized": True},
-    "sigmoid, forward KL": {"name": "sigmoid", "divergence": "forward_kl"},
-    "sigmoid, Jensen-Shannon": {"name": "sigmoid", "divergence": "jensen_shannon"},
-    "sigmoid, alpha divergence": {"name": "sigmoid", "divergence": "alpha", "divergence_alpha": 0.3},
-    "sigmoid, LD": {"name": "sigmoid", "ld_alpha": 0.3},
-    "sigmoid, WPO": {"name": "sigmoid", "wpo": "probability"},
-    "sigmoid, WPO aligned": {"name": "sigmoid", "wpo": "aligned"},
-    "sigmoid, soft labels": {"name": "sigmoid"},
-    "odpo, linear": {"name": "odpo", "offset": "linear", "offset_scale": 0.3},
-    "plackett_luce, top 1": {"name": "plackett_luce", "top_k": 1},
-    "sigmoid + sft (RPO)": {"name": "sigmoid", "also": [{"name": "sft", "weight": 0.5}]},
+VARIANTS = {kind: {"kind": kind} for kind in LOSSES} | {
+    "dpo, length-normalised": {"kind": "dpo", "length_normalized": True},
+    "dpo, forward KL": {"kind": "dpo", "divergence": {"kind": "forward_kl"}},
+    "dpo, Jensen-Shannon": {"kind": "dpo", "divergence": {"kind": "jensen_shannon"}},
+    "dpo, alpha divergence": {"kind": "dpo", "divergence": {"kind": "alpha", "alpha": 0.3}},
+    "dpo, LD": {"kind": "dpo", "ld_alpha": 0.3},
+    "dpo, WPO": {"kind": "dpo", "wpo": "probability"},
+    "dpo, WPO aligned": {"kind": "dpo", "wpo": "aligned"},
+    "dpo, soft labels": {"kind": "dpo"},
+    "odpo, linear": {"kind": "odpo", "offset": "linear", "offset_scale": 0.3},
+    "plackett_luce, top 1": {"kind": "plackett_luce", "top_k": 1},
+    "dpo + sft (RPO)": {"kind": "sum", "terms": [{"kind": "dpo"}, {"kind": "sft", "weight": 0.5}]},
     "ipo + bco + plackett_luce": {
-        "name": "ipo",
-        "weight": 0.1,
-        "also": [{"name": "bco", "weight": 2.0, "beta": 0.2}, {"name": "plackett_luce", "weight": 0.3}],
+        "kind": "sum",
+        "terms": [
+            {"kind": "ipo", "weight": 0.1},
+            {"kind": "bco", "weight": 2.0, "beta": 0.2},
+            {"kind": "plackett_luce", "weight": 0.3},
+        ],
     },
 }
 BETA = 0.3
@@ -86,7 +88,7 @@ def forest(soft=False):
 def config_of(cell):
     """The cell as a recipe; raises pydantic's error where the recipe itself is refused."""
     loss = with_beta(VARIANTS[cell.variant]) | {"passes": cell.passes}
-    free = all(term["name"] in slow_losses.FREE for term in (loss, *loss.get("also", ())))
+    free = all(term["kind"] in slow_losses.FREE for term in loss.get("terms", [loss]))
     values = {"run": "unused", "model": {"path": "unused"}, "data": {"train": "unused"}, "loss": loss}
     if not free:
         values["reference"] = {"mode": cell.reference}
@@ -96,9 +98,10 @@ def config_of(cell):
 
 
 def with_beta(term):
-    """A beta at which every term matters; further terms keep their own."""
-    mine = {"beta": BETA} if "beta" in OPTIONS[term["name"]] else {}
-    return mine | term | ({"also": [with_beta(t) for t in term["also"]]} if "also" in term else {})
+    """A beta at which every term matters; a term that has one keeps its own."""
+    if "terms" in term:
+        return term | {"terms": [with_beta(t) for t in term["terms"]]}
+    return ({"beta": BETA} if "beta" in LOSSES[term["kind"]].settings() else {}) | term
 
 
 def policies(cell, trees):

@@ -42,13 +42,14 @@ def transformed(judged, i, options):
     log = judged.pi(i) - judged.ref(i)
     if options.get("length_normalized"):
         log = log / judged.length(i)
-    u, kind = torch.exp(log), options.get("divergence", "reverse_kl")
+    divergence = options.get("divergence", {"kind": "reverse_kl"})
+    u, kind = torch.exp(log), divergence["kind"]
     if kind == "forward_kl":
         return -1 / u
     if kind == "jensen_shannon":
         return torch.log(2 * u / (1 + u))
     if kind == "alpha":
-        a = options.get("divergence_alpha", 0.5)
+        a = divergence.get("alpha", 0.5)
         return (1 - u ** (-a)) / a
     return log
 
@@ -68,7 +69,7 @@ def sides(judged, w, l, options):
 
 def of_gap(name, h, margin, label, options):
     beta, e = options.get("beta", 0.1), options.get("label_smoothing", 0.1)
-    if name == "sigmoid":
+    if name == "dpo":
         return -label * torch.log(s(beta * h)) - (1 - label) * torch.log(s(-beta * h))
     if name == "cdpo":
         return -(1 - e) * torch.log(s(beta * h)) - e * torch.log(s(-beta * h))
@@ -217,7 +218,7 @@ def of_batch(name, judged, options):
     return [(-torch.log(s(beta * (x - y))), 1.0) for x, y in zip(a, b, strict=True)]
 
 
-GAP = ("sigmoid", "cdpo", "robust", "hinge", "ipo", "exo", "discopop", "odpo")
+GAP = ("dpo", "cdpo", "robust", "hinge", "ipo", "exo", "discopop", "odpo")
 SIDES = ("dpop", "sppo_hard", "apo_zero", "apo_down", "preferred_ft", "unlikelihood")
 FREE = ("simpo", "cpo", "orpo", "sft")
 
@@ -247,8 +248,8 @@ def items(name, judged, options):
 def loss(config, judged):
     """The weighted sum over terms of each term's weighted mean over its items. config: the section [loss] as a dict."""
     total = 0.0
-    for term in (config, *config.get("also", ())):
-        found = items(term["name"], judged, term)
+    for term in config.get("terms", [config]):
+        found = items(term["kind"], judged, term)
         mean = sum(item * weight for item, weight in found) / sum(weight for _, weight in found)
         total = total + term.get("weight", 1.0) * mean
     return total

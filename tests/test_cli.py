@@ -112,7 +112,7 @@ def bad_inputs():
         "wrong type": (words("train.batch_prompts=many"), ["train.batch_prompts", "'many'"]),
         "out of range": (words("loss.beta=-1"), ["loss.beta", "greater than 0"]),
         "missing key": (lambda i, h: ["train", "run=run"], ["model", "not set"]),
-        "unread option": (words("loss.label_smoothing=0.2"), ["loss.label_smoothing", "not read by loss 'sigmoid'"]),
+        "unread option": (words("loss.label_smoothing=0.2"), ["loss.label_smoothing", "not read by kind 'dpo'"]),
         "contradiction": (words("reference.mode=live", "reference.store=x"), ["reference.store", "live"]),
         "no GPU": (words("model.device=cuda"), ["model.device", "no GPU"]),
         "no such data": (words("data.train=missing.jsonl"), ["missing.jsonl", "no such file"]),

@@ -14,7 +14,7 @@ NEEDED = ["run=r", "model.path=m", "data.train=d.jsonl"]
 def test_dump_and_load_give_an_equal_record(tmp_path):
     words = [
         *NEEDED,
-        "loss.name=cdpo",
+        "loss.kind=cdpo",
         "loss.label_smoothing=0.2",
         "model.lora.rank=4",
         "optim.betas=[0.8, 0.9]",
@@ -45,7 +45,15 @@ def test_overrides_win_and_sections_merge(tmp_path):
         ("optim.lrr=1", "did you mean 'optim.lr'"),
         ("trian.epochs=2", "unknown key 'trian'; did you mean 'train'"),
         ("beta=0.1", "did you mean 'loss.beta'"),
-        ("loss.name=dpo", r"'loss.name' is 'dpo'.*'sigmoid'"),
+        ("loss.kind=sigmoid", r"'loss.kind' is 'sigmoid'; choose one of dpo, "),
+        ("loss.name=cdpo", r"unknown key 'loss.name'; it is loss.kind now \(name = .sigmoid. is kind = .dpo.\)"),
+        ("loss.gamma=1", "unknown key 'loss.gamma'; it is not read by kind 'dpo'"),
+        ("loss.terms=[1]", "unknown key 'loss.terms'; it is not read by kind 'dpo'"),
+        (
+            "loss.divergence=forward_kl",
+            "'loss.divergence' is a section, found 'forward_kl'; set loss.divergence.kind=...",
+        ),
+        ("loss=1", "'loss' is a section, found 1; set loss.kind=..., one of dpo, "),
         ("=3", "expected section.key=value"),
         ("run.x=3", "single value"),
         ("train.epochs=0", "'train.epochs' is 0"),

@@ -30,7 +30,11 @@ def test_two_ranks_follow_one_rank(tmp_path, command):
     (tmp_path / "length.py").write_text("def score(prompts, responses):\n    return [len(r) / 9 for r in responses]\n")
     words = [
         *([*PPO, f"reward.path={tmp_path / 'length.py'}:score"] if command == "ppo" else ["train"]),
-        *(["loss.name=bco", 'loss.also=[{name="aot"}, {name="kto"}]'] if command == "two passes" else []),
+        *(
+            ["loss.kind=sum", 'loss.terms=[{kind="bco"}, {kind="aot"}, {kind="kto"}]']
+            if command == "two passes"
+            else []
+        ),
         f"model.path={tmp_path / 'model'}",
         "model.dtype=float32",
         f"data.train={tmp_path / 'train.jsonl'}",

@@ -43,8 +43,8 @@ def test_a_step(model, tmp_path, fixture):
     if fixture.stem == "sft":
         sft(load(SftConfig, None, words), session)
     else:
-        loss = "kto" if fixture.stem in THUMBS else "davidson" if fixture.stem in TIED else "sigmoid"
-        train(load(TrainConfig, None, [*words, f"loss.name={loss}"]), session)
+        loss = "kto" if fixture.stem in THUMBS else "davidson" if fixture.stem in TIED else "dpo"
+        train(load(TrainConfig, None, [*words, f"loss.kind={loss}"]), session)
     (step,) = (r for r in read_jsonl(tmp_path / "run/metrics.jsonl") if r["kind"] == "step")
     assert math.isfinite(step["loss"])
     # that fixture is one tie, and a tie is at its best where policy and reference are equal

@@ -7,10 +7,12 @@ import torch
 from oracles import tree
 
 import favor
-from favor import losses
 from favor.data.batches import build
-from favor.losses import LossConfig, pairwise
-from favor.losses.ranking import plackett_luce
+from favor.losses import pairwise
+from favor.losses import table as losses
+from favor.losses.table import LOSSES, make_loss
+from favor.losses.unpaired import plackett_luce
+from favor.losses.view import Scored
 
 D = torch.float64
 
@@ -119,14 +121,14 @@ def test_plackett_luce_is_minus_log_of_successive_choices():
 
 def items(config, ratio, batch, zero=0.0):
     """Loss of every item of the first term, with ref = 0 so that pi is the log-ratio."""
-    return losses.term_losses(config, losses.Scored(ratio, torch.zeros_like(ratio), zero=zero), batch)[0][0]
+    return losses.term_losses(config, Scored(ratio, torch.zeros_like(ratio), zero=zero), batch)[0][0]
 
 
 def test_length_normalised_ipo():
     """The option divides every log-ratio by its response's length before the gap is taken."""
     batch = build([tree([5], [[7, 8, 2], [9, 2]], [(0, 1)])], "tree")
     ratio = torch.tensor([0.9, -0.4], dtype=D)
-    item = items(LossConfig(name="ipo", beta=0.1, length_normalized=True), ratio, batch)
+    item = items(make_loss("ipo", beta=0.1, length_normalized=True), ratio, batch)
     assert item.item() == pytest.approx((0.9 / 3 + 0.4 / 2 - 5) ** 2)
 
 
@@ -134,7 +136,7 @@ def test_kto_by_its_equation():
     """w_D (1 - s(beta (r_w - z0))) and w_U (1 - s(beta (z0 - r_l))); z0 carries no gradient."""
     ratio = torch.tensor([0.9, -0.4], dtype=D, requires_grad=True)
     pairs = build([tree([5], [[7, 2], [9, 2]], [(0, 1)])], "tree")
-    config = LossConfig(name="kto", beta=0.5, desirable_weight=1.2, undesirable_weight=0.8)
+    config = make_loss("kto", beta=0.5, desirable_weight=1.2, undesirable_weight=0.8)
     item = items(config, ratio, pairs, 0.3)
 
     def s(x):
@@ -151,8 +153,8 @@ def test_unlikelihood_and_preferred_ft_have_the_gradients_of_likelihoods():
     """d/d(log pi): -1 on the chosen, +alpha on the rejected; preferred-FT leaves the rejected alone."""
     pairs = build([tree([5], [[7, 2], [9, 2]], [(0, 1)])], "tree")
     for config, expected in (
-        (LossConfig(name="unlikelihood", alpha=0.3), [-1.0, 0.3]),
-        (LossConfig(name="preferred_ft"), [-1.0, 0.0]),
+        (make_loss("unlikelihood", alpha=0.3), [-1.0, 0.3]),
+        (make_loss("preferred_ft"), [-1.0, 0.0]),
     ):
         ratio = torch.tensor([0.9, -0.4], dtype=D, requires_grad=True)
         item = items(config, ratio, pairs)
@@ -161,10 +163,10 @@ def test_unlikelihood_and_preferred_ft_have_the_gradients_of_likelihoods():
 
 
 def test_unread_option_is_refused():
-    with pytest.raises(ValueError, match=r"loss\.label_smoothing is not read by loss 'sigmoid'"):
-        LossConfig(name="sigmoid", label_smoothing=0.1)
-    for name, options in losses.OPTIONS.items():
-        found = LossConfig(name=name).model_dump()
-        assert found.keys() <= {"name"} | options
-        assert LossConfig.model_validate(found).model_dump() == found
-    assert LossConfig.model_validate(LossConfig(name="cdpo").model_dump()).label_smoothing == 0.1
+    with pytest.raises(ValueError, match=r"dpo.label_smoothing\n  Extra inputs"):
+        make_loss(label_smoothing=0.1)
+    for name, loss in LOSSES.items():
+        found = make_loss(name).model_dump()
+        assert found.keys() <= {"kind", "passes"} | loss.settings().keys()
+        assert make_loss(**found).model_dump() == found
+    assert make_loss(**make_loss("cdpo").model_dump()).label_smoothing == 0.1

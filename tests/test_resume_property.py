@@ -19,7 +19,7 @@ RECIPES = strategies.fixed_dictionaries(
         "train.save_every": strategies.integers(0, 3),
         "train.shuffle": strategies.sampled_from(["true", "false"]),
         "train.max_tokens_per_pack": strategies.sampled_from([40, 200, 1000]),
-        "loss.name": strategies.sampled_from(["sigmoid", "ipo", "kto", "aot", "plackett_luce"]),
+        "loss.kind": strategies.sampled_from(["dpo", "ipo", "kto", "aot", "plackett_luce"]),
         "optim.name": strategies.sampled_from(["adamw", "rmsprop"]),
         "optim.schedule": strategies.sampled_from(["linear", "cosine", "constant"]),
         "watch.kl_every": strategies.integers(0, 2),

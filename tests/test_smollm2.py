@@ -7,7 +7,7 @@ from oracles import plain_logps
 from favor.data import batches
 from favor.data.read import DataConfig, read
 from favor.data.tokenize import TokensConfig, tokenize
-from favor.losses import LossConfig
+from favor.losses.table import make_loss
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, frozen_copy, load_policy
 from favor.model.logprobs import response_logps
@@ -43,5 +43,5 @@ def test_smollm2_trees_equal_plain_transformers():
     reference = frozen_copy(policy)
     with torch.no_grad():
         ref = response_logps(reference, batch)
-        loss, stats = make_objective(LossConfig(), policy, Reference(lambda _: ref, "")).loss(batch)
+        loss, stats = make_objective(make_loss(), policy, Reference(lambda _: ref, "")).loss(batch)
     assert loss.item() / stats["pairs"].item() == pytest.approx(0.6931471805599453, abs=1e-6)

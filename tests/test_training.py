@@ -104,7 +104,7 @@ def test_training_learns_the_training_pairs(world_of_films, tmp_path):
     assert steps[24]["accuracy"] > 0.9
     assert sum(s["pairs"] for s in steps.values()) == 8 * 25
     resolved = tomllib.loads((tmp_path / "run/config.toml").read_text())["loss"]
-    assert (resolved["name"], resolved["beta"], resolved["length_normalized"]) == ("sigmoid", 0.1, False)
+    assert (resolved["kind"], resolved["beta"], resolved["length_normalized"]) == ("dpo", 0.1, False)
     report = json.loads((tmp_path / "run/data.json").read_text())
     assert report["train"]["read"]["num_trees"] == 9
 
@@ -234,7 +234,7 @@ def test_reference_store_is_reused_over_losses_and_refused_when_stale(world_of_f
     store = f"reference.store={tmp_path / 'ref.safetensors'}"
     run_train(settings(world_of_films, tmp_path / "a", store))
     written = (tmp_path / "ref.safetensors").stat().st_mtime_ns
-    run_train(settings(world_of_films, tmp_path / "b", store, "loss.name=ipo", "loss.beta=0.5"))
+    run_train(settings(world_of_films, tmp_path / "b", store, "loss.kind=ipo", "loss.beta=0.5"))
     assert (tmp_path / "ref.safetensors").stat().st_mtime_ns == written
     assert curve(tmp_path / "b")[1]["loss"] == pytest.approx(1.0, abs=1e-4)
     with pytest.raises(CheckpointError, match=r"ref\.safetensors: .* another token ids; delete it"):
@@ -277,7 +277,7 @@ def test_resume_needs_the_same_recipe(world_of_films, tmp_path):
 
 @pytest.mark.parametrize("name", ["cdpo", "ipo", "hinge", "plackett_luce", "kto", "bco", "aot", "exo"])
 def test_every_loss_trains(world_of_films, tmp_path, name):
-    run_train(settings(world_of_films, tmp_path / "run", f"loss.name={name}", "loss.beta=0.3"))
+    run_train(settings(world_of_films, tmp_path / "run", f"loss.kind={name}", "loss.beta=0.3"))
     steps = curve(tmp_path / "run")
     assert steps[12]["margin"] > 0.3
     assert steps[12]["loss"] < steps[1]["loss"]
@@ -285,9 +285,9 @@ def test_every_loss_trains(world_of_films, tmp_path, name):
 
 def test_two_passes_take_the_steps_of_one(world_of_films, tmp_path):
     """A linear surrogate with known coefficients has the loss's own gradient; branches fit a smaller budget."""
-    mixed = 'loss.also=[{name="sft", weight=0.2}, {name="plackett_luce", weight=0.5}]'
+    mixed = "loss.kind=sum", 'loss.terms=[{kind="dpo"}, {kind="sft", weight=0.2}, {kind="plackett_luce", weight=0.5}]'
     for passes in ("one", "two"):
-        run_train(settings(world_of_films, tmp_path / passes, f"loss.passes={passes}", mixed, "train.epochs=2"))
+        run_train(settings(world_of_films, tmp_path / passes, f"loss.passes={passes}", *mixed, "train.epochs=2"))
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert len(one) == len(two) == 6
     for step, record in one.items():
@@ -317,9 +317,9 @@ def test_moving_reference(world_of_films, tmp_path):
 
 def test_data_that_cannot_feed_the_loss(world_of_films, tmp_path):
     for words, message in (
-        (["loss.name=odpo"], "needs a margin above 0"),
-        (["loss.name=aot", "loss.passes=one"], "set loss.passes=two"),
-        (["loss.name=simpo", "reference.mode=live"], "reads no reference"),
+        (["loss.kind=odpo"], "needs a margin above 0"),
+        (["loss.kind=aot", "loss.passes=one"], "set loss.passes=two"),
+        (["loss.kind=simpo", "reference.mode=live"], "reads no reference"),
         (["loss.ld_alpha=0.5"], "set reference.mode=live"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -327,7 +327,7 @@ def test_data_that_cannot_feed_the_loss(world_of_films, tmp_path):
 
 
 def test_reference_free_losses_build_no_reference(world_of_films, tmp_path):
-    run_train(settings(world_of_films, tmp_path / "run", "loss.name=simpo", "loss.beta=2.0"))
+    run_train(settings(world_of_films, tmp_path / "run", "loss.kind=simpo", "loss.beta=2.0"))
     assert not (tmp_path / "run/reference.safetensors").exists()
     steps = curve(tmp_path / "run")
     assert steps[12]["loss"] < steps[1]["loss"]

@@ -5,13 +5,15 @@ knows nobody's fields: every section is declared beside the code that reads it. 
 """
 
 import difflib
+import inspect
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model
 
 from favor.errors import ConfigError, clipped
 from favor.hide import without_secrets
@@ -21,7 +23,12 @@ STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_d
 # what every generator of random numbers here takes (scikit-learn's is the narrowest)
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 # settings of earlier versions, dotted -> the key of today, or a sentence that says what to do instead
-RENAMED: Mapping[str, str] = {}
+RENAMED: Mapping[str, str] = {
+    "loss.name": 'it is loss.kind now (name = "sigmoid" is kind = "dpo")',
+    "loss.also": 'all losses of a sum stand together now: loss.kind = "sum", loss.terms = [{kind = ...}, {kind = ...}]',
+    "loss.weight": 'weights are of a sum: loss.kind = "sum", loss.terms = [{kind = ..., weight = ...}]',
+    "loss.divergence_alpha": "loss.divergence.alpha",
+}
 # bytes of a recipe: more must be another kind of file
 _LARGEST = 1 << 20
 
@@ -158,48 +165,117 @@ def _problem_of_text(given: str) -> str | None:
 
 
 def _explain(item: Any, schema: type[BaseModel], where: str) -> str:
-    path = [str(part) for part in item["loc"]]
-    key = ".".join(path)
+    key, here = _place(item["loc"], schema)
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key '{clipped(key)}'; {_advice(key, schema)}"
+        return f"{where}: unknown key '{clipped(key)}'; {_advice(key, schema, here)}"
     if item["type"] == "missing":
         return f"{where}: '{key}' is not set; add it to the recipe or give {key}=..."
     given = clipped(without_secrets(repr(item["input"])))
+    if item["type"].startswith("union_tag"):
+        return f"{where}: {_kinds(key, here, item['input'], given)}"
     if item["type"] == "model_type":
-        inside = [name for name in _keys(schema) if name.rpartition(".")[0] == key]
-        return f"{where}: '{key}' is a section, found {given}; set {key}.KEY=..., one of {', '.join(inside)}"
+        return f"{where}: '{key}' is a section, found {given}; set {key}.KEY=..., one of {', '.join(_below(key, here))}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
-        return f"{where}: {key + ': ' if key else ''}{message}"
-    return f"{where}: '{key}' is {given}: {message[0].lower() + message[1:]}"
+        said = f"{key + ': ' if key else ''}{message}"
+    else:
+        said = f"'{key}' is {given}: {message[0].lower() + message[1:]}"
+    return f"{where}: {said}"
 
 
-def _advice(key: str, schema: type[BaseModel]) -> str:
-    """What to write instead of an unknown key: its new name, the nearest valid one, or all that are known there."""
+def _kinds(key: str, here: Sequence[type[BaseModel]], section: Any, given: str) -> str:
+    """A union whose kind is not one of its kinds."""
+    known = ", ".join(map(kind_of, here))
+    if not isinstance(section, dict):
+        return f"'{key}' is a section, found {given}; set {key}.kind=..., one of {known}"
+    said = clipped(without_secrets(repr(section["kind"]))) if "kind" in section else "not set"
+    return f"'{key}.kind' is {said}; choose one of {known}"
+
+
+def _place(loc: Sequence[str | int], schema: type[BaseModel]) -> tuple[str, list[type[BaseModel]]]:
+    """Where pydantic found an error, as the recipe writes it (without the kinds chosen on the way), and what may stand there."""
+    parts: list[str] = []
+    here = [schema]
+    for part in loc:
+        chosen = [model for model in here if kind_of(model) == part]
+        if len(here) > 1 and chosen:
+            here = chosen
+            continue
+        parts.append(str(part))
+        if isinstance(part, str):
+            field = next((model.model_fields[part] for model in here if part in model.model_fields), None)
+            here = list(models(field.annotation)) if field else here
+    return ".".join(parts), here
+
+
+def _advice(key: str, schema: type[BaseModel], here: Sequence[type[BaseModel]]) -> str:
+    """What to write instead of an unknown key: its new name, the kind that reads it, the nearest valid one, or all known there."""
     if now := RENAMED.get(key):
         return now if " " in now else f"it is called '{now}' now"
-    valid = list(_keys(schema))
+    valid = list(dict.fromkeys(_keys(schema)))
+    if key in valid:
+        return f"it is not read by kind '{kind_of(here[0])}'; remove it or choose a kind that reads it"
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
     if not close:
         leaf = key.rsplit(".", 1)[-1]
         close = [name for name in valid if name.rsplit(".", 1)[-1] == leaf][:1]
     if close:
         return f"did you mean '{close[0]}'?"
-    parent = key.rpartition(".")[0]
-    siblings = [name for name in valid if name.rpartition(".")[0] == parent]
-    return f"known here: {', '.join(siblings or valid)}"
+    return f"known here: {', '.join(_below(key.rpartition('.')[0], here))}"
+
+
+def _below(key: str, here: Sequence[type[BaseModel]]) -> list[str]:
+    return [
+        f"{key}.{name}".lstrip(".") for name in dict.fromkeys(name for model in here for name in model.model_fields)
+    ]
 
 
 def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in schema.model_fields.items():
         yield prefix + name
-        # a section may hold further ones of its own kind
-        for section in _sections(field.annotation):
-            if section is not schema:
-                yield from _keys(section, f"{prefix}{name}.")
+        for section in models(field.annotation, lists=False):
+            yield from _keys(section, f"{prefix}{name}.")
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models inside an annotation: `Section` or `Section | None`."""
-    options = getattr(annotation, "__args__", (annotation,))
-    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+def models(annotation: Any, *, lists: bool = True) -> Iterator[type[BaseModel]]:
+    """The sections an annotation can hold: one, those of a union, and with `lists` those of a list of sections."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif lists or get_origin(annotation) in (Union, UnionType, Annotated):
+        for inner in get_args(annotation):
+            yield from models(inner, lists=lists)
+
+
+def kind_of(model: type[BaseModel]) -> str:
+    """The `kind` that chooses this section of a union; empty where none does."""
+    return str(get_args(model.model_fields["kind"].annotation)[0]) if "kind" in model.model_fields else ""
+
+
+def options(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """The parameters of a pure function that are settings, those annotated `Annotated[type, Field(...)]`: (annotation, default)."""
+    hints, parameters = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
+    return {
+        name: (hints[name], parameters[name].default) for name in parameters if get_origin(hints.get(name)) is Annotated
+    }
+
+
+def choice(sections: Mapping[str, Mapping[str, Any]], default: str, **more: Any) -> Any:
+    """The union of sections that `kind` chooses among, `default` where it is not given.
+
+    sections: kind -> its settings, name -> (annotation, default). more: settings and validators that all of them have.
+    """
+    made = {name: _section(name, {**own, **more}) for name, own in sections.items()}
+
+    def chosen(given: Any) -> Any:
+        if isinstance(given, BaseModel):
+            return kind_of(type(given))
+        return given.get("kind", default) if isinstance(given, dict) else None
+
+    tagged = tuple(Annotated[section, Tag(name)] for name, section in made.items())
+    return Annotated[Union[tagged], Discriminator(chosen)]  # noqa: UP007 (a union of computed types)
+
+
+def _section(kind: str, settings: dict[str, Any]) -> type[BaseModel]:
+    literal = Annotated[Literal[kind], Field(description="Which one; every kind has its own settings.")]
+    fields: dict[str, Any] = {"kind": (literal, kind), **settings}
+    return create_model(kind, __config__=STRICT, **fields)

@@ -19,7 +19,7 @@ from favor.data.tokenize import TokensConfig
 from favor.errors import CheckpointError, ConfigError
 from favor.generate.prefer import PreferConfig, prefer
 from favor.guard import content, is_sealed, seal, sha
-from favor.losses import LossConfig
+from favor.losses.table import LossConfig, make_loss
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
 from favor.output import hashes
@@ -51,7 +51,7 @@ class LoopRunConfig(BaseModel):
     tokens: TokensConfig = TokensConfig()
     sample: SampleConfig = SampleConfig()
     reward: RewardConfig
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = make_loss()
     optim: OptimConfig = OptimConfig()
     train: LoopConfig = LoopConfig()
 

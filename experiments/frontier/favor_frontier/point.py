@@ -20,7 +20,7 @@ from favor.data.read import DataConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import NumericsError
 from favor.eval.divergence import log_ratios
-from favor.losses import LossConfig, LossName
+from favor.losses.table import make_loss
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
@@ -34,14 +34,6 @@ from favor.train.preference import TrainConfig, WatchConfig, train
 from favor.train.reference import ReferenceConfig
 from favor_frontier.prepare import OpenSession, Places, Task, learnt_reward, start_model, training_prompts
 from favor_frontier.recipe import FrontierConfig, Point
-
-_LOSS: dict[str, LossName] = {
-    "dpo": "sigmoid",
-    "ipo": "ipo",
-    "kto": "kto",
-    "unlikelihood": "unlikelihood",
-    "preferred_ft": "preferred_ft",
-}
 
 
 @dataclass(frozen=True)
@@ -157,9 +149,9 @@ def _train(
 
 
 def _preference_recipe(config: FrontierConfig, task: Task, places: Places, point: Point, root: Path) -> TrainConfig:
-    sizes, name = config.offline, _LOSS[point.method]
-    options = {"unlikelihood": {"alpha": point.strength}, "preferred_ft": {}}.get(name, {"beta": point.strength})
-    epochs = int(point.strength) if name == "preferred_ft" else sizes.epochs
+    sizes, kind = config.offline, point.method
+    options = {"unlikelihood": {"alpha": point.strength}, "preferred_ft": {}}.get(kind, {"beta": point.strength})
+    epochs = int(point.strength) if kind == "preferred_ft" else sizes.epochs
     probed = point.method == "dpo" and sizes.probe_every > 0
     return TrainConfig(
         run=str(root),
@@ -167,7 +159,7 @@ def _preference_recipe(config: FrontierConfig, task: Task, places: Places, point
         model=ModelConfig(path=str(start_model(task, places)), dtype="float32"),
         data=DataConfig(train=str(places.preferences(point.seed))),
         tokens=task.tokens,
-        loss=LossConfig.model_validate({"name": name, **options}),
+        loss=make_loss(kind, **options),
         optim=OptimConfig(lr=sizes.lr, warmup_steps=2),
         reference=ReferenceConfig(store=str(places.reference(point.seed))),
         train=LoopConfig(batch_prompts=sizes.batch_prompts, epochs=epochs, max_tokens_per_pack=2048, save_every=0),

@@ -94,7 +94,7 @@ def dpo_recipe(config: DemoConfig, root: Path, reviews: Path) -> TrainConfig:
     """DPO from the model that SFT made, with the KL watched on samples."""
     recipe = _recipe(config, root / "dpo", RunFolder(root / "sft").model, reviews, config.lr)
     recipe["data"]["eval"] = str(reviews / "test.jsonl")
-    recipe["loss"] = {"name": "sigmoid", "beta": config.beta}
+    recipe["loss"] = {"kind": "dpo", "beta": config.beta}
     recipe["watch"] = {"kl_every": 10, "kl_prompts": 8, "kl_tokens": 40}
     return TrainConfig.model_validate(recipe)
 

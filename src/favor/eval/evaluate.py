@@ -22,7 +22,7 @@ from favor.errors import ConfigError, DataError
 from favor.eval.divergence import kl_of_samples
 from favor.eval.intervals import mean_interval
 from favor.eval.margins import pair_figures
-from favor.losses import LossConfig
+from favor.losses.table import beta_of, make_loss
 from favor.model.layout import sampled_tree, settle
 from favor.model.load import Policy, precision_of
 from favor.model.logprobs import response_logps
@@ -123,7 +123,7 @@ def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) 
     policy, why = settle(policy, recipe.model.layout, trees, also=drawn)
     reference, _ = settle(reference, policy.layout, trees, also=drawn)
     say(f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
-    return Subject(policy, reference, texts, trees, config.beta or recipe.loss.get("beta", LossConfig().beta))
+    return Subject(policy, reference, texts, trees, config.beta or recipe.loss.get("beta", beta_of(make_loss())))
 
 
 def _logps(policy: Policy) -> Callable[[Batch], Tensor]:

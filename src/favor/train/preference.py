@@ -14,7 +14,6 @@ import torch
 from pydantic import BaseModel, model_validator
 from torch import Tensor
 
-from favor import losses
 from favor.config import STRICT, Seed, dump
 from favor.data import batches
 from favor.data.batches import LoaderState, Order
@@ -23,7 +22,9 @@ from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import NumericsError
-from favor.losses import LossConfig
+from favor.losses import table as losses
+from favor.losses.table import LossConfig, make_loss, needs
+from favor.losses.view import RATIOS, Scored
 from favor.model.batched import measured
 from favor.model.layout import sampled_tree, settle
 from favor.model.load import ModelConfig, Policy, load_policy, precise, precision_of
@@ -37,7 +38,7 @@ from favor.train.checkpoint import TrainingState
 from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
 from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from favor.train.reference import Reference, ReferenceConfig
-from favor.train.scored import kto_zero, needs, score, usable
+from favor.train.scored import kto_zero, score, usable
 from favor.train.session import Bar, Session, load_splits, recipe_hash, running
 from favor.train.step import Machine, Objective, Stepped, step
 from favor.train.twopass import gather
@@ -64,7 +65,7 @@ class TrainConfig(BaseModel):
     model: ModelConfig
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = make_loss()
     optim: OptimConfig = OptimConfig()
     reference: ReferenceConfig = ReferenceConfig()
     train: LoopConfig = LoopConfig()
@@ -81,7 +82,7 @@ class TrainConfig(BaseModel):
     def _parts_go_together(self) -> "TrainConfig":
         needed = needs(self.loss)
         if not needed.reference and self.reference != ReferenceConfig():
-            raise ValueError(f"loss '{self.loss.name}' reads no reference; remove section [reference]")
+            raise ValueError(f"loss '{losses.terms(self.loss)[0].kind}' reads no reference; remove section [reference]")
         if needed.tokens and self.reference.mode != "live":
             raise ValueError("loss.ld_alpha needs the reference's log-probs of every token; set reference.mode=live")
         if self.reference.sync_every is not None and self.model.lora is not None:
@@ -129,7 +130,7 @@ def make_objective(config: LossConfig, policy: Policy, reference: Reference, zer
         scored = score(config, policy, reference, batch, zero)
         return losses.term_sums(config, scored, batch), batch_stats(config, scored, batch)
 
-    return Objective(loss, lambda batch: losses.item_weight(config, batch), STATS, len(config.terms))
+    return Objective(loss, lambda batch: losses.item_weight(config, batch), STATS, len(losses.terms(config)))
 
 
 def _beside(config: TrainConfig, policy: Policy, splits: Splits, session: Session) -> Beside:
@@ -253,7 +254,7 @@ def plan_step(
     """Micro-batches and objective of one optimizer batch, in one pass or in two."""
     budget, ref = config.train.max_tokens_per_pack, beside.references["train"]
     zero = kto_zero(config.loss, policy, beside.alive, trees, (budget, world))
-    if not (needs(config.loss).coupled or config.loss.passes == "two"):
+    if not needs(config.loss).two_passes:
         return micro_batches(trees, policy, budget, world), make_objective(config.loss, policy, ref, zero)
     scored, whole = gather(config.loss, policy, ref, trees, (budget, world))
     scored = replace(scored, zero=zero)
@@ -264,12 +265,14 @@ def plan_step(
 
 def at_reference(config: LossConfig, trees: Sequence[TokenTree]) -> float | None:
     """The loss of an optimizer batch whose policy is the reference; None where the loss reads more than their ratio."""
-    if not all(losses.LOSSES[term.name].reference and term.wpo == "off" for term in config.terms):
+    if not all(
+        term.loss.reads() & RATIOS and term.settings.get("wpo", "off") == "off" for term in losses.terms(config)
+    ):
         return None
     whole = batches.build(trees, "tree")
     zeros_R = torch.zeros(whole.num_responses, dtype=torch.float64)
     zeros_M = torch.zeros(int(whole.length_R.sum()), dtype=torch.float64)
-    sums = losses.term_sums(config, losses.Scored(zeros_R, zeros_R, zeros_M, zeros_M), whole)
+    sums = losses.term_sums(config, Scored(zeros_R, zeros_R, zeros_M, zeros_M), whole)
     counts = torch.tensor(losses.item_weight(config, whole), dtype=torch.float64)
     return float((sums / counts.clamp_min(1e-12)).sum())
 

@@ -4,41 +4,19 @@ In: LossConfig, Policy, Reference. Out: Scored, the trees that hold items, refus
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
 from favor.data.types import Batch, TokenTree
 from favor.errors import ConfigError
-from favor.losses import COUPLED, LOSSES, LossConfig, Scored
+from favor.losses.table import LossConfig, Term, needs, terms
+from favor.losses.view import Scored
 from favor.model.batched import measured
 from favor.model.load import Policy
 from favor.model.logprobs import mean_overlap, response_logps, scored_logps, sum_tokens
 from favor.ranks import World
 from favor.train.reference import Reference
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What the terms of a loss read beside log pi(y|x)."""
-
-    reference: bool
-    tokens: bool
-    overlap: bool
-    zero: bool
-    coupled: bool
-
-
-def needs(config: LossConfig) -> Needs:
-    """What the terms of [loss] read."""
-    losses = [LOSSES[term.name] for term in config.terms]
-    return Needs(
-        reference=any(loss.reference for loss in losses),
-        tokens=any(term.ld_alpha is not None for term in config.terms),
-        overlap=any(term.wpo == "aligned" for term in config.terms),
-        zero=any(loss.zero for loss in losses),
-        coupled=any(term.name in COUPLED for term in config.terms),
-    )
 
 
 def score(config: LossConfig, policy: Policy, reference: Reference, batch: Batch, zero: float = 0.0) -> Scored:
@@ -59,48 +37,49 @@ def usable(config: LossConfig, trees: Iterable[TokenTree], source: str) -> list[
     Raises ConfigError when a term finds none, needs margins that are missing, or would pass over soft labels.
     """
     kept: list[int] = []
-    items = [0] * len(config.terms)
+    found = terms(config)
+    items = [0] * len(found)
     for index, tree in enumerate(trees):
-        _check_tree(config, tree, source)
-        counts = [_num_items(LOSSES[term.name].items, tree) for term in config.terms]
+        _check_tree(found, tree, source)
+        counts = [_num_items(term.loss.items, tree) for term in found]
         items = [a + b for a, b in zip(items, counts, strict=True)]
         if any(counts):
             kept.append(index)
-    for term, count in zip(config.terms, items, strict=True):
+    for term, count in zip(found, items, strict=True):
         if not count:
             raise ConfigError(
-                f"{source}: loss '{term.name}' finds nothing to learn from ({_WANTS[LOSSES[term.name].items]}); "
-                "give such rows, or another loss.name"
+                f"{source}: loss '{term.kind}' finds nothing to learn from ({_WANTS[term.loss.items]}); "
+                "give such rows, or another loss.kind"
             )
     return kept
 
 
 _WANTS = {
     "pairs": "it wants pairs: chosen and rejected, a ranking or scores",
-    "pairs_and_ties": "it wants pairs or ties",
+    "pairs and ties": "it wants pairs or ties",
     "rankings": "it wants pairs or rankings",
     "thumbs": "it wants labels, or pairs",
 }
 
 
 def _num_items(items: str, tree: TokenTree) -> int:
-    extra = {"pairs_and_ties": len(tree.ties), "thumbs": len(tree.thumbs)}
+    extra = {"pairs and ties": len(tree.ties), "thumbs": len(tree.thumbs)}
     return len(tree.comparisons) + extra.get(items, 0)
 
 
-def _check_tree(config: LossConfig, tree: TokenTree, source: str) -> None:
+def _check_tree(found: Sequence[Term], tree: TokenTree, source: str) -> None:
     soft = any(comparison.label != 1.0 for comparison in tree.comparisons)
     unmarked = any(not _has_margins(comparison.gaps) for comparison in tree.comparisons)
-    for term in config.terms:
-        loss = LOSSES[term.name]
-        if soft and not loss.labels:
+    for term in found:
+        reads = term.loss.reads()
+        if soft and "label_P" not in reads:
             raise ConfigError(
-                f"{source}, row {tree.row}: it has a soft label, which loss '{term.name}' does not read; "
-                "use loss.name=sigmoid, or data.votes=weight or majority"
+                f"{source}, row {tree.row}: it has a soft label, which loss '{term.kind}' does not read; "
+                "use loss.kind=dpo, or data.votes=weight or majority"
             )
-        if unmarked and loss.margins:
+        if unmarked and "margin_P" in reads:
             raise ConfigError(
-                f"{source}, row {tree.row}: loss '{term.name}' needs a margin above 0 for every pair; "
+                f"{source}, row {tree.row}: loss '{term.kind}' needs a margin above 0 for every pair; "
                 "give margins or scores, or choose another loss"
             )
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from favor.data import batches
 from favor.data.types import Batch, TokenTree
-from favor.losses import LossConfig, Scored, item_weight, term_sums
+from favor.losses.table import LossConfig, item_weight, needs, term_sums
+from favor.losses.view import Scored
 from favor.model.batched import measured
 from favor.model.load import Policy
 from favor.model.logprobs import mean_overlap, scored_logps
 from favor.ranks import World
 from favor.train.reference import Reference
-from favor.train.scored import needs
 from favor.train.step import Objective
 
 

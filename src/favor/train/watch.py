@@ -15,14 +15,14 @@ from favor.config import STRICT
 from favor.data.prepare import Splits
 from favor.data.types import Batch, TokenTree
 from favor.eval.divergence import kl_of_samples
-from favor.losses import LOSSES, LossConfig, Scored, item_weight, term_sums
+from favor.losses.table import LossConfig, beta_of, item_weight, needs, term_sums, terms
+from favor.losses.view import Scored
 from favor.model.load import Policy, precise
 from favor.model.sample import SampleConfig, decode
 from favor.ranks import World
 from favor.rewards.source import Scorer
 from favor.train.reference import Reference
 from favor.train.rollout import sampled, scores
-from favor.train.scored import needs
 from favor.train.session import Session
 from favor.train.step import Stepped
 from favor.train.twopass import gather
@@ -76,8 +76,8 @@ def batch_stats(config: LossConfig, scored: Scored, batch: Batch) -> dict[str, T
     """Sums over the pairs and thumbs of a batch (docs/metrics.md defines each name). A margin of exactly 0 counts as half right."""
     pi_R = scored.pi_R.detach()
     per_token_R = pi_R / batch.length_R
-    free = not any(LOSSES[term.name].reference for term in config.terms)
-    reward_R = config.beta * (per_token_R if free else pi_R - scored.ref_R)
+    free = not needs(config).reference
+    reward_R = beta_of(config) * (per_token_R if free else pi_R - scored.ref_R)
     chosen_P, rejected_P = reward_R[batch.chosen_P], reward_R[batch.rejected_P]
     margin_P, thumb_I = chosen_P - rejected_P, reward_R[batch.thumb_I]
     ones_P = torch.full_like(margin_P, 1.0)
@@ -179,7 +179,7 @@ def evaluate(
     policy = precise(policy)
     window = len(trees) if needs(config).coupled else _WINDOW
     stats: dict[str, float] = dict.fromkeys(STATS, 0.0)
-    sums, counts = (torch.zeros(len(config.terms), dtype=torch.float64) for _ in range(2))
+    sums, counts = (torch.zeros(len(terms(config)), dtype=torch.float64) for _ in range(2))
     for start in range(0, len(trees), window):
         scored, batch = gather(config, policy, reference, trees[start : start + window], settings)
         sums += term_sums(config, scored, batch).cpu()
