@@ -19,9 +19,17 @@ from favor.errors import ConfigError, clipped
 from favor.hide import without_secrets
 
 M = TypeVar("M", bound=BaseModel)
-STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+STRICT = ConfigDict(
+    frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+)
 # what every generator of random numbers here takes (scikit-learn's is the narrowest)
-Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+Seed = Annotated[
+    int, Field(ge=0, lt=1 << 32, description="Where random numbers start: the same seed, the same result.")
+]
+# settings that many commands have
+Run = Annotated[str, Field(description="The folder this run writes into.")]
+Resume = Annotated[bool, Field(description="Go on from the newest checkpoint of the run folder.")]
+Overwrite = Annotated[bool, Field(description="Replace the output file if it is there.")]
 # settings of earlier versions, dotted -> the key of today, or a sentence that says what to do instead
 RENAMED: Mapping[str, str] = {
     "loss.name": 'it is loss.kind now (name = "sigmoid" is kind = "dpo")',
