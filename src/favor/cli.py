@@ -239,8 +239,8 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; several
 def demo(words: Words = None) -> None:
     """The main job on the embedded model and data: SFT, DPO, evaluation, report."""
     from favor.config import load, split_arguments
-    from favor.demo.run import DemoConfig
-    from favor.demo.run import demo as run
+    from favor.demo import DemoConfig
+    from favor.demo import demo as run
 
     config = load(DemoConfig, *split_arguments(words or []))
     console = _console()

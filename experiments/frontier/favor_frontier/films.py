@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from favor.demo.embedded import film_parts, title
+from favor.demo import film_parts, title
 from favor.run import atomic_folder, write_jsonl
 
 _SHORT_WORDS = 14
@@ -18,7 +18,7 @@ def film_files(cache: Path, say: Callable[[str], None]) -> Path:
     """The folder with sft.jsonl and eval.jsonl; made once.
 
     sft.jsonl: short quotes of training and classifier films, whatever their verdict, to learn to write reviews from;
-    eval.jsonl: prompts of test films, which nothing trains on. Raises what `favor.demo.embedded.fetch` raises.
+    eval.jsonl: prompts of test films, which nothing trains on. Raises what `favor.demo.fetch` raises.
     """
     folder = cache / "reviews-frontier"
     if folder.exists():

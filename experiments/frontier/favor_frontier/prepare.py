@@ -15,7 +15,7 @@ from favor.data.prompts import NumberedPrompts, encode_prompts, read_prompts, sa
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import TokenTree
-from favor.demo.embedded import model_folder, review_files
+from favor.demo import model_folder, review_files
 from favor.model.batched import measured
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, load_policy
