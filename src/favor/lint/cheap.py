@@ -1,6 +1,6 @@
 """The checks that need neither a model nor much memory: `favor train` runs them at every start, `favor lint` with the rest.
 
-In: texts and a TokenReport. Out: Hits, which become Findings. Next: rows.py.
+In: texts and a TokenReport. Out: Hits (a fault of a row) and Findings (rows with a fault, or a fault of the whole). Next: rows.py.
 """
 
 from collections import defaultdict
@@ -31,34 +31,39 @@ class Hit(NamedTuple):
     said: str
 
 
-def findings(hits: Iterable[Hit], examples: int) -> list[Finding]:
-    """One finding for each kind: how many rows, with `examples` of them; with 0 the message names the first rows."""
+# what a check yields: rows, or something about all of them
+Told: TypeAlias = Hit | Finding
+
+
+def findings(told: Iterable[Told], examples: int) -> list[Finding]:
+    """The rows of each kind as one finding, with `examples` of them (with 0 the message names the first); others as they are."""
     by_kind: dict[str, dict[Where, str]] = defaultdict(dict)
-    for hit in hits:
-        if KINDS[hit.kind][1]:
-            by_kind[hit.kind].setdefault(hit.where, hit.said)
     found: list[Finding] = []
+    for one in told:
+        if isinstance(one, Finding):
+            found.append(one)
+        elif KINDS[one.kind][1]:
+            by_kind[one.kind].setdefault(one.where, one.said)
     for kind, said in by_kind.items():
         severity, sentence, _ = KINDS[kind]
-        rows = tuple(said)
-        numbers = ", ".join([*(str(number) for _, number in rows[:_LISTED]), *["..."] * (len(rows) > _LISTED)])
-        message = f"{len(rows)} {sentence}" + ("" if examples else f" (rows {numbers})")
-        shown = tuple(f"{source}, row {number}: {text}" for (source, number), text in list(said.items())[:examples])
-        found.append(Finding(severity, kind, message, rows, shown))
+        numbers = ", ".join([str(number) for _, number in said][:_LISTED]) + ", ..." * (len(said) > _LISTED)
+        message = f"{len(said)} {sentence}" + ("" if examples else f" (rows {numbers})")
+        shown = [f"{source}, row {number}: {text}" for (source, number), text in said.items()][:examples]
+        found.append(Finding(severity, kind, message, tuple(said), tuple(shown)))
     return found
 
 
 def of_split(trees: Iterable[PromptTree], report: TokenReport) -> list[Finding]:
     """The findings of a split in training, in one pass over its trees."""
-    hits: list[Hit] = []
+    told: list[Told] = []
     lengths: list[tuple[int, int]] = []
     for tree in trees:
         where, texts = (tree.source, tree.rows[0]), list(map(words_of, tree.responses))
         pairs = [(texts[a], texts[b]) for c in tree.comparisons for a, b in combinations(c.order, 2)]
         lengths += [(len(better), len(worse)) for better, worse in pairs]
-        hits += [hit for hit, _ in contradictions([(where, "", pairs)])]
-        hits += [Hit(kind, where, "") for kind, bad in RESPONSE_CHECKS.items() if any(map(bad, texts))]
-    return [*findings(hits, 0), *length(lengths), *truncation(report)]
+        told += [hit for hit, _ in contradictions([(where, "", pairs)])]
+        told += [Hit(kind, where, "") for kind, is_odd in RESPONSE_CHECKS.items() if any(map(is_odd, texts))]
+    return findings([*told, *length(lengths), *truncation(report)], 0)
 
 
 def leaks(train: Iterable[tuple[Where, Text]], held_out: Iterable[tuple[Where, Text]]) -> Iterator[Hit]:

@@ -3,8 +3,8 @@
 In: Rows that can be used, and what to ask. Out: Hits and Findings. Next: run.py.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -12,9 +12,9 @@ from torch import Tensor
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.data.types import Batch, Comparison, Finding, PromptTree, Text, TokenTree
 from favor.errors import DataError
-from favor.lint.cheap import Hit, shown, truncation
+from favor.lint.cheap import Hit, Told, shown, truncation
 from favor.lint.rows import Row
-from favor.lint.settings import LintConfig, LintSettings
+from favor.lint.settings import KINDS
 from favor.model.batched import measured
 from favor.model.layout import settle
 from favor.model.load import Policy, precise
@@ -25,7 +25,6 @@ from favor.rewards.source import Scorer
 _ENOUGH = 10
 # tokens of a forward
 _BUDGET = 4096
-Found: TypeAlias = tuple[list[Hit], list[Finding]]
 
 
 class Gap(NamedTuple):
@@ -37,29 +36,27 @@ class Gap(NamedTuple):
     rejected: str
 
 
-def token_findings(rows: Sequence[Row], tokenizer: Any, end_ids: frozenset[int], config: LintConfig) -> Found:
-    """Tokenise every row as training would; whatever it would refuse, cut or render differently is found."""
-    if not rows:
-        return [], []
+def token_checks(
+    rows: Sequence[Row], tokenizer: Any, end_ids: frozenset[int], tokens: TokensConfig, cut_share: float
+) -> Iterator[Told]:
+    """Tokenise every row as training would; whatever it would refuse, cut or render differently is told."""
     try:
         trees = [as_tree(row, index) for index, row in enumerate(rows)]
-        kept, report = tokenize(trees, tokenizer, config.tokens, end_ids, "drop")
+        kept, report = tokenize(trees, tokenizer, tokens, end_ids, "drop")
     except DataError as error:
-        return [], [Finding("error", "tokens", str(error))]
+        yield Finding("error", "tokens", str(error))
+        return
     dropped = zip(report.dropped, report.kinds, strict=True)
     hits = [Hit(kind, rows[index].where, reason) for (index, reason), kind in dropped]
-    hits += [Hit("doubled_special", rows[t.row].where, s) for t in kept if (s := _doubled(t, tokenizer, end_ids))]
-    counts = {
-        "missing_end": (
-            report.appended_end,
-            "responses get no end-of-turn token from the chat template; favor adds the tokenizer's",
-        ),
-        "trimmed": (report.responses_trimmed, "responses lose the blanks around their text in the chat template"),
-        "tools": (report.tools_unread, "prompts have tools that the chat template leaves out"),
-    }
-    notes = [Finding("note", kind, f"{count} {sentence}") for kind, (count, sentence) in counts.items() if count]
-    long = [hit.where for hit in hits if hit.kind == "truncation"]
-    return hits, [*truncation(report, config.lint.cut_share, long), *notes]
+    yield from hits
+    yield from truncation(report, cut_share, [hit.where for hit in hits if hit.kind == "truncation"])
+    for tree in kept:
+        if said := _doubled(tree, tokenizer, end_ids):
+            yield Hit("doubled_special", rows[tree.row].where, said)
+    counts = {"missing_end": report.appended_end, "trimmed": report.responses_trimmed, "tools": report.tools_unread}
+    for kind, count in counts.items():
+        if count:
+            yield Finding("note", kind, f"{count} {KINDS[kind][1]}")
 
 
 def as_tree(row: Row, index: int) -> PromptTree:
@@ -113,28 +110,23 @@ def model_gaps(rows: Sequence[Row], policy: Policy, reference: Policy | None, to
     return found
 
 
-def noise_findings(gaps: Sequence[Gap], by: str, settings: LintSettings) -> Found:
-    """Labels that the difference is clearly against, `noise` robust standard deviations below the middle one; agreement."""
+def noise_checks(gaps: Sequence[Gap], by: str, noise: float) -> Iterator[Told]:
+    """How many labels agree, and those that a difference is against, `noise` robust standard deviations below the middle one."""
     if len(gaps) < _ENOUGH:
-        return [], []
+        return
     values = np.array([gap.value for gap in gaps])
-    # medians, so that the rows looked for do not widen the spread they are measured by
-    middle = float(np.median(values))
-    rare = middle - settings.noise * 1.4826 * float(np.median(np.abs(values - middle)))
-    # against, and by no less than half of what is usually told apart
-    limit = min(rare, -0.5 * float(np.median(np.abs(values))))
     agreed = float((values > 0).mean())
-    text = f"{by} agrees with {agreed:.1%} of {len(gaps)} labels"
     # three standard errors below a coin
     turned = agreed < 0.5 - 1.5 / len(gaps) ** 0.5
     advice = ": check whether the labels are the wrong way round" if turned else ""
-    hits = [
-        Hit(
-            "label_noise",
-            gap.row.where,
-            f"{by}: {gap.value:+.2f}, chosen {shown(gap.chosen, 60)!r}, rejected {shown(gap.rejected, 60)!r}",
-        )
-        for gap in sorted(gaps, key=lambda gap: gap.value)
-        if gap.value < limit
-    ]
-    return hits, [Finding("warning" if turned else "note", "agreement", text + advice)]
+    text = f"{by} agrees with {agreed:.1%} of {len(gaps)} labels{advice}"
+    yield Finding("warning" if turned else "note", "agreement", text)
+    # medians, so that the rows looked for do not widen the spread they are measured by
+    middle = float(np.median(values))
+    rare = middle - noise * 1.4826 * float(np.median(np.abs(values - middle)))
+    # against, and by no less than half of what is usually told apart
+    limit = min(rare, -0.5 * float(np.median(np.abs(values))))
+    for row, value, chosen, rejected in sorted(gaps, key=lambda gap: gap.value):
+        if value < limit:
+            said = f"{by}: {value:+.2f}, chosen {shown(chosen, 60)!r}, rejected {shown(rejected, 60)!r}"
+            yield Hit("label_noise", row.where, said)

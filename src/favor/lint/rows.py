@@ -25,7 +25,6 @@ _REPAIR = ftfy.TextFixerConfig(
     fix_line_breaks=False,
     unescape_html=False,
     normalization=None,
-    explain=False,
 )
 _SECRETS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{30,}\b|\bsk-[A-Za-z0-9_-]{20,}\b|"
@@ -77,7 +76,7 @@ class Row(NamedTuple):
         return ((texts[a], texts[b]) for order in self.orders for a, b in combinations(order, 2))
 
 
-def row_hits(row: Row) -> Iterator[Hit]:
+def row_checks(row: Row) -> Iterator[Hit]:
     """Every fault that a row shows by itself."""
     if row.refusal is not None:
         yield Hit(row.refusal.kind, row.where, str(row.refusal))

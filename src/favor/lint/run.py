@@ -7,7 +7,7 @@ import base64
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from favor.data.settings import SourceConfig
 from favor.data.types import Finding
 from favor.errors import CheckpointError, ConfigError, DataError
 from favor.hide import in_texts, places_in, without_known_places
-from favor.lint.cheap import Hit, findings
-from favor.lint.models import Found, model_gaps, noise_findings, reward_gaps, token_findings
-from favor.lint.rows import Row, repaired, row_hits
-from favor.lint.sets import contradicting, set_findings, set_hits
+from favor.lint.cheap import Hit, Told, findings
+from favor.lint.models import model_gaps, noise_checks, reward_gaps, token_checks
+from favor.lint.rows import Row, repaired, row_checks
+from favor.lint.sets import contradicting, set_checks
 from favor.lint.settings import KINDS, ORDER, LintConfig, LintSettings
 from favor.model.load import end_ids, load_policy, load_tokenizer
 from favor.output import Output
@@ -57,9 +57,9 @@ def lint(config: LintConfig, recipe: Path | None = None) -> list[Finding]:
         rows = [row for source in data.parts for row in _rows(config, source, "train", known)]
         if data.eval is not None:
             rows += _rows(config, SourceConfig(path=data.eval, split=data.eval_split), "eval", known)
-        hits, found = _checked(config, rows, known)
-        found = sorted([*findings(hits, settings.examples), *found], key=lambda one: ORDER.index(one.severity))
-        texts = _texts(config, rows, hits, found)
+        told = list(_checks(config, rows, known))
+        found = sorted(findings(told, settings.examples), key=lambda finding: ORDER.index(finding.severity))
+        texts = _texts(config, rows, told, found)
         # only when all is made
         for out in outputs:
             output.write(out, texts[out.key], None)
@@ -119,48 +119,43 @@ def _rows(config: LintConfig, source: SourceConfig, part: str, known: dict[str, 
     known[source.path] = read | _ALWAYS_READ | {path.split(".")[0] for path in mapped}
 
 
-def _checked(config: LintConfig, rows: Sequence[Row], known: dict[str, frozenset[str]]) -> Found:
+def _checks(config: LintConfig, rows: Sequence[Row], known: Mapping[str, frozenset[str]]) -> Iterator[Told]:
     """Every check that the settings ask for."""
     settings, model = config.lint, config.model
     usable = [row for row in rows if row.judgment is not None]
-    hits = [*(hit for row in rows for hit in row_hits(row)), *set_hits(usable, settings)]
-    found = set_findings(usable, settings, known)
-    more: list[Found] = []
-    if model is not None:
+    for row in rows:
+        yield from row_checks(row)
+    yield from set_checks(usable, settings, known)
+    if model is not None and usable:
         try:
             tokenizer = load_tokenizer(model)
-            more.append(token_findings(usable, tokenizer, end_ids(tokenizer, None), config))
+            yield from token_checks(usable, tokenizer, end_ids(tokenizer, None), config.tokens, settings.cut_share)
         except CheckpointError as error:
-            found.append(Finding("note", "tokenizer", f"checks with the tokenizer were left out: {error}"))
+            yield Finding("note", "tokenizer", f"checks with the tokenizer were left out: {error}")
     if config.reward is not None:
-        more.append(noise_findings(reward_gaps(usable, make_scorer(config.reward)), "the reward", settings))
+        yield from noise_checks(reward_gaps(usable, make_scorer(config.reward)), "the reward", settings.noise)
     if model is not None and settings.doubt:
-        path, by = settings.reference, "the implicit reward" if settings.reference else "the model"
-        reference = load_policy(model.model_copy(update={"path": path, "lora": None})) if path else None
-        gaps = model_gaps(usable, load_policy(model), reference, config.tokens)
-        more.append(noise_findings(gaps, by, settings))
+        other, by = settings.reference, "the implicit reward" if settings.reference else "the model"
+        reference = load_policy(model.model_copy(update={"path": other, "lora": None})) if other else None
+        yield from noise_checks(model_gaps(usable, load_policy(model), reference, config.tokens), by, settings.noise)
     responses = sum(len(row.responses) for row in usable)
-    read = Finding("note", "read", f"{len(rows)} rows, {len(usable)} of them usable, {responses} responses")
-    return (
-        [*hits, *(hit for hits, _ in more for hit in hits)],
-        [*found, *(finding for _, found in more for finding in found), read],
-    )
+    yield Finding("note", "read", f"{len(rows)} rows, {len(usable)} of them usable, {responses} responses")
 
 
 def _texts(
-    config: LintConfig, rows: Sequence[Row], hits: Sequence[Hit], found: list[Finding]
+    config: LintConfig, rows: Sequence[Row], told: Sequence[Told], found: list[Finding]
 ) -> dict[str, dict[Path, str]]:
     """What is written, by the setting that names it; `found` gets a note on the cleaned copy."""
     settings, training = config.lint, config.data.training
     texts: dict[str, dict[Path, str]] = {}
     if settings.fix is not None:
-        kept, actions = _clean([row for row in rows if row.part == "train"], hits)
+        kept, actions = _clean([row for row in rows if row.part == "train"], told)
         if not kept:
             raise DataError(f"{training}: no row is left after cleaning; nothing was written")
         beside = _actions_of(settings.fix)
         texts["lint.fix"] = {Path(settings.fix): _lines(kept), beside: _lines(actions)}
-        dropped = sum(action["action"] == "dropped" for action in actions)
-        text = f"{len(kept)} rows in {settings.fix}: {dropped} dropped, {len(actions) - dropped} fixed; every action in {beside}"
+        did = Counter(action["action"] for action in actions)
+        text = f"{len(kept)} rows in {settings.fix}: {did['dropped']} dropped, {did['fixed']} fixed; every action in {beside}"
         found.append(Finding("note", "fix", text))
     if settings.out is not None:
         listed = {"findings": [finding._asdict() for finding in found]}
@@ -169,39 +164,32 @@ def _texts(
         # a page may be handed on, so it names no folder of this machine
         places = {row.source for row in rows}.union(places_in(config.model_dump(mode="json")))
         anywhere = partial(without_known_places, known=places)
-        texts["lint.page"] = {
-            Path(settings.page): rendered(
-                "favor.lint",
-                "lint.html.jinja",
-                source=anywhere(training),
-                counts=Counter(finding.severity for finding in found),
-                findings=in_texts(found, anywhere),
-            )
-        }
+        counts = Counter(finding.severity for finding in found)
+        values = {"source": anywhere(training), "counts": counts, "findings": in_texts(found, anywhere)}
+        texts["lint.page"] = {Path(settings.page): rendered("favor.lint", "lint.html.jinja", **values)}
     return texts
 
 
-def _clean(rows: Sequence[Row], hits: Sequence[Hit]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _clean(rows: Sequence[Row], told: Sequence[Told]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows that stay, fixed where that is safe, and what was done to every row that changed."""
     reasons: dict[tuple[str, int], str] = {}
-    for hit in hits:
-        if KINDS[hit.kind][2]:
+    for hit in told:
+        if isinstance(hit, Hit) and KINDS[hit.kind][2]:
             reasons.setdefault(hit.where, f"{hit.kind}: {hit.said}")
     # neither side of a contradiction can be known to be right
     for hit, other in contradicting(rows):
         reasons.setdefault(other, f"contradiction: row {hit.where[1]} says the opposite")
-    kept = [in_texts(row.raw, repaired) for row in rows if row.where not in reasons]
-    actions = [
-        {"row": row.number, "action": "dropped", "reason": reason}
-        if reason
-        else {
-            "row": row.number,
-            "action": "fixed",
-            "reason": "encoding, entities, invisible characters or trailing blanks",
-        }
-        for row in rows
-        if (reason := reasons.get(row.where)) or in_texts(row.raw, repaired) != row.raw
-    ]
+    kept: list[dict[str, Any]] = []
+    actions: list[dict[str, Any]] = []
+    for row in rows:
+        reason, fixed = reasons.get(row.where, ""), in_texts(row.raw, repaired)
+        if not reason:
+            kept.append(fixed)
+        if reason or fixed != row.raw:
+            reason = reason or "encoding, entities, invisible characters or trailing blanks"
+            actions.append(
+                {"row": row.number, "action": "dropped" if row.where in reasons else "fixed", "reason": reason}
+            )
     return kept, actions
 
 

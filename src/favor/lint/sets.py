@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datasketch import MinHash, MinHashLSH
 
 from favor.data.types import Finding
-from favor.lint.cheap import ENOUGH, Hit, contradictions, leaks, length, shown
+from favor.lint.cheap import ENOUGH, Hit, Told, contradictions, leaks, length, shown
 from favor.lint.rows import Row
 from favor.lint.settings import LintSettings
 
@@ -29,32 +29,27 @@ _WORD = re.compile(r"\w+")
 _MIN_WORDS = 4
 
 
-def set_hits(rows: Sequence[Row], settings: LintSettings) -> Iterator[Hit]:
-    """The rows whose fault shows beside others."""
+def set_checks(rows: Sequence[Row], settings: LintSettings, known: Mapping[str, frozenset[str]]) -> Iterator[Told]:
+    """Every check over all rows that can be used. known: source -> the columns that favor reads of it."""
     yield from (hit for hit, _ in contradicting(rows))
     seen: dict[str, Row] = {}
     for row in rows:
         said = json.dumps([row.part, row.judgment], sort_keys=True, ensure_ascii=False, default=list)
-        first = seen.setdefault(said, row)
-        if first is not row:
+        if (first := seen.setdefault(said, row)) is not row:
             yield Hit("duplicate", row.where, f"is the same as row {first.number} of {first.source}")
-    prompts = {part: [(row.where, row.prompt) for row in rows if row.part == part] for part in ("train", "eval")}
-    yield from leaks(prompts["train"], prompts["eval"])
+    train, held_out = ([(row.where, row.prompt) for row in rows if row.part == part] for part in ("train", "eval"))
+    yield from leaks(train, held_out)
     if settings.near:
         yield from _near(rows, settings.near)
     if settings.language:
         yield from _languages(rows)
-
-
-def set_findings(rows: Sequence[Row], settings: LintSettings, known: Mapping[str, frozenset[str]]) -> list[Finding]:
-    """What all rows together lean to. known: source -> the columns that favor reads of it."""
-    lengths = [(len(better), len(worse)) for row in rows for better, worse in row.pairs]
-    found = [*length(lengths, settings.length_share), *_position(rows), *_openings(rows, settings.opening_share)]
+    yield from length([(len(better), len(worse)) for row in rows for better, worse in row.pairs], settings.length_share)
+    yield from _position(rows)
+    yield from _openings(rows, settings.opening_share)
     unread = Counter(name for row in rows for name in row.raw if name not in known[row.source])
     if unread:
         listed = ", ".join(f"{name} ({count})" for name, count in unread.most_common(8))
-        found.append(Finding("note", "unread_column", f"columns that favor does not read: {listed}"))
-    return found
+        yield Finding("note", "unread_column", f"columns that favor does not read: {listed}")
 
 
 def contradicting(rows: Sequence[Row]) -> Iterator[tuple[Hit, tuple[str, int]]]:
@@ -67,18 +62,11 @@ def near_pairs(texts: Sequence[str], threshold: float) -> list[tuple[int, int]]:
     grams = [shingles(text) for text in texts]
     usable = [i for i, gram in enumerate(grams) if gram]
     index = MinHashLSH(threshold=_CANDIDATE * threshold, num_perm=_NUM_PERM)
-    hashes = MinHash.generator(
-        ([g.to_bytes(4, "little") for g in grams[i]] for i in usable),
-        num_perm=_NUM_PERM,
-        hashfunc=_identity,
-    )
+    hashes = MinHash.generator((grams[i] for i in usable), num_perm=_NUM_PERM, hashfunc=int)
     found: list[tuple[int, int]] = []
     for i, signature in zip(usable, hashes, strict=True):
-        found += [
-            (i, j)
-            for j in sorted(int(str(key)) for key in index.query(signature))
-            if _alike(grams[i], grams[j], threshold)
-        ]
+        earlier = sorted(int(str(key)) for key in index.query(signature))
+        found += [(i, j) for j in earlier if _alike(grams[i], grams[j], threshold)]
         index.insert(i, signature, check_duplication=False)
     return found
 
@@ -89,10 +77,6 @@ def shingles(text: str) -> frozenset[int]:
     if len(words) < _MIN_WORDS:
         return frozenset()
     return frozenset(zlib.crc32(" ".join(words[k : k + 3]).encode()) for k in range(len(words) - 2))
-
-
-def _identity(gram: bytes) -> int:
-    return int.from_bytes(gram, "little")
 
 
 def _alike(a: frozenset[int], b: frozenset[int], threshold: float) -> bool:
@@ -121,16 +105,15 @@ def _nearly_repeats(row: Row, other: Row, threshold: float) -> bool:
     return _alike(shingles(" ".join(mine)), shingles(" ".join(theirs)), threshold)
 
 
-def _position(rows: Sequence[Row]) -> list[Finding]:
+def _position(rows: Sequence[Row]) -> Iterator[Finding]:
     """How often the first of two responses is preferred, where their order has nothing to do with the judgment."""
     best = [row.orders[0][0] for row in rows if row.orders and row.judgment and row.judgment.placed]
-    if not best:
-        return []
-    share = best.count(0) / len(best)
-    text = f"the first response is preferred in {share:.0%} of {len(best)} comparisons"
-    if len(best) >= ENOUGH and not 1 - _ONE_SIDED <= share <= _ONE_SIDED:
-        return [Finding("warning", "position", f"{text}: check whether the verdict's column is read as it is meant")]
-    return [Finding("note", "position", text)]
+    if best:
+        share = best.count(0) / len(best)
+        biased = len(best) >= ENOUGH and not 1 - _ONE_SIDED <= share <= _ONE_SIDED
+        text = f"the first response is preferred in {share:.0%} of {len(best)} comparisons"
+        text += ": check whether the verdict's column is read as it is meant" if biased else ""
+        yield Finding("warning" if biased else "note", "position", text)
 
 
 def _openings(rows: Sequence[Row], most: float) -> Iterator[Finding]:
@@ -152,8 +135,10 @@ def _languages(rows: Sequence[Row]) -> Iterator[Hit]:
     by_language: dict[str, list[Hit]] = defaultdict(list)
     for row in rows:
         for text in row.responses:
+            if len(text.split()) < _LANGUAGE_WORDS:
+                continue
             language, sure = identifier.classify(text[:500])
-            if sure >= _SURE and len(text.split()) >= _LANGUAGE_WORDS:
+            if sure >= _SURE:
                 said = f"looks like '{language}': {shown(text, 80)!r}"
                 by_language[str(language)].append(Hit("language", row.where, said))
     total = sum(map(len, by_language.values()))

@@ -48,6 +48,13 @@ KINDS: dict[str, tuple[Severity, str, bool]] = {
     "equal_ids": ("error", "rows compare responses that become the same tokens", True),
     "doubled_special": ("error", "rows have a doubled special token", True),
     "truncation": ("warning", "", True),
+    "missing_end": (
+        "note",
+        "responses get no end-of-turn token from the chat template; favor adds the tokenizer's",
+        False,
+    ),
+    "trimmed": ("note", "responses lose the blanks around their text in the chat template", False),
+    "tools": ("note", "prompts have tools that the chat template leaves out", False),
     "label_noise": ("warning", "rows have a label that a reward or model is strongly against", False),
 }
 
