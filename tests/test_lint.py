@@ -12,13 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from favor.config import load
 from favor.data.formats import FORMATS
-from favor.data.tokenize import TokensConfig, tokenize
+from favor.data.read import read_splits
+from favor.data.tokenize import TokenReport, TokensConfig, tokenize
 from favor.errors import ConfigError, DataError
+from favor.lint.cheap import CHECKS
 from favor.lint.models import as_tree, model_gaps
 from favor.lint.rows import Row
 from favor.lint.run import fails, lint
 from favor.lint.sets import near_pairs, shingles
-from favor.lint.settings import LintConfig, LintSettings
+from favor.lint.settings import LintConfig
 from favor.model.load import ModelConfig, load_policy
 from favor.run import cache_folder
 
@@ -309,7 +311,7 @@ def test_a_model_doubts_labels(files, tmp_path):
         found = {f.kind: f for f in lint(files(train, None, "lint.doubt=true", "model.dtype=float32", *more))}
         assert found["agreement"].message.startswith(by)
     policy, other = (load_policy(ModelConfig(path=str(path), dtype="float32")) for path in (model, reference))
-    rows = [Row("train", "t", i, row, FORMATS["pairs"](row), None) for i, row in enumerate(train)]
+    rows = [Row("train", ("t", i), row, FORMATS["pairs"](row)) for i, row in enumerate(train)]
     settings = TokensConfig(template="chat")
     logps = []
     trees, _ = tokenize(
@@ -323,7 +325,7 @@ def test_a_model_doubts_labels(files, tmp_path):
         gaps = [gap.value for gap in model_gaps(rows, policy, ref, settings)]
         assert gaps == pytest.approx((value[::2] - value[1::2]).tolist(), abs=1e-4)
     with pytest.raises(ValueError, match="only with lint.doubt=true"):
-        LintSettings(reference="x")
+        LintConfig.model_validate({"data": {"train": "x"}, "lint": {"reference": "x"}})
 
 
 def test_page_and_json_escape_what_they_show(files, tmp_path):
@@ -411,6 +413,80 @@ def test_misspelt_sections_are_refused(words, said):
     with pytest.raises(ConfigError) as error:
         load(LintConfig, None, ["data.train=x.jsonl", *words])
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "by"),
+    [
+        ("lint.noise=2", "reward.kind or lint.doubt=true"),
+        ("lint.doubt=true", "model.path"),
+        ("lint.cut_share=0.1", "model.path"),
+        ("lint.overwrite=true", "lint.out, lint.page or lint.fix"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(words, by):
+    with pytest.raises(ConfigError, match=f"is read only with {by}; set that or remove it"):
+        load(LintConfig, None, ["data.train=x.jsonl", words])
+
+
+@pytest.mark.parametrize("count", [0, 2, 9])
+def test_every_finding_shows_as_many_rows_as_asked(files, count):
+    """Contradictions and languages too; without examples the message names the first rows."""
+    train = clean_rows()
+    german = "Der alte Garten am Hafen war im Winter immer geschlossen und niemand wusste warum"
+    for number in range(5):
+        train[number]["chosen"] = f"{german} {number}"
+    train += [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in train[20:28]]
+    train += [dict(row) for row in train[30:38]]
+    found = worse_than_notes(lint(files(train, None, f"lint.examples={count}", "lint.near=0")))
+    assert {kind: len(finding.rows) for kind, finding in found.items()} == {
+        "contradiction": 8,
+        "duplicate": 8,
+        "language": 5,
+    }
+    for finding in found.values():
+        assert len(finding.examples) == min(count, len(finding.rows))
+        assert ("(rows " in finding.message) == (count == 0)
+
+
+def test_training_and_lint_say_the_same_of_a_file(files):
+    """One lint: kinds, severities and thresholds are the same; only what stands for a row differs."""
+    train, held_out = clean_rows(), clean_rows(12, seed=9)
+    longer(train, held_out)
+    train[3]["rejected"] += "  "
+    leak(train, held_out)
+    train.append(train[8] | {"chosen": train[8]["rejected"], "rejected": train[8]["chosen"]})
+    config = files(train, held_out)
+    cheap = {"length", "blanks", "stub", "contradiction", "leak", "truncation"}
+    said = {(f.kind, f.severity) for f in lint(config) if f.kind in cheap}
+    splits = read_splits(config.data)
+    trees, held = splits["train"][0], splits["eval"][0]
+    training = [*CHECKS.split(trees, TokenReport("chat", trees=len(trees))), *CHECKS.leaks(trees, held)]
+    # lint speaks of the lengths of every part together, training of each split
+    assert (
+        {(f.kind, f.severity) for f in training}
+        == said
+        == {
+            ("length", "warning"),
+            ("blanks", "warning"),
+            ("contradiction", "error"),
+            ("leak", "error"),
+        }
+    )
+
+
+def test_a_row_is_classified_by_the_kind_of_its_error(files):
+    """What the reason says in English does not matter: a column may be called as it likes."""
+    train = clean_rows()
+    train[4] = {"prompt": "p", "chosen": "a b", "rejected": ["is empty"]}
+    train[5]["rejected"] = train[5]["chosen"]
+    train[6]["chosen"] = " "
+    found = worse_than_notes(lint(files(train)))
+    assert {kind: [number for _, number in finding.rows] for kind, finding in found.items()} == {
+        "malformed": [5],
+        "identical": [6],
+        "empty": [7],
+    }
 
 
 def test_every_training_recipe_is_a_recipe_for_lint():

@@ -48,7 +48,7 @@ def findings(told: Iterable[Told], examples: int) -> list[Finding]:
         severity, sentence, _ = KINDS[kind]
         numbers = ", ".join([str(number) for _, number in said][:_LISTED]) + ", ..." * (len(said) > _LISTED)
         message = f"{len(said)} {sentence}" + ("" if examples else f" (rows {numbers})")
-        shown = [f"{source}, row {number}: {text}" for (source, number), text in said.items()][:examples]
+        shown = [f"{place(where)}: {text}" for where, text in said.items()][:examples]
         found.append(Finding(severity, kind, message, tuple(said), tuple(shown)))
     return found
 
@@ -68,11 +68,11 @@ def of_split(trees: Iterable[PromptTree], report: TokenReport) -> list[Finding]:
 
 def leaks(train: Iterable[tuple[Where, Text]], held_out: Iterable[tuple[Where, Text]]) -> Iterator[Hit]:
     """Held-out prompts that are training prompts too: held-out figures would flatter."""
-    known = {words_of(prompt).strip(): number for (_, number), prompt in train}
+    known = {words_of(prompt).strip(): where for where, prompt in train}
     for where, prompt in held_out:
         text = words_of(prompt).strip()
         if text in known:
-            yield Hit("leak", where, f"its prompt is row {known[text]} of the training part: {shown(text, 60)!r}")
+            yield Hit("leak", where, f"its prompt is that of {place(known[text])}: {shown(text, 60)!r}")
 
 
 def contradictions(rows: Iterable[tuple[Where, str, Iterable[tuple[str, str]]]]) -> Iterator[tuple[Hit, Where]]:
@@ -84,7 +84,7 @@ def contradictions(rows: Iterable[tuple[Where, str, Iterable[tuple[str, str]]]])
             seen.setdefault((prompt, better, worse), where)
         other = next((seen[key] for b, w in pairs if (key := (prompt, w, b)) in seen), None)
         if other is not None:
-            said = f"says the opposite of {other[0]}, row {other[1]} on {shown(prompt, 60)!r}"
+            said = f"says the opposite of {place(other)} on {shown(prompt, 60)!r}"
             yield Hit("contradiction", where, said), other
 
 
@@ -124,6 +124,11 @@ def truncation(report: TokenReport, share: float = CUT_SHARE, rows: Sequence[Whe
 def words_of(text: Text) -> str:
     """A prompt or response as plain text."""
     return text if isinstance(text, str) else "\n".join(str(m.get("content") or "") for m in text)
+
+
+def place(where: Where) -> str:
+    """A row, for a message."""
+    return f"{where[0]}, row {where[1]}"
 
 
 def shown(text: str, limit: int) -> str:

@@ -65,7 +65,7 @@ def as_tree(row: Row, index: int) -> PromptTree:
     assert judgment is not None
     orders, ties = (tuple(map(Comparison, found)) for found in (judgment.orders, judgment.ties))
     return PromptTree(
-        judgment.prompt, judgment.responses, orders, (index,), row.source, judgment.tools, ties, judgment.cut
+        judgment.prompt, judgment.responses, orders, (index,), row.where[0], judgment.tools, ties, judgment.cut
     )
 
 

@@ -18,19 +18,15 @@ from favor.hide import in_texts
 from favor.lint.cheap import RESPONSE_CHECKS, Hit, Where, shown, words_of
 
 # only what changes the meaning of bytes: typographic quotes and ligatures are good text
-_REPAIR = ftfy.TextFixerConfig(
-    uncurl_quotes=False,
-    fix_latin_ligatures=False,
-    fix_character_width=False,
-    fix_line_breaks=False,
-    unescape_html=False,
-    normalization=None,
-)
-_SECRETS = re.compile(
+_GOOD = ("uncurl_quotes", "fix_latin_ligatures", "fix_character_width", "fix_line_breaks", "unescape_html")
+_REPAIR = ftfy.TextFixerConfig(normalization=None, **dict.fromkeys(_GOOD, False))
+_SECRET = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{30,}\b|\bsk-[A-Za-z0-9_-]{20,}\b|"
     r"\bxox[baprs]-[A-Za-z0-9-]{10,}\b|\bhf_[A-Za-z0-9]{30,}\b"
 )
 _PERSONAL = re.compile(r"\b[\w.+-]+@[\w-]+\.[a-z]{2,}\b|\b\d{3}-\d{2}-\d{4}\b|\b(?:\d[ -]?){15}\d\b", re.IGNORECASE)
+# kind, pattern, what it looks like, letters that are shown of it
+_PRIVATE = (("secret", _SECRET, "a key", 8), ("personal", _PERSONAL, "personal data", 3))
 _TAGS = re.compile(r"</?(?:p|br|div|span|script|a|b|i|li|ul)\b[^>]*>", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\d+|#x[0-9a-f]+);", re.IGNORECASE)
 _REFUSAL = re.compile(r"^\W*(?:i'?m sorry|sorry,|i cannot|i can'?t|i am unable|as an ai)", re.IGNORECASE)
@@ -43,16 +39,14 @@ class Row(NamedTuple):
     """One row: as the file has it, and what it says or why it cannot be used. A row that cannot be used has no texts."""
 
     part: str
-    source: str
-    number: int
+    where: Where
     raw: dict[str, Any]
-    judgment: Judgment | None
-    refusal: RowError | None
+    said: Judgment | RowError
 
     @property
-    def where(self) -> Where:
-        """(source, row number)."""
-        return self.source, self.number
+    def judgment(self) -> Judgment | None:
+        """What it says."""
+        return self.said if isinstance(self.said, Judgment) else None
 
     @property
     def prompt(self) -> str:
@@ -78,10 +72,14 @@ class Row(NamedTuple):
 
 def row_checks(row: Row) -> Iterator[Hit]:
     """Every fault that a row shows by itself."""
-    if row.refusal is not None:
-        yield Hit(row.refusal.kind, row.where, str(row.refusal))
+    if isinstance(row.said, RowError):
+        yield Hit(row.said.kind, row.where, str(row.said))
     yield from _broken_texts(row)
-    yield from _private_texts(row)
+    for name, text in ((name, text) for name, value in row.raw.items() for text in _strings(value)):
+        for kind, pattern, what, letters in _PRIVATE:
+            if hit := pattern.search(text):
+                said = f"column '{name}' holds what looks like {what}: {hit.group()[:letters]}..."
+                yield Hit(kind, row.where, said)
     yield from _odd_responses(row)
     turns = row.judgment.prompt if row.judgment and not isinstance(row.judgment.prompt, str) else ()
     for before, turn in pairwise(turns):
@@ -99,8 +97,9 @@ def repaired(text: str) -> str:
 def _broken_texts(row: Row) -> Iterator[Hit]:
     # of a row that cannot be used, every string in it
     for text in [words_of(row.judgment.prompt), *row.responses] if row.judgment else _strings(row.raw):
-        if said := _mojibake(text):
-            yield Hit("encoding", row.where, said)
+        # quick way out: broken decoding leaves characters beyond ASCII
+        if not text.isascii() and _visible(better := ftfy.fix_text(text, _REPAIR)) != _visible(text):
+            yield Hit("encoding", row.where, f"{shown(text, 60)!r} is probably {shown(better, 60)!r}")
         if "\ufffd" in text:
             said = f"U+FFFD in {shown(text, 80)!r}: letters were lost in an earlier conversion"
             yield Hit("lost_characters", row.where, said)
@@ -110,18 +109,6 @@ def _broken_texts(row: Row) -> Iterator[Hit]:
         for kind, pattern in (("entities", _ENTITY), ("markup", _TAGS)):
             if hit := pattern.search(text):
                 yield Hit(kind, row.where, f"{hit.group()} in {shown(text[max(0, hit.start() - 30) :], 80)!r}")
-
-
-def _private_texts(row: Row) -> Iterator[Hit]:
-    """In any column, also one that is not read; only the first letters are shown."""
-    for name, text in ((name, text) for name, value in row.raw.items() for text in _strings(value)):
-        for kind, pattern, what, letters in (
-            ("secret", _SECRETS, "a key", 8),
-            ("personal", _PERSONAL, "personal data", 3),
-        ):
-            if hit := pattern.search(text):
-                said = f"column '{name}' holds what looks like {what}: {hit.group()[:letters]}..."
-                yield Hit(kind, row.where, said)
 
 
 def _odd_responses(row: Row) -> Iterator[Hit]:
@@ -141,13 +128,6 @@ def _strings(value: object) -> list[str]:
     found: list[str] = []
     in_texts(value, lambda text: found.append(text) or text)
     return found
-
-
-def _mojibake(text: str) -> str | None:
-    # quick way out: broken decoding leaves characters beyond ASCII
-    if text.isascii() or (better := ftfy.fix_text(text, _REPAIR)) == text or _visible(better) == _visible(text):
-        return None
-    return f"{shown(text, 60)!r} is probably {shown(better, 60)!r}"
 
 
 def _visible(text: str) -> str:

@@ -107,10 +107,10 @@ def _rows(config: LintConfig, source: SourceConfig, part: str, known: dict[str, 
             name = recognise(row) if name == "auto" else name
             if asked == "auto":
                 check_order(row, name)
-            yield Row(part, source.path, number, sources.as_object(raw), FORMATS[name](row), None)
+            yield Row(part, (source.path, number), sources.as_object(raw), FORMATS[name](row))
         except RowError as error:
             whole = raw if isinstance(raw, dict) else {} if isinstance(raw, RowError) else {"row": raw}
-            yield Row(part, source.path, number, whole, None, error)
+            yield Row(part, (source.path, number), whole, error)
     if not number:
         raise DataError(f"{source.path}: it holds no rows; name a file with rows")
     verdict = data.verdict_of(source)
@@ -162,7 +162,7 @@ def _texts(
         texts["lint.out"] = {Path(settings.out): json.dumps(listed, indent=2, ensure_ascii=False) + "\n"}
     if settings.page is not None:
         # a page may be handed on, so it names no folder of this machine
-        places = {row.source for row in rows}.union(places_in(config.model_dump(mode="json")))
+        places = {row.where[0] for row in rows}.union(places_in(config.model_dump(mode="json")))
         anywhere = partial(without_known_places, known=places)
         counts = Counter(finding.severity for finding in found)
         values = {"source": anywhere(training), "counts": counts, "findings": in_texts(found, anywhere)}
@@ -188,7 +188,7 @@ def _clean(rows: Sequence[Row], told: Sequence[Told]) -> tuple[list[dict[str, An
         if reason or fixed != row.raw:
             reason = reason or "encoding, entities, invisible characters or trailing blanks"
             actions.append(
-                {"row": row.number, "action": "dropped" if row.where in reasons else "fixed", "reason": reason}
+                {"row": row.where[1], "action": "dropped" if row.where in reasons else "fixed", "reason": reason}
             )
     return kept, actions
 

@@ -12,14 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from datasketch import MinHash, MinHashLSH
 
 from favor.data.types import Finding
-from favor.lint.cheap import ENOUGH, Hit, Told, contradictions, leaks, length, shown
+from favor.lint.cheap import ENOUGH, Hit, Told, contradictions, leaks, length, place, shown
 from favor.lint.rows import Row
 from favor.lint.settings import LintSettings
 
-_LANGUAGE_WORDS = 6
-_SURE = 0.95
-# a second language that is more common than this makes a bilingual file, not a fault
-_RARE = 0.1
+# words and probability from which a language is sure; a second one above this share makes a bilingual file, not a fault
+_WORDS, _SURE, _RARE = 6, 0.95, 0.1
 # no fair choice falls on one side so often
 _ONE_SIDED = 0.9
 # the hashing finds half of what lies just at its threshold: look lower, then check exactly
@@ -36,7 +34,7 @@ def set_checks(rows: Sequence[Row], settings: LintSettings, known: Mapping[str, 
     for row in rows:
         said = json.dumps([row.part, row.judgment], sort_keys=True, ensure_ascii=False, default=list)
         if (first := seen.setdefault(said, row)) is not row:
-            yield Hit("duplicate", row.where, f"is the same as row {first.number} of {first.source}")
+            yield Hit("duplicate", row.where, f"is the same as {place(first.where)}")
     train, held_out = ([(row.where, row.prompt) for row in rows if row.part == part] for part in ("train", "eval"))
     yield from leaks(train, held_out)
     if settings.near:
@@ -46,7 +44,7 @@ def set_checks(rows: Sequence[Row], settings: LintSettings, known: Mapping[str, 
     yield from length([(len(better), len(worse)) for row in rows for better, worse in row.pairs], settings.length_share)
     yield from _position(rows)
     yield from _openings(rows, settings.opening_share)
-    unread = Counter(name for row in rows for name in row.raw if name not in known[row.source])
+    unread = Counter(name for row in rows for name in row.raw if name not in known[row.where[0]])
     if unread:
         listed = ", ".join(f"{name} ({count})" for name, count in unread.most_common(8))
         yield Finding("note", "unread_column", f"columns that favor does not read: {listed}")
@@ -88,12 +86,12 @@ def _near(rows: Sequence[Row], threshold: float) -> Iterator[Hit]:
     whole = [" ".join([row.prompt, *row.responses]) for row in rows]
     for i, j in near_pairs(whole, threshold):
         if rows[i].part == rows[j].part and _nearly_repeats(rows[i], rows[j], threshold):
-            said = f"is nearly row {rows[j].number} of {rows[j].source}: {shown(whole[i], 80)!r}"
+            said = f"is nearly {place(rows[j].where)}: {shown(whole[i], 80)!r}"
             yield Hit("near_duplicate", rows[i].where, said)
     for i, j in near_pairs([row.prompt for row in rows], threshold):
         row, other = rows[i], rows[j]
         if row.part == "eval" and other.part == "train" and row.prompt != other.prompt:
-            said = f"its prompt is nearly row {other.number} of the training part: {shown(row.prompt, 80)!r}"
+            said = f"its prompt is nearly that of {place(other.where)}: {shown(row.prompt, 80)!r}"
             yield Hit("near_leak", row.where, said)
 
 
@@ -135,7 +133,7 @@ def _languages(rows: Sequence[Row]) -> Iterator[Hit]:
     by_language: dict[str, list[Hit]] = defaultdict(list)
     for row in rows:
         for text in row.responses:
-            if len(text.split()) < _LANGUAGE_WORDS:
+            if len(text.split()) < _WORDS:
                 continue
             language, sure = identifier.classify(text[:500])
             if sure >= _SURE:

@@ -6,7 +6,7 @@ In: a recipe. Out: LintConfig; KINDS. Next: cheap.py.
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from favor.config import STRICT
 from favor.data.settings import DataConfig
@@ -62,7 +62,7 @@ KINDS: dict[str, tuple[Severity, str, bool]] = {
 class LintSettings(BaseModel):
     """Section [lint]; docs/lint.md gives every check with its threshold."""
 
-    model_config = STRICT | ConfigDict(use_attribute_docstrings=True)
+    model_config = STRICT
     out: str | None = None
     """Write the findings to this JSON file."""
     page: str | None = None
@@ -99,12 +99,6 @@ class LintSettings(BaseModel):
             raise ValueError(f"{path} is a folder; name a file")
         return path
 
-    @model_validator(mode="after")
-    def _reference_is_read(self) -> "LintSettings":
-        if self.reference is not None and not self.doubt:
-            raise ValueError("lint.reference is read only with lint.doubt=true; set that or remove it")
-        return self
-
 
 class LintConfig(BaseModel):
     """A recipe for `favor lint`: [data] and [lint]; [model] tries its tokenizer and template, [reward] doubts labels.
@@ -127,15 +121,15 @@ class LintConfig(BaseModel):
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "LintConfig":
         settings = self.lint
-        if settings.doubt and self.model is None:
-            raise ValueError("lint.doubt asks a model about the labels; name it with model.path")
         readers = {
-            "overwrite": (settings.out or settings.page or settings.fix, "lint.out, lint.page or lint.fix"),
-            "cut_share": (self.model, "model.path"),
-            "noise": (self.reward or settings.doubt, "reward.kind or lint.doubt=true"),
+            "overwrite": ("lint.out, lint.page or lint.fix", settings.out or settings.page or settings.fix),
+            "cut_share": ("model.path", self.model),
+            "doubt": ("model.path", self.model),
+            "reference": ("lint.doubt=true", settings.doubt),
+            "noise": ("reward.kind or lint.doubt=true", self.reward or settings.doubt),
         }
-        for name in settings.model_dump(exclude_defaults=True).keys() & readers:
-            read, by = readers[name]
-            if not read:
+        given = settings.model_dump(exclude_defaults=True)
+        for name, (by, read) in readers.items():
+            if name in given and not read:
                 raise ValueError(f"lint.{name} is read only with {by}; set that or remove it")
         return self
