@@ -13,7 +13,7 @@ import tiny
 from favor.cli import main
 from favor.config import load
 from favor.errors import ConfigError, DataError, ServerError
-from favor.report.winrate import winrate_rows
+from favor.report.table import winrate_rows
 from favor.winrate.judges import PROMPT, Duel, JudgeConfig, ask, make_judge, read_verdict
 from favor.winrate.judgments import identity, key_of
 from favor.winrate.run import WinrateConfig, winrate

@@ -142,7 +142,7 @@ def evaluate(words: Words = None) -> None:
 def winrate(words: Words = None) -> None:
     """Two models, or files of responses, compared by a judge: win rates with position and length taken out."""
     from favor.config import load, split_arguments
-    from favor.report.winrate import winrate_table
+    from favor.report.table import winrate_table
     from favor.winrate.run import WinrateConfig
     from favor.winrate.run import winrate as run
 

@@ -4,122 +4,107 @@ In: a run folder; any part but its recipe may be missing. Out: RunRecord. Next: 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from favor.errors import CheckpointError
-from favor.report.table import figure_rows
-from favor.report.winrate import winrate_rows
+from favor.report.table import figure_rows, winrate_rows
 from favor.run import RunFolder, read_text
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run left behind: step and eval records by step, events, held-out figures, samples, data report, recipe."""
+    """What a run left behind: records by step, events, held-out figures, samples, data report, recipe; sections as HTML."""
 
     name: str
-    steps: tuple[dict[str, Any], ...]
-    evals: tuple[dict[str, Any], ...]
-    events: tuple[dict[str, Any], ...]
-    evaluation: dict[str, Any]
-    samples: tuple[dict[str, Any], ...]
-    data: dict[str, Any]
     config: str
-    winrate: dict[str, Any]
-    winrate_samples: tuple[dict[str, Any], ...]
-    sections: tuple[str, ...] = ()
+    steps: tuple[Record, ...]
+    evals: tuple[Record, ...]
+    events: tuple[Record, ...]
+    evaluation: Record
+    winrate: Record
+    data: Record
+    samples: tuple[Record, ...]
+    winrate_samples: tuple[Record, ...]
+    sections: tuple[str, ...]
 
 
-def collect(root: Path, sections: Mapping[str, Callable[[dict[str, Any]], str]] = MappingProxyType({})) -> RunRecord:
+def collect(root: Path, sections: Mapping[str, Callable[[Record], str]] = MappingProxyType({})) -> RunRecord:
     """Read a run folder; what of it is damaged is left out and told among the events. Raises CheckpointError when it is none.
 
     sections: a file of the folder that only the caller knows -> the function that shows its content as HTML.
     """
-    folder = RunFolder(root)
+    folder, notes = RunFolder(root), list[str]()
     if not folder.config.exists():
         raise CheckpointError(f"{root}: no run here (no config.toml); name a run folder that favor wrote")
-    notes: list[str] = []
-    metrics = _lines(folder.metrics, notes)
-    found: dict[str, Any] = {
-        "evaluation": _json(folder.evaluation, notes, (figure_rows, _curve)),
-        "sections": tuple(
-            render(content) for name, render in sections.items() if (content := _json(root / name, notes, (render,)))
-        ),
-        "winrate": _json(folder.winrate, notes, (winrate_rows,)),
-        "data": _json(folder.data_report, notes, ()),
-        "samples": tuple(r for r in _lines(folder.samples, notes) if _is_sample(r)),
-        "winrate_samples": tuple(
-            r for r in _lines(folder.winrate_samples, notes) if {"prompt", "a", "b", "verdict"} <= r.keys()
-        ),
-    }
-    events = [r for r in metrics if r.get("kind") == "event" and isinstance(r.get("message"), str)]
+    metrics = _lines(folder.metrics, {"kind"}, notes)
+    told = [record for record in metrics if record["kind"] == "event" and isinstance(record.get("message"), str)]
+    sampled = _lines(folder.samples, {"prompt", "reference", "policy"}, notes)
+    shown = ((root / name, render) for name, render in sections.items())
     return RunRecord(
         name=root.name or str(root),
+        config=read_text(folder.config),
         steps=_last_of_each_step(metrics, "step"),
         evals=_last_of_each_step(metrics, "eval"),
-        events=(*events, *({"message": f"warning: {note}"} for note in notes)),
-        config=read_text(folder.config),
-        **found,
+        evaluation=_json(folder.evaluation, _shows_figures, notes),
+        winrate=_json(folder.winrate, winrate_rows, notes),
+        data=_json(folder.data_report, dict, notes),
+        samples=tuple(r for r in sampled if isinstance(r["reference"], list) and isinstance(r["policy"], list)),
+        winrate_samples=tuple(_lines(folder.winrate_samples, {"prompt", "a", "b", "verdict"}, notes)),
+        sections=tuple(render(found) for path, render in shown if (found := _json(path, render, notes))),
+        events=(*told, *({"message": f"warning: {note}"} for note in notes)),
     )
 
 
-def _last_of_each_step(metrics: list[dict[str, Any]], kind: str) -> tuple[dict[str, Any], ...]:
+def _last_of_each_step(metrics: Iterable[Record], kind: str) -> tuple[Record, ...]:
     """A resumed run writes the steps after its checkpoint again: what it wrote of them before does not count."""
-    by_step: dict[int, dict[str, Any]] = {}
+    by_step: dict[int, Record] = {}
     for record in metrics:
         step = record.get("step")
-        if not isinstance(step, int):
-            continue
-        if record.get("kind") == kind:
+        if isinstance(step, int) and record["kind"] == kind:
             by_step[step] = {key: value for key, value in record.items() if isinstance(value, int | float)}
-        elif record.get("name") == "resume":
+        elif isinstance(step, int) and record.get("name") == "resume":
             by_step = {before: old for before, old in by_step.items() if before <= step}
     return tuple(by_step[step] for step in sorted(by_step))
 
 
-def _curve(evaluation: dict[str, Any]) -> object:
-    """The calibration curve, as the page draws it."""
-    return [
-        (part["predicted"] + 0, part["observed"] + 0, part["num_pairs"])
-        for part in (evaluation.get("calibration") or {}).get("curve", ())
-    ]
+def _shows_figures(evaluation: Record) -> object:
+    """Everything that the page shows of eval.json; the calibration curve, too."""
+    curve = (evaluation.get("calibration") or {}).get("curve", ())
+    return figure_rows(evaluation), [(part["predicted"] + part["observed"], part["num_pairs"]) for part in curve]
 
 
-def _is_sample(record: dict[str, Any]) -> bool:
-    sides = [record.get(side) for side in ("reference", "policy")]
-    return "prompt" in record and all(isinstance(side, list) for side in sides)
-
-
-def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The JSON lines that can be read."""
-    if not path.exists():
-        return []
-    found: list[dict[str, Any]] = []
-    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+def _lines(path: Path, needed: set[str], notes: list[str]) -> list[Record]:
+    """The JSON lines that can be read and have the keys that are needed."""
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n") if path.exists() else []
+    found: list[Record] = []
+    damaged = 0
     for line in lines:
         try:
             record = json.loads(line)
         except ValueError:
-            continue
-        if isinstance(record, dict):
+            record = None
+        damaged += not isinstance(record, dict)
+        if isinstance(record, dict) and needed <= record.keys():
             found.append(record)
-    if len(found) < len(lines) and any(lines):
-        notes.append(f"{path.name}: {len(lines) - len(found)} of {len(lines)} lines are damaged and left out")
+    if damaged and any(lines):
+        notes.append(f"{path.name}: {damaged} of {len(lines)} lines are damaged and left out")
     return found
 
 
-def _json(path: Path, notes: list[str], shown_by: Sequence[Callable[[dict[str, Any]], object]]) -> dict[str, Any]:
-    """A record that everything that shows it can read; {} when it is not there or damaged."""
+def _json(path: Path, show: Callable[[Record], object], notes: list[str]) -> Record:
+    """A record that what shows it can read; {} when it is not there or damaged."""
     if not path.exists():
         return {}
     try:
         found = json.loads(path.read_text("utf-8"))
         if isinstance(found, dict):
-            for show in shown_by:
-                show(found)
+            show(found)
             return found
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError):
         pass

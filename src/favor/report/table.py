@@ -1,6 +1,6 @@
-"""Held-out figures as rows of text, for the terminal and the page alike.
+"""Figures as rows of text, for the terminal and the page alike, and templates filled in.
 
-In: the content of eval.json. Out: (name, policy, reference) rows, and a rich table. Next: page.py.
+In: the content of eval.json or winrate.json. Out: rows and rich tables. Next: page.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,75 +11,73 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from rich.table import Table
 
-Row = tuple[str, str, str]
 # below this many prompts an interval rests on little: said beside it
 FEW = 30
 
 
-def figure_rows(figures: Mapping[str, Any]) -> list[Row]:
-    """One row per figure: (what, policy, reference); intervals are 95 %, over prompts."""
-    rows: list[Row] = []
+def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """One row per figure of eval.json: (what, policy, reference); intervals are 95 %, over prompts."""
+    rows: list[tuple[str, str, str]] = []
     if "accuracy" in figures:
         # earlier files do not count prompts; there are at most as many as pairs
-        prompts = figures.get("prompts", figures["pairs"])
-        rows.append(
-            (
-                f"preference accuracy ({figures['pairs']} held-out pairs)",
-                with_interval(figures["accuracy"], figures["accuracy_interval"], ".3f", prompts),
-                with_interval(figures["reference_accuracy"], figures["reference_accuracy_interval"], ".3f", prompts),
-            )
-        )
-        margin = with_interval(figures["margin"], figures["margin_interval"], "+.3f", prompts)
-        rows.append(("implicit reward margin", margin, "0"))
-        rows.append(("held-out DPO loss (nats a pair)", f"{figures['loss']:.4f}", "0.6931"))
+        f = {"prompts": figures["pairs"]} | dict(figures)
+        what = f"preference accuracy ({f['pairs']} held-out pairs)"
+        rows += [
+            (what, _known(f, "accuracy", ".3f"), _known(f, "reference_accuracy", ".3f")),
+            ("implicit reward margin", _known(f, "margin", "+.3f"), "0"),
+            ("held-out DPO loss (nats a pair)", f"{f['loss']:.4f}", "0.6931"),
+        ]
     if calibration := figures.get("calibration"):
-        prompts = calibration.get("prompts", calibration["pairs"])
-        rows.append(
-            (
-                f"reward accuracy ({calibration['pairs']} held-out pairs)",
-                with_interval(calibration["accuracy"], calibration["accuracy_interval"], ".3f", prompts),
-                "",
-            )
-        )
-        rows.append(("Bradley-Terry loss (nats a pair); ln 2 knows nothing", f"{calibration['loss']:.4f}", "0.6931"))
-        rows.append(("calibration error (ECE)", f"{calibration['ece']:.3f}", ""))
+        f = {"prompts": calibration["pairs"]} | calibration
+        rows += [
+            (f"reward accuracy ({f['pairs']} held-out pairs)", _known(f, "accuracy", ".3f"), ""),
+            ("Bradley-Terry loss (nats a pair; guessing has ln 2)", f"{f['loss']:.4f}", "0.6931"),
+            ("calibration error (ECE)", f"{f['ece']:.3f}", ""),
+        ]
     if kl := figures.get("kl"):
         error = "unknown" if kl["se"] is None else f"{kl['se']:.2f}"
-        text = f"{kl['mean']:.2f} ± {error}{few(kl.get('num_prompts', kl['num_samples']))}"
+        text = f"{kl['mean']:.2f} ± {error}{_few(kl.get('num_prompts', kl['num_samples']))}"
         rows.append((f"KL(policy || reference), nats ({kl['num_samples']} samples, ± s.e.)", text, "0"))
     if length := figures.get("length"):
         rows.append(("mean length of samples, tokens", f"{length['policy']:.1f}", f"{length['reference']:.1f}"))
     if score := figures.get("score"):
-        prompts = score["num_prompts"]
-        rows.append(
-            (
-                f"{score['name']} score of samples ({prompts} prompts x {score['samples_per_prompt']})",
-                with_interval(score["policy"], score["policy_interval"], ".3f", prompts),
-                with_interval(score["reference"], score["reference_interval"], ".3f", prompts),
-            )
-        )
-        difference = with_interval(score["difference"], score["interval"], "+.3f", prompts)
-        rows.append((f"{score['name']} score, difference", difference, ""))
+        f = {"prompts": score["num_prompts"], "difference_interval": score["interval"]} | score
+        what = f"{f['name']} score of samples ({f['prompts']} prompts x {f['samples_per_prompt']})"
+        rows += [
+            (what, _known(f, "policy", ".3f"), _known(f, "reference", ".3f")),
+            (f"{f['name']} score, difference", _known(f, "difference", "+.3f"), ""),
+        ]
     return rows
 
 
+def winrate_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """One row per figure of winrate.json: (what, value); intervals are 95 %, over prompts."""
+    f = figures
+    counts = f"{f['wins']} / {f['ties']} / {f['losses']} of {f['pairs']} pairs, {f['prompts']} prompts"
+    rows = [
+        ("win rate of a over b", _known(f, "win_rate", ".3f")),
+        ("  at equal lengths", _known(f, "lc_win_rate", ".3f")),
+        ("wins / ties / losses of a", counts),
+        ("both orders agree", f"{f['consistency']:.3f} of the pairs"),
+        ("position bias (0: none, +0.5: always the first)", _known(f, "position_bias", "+.3f")),
+        (f"mean length ({f['length_unit']})", f"a {f['mean_length_a']:.0f}, b {f['mean_length_b']:.0f}"),
+        ("a is the longer one", f"{f['longer_a']:.3f} of the pairs"),
+    ]
+    if f["invalid"]:
+        unread = f"{f['invalid']} pairs ({f['invalid_verdicts']} verdicts)"
+        rows.append(("left out: a verdict could not be read", unread))
+    rows += [(f"left out: {name.replace('_', ' ')}", str(count)) for name, count in f["left_out"].items() if count]
+    return [*rows, ("a", str(f["a"])), ("b", str(f["b"])), ("judge", str(f["judge"]))]
+
+
 def figures_table(figures: Mapping[str, Any]) -> Table:
-    """The rows as a rich table."""
-    table = Table("held out", "policy", "reference")
-    for row in figure_rows(figures):
-        table.add_row(*row)
-    return table
+    """The rows of eval.json as a rich table."""
+    return _table(("held out", "policy", "reference"), figure_rows(figures))
 
 
-def with_interval(value: float, interval: Sequence[float] | None, spec: str, prompts: int) -> str:
-    """A figure, its interval, and a word where it rests on few prompts; without spread there is no interval."""
-    ends = "(no interval: all alike)" if interval is None else f"[{interval[0]:{spec}}, {interval[1]:{spec}}]"
-    return f"{value:{spec}} {ends}{few(prompts)}"
-
-
-def few(prompts: int) -> str:
-    """What is said beside a figure of less than 30 prompts."""
-    return "" if prompts >= FEW else f", few: {prompts} prompt{'s' * (prompts != 1)}"
+def winrate_table(figures: Mapping[str, Any]) -> Table:
+    """The rows of winrate.json as a rich table."""
+    return _table(("a against b", ""), winrate_rows(figures))
 
 
 def rendered(package: str, template: str, **values: Any) -> Markup:
@@ -87,3 +85,23 @@ def rendered(package: str, template: str, **values: Any) -> Markup:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = files(package).joinpath(template).read_text("utf-8")
     return Markup(environment.from_string(text).render(**values))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _known(figures: Mapping[str, Any], name: str, spec: str) -> str:
+    """A figure and its interval; without spread there is none. Few prompts are said beside it."""
+    value, interval = figures[name], figures[f"{name}_interval"]
+    if value is None:
+        return "not available"
+    ends = "(no interval: all alike)" if interval is None else f"[{interval[0]:{spec}}, {interval[1]:{spec}}]"
+    return f"{value:{spec}} {ends}{_few(figures['prompts'])}"
+
+
+def _few(prompts: int) -> str:
+    return "" if prompts >= FEW else f", few: {prompts} prompt{'s' * (prompts != 1)}"
