@@ -146,7 +146,7 @@ def favor(args: argparse.Namespace, data: Path, model: Path, per_prompt: int, wo
         f"train.batch_prompts={args.batch // per_prompt}",
         f"train.max_tokens_per_pack={args.budget}",
         "train.shuffle=false",
-        "train.save_every=0",
+        "save.every=0",
     ]
     _, peak = measured([sys.executable, "-c", "from favor.cli import main; main()", "train", *words])
     records = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text("utf-8").splitlines()]

@@ -234,8 +234,8 @@ def numbers():
     yield bad("train", 'model.lora.targets="["', names=["model.lora.targets"])
     yield bad("train", "tokens.max_tokens=0", names=["tokens.max_tokens"])
     yield odd("train", f"tokens.max_tokens={10**15}")
-    yield bad("train", "watch.kl_every=1", f"watch.kl_tokens={10**9}", names=["watch.kl_tokens"])
-    yield bad("train", "watch.kl_every=1", "watch.kl_prompts=1", names=["watch.kl_prompts"])
+    yield bad("train", "watch.kl.every=1", f"watch.kl.tokens={10**9}", names=["watch.kl.tokens"])
+    yield bad("train", "watch.kl.every=1", "watch.kl.prompts=1", names=["watch.kl.prompts"])
     for command in ("sample", "prefer", "ppo", "eval", "loop"):
         yield bad(command, f"sample.max_new_tokens={10**9}", names=["max_new_tokens"])
     yield bad("sample", "sample.temperature=nan", names=["sample.temperature"])
@@ -290,7 +290,7 @@ def words_and_types():
         ("train.epochs=2024-01-01", "train.epochs"),
         ("train.epochs=[1]", "train.epochs"),
         ("train.epochs={a = 1}", "train.epochs"),
-        ("optim.name=adam", "optim.name"),
+        ("optim.kind=adam", "optim.kind"),
         ("optim..lr=1", "optim..lr"),
         (".lr=1", ".lr=1"),
         ("modell.path=x", "modell", "model"),

@@ -49,11 +49,11 @@ def commands(inputs):
     """Every command that writes, on the tiny model; paths are relative to the trial's own folder."""
     data, reward = f"{inputs}/good.jsonl", ["reward.kind=callable", f"reward.path={inputs}/length.py:score"]
     model = [f"model.path={inputs}/model", "model.dtype=float32"]
-    train = ["run=run", *model, f"data.train={data}", "train.batch_prompts=2", "train.epochs=2", "train.save_every=1"]
+    train = ["run=run", *model, f"data.train={data}", "train.batch_prompts=2", "train.epochs=2", "save.every=1"]
     train += ["optim.lr=1e-2"]
-    watched = [f"data.eval={data}", "watch.eval_every=2", "watch.kl_every=2", "watch.kl_prompts=2", "watch.kl_tokens=4"]
+    watched = [f"data.eval={data}", "watch.eval.every=2", "watch.kl.every=2", "watch.kl.prompts=2", "watch.kl.tokens=4"]
     drawn = [f"prompts={data}", "sample.max_new_tokens=4", "sample.batch=4"]
-    rollouts = ["run=run", *model, f"data.train={data}", "train.batch_prompts=2", "train.save_every=1"]
+    rollouts = ["run=run", *model, f"data.train={data}", "train.batch_prompts=2", "save.every=1"]
     ends = ("model/*.safetensors", "metrics.jsonl")
     in_run = tuple(f"run/{name}" for name in ends)
     return {

@@ -23,8 +23,9 @@ from favor.model.load import LoraSettings, ModelConfig, as_reference, frozen_cop
 from favor.model.logprobs import response_logps
 from favor.ranks import World
 from favor.train import preference, reference
-from favor.train.preference import Beside, TrainConfig
-from favor.train.step import Machine, step
+from favor.train.preference import TrainConfig
+from favor.train.step import Learner, step
+from favor.train.watch import References
 
 # every loss as it comes, and the options that change what it sees
 VARIANTS = {kind: {"kind": kind} for kind in LOSSES} | {
@@ -217,14 +218,14 @@ def outcome(cell, budget=16):
         return "refused", str(error)
     config = config.model_copy(update={"train": config.train.model_copy(update={"max_tokens_per_pack": budget})})
     found, alive = references(cell, ref, trees)
-    beside = Beside({"train": found if needs(config.loss).reference else reference.none()}, alive, alive, None)
+    compared = References({"train": found if needs(config.loss).reference else reference.none()}, alive, alive, None)
     expected, slow = oracle(cell.variant, cell.weights)
     parameters = policy.trainable()
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    machine = Machine(parameters, torch.optim.SGD(parameters.values(), lr=1.0), 1e30, policy.device, World())
-    cut, objective = preference.plan_step(config, policy, beside, trees, World())
+    learner = Learner(parameters, torch.optim.SGD(parameters.values(), lr=1.0), 1e30, policy.device, World())
+    cut, objective = preference.plan_step(config, policy, compared, trees, World())
     assert len(cut) > 1
-    done = step(machine, cut, objective)
+    done = step(learner, cut, objective)
     scale = max(g.abs().max().item() for g in slow.values())
     # the parameters hold before - gradient in float32: what rounding at their own size costs
     rounding = max(p.abs().max().item() for p in before.values()) * 6e-8

@@ -95,10 +95,10 @@ def test_ranks_share_held_out_figures_and_the_probe(tmp_path):
         f"data.eval={tmp_path / 'eval.jsonl'}",
         "train.max_steps=1",
         "train.max_tokens_per_pack=60",
-        "watch.eval_every=1",
-        "watch.kl_every=1",
-        "watch.kl_tokens=6",
-        "watch.kl_prompts=6",
+        "watch.eval.every=1",
+        "watch.kl.every=1",
+        "watch.kl.tokens=6",
+        "watch.kl.prompts=6",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611"]

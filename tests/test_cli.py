@@ -143,7 +143,10 @@ def bad_inputs():
         "no tokenizer": (model(lambda m: (m / "tokenizer.json").unlink()), ["broken", "cannot be loaded"]),
         "nothing to resume": (words("resume=true"), ["run", "nothing to resume"]),
         "ppo without a reward": (ppo(), ["'reward' is not set"]),
-        "ppo with an unread option": (ppo(*CALLABLE, "ppo.advantage=rloo", "ppo.lam=0.9"), ["ppo.lam is not read"]),
+        "ppo with an unread option": (
+            ppo(*CALLABLE, "ppo.advantage.kind=rloo", "ppo.advantage.lam=0.9"),
+            ["ppo.advantage.", "lam"],
+        ),
         "ppo with no such reward model": (ppo("reward.kind=model", "reward.path=./gone"), ["./gone", "no such model"]),
         "ppo without prompts": (
             lambda i, h: [*ppo(*CALLABLE)(i, h), f"data.train={write(h / 'n.jsonl', [{'q': 1}])}"],

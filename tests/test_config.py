@@ -97,3 +97,19 @@ def test_a_renamed_key_says_its_new_name(monkeypatch, tmp_path):
 
 def test_a_new_name_is_never_an_old_one():
     assert not set(favor.config.RENAMED) & set(favor.config.RENAMED.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim.kind=rmsprop", "optim.betas=[0.8, 0.9]"], "optim.betas is read by optim.kind=adamw alone"),
+        (["watch.kl.tokens=9"], "'watch.kl.every' is not set"),
+        (["watch.eval.every=9"], "name data.eval or data.eval_share"),
+        (["loss.kind=simpo", "reference.displacement_threshold=0.5"], "reads no reference"),
+        (["watch.kl_tokens=9"], "unknown key 'watch.kl_tokens'; it is called 'watch.kl.tokens' now"),
+        (["train.save_every=9"], "it is called 'save.every' now"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        load(TrainConfig, None, ["run=r", "model.path=m", "data.train=d", *words])

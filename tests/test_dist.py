@@ -41,7 +41,7 @@ def test_two_ranks_follow_one_rank(tmp_path, command):
         *([] if command == "ppo" else ["train.batch_prompts=3"]),
         "train.epochs=3",
         "train.max_tokens_per_pack=60",
-        "train.save_every=2",
+        "save.every=2",
         "optim.lr=1e-3",
     ]
     program = tmp_path / "favor_main.py"

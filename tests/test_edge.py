@@ -203,7 +203,7 @@ def _read_all(terminal):
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_that_names_the_file(inputs, tmp_path):
     """A limit on the size of files is refused by the kernel as a full disk is, inside safetensors."""
-    words = [*bad_settings.base("train", inputs), "train.max_steps=2", "train.save_every=1"]
+    words = [*bad_settings.base("train", inputs), "train.max_steps=2", "save.every=1"]
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))

@@ -26,7 +26,7 @@ from favor.train.loop import micro_batches
 from favor.train.optim import OptimConfig, make_optimizer
 from favor.train.preference import make_objective
 from favor.train.reference import Reference
-from favor.train.step import Machine, step
+from favor.train.step import Learner, step
 
 
 def ids(count, rng):
@@ -191,9 +191,9 @@ def updated_weights(trees, budget, loss, layout="tree", world_cut=1):
 
     parameters = policy.trainable()
     optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
-    machine = Machine(parameters, optimizer, 1e9, policy.device, World())
+    learner = Learner(parameters, optimizer, 1e9, policy.device, World())
     cut = micro_batches(trees, policy, budget, World())
-    done = step(machine, cut, make_objective(loss, policy, Reference(ref_logps, "")))
+    done = step(learner, cut, make_objective(loss, policy, Reference(ref_logps, "")))
     return {name: p.detach().clone() for name, p in parameters.items()}, done, len(cut)
 
 

@@ -19,9 +19,9 @@ from favor.model.logprobs import scored_logps
 from favor.model.sample import SampleConfig
 from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
-from favor.train.ppo import PpoConfig, PpoSettings, make_objective, make_targets, train_ppo
+from favor.train.ppo import FixedKl, PpoConfig, PpoSettings, Rloo, make_objective, make_targets, train_ppo
 from favor.train.preference import TrainConfig, train
-from favor.train.rollout import Actors, Prompt, collect
+from favor.train.rollout import Models, Prompt, collect
 from favor.train.session import Session, StoppedError, StopRequest
 
 
@@ -150,7 +150,7 @@ def small(tmp_path_factory):
 
 def actors_of(folder, **settings):
     policy = load_policy(ModelConfig(path=str(folder), dtype="float32"))
-    return Actors(policy, make_critic(policy, "shared"), policy, lambda prompts, texts: [float(len(t)) for t in texts])
+    return Models(policy, make_critic(policy, "shared"), policy, lambda prompts, texts: [float(len(t)) for t in texts])
 
 
 PROMPTS = [Prompt("hello there", (5, 6, 7), 0), Prompt("good", (9, 8), 1)]
@@ -176,7 +176,7 @@ def test_rollout_measures_what_plain_scoring_measures(small):
 def test_the_first_update_is_the_policy_gradient(small):
     """At the policy that sampled, the clipped loss has the gradient of -sum A log pi."""
     actors = actors_of(small)
-    settings = PpoSettings(advantage="rloo", kl="fixed", kl_coef=0.1)
+    settings = PpoSettings(advantage=Rloo(), kl=FixedKl(coef=0.1))
     out = collect(actors, PROMPTS, 3, 7, SampleConfig(max_new_tokens=6), 64, World())
     targets = make_targets(settings, out, 0.1)
     batch = batches.build(out.trees, "rows")
@@ -191,7 +191,7 @@ def test_the_first_update_is_the_policy_gradient(small):
 def test_missing_end_penalty_scale_and_clip(small):
     out = collect(actors_of(small), PROMPTS, 3, 7, SampleConfig(max_new_tokens=3), 64, World())
     assert not out.ended_R.all()
-    base = {"advantage": "rloo", "kl": "fixed", "kl_coef": 0.0, "whiten_advantages": False}
+    base = {"advantage": Rloo(whiten=False), "kl": FixedKl(coef=0.0)}
     plain = make_targets(PpoSettings(**base), out, 0.0).figures
     hard = make_targets(PpoSettings(**base, missing_end_penalty=5.0), out, 0.0).figures
     assert hard["objective"] == pytest.approx(plain["objective"] - 5.0 * (1 - plain["ended"]))
@@ -259,18 +259,18 @@ def test_ppo_reaches_the_known_optimum(bandit, tmp_path, advantage):
         f"reward.path={bandit / 'reward.py'}:reward",
         "sample.max_new_tokens=1",
         "sample.batch=128",
-        f"ppo.advantage={advantage}",
-        "ppo.kl=fixed",
-        f"ppo.kl_coef={beta}",
+        f"ppo.advantage.kind={advantage}",
+        "ppo.kl.kind=fixed",
+        f"ppo.kl.coef={beta}",
         "ppo.samples_per_prompt=128",
         "ppo.updates=1",
-        "ppo.whiten_advantages=false",
+        *([] if advantage == "grpo" else ["ppo.advantage.whiten=false"]),
         "train.batch_prompts=1",
         "train.epochs=1000",
         "train.max_steps=100",
         "optim.lr=1e-2",
         "optim.schedule=linear",
-        *(["ppo.value=detached"] if advantage == "gae" else []),
+        *(["ppo.advantage.value=detached"] if advantage == "gae" else []),
     ]
     train_ppo(load(PpoConfig, None, words), open_session)
     ref = next_token(bandit / "model")
@@ -300,7 +300,7 @@ def test_dpo_on_exact_preferences_reaches_the_same_optimum(bandit, tmp_path):
         f"data.train={tmp_path / 'pairs.jsonl'}",
         f"loss.beta={beta}",
         "train.epochs=200",
-        "train.save_every=0",
+        "save.every=0",
         "optim.lr=3e-3",
     ]
     train(load(TrainConfig, None, words), open_session)
@@ -333,7 +333,7 @@ def ppo_words(folder, run, *more):
         "train.batch_prompts=1",
         "train.epochs=100",
         "train.max_steps=6",
-        "train.save_every=2",
+        "save.every=2",
         "optim.lr=1e-3",
         *more,
     ]
@@ -341,7 +341,7 @@ def ppo_words(folder, run, *more):
 
 @pytest.mark.parametrize("value", ["shared", "separate"])
 def test_resume_gives_the_same_bits(bandit, tmp_path, value):
-    words = ppo_words(bandit, tmp_path / "whole", f"ppo.value={value}")
+    words = ppo_words(bandit, tmp_path / "whole", f"ppo.advantage.value={value}")
     train_ppo(load(PpoConfig, None, words), open_session)
     stop = StopRequest()
 
@@ -357,7 +357,7 @@ def test_resume_gives_the_same_bits(bandit, tmp_path, value):
         object.__setattr__(session, "record", record)
         return session
 
-    words = ppo_words(bandit, tmp_path / "cut", f"ppo.value={value}")
+    words = ppo_words(bandit, tmp_path / "cut", f"ppo.advantage.value={value}")
     with pytest.raises(StoppedError):
         train_ppo(load(PpoConfig, None, words), stopping)
     train_ppo(load(PpoConfig, None, [*words, "resume=true"]), open_session)
@@ -378,7 +378,7 @@ def test_resume_gives_the_same_bits(bandit, tmp_path, value):
 
 def test_kl_explosion_stops_with_the_last_good_model(bandit, tmp_path):
     words = ppo_words(
-        bandit, tmp_path / "run", "optim.lr=0.3", "ppo.explosion_kl=0.5", "train.save_every=1", "train.max_steps=40"
+        bandit, tmp_path / "run", "optim.lr=0.3", "ppo.explosion_kl=0.5", "save.every=1", "train.max_steps=40"
     )
     with pytest.raises(NumericsError, match="KL explosion.*is that of rollout"):
         train_ppo(load(PpoConfig, None, words), open_session)
@@ -418,9 +418,9 @@ def test_lora_reference_is_the_model_with_adapters_off(small, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["ppo.advantage=rloo", "ppo.lam=0.9"], "ppo.lam is not read"),
-        (["ppo.kl=fixed", "ppo.target_kl=3"], "ppo.target_kl is not read"),
-        (["ppo.advantage=grpo", "ppo.samples_per_prompt=1"], "at least 2"),
+        (["ppo.advantage.kind=rloo", "ppo.advantage.lam=0.9"], "ppo.advantage.*lam"),
+        (["ppo.kl.kind=fixed", "ppo.kl.target=3"], "ppo.kl.*target"),
+        (["ppo.advantage.kind=grpo", "ppo.samples_per_prompt=1"], "at least 2"),
         (["sample.temperature=0.7"], "temperature must be 1"),
         (["reward.beta=0.1"], "implicit"),
     ],

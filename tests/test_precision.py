@@ -87,7 +87,7 @@ def test_eval_score_and_transformers_agree_after_training_in_bfloat16(run, monke
         "data.eval=test.jsonl",
         "train.batch_prompts=8",
     ]
-    watch = ["watch.eval_every=3", "watch.kl_every=3", "watch.kl_prompts=4", "watch.kl_tokens=8", "optim.lr=1e-3"]
+    watch = ["watch.eval.every=3", "watch.kl.every=3", "watch.kl.prompts=4", "watch.kl.tokens=8", "optim.lr=1e-3"]
     out = favor(monkeypatch, capsys, run, "train", *settings, *watch, "model.dtype=bfloat16")
     assert "precision: bfloat16 products on float32 weights" in out
     assert "bfloat16 costs" in out
@@ -171,7 +171,7 @@ def test_samples_longer_than_the_data_choose_the_layout_too(run, monkeypatch, ca
     write(run / "short.jsonl", rows)
     words = ["model.path=mistral", "data.train=short.jsonl", "data.eval=short.jsonl", "train.batch_prompts=2"]
     assert "prompt trees" in favor(monkeypatch, capsys, run, "train", "run=w1", *words)
-    probed = favor(monkeypatch, capsys, run, "train", "run=w2", *words, "watch.kl_every=1", "watch.kl_tokens=60")
+    probed = favor(monkeypatch, capsys, run, "train", "run=w2", *words, "watch.kl.every=1", "watch.kl.tokens=60")
     assert "FALL-BACK" in probed
     assert "sliding_window of 64" in probed
     evaluated = favor(monkeypatch, capsys, run, "eval", "run=w1", "sample.max_new_tokens=60", "sample_prompts=2")

@@ -16,13 +16,13 @@ RECIPES = strategies.fixed_dictionaries(
     {
         "train.batch_prompts": strategies.integers(1, 5),
         "train.epochs": strategies.integers(1, 2),
-        "train.save_every": strategies.integers(0, 3),
+        "save.every": strategies.integers(0, 3),
         "train.shuffle": strategies.sampled_from(["true", "false"]),
         "train.max_tokens_per_pack": strategies.sampled_from([40, 200, 1000]),
         "loss.kind": strategies.sampled_from(["dpo", "ipo", "kto", "aot", "plackett_luce"]),
-        "optim.name": strategies.sampled_from(["adamw", "rmsprop"]),
+        "optim.kind": strategies.sampled_from(["adamw", "rmsprop"]),
         "optim.schedule": strategies.sampled_from(["linear", "cosine", "constant"]),
-        "watch.kl_every": strategies.integers(0, 2),
+        "watch.kl.every": strategies.sampled_from(["", "1", "2"]),
         "seed": strategies.integers(0, 3),
     }
 )
@@ -30,9 +30,9 @@ RECIPES = strategies.fixed_dictionaries(
 
 def _holds(films, chosen, stops):
     """Train in one go, and with stops; weights and curves must be equal to the bit."""
-    words = [f"{key}={value}" for key, value in chosen.items()]
-    if chosen["watch.kl_every"]:
-        words += ["watch.kl_prompts=2", "watch.kl_tokens=4"]
+    words = [f"{key}={value}" for key, value in chosen.items() if value != ""]
+    if chosen["watch.kl.every"]:
+        words += ["watch.kl.prompts=2", "watch.kl.tokens=4"]
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         run_train(recipe(films, here / "whole", *words))

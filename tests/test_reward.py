@@ -212,18 +212,23 @@ def test_a_planted_preference_is_learnt_from_ln_2(trained):
 def test_options_that_the_data_cannot_feed_are_refused(inputs, tmp_path):
     for option, message in (
         ("reward.margin_scale=1", "no row has a margin"),
-        ("reward.ties=true", "holds no ties"),
-        ("reward.tie_width=1", "only with reward.ties"),
+        ("reward.tie_width=0.5", "holds no ties"),
     ):
         with pytest.raises(ConfigError, match=message):
             train_reward(load(RewardTrainConfig, None, words_of(inputs, tmp_path / "r", option)), open_session)
+
+
+def test_the_switch_that_tie_width_replaces_is_named():
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'reward.ties'; ties are learnt from where reward.tie_width is set"
+    ):
+        load(RewardTrainConfig, None, ["run=r", "model.path=m", "data.train=t", "reward.ties=true"])
 
 
 def test_ties_and_margins_reach_the_loss(inputs, tmp_path):
     rows = [{"prompt": f"p {i}", "responses": ["one", "two", "three"], "scores": [1.0, 1.0, i + 2.0]} for i in range(4)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     options = [
-        "reward.ties=true",
         "reward.tie_width=0.4",
         "reward.margin_scale=0.1",
         "train.batch_prompts=4",

@@ -265,7 +265,7 @@ def loop_words(inputs, run, *more):
         "rounds=2",
         "prompts_per_round=3",
         "train.batch_prompts=1",
-        "train.save_every=1",
+        "save.every=1",
         "optim.lr=1e-3",
         *by_length(inputs),
         *more,

@@ -50,7 +50,7 @@ def inputs(tmp_path):
 
 def words(inputs, *more):
     base = [f"run={inputs / 'run'}", f"model.path={inputs / 'model'}", "model.dtype=float32"]
-    return [*base, f"data.train={inputs / 'data.jsonl'}", "train.batch_prompts=2", "train.save_every=1", *more]
+    return [*base, f"data.train={inputs / 'data.jsonl'}", "train.batch_prompts=2", "save.every=1", *more]
 
 
 def training(inputs, *more, stop=None):
@@ -195,7 +195,7 @@ def test_resume_only_from_what_it_began_with(inputs):
 
 def test_probe_and_warnings_come_back_after_resume(inputs):
     """The last KL stands in every record until the next probe; a displacement that was told is not told again."""
-    more = ("watch.kl_every=3", "watch.kl_prompts=2", "watch.kl_tokens=3", "watch.displacement_threshold=0.01")
+    more = ("watch.kl.every=3", "watch.kl.prompts=2", "watch.kl.tokens=3", "reference.displacement_threshold=0.01")
     more = (*more, "optim.lr=1e-2", "train.batch_prompts=32", "train.epochs=6")
 
     def events(run):

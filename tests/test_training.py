@@ -56,7 +56,7 @@ def settings(inputs, run, *more):
         f"data.train={inputs / 'train.jsonl'}",
         "train.batch_prompts=3",
         "train.epochs=4",
-        "train.save_every=2",
+        "save.every=2",
         "optim.lr=1e-3",
         "optim.warmup_steps=2",
         *more,
@@ -124,8 +124,8 @@ def test_training_from_the_cache_is_training_from_memory(world_of_films, tmp_pat
     more = [
         "train.max_steps=2",
         f"data.eval={world_of_films / 'train.jsonl'}",
-        "watch.eval_every=2",
-        "watch.kl_every=1",
+        "watch.eval.every=2",
+        "watch.kl.every=1",
     ]
     for name, on in (("memory", "false"), ("files", "true"), ("reused", "true")):
         run_train(settings(world_of_films, tmp_path / name, *more, f"data.cache={on}"))
@@ -192,7 +192,7 @@ def test_live_and_stored_reference_give_the_same_curve(world_of_films, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("model.lora.rank=4",), ("optim.name=rmsprop",)], ids=["adamw", "lora", "rmsprop"]
+    "more", [(), ("model.lora.rank=4",), ("optim.kind=rmsprop",)], ids=["adamw", "lora", "rmsprop"]
 )
 def test_stopped_run_resumes_bit_for_bit(world_of_films, tmp_path, more):
     words = settings(world_of_films, tmp_path / "broken", *more)
@@ -336,7 +336,7 @@ def test_reference_free_losses_build_no_reference(world_of_films, tmp_path):
 
 
 def test_displacement_is_warned_of(world_of_films, tmp_path):
-    more = ("optim.lr=1e-2", "watch.displacement_threshold=0.05", "train.epochs=12")
+    more = ("optim.lr=1e-2", "reference.displacement_threshold=0.05", "train.epochs=12")
     run_train(settings(world_of_films, tmp_path / "run", *more))
     events = [r for r in read_jsonl(tmp_path / "run/metrics.jsonl") if r.get("name") == "displacement"]
     assert events
@@ -346,9 +346,9 @@ def test_displacement_is_warned_of(world_of_films, tmp_path):
 def test_held_out_figures_and_kl_probe_while_training(world_of_films, tmp_path):
     more = (
         f"data.eval={world_of_films / 'train.jsonl'}",
-        "watch.eval_every=6",
-        "watch.kl_every=4",
-        "watch.kl_tokens=6",
+        "watch.eval.every=6",
+        "watch.kl.every=4",
+        "watch.kl.tokens=6",
     )
     run_train(settings(world_of_films, tmp_path / "run", *more))
     records = read_jsonl(tmp_path / "run/metrics.jsonl")
@@ -389,3 +389,15 @@ def test_sft_raises_the_preferred_responses_only(world_of_films, tmp_path):
     steps = curve(tmp_path / "run")
     assert steps[12]["loss"] < 0.7 * steps[1]["loss"]
     assert sorted(p.name for p in (tmp_path / "run/model").iterdir())[-1] == "tokenizer_config.json"
+
+
+def test_a_dry_run_counts_what_training_takes(world_of_films, tmp_path):
+    """A prompt whose answers only tie holds nothing for DPO: training passes over it, and so does the plan."""
+    from favor.train.dryrun import describe
+
+    ties = [{"prompt": f"Tie {i}?", "chosen": "one", "rejected": "two", "tie": True} for i in range(3)]
+    pairs = [{"prompt": f"Pair {i}?", "chosen": "one", "rejected": "two"} for i in range(2)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ties + pairs))
+    words = ["run=r", f"model.path={world_of_films / 'model'}", f"data.train={tmp_path / 't.jsonl'}"]
+    plan = describe(load(TrainConfig, None, [*words, "train.batch_prompts=1"]))
+    assert "steps: 2 of 1 prompts" in plan

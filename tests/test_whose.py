@@ -246,7 +246,7 @@ def test_a_damaged_round_is_not_trained_on(here, model, monkeypatch):
         "rounds=1",
         "sample.max_new_tokens=4",
     ]
-    words += ["reward.kind=callable", "reward.path=u.py:r", "train.batch_prompts=2", "train.save_every=1"]
+    words += ["reward.kind=callable", "reward.path=u.py:r", "train.batch_prompts=2", "save.every=1"]
     with monkeypatch.context() as patched:
         patched.setattr("favor.online.train", lambda *given: (_ for _ in ()).throw(StoppedError("x", 15)))
         with pytest.raises(StoppedError):

@@ -134,7 +134,8 @@ def _recipe(config: DemoConfig, run: Path, model: Path, reviews: Path, lr: float
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"train": str(reviews / "train.jsonl"), "max_rows": config.pairs},
         "optim": {"lr": lr, "warmup_steps": 2},
-        "train": {"batch_prompts": 8, "save_every": 0, "max_steps": config.max_steps},
+        "train": {"batch_prompts": 8, "max_steps": config.max_steps},
+        "save": {"every": 0},
     }
 
 
@@ -143,7 +144,7 @@ def dpo_recipe(config: DemoConfig, root: Path, reviews: Path) -> TrainConfig:
     recipe = _recipe(config, root / "dpo", RunFolder(root / "sft").model, reviews, config.lr)
     recipe["data"]["eval"] = str(reviews / "test.jsonl")
     recipe["loss"] = {"kind": "dpo", "beta": config.beta}
-    recipe["watch"] = {"kl_every": 10, "kl_prompts": 8, "kl_tokens": 40}
+    recipe["watch"] = {"kl": {"every": 10, "prompts": 8, "tokens": 40}}
     return TrainConfig.model_validate(recipe)
 
 

@@ -27,11 +27,12 @@ from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
 from favor.rewards.source import Scorer, make_scorer
 from favor.run import RunFolder, make_folder, read_jsonl, write_json, write_text
-from favor.train.loop import LoopConfig
+from favor.train.loop import LoopConfig, SaveConfig
 from favor.train.optim import OptimConfig
-from favor.train.ppo import PpoConfig, PpoSettings, PromptsConfig, train_ppo
-from favor.train.preference import TrainConfig, WatchConfig, train
+from favor.train.ppo import AdaptiveKl, PpoConfig, PpoSettings, PromptsConfig, train_ppo
+from favor.train.preference import TrainConfig, train
 from favor.train.reference import ReferenceConfig
+from favor.train.watch import KlConfig, WatchConfig
 from favor_frontier.prepare import OpenSession, Places, Task, learnt_reward, start_model, training_prompts
 from favor_frontier.recipe import FrontierConfig, Point
 
@@ -152,7 +153,9 @@ def _preference_recipe(config: FrontierConfig, task: Task, places: Places, point
     sizes, kind = config.offline, point.method
     options = {"unlikelihood": {"alpha": point.strength}, "preferred_ft": {}}.get(kind, {"beta": point.strength})
     epochs = int(point.strength) if kind == "preferred_ft" else sizes.epochs
-    probed = point.method == "dpo" and sizes.probe_every > 0
+    probe = None
+    if probed := point.method == "dpo" and sizes.probe_every > 0:
+        probe = KlConfig(every=sizes.probe_every, prompts=32, tokens=config.evaluate.max_new_tokens)
     return TrainConfig(
         run=str(root),
         seed=point.seed,
@@ -162,10 +165,9 @@ def _preference_recipe(config: FrontierConfig, task: Task, places: Places, point
         loss=make_loss(kind, **options),
         optim=OptimConfig(lr=sizes.lr, warmup_steps=2),
         reference=ReferenceConfig(store=str(places.reference(point.seed))),
-        train=LoopConfig(batch_prompts=sizes.batch_prompts, epochs=epochs, max_tokens_per_pack=2048, save_every=0),
-        watch=WatchConfig(
-            kl_every=sizes.probe_every if probed else 0, kl_prompts=32, kl_tokens=config.evaluate.max_new_tokens
-        ),
+        train=LoopConfig(batch_prompts=sizes.batch_prompts, epochs=epochs, max_tokens_per_pack=2048),
+        save=SaveConfig(every=0),
+        watch=WatchConfig(kl=probe),
         reward=task.reward if probed else None,
     )
 
@@ -186,9 +188,7 @@ def _ppo_recipe(config: FrontierConfig, task: Task, places: Places, point: Point
         ppo=PpoSettings(
             samples_per_prompt=sizes.answers,
             updates=sizes.updates,
-            target_kl=point.strength,
-            kl_coef=sizes.kl_coef,
-            kl_horizon=sizes.kl_horizon,
+            kl=AdaptiveKl(target=point.strength, coef=sizes.kl_coef, horizon=sizes.kl_horizon),
             reward_scale=json.loads(places.scales(point.seed).read_text("utf-8"))[point.method],
             explosion_kl=sizes.explosion_kl,
         ),
@@ -199,9 +199,8 @@ def _ppo_recipe(config: FrontierConfig, task: Task, places: Places, point: Point
             epochs=1_000,
             max_steps=sizes.rollouts,
             max_tokens_per_pack=2048,
-            save_every=max(1, sizes.rollouts // 4),
-            keep_checkpoints=1,
         ),
+        save=SaveConfig(every=max(1, sizes.rollouts // 4), keep=1),
     )
 
 

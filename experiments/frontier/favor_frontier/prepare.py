@@ -24,7 +24,7 @@ from favor.model.sample import SampleConfig, decode, sample
 from favor.rewards.source import RewardConfig, make_scorer
 from favor.run import RunFolder, cache_folder, make_folder, write_json, write_text
 from favor.train import reference
-from favor.train.loop import LoopConfig
+from favor.train.loop import LoopConfig, SaveConfig
 from favor.train.optim import OptimConfig
 from favor.train.reward import RewardTrainConfig, train_reward
 from favor.train.session import Session, load_splits
@@ -122,9 +122,8 @@ def fine_tune(config: FrontierConfig, task: Task, places: Places, open_session: 
             batch_prompts=config.sft.batch_prompts,
             epochs=config.sft.epochs,
             max_tokens_per_pack=2048,
-            save_every=50,
-            keep_checkpoints=1,
         ),
+        save=SaveConfig(every=50, keep=1),
     )
     sft(recipe, open_session)
 
@@ -170,7 +169,7 @@ def store_reference(task: Task, places: Places, seed: int, open_session: OpenSes
     def build(trees: Sequence[TokenTree]) -> Tensor:
         return measured(policy, trees, lambda batch: response_logps(policy, batch), 2048, session.world)
 
-    identity = reference.fingerprint(policy, task.tokens, {"train": splits.train})
+    identity = reference.fingerprint(reference.identity(policy, task.tokens), {"train": splits.train})
     reference.stored(policy, {"train": splits.train}, identity, path, build, session.world)
 
 
@@ -194,8 +193,8 @@ def learn_reward(config: FrontierConfig, task: Task, places: Places, seed: int, 
             batch_prompts=config.offline.batch_prompts,
             epochs=config.offline.reward_epochs,
             max_tokens_per_pack=2048,
-            save_every=0,
         ),
+        save=SaveConfig(every=0),
     )
     train_reward(recipe, open_session)
 

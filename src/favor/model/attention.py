@@ -57,6 +57,7 @@ def tree_attention(
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     key, value = key.to(query.dtype), value.to(query.dtype)
+    # [1, Hq, T, D] in, [1, Hq, T, D] out; transformers wants [1, T, Hq, D]
     out = _TreeAttention.apply(query, key, value, kwargs["tree_nodes"], scale)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2), None
@@ -64,8 +65,10 @@ def tree_attention(
 
 def parts(nodes: Sequence[Node]) -> Iterator[Part]:
     """The attention calls of a forest: first every node by itself, then every node under its descendants."""
+    # prompt 0..5 with responses 5..8 and 8..10 is (0, 5, 10), (5, 8, 8), (8, 10, 10): three causal calls here ...
     for start, stop, _ in nodes:
         yield Part(start, stop, start, stop, causal=True)
+    # ... and one full call: queries 5..10 (both responses) against keys 0..5; the responses never meet each other
     for start, stop, end in nodes:
         if stop < end:
             yield Part(stop, end, start, stop, causal=False)
@@ -74,13 +77,17 @@ def parts(nodes: Sequence[Node]) -> Iterator[Part]:
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, nodes: tuple[Node, ...], scale: float) -> Tensor:
+        # out [1, Hq, T, D] and lse [1, Hq, T] lie in memory as [1, T, Hq, D], the order of the CPU kernel's own result
         out = torch.empty((1, q.shape[2], q.shape[1], v.shape[3]), dtype=torch.float32, device=q.device).transpose(1, 2)
         lse = torch.empty((1, q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device).transpose(1, 2)
         for q0, q1, k0, k1, causal in parts(nodes):
+            # part [1, Hq, q1 - q0, D], part_lse [1, Hq, q1 - q0]
             part, part_lse = _forward(q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], causal, scale)
+            # a node's own part comes first, so there is always something to merge an ancestor's part into
             if causal:
                 out[:, :, q0:q1], lse[:, :, q0:q1] = part, part_lse
             else:
+                # e^part_lse / (e^lse + e^part_lse), without overflow
                 share = torch.sigmoid(part_lse - lse[:, :, q0:q1]).unsqueeze(-1)
                 out[:, :, q0:q1].lerp_(part.float(), share)
                 lse[:, :, q0:q1] = torch.logaddexp(lse[:, :, q0:q1], part_lse)
@@ -94,6 +101,7 @@ class _TreeAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         (grad_out,) = grads
         dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+        # a key is read by its node and by every descendant: its gradients add up over the parts
         for q0, q1, k0, k1, causal in parts(ctx.nodes):
             rows, keys = slice(q0, q1), slice(k0, k1)
             part = _backward(
@@ -139,9 +147,11 @@ def math_backward(
     """The flash backward of one part in plain torch, from the merged out and lse (float32 results)."""
     q, k, v = qkv
     out, lse = merged
+    # grouped-query attention: [1, Hq, T, D] seen as [1, Hkv, Hq/Hkv, T, D]
     groups = (k.shape[1], q.shape[1] // k.shape[1])
     probs = torch.exp(_scores(q, k, causal, scale) - lse.unflatten(1, groups).unsqueeze(-1))
     grad_f = grad.float().unflatten(1, groups)
+    # sum_k P dP of the whole row, which needs only the merged out
     delta = (grad.float() * out.float()).sum(-1).unflatten(1, groups).unsqueeze(-1)
     grad_scores = probs * (torch.einsum("bgrqd,bgkd->bgrqk", grad_f, v.float()) - delta) * scale
     dq = torch.einsum("bgrqk,bgkd->bgrqd", grad_scores, k.float()).flatten(1, 2)

@@ -36,8 +36,15 @@ def sum_tokens(batch: Batch, value_E: Tensor) -> Tensor:
     return total_R.index_add(0, batch.member_response_M, value_E.double()[batch.member_edge_M])
 
 
+def position_M(batch: Batch) -> Tensor:
+    """The place of every scored token within its response: int64 [M]."""
+    start_R = batch.length_R.cumsum(0) - batch.length_R
+    return torch.arange(batch.member_response_M.shape[0], device=start_R.device) - start_R[batch.member_response_M]
+
+
 def scored_logps(policy: Policy, batch: Batch) -> Tensor:
     """Log-probability of every scored token, each once: float32 [E], nats."""
+    # head_N are places, edge_E is which place and which token: "a" -> "b" and "a" -> "c" share a place, not an edge
     if policy.fast_head is None:
         with precision(policy):
             logits_NV = _full_head(policy, batch, _inputs(batch))
@@ -74,6 +81,7 @@ def mean_overlap(policy: Policy, batch: Batch) -> Tensor:
 
 def head_states(policy: Policy, batch: Batch, flat_index: Tensor) -> Tensor:
     """The backbone's last hidden states at flat positions of the batch: [positions, hidden], in the compute dtype."""
+    # [B, T, H] -> [B T, H] -> [N, H]: the head sees only the places that score a token
     with precision(policy):
         return policy.backbone(**_inputs(batch)).last_hidden_state.flatten(0, 1)[flat_index]
 
@@ -94,6 +102,7 @@ def precision(policy: Policy) -> torch.autocast:
 
 def _inputs(batch: Batch) -> dict[str, Any]:
     common = {"input_ids": batch.ids_BT, "position_ids": batch.position_BT, "use_cache": False}
+    # a packed row has no mask: tree_nodes reach attention.py through the model's own keyword arguments
     if batch.mask_BT is None:
         return common | {"tree_nodes": batch.nodes}
     return common | {"attention_mask": batch.mask_BT.long()}
@@ -126,11 +135,13 @@ class _ScoredHead(torch.autograd.Function):
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, edge_head_E, edge_target_E)
         count, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
         needed = any(ctx.needs_input_grad)
+        # 4 bytes a float32: 2,000 places of a 49,152-word vocabulary are 0.4 GB
         keep = needed and count * vocabulary * 4 <= _KEEP_BYTES
         probs_NV = hidden_NH.new_empty((count, vocabulary), dtype=torch.float32) if keep else None
         top_N = hidden_NH.new_empty(count, dtype=torch.float32)
         logit_E = hidden_NH.new_empty(edge_head_E.shape[0], dtype=torch.float32)
         for start, stop, edges in _tiles(count, vocabulary, edge_head_E):
+            # [tile, V]: the one moment at which these logits exist
             logits = _logits(hidden_NH[start:stop], weight_VH, bias_V)
             logit_E[edges] = logits[edge_head_E[edges] - start, edge_target_E[edges]]
             peak, where = logits.max(-1)
@@ -152,6 +163,7 @@ class _ScoredHead(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         cast = weight_VH.to(hidden_NH.dtype)
         for start, stop, edges in _tiles(*_grid(ctx.probs_NV, hidden_NH, weight_VH), edge_head_E):
+            # [tile, V]: -c softmax, then + g at the scored tokens
             grad = _probabilities(ctx, start, stop).mul_(-share_N[start:stop, None])
             grad.index_put_((edge_head_E[edges] - start, edge_target_E[edges]), grad_E[edges], accumulate=True)
             if grad_bias is not None:

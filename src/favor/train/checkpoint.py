@@ -23,8 +23,9 @@ from favor.guard import file_hash, sha
 from favor.hide import without_places
 from favor.model.load import Policy
 from favor.run import atomic_folder, refuse_changed, remove_folder
+from favor.train.step import Learner
 
-_POLICY, _OPTIMIZER, _BESIDE, _STATE = "policy", "optimizer", "reference", "state.json"
+_POLICY, _OPTIMIZER, _REFERENCE, _STATE = "policy", "optimizer", "reference", "state.json"
 Share = Annotated[float, Field(ge=0)]
 
 
@@ -76,27 +77,22 @@ class Stored(NamedTuple):
     state: TrainingState
     policy: dict[str, Tensor]
     moments: dict[str, Tensor]
-    beside: dict[str, Tensor]
+    reference: dict[str, Tensor]
 
 
-def save(
-    folder: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    state: TrainingState,
-    keep: int,
-    beside: Mapping[str, Tensor],
-) -> Path:
-    """Write `folder/step-NNNNNN` aside, fsync, rename; then remove all but the newest `keep` checkpoints up to this one.
-
-    beside: weights that move without being trained, such as TR-DPO's reference.
-    """
+def save(folder: Path, learner: Learner, state: TrainingState, keep: int) -> Path:
+    """Write `folder/step-NNNNNN` aside, fsync, rename; then remove all but the newest `keep` checkpoints up to this one."""
     path = folder / f"step-{state.step:06d}"
-    parts = {_POLICY: parameters, _OPTIMIZER: _optimizer_tensors(parameters, optimizer), _BESIDE: beside}
+    moments = {
+        f"{key}.{name}": value
+        for name, parameter in learner.parameters.items()
+        for key, value in learner.optimizer.state[parameter].items()
+    }
+    parts = {_POLICY: learner.parameters, _OPTIMIZER: moments, _REFERENCE: learner.moving}
     with atomic_folder(path) as aside:
         files: dict[str, str] = {}
         for name, tensors in parts.items():
-            if tensors or name != _BESIDE:
+            if tensors or name != _REFERENCE:
                 file = aside / f"{name}.safetensors"
                 save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, file)
                 files[file.name] = file_hash(file)
@@ -132,34 +128,30 @@ def read(path: Path) -> Stored:
             if file_hash(path / name) != expected:
                 raise CheckpointError(f"{path}: damaged checkpoint ({name} is not what was written)")
         parts = {name: load_file(path / name) for name in sealed.files}
-        return Stored(path, sealed.state, *(parts.get(f"{n}.safetensors", {}) for n in (_POLICY, _OPTIMIZER, _BESIDE)))
+        return Stored(
+            path, sealed.state, *(parts.get(f"{n}.safetensors", {}) for n in (_POLICY, _OPTIMIZER, _REFERENCE))
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})") from None
 
 
-def restore(
-    stored: Stored,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    expected: TrainingState,
-    beside: Mapping[str, Tensor],
-) -> TrainingState:
+def restore(stored: Stored, learner: Learner, expected: TrainingState) -> TrainingState:
     """Put weights and optimizer state back in place.
 
     Raises CheckpointError when the checkpoint comes from other inputs, naming them, or does not fit the weights.
     """
     refuse_changed(str(stored.path), stored.state.inputs, expected.inputs)
-    _check_fit(f"{stored.path}, weights", stored.policy, parameters)
-    _check_fit(f"{stored.path}, reference", stored.beside, beside)
-    moments = _moments(stored, parameters)
+    _check_fit(f"{stored.path}, weights", stored.policy, learner.parameters)
+    _check_fit(f"{stored.path}, reference", stored.reference, learner.moving)
+    moments = _moments(stored, learner.parameters)
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in learner.parameters.items():
             parameter.copy_(stored.policy[name])
-        for name, tensor in beside.items():
-            tensor.copy_(stored.beside[name])
-    for name, parameter in parameters.items():
+        for name, tensor in learner.moving.items():
+            tensor.copy_(stored.reference[name])
+    for name, parameter in learner.parameters.items():
         mine = moments[name]
-        optimizer.state[parameter] = {k: v if v.dim() == 0 else v.to(parameter.device) for k, v in mine.items()}
+        learner.optimizer.state[parameter] = {k: v if v.dim() == 0 else v.to(parameter.device) for k, v in mine.items()}
     return stored.state
 
 
@@ -209,11 +201,3 @@ def save_model(policy: Policy, folder: Path) -> None:
         if card.exists():
             # PEFT's names the base model by its path on this machine; adapter_config.json needs it, readers do not
             card.write_text(without_places(card.read_text("utf-8"), [policy.source]), "utf-8")
-
-
-def _optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{key}.{name}": value.detach().cpu().contiguous()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
-    }

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from favor.data import batches
-from favor.data.prepare import Prepared, Recipe, prepare_split, summary
-from favor.data.read import DataConfig, splits_of
+from favor.data.prepare import Recipe, prepare_split, summary
+from favor.data.read import splits_of
 from favor.data.types import TokenTree
 from favor.lint.cheap import CHECKS
 from favor.model.layout import config_obstacle
@@ -18,16 +18,20 @@ from favor.model.load import ModelConfig, end_ids, load_tokenizer, precision_of
 from favor.model.weights import readable
 from favor.train.loop import num_steps
 from favor.train.preference import TrainConfig
+from favor.train.stats import usable
 
 _GIB = 1 << 30
 
 
 def describe(config: TrainConfig) -> str:
     """Rows, trees, unique against naive tokens, steps, and a memory estimate. Raises what training would raise."""
-    part = _part(config.data, config)
-    trees = part.trees
+    tokenizer = load_tokenizer(config.model)
+    recipe = Recipe(splits_of(config.data)[0], config.data, config.tokens, tokenizer, end_ids(tokenizer, None))
+    part = prepare_split(recipe, CHECKS, lambda _: None)
+    # as training, on the trees that hold items of the loss
+    trees = [part.trees[i] for i in usable(config.loss, part.trees, config.data.training)]
     architecture = _architecture(config.model)
-    longest = max(len(tree.prompt_ids) + max(map(len, tree.response_ids)) for tree in trees)
+    longest = max(len(tree.prompt_ids) + max(map(len, tree.response_ids)) for tree in part.trees)
     obstacle = config_obstacle(architecture.get_text_config().to_dict(), longest)
     layout = "rows" if obstacle or config.model.layout == "rows" else "tree"
     naive = sum(
@@ -52,12 +56,6 @@ def describe(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def _part(data: DataConfig, config: TrainConfig) -> Prepared:
-    tokenizer = load_tokenizer(config.model)
-    recipe = Recipe(splits_of(data)[0], data, config.tokens, tokenizer, end_ids(tokenizer, None))
-    return prepare_split(recipe, CHECKS, lambda _: None)
-
-
 def _architecture(model: ModelConfig) -> PreTrainedConfig:
     with readable(model.path):
         return AutoConfig.from_pretrained(
@@ -77,8 +75,8 @@ def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence
     text = architecture.get_text_config()
     hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     trained = total if config.model.lora is None else 0
-    state = 4 * total + 4 * trained * (3 if config.optim.name == "adamw" else 2)
-    if config.reference.mode == "live" or config.watch.kl_every:
+    state = 4 * total + 4 * trained * (3 if config.optim.kind == "adamw" else 2)
+    if config.reference.mode == "live" or config.watch.kl:
         state += 0 if config.model.lora else 4 * total
     pack_tokens = max(config.train.max_tokens_per_pack, max(tree.num_tokens for tree in trees))
     pack_tokens = min(pack_tokens, sum(tree.num_tokens for tree in trees))

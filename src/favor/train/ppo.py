@@ -4,20 +4,20 @@ In: PpoConfig (a recipe with a [reward]). Out: a run folder with the trained pol
 training. Equations: ../losses/ppo.py; rollouts: rollout.py. Next: step.py.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from favor.config import STRICT, Seed, dump
 from favor.data import sources
-from favor.data.batches import LoaderState, Order
 from favor.data.prompts import encode_prompts, read_prompts
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch
@@ -26,20 +26,29 @@ from favor.guard import sha
 from favor.losses import ppo
 from favor.model.heads import Critic, logps_and_values, make_critic
 from favor.model.layout import sampled_tree, settle
-from favor.model.load import ModelConfig, Policy, frozen_copy, load_policy, precision_of
+from favor.model.load import ModelConfig, Policy, frozen_copy, load_policy
+from favor.model.logprobs import position_M
 from favor.model.sample import SampleConfig
 from favor.rewards.source import RewardConfig, check_scorer, make_scorer
 from favor.rewards.source import identity as reward_identity
 from favor.train import checkpoint
 from favor.train.checkpoint import TrainingState
-from favor.train.loop import LoopConfig, finish, micro_batches, newest_sound, num_steps, resume, save_or_stop
-from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
+from favor.train.loop import LoopConfig, SaveConfig, Training, finish, newest_sound, turns
+from favor.train.optim import OptimConfig, make_learner
 from favor.train.reference import identity
-from favor.train.rollout import Actors, Prompt, Rollout, collect, position_M
-from favor.train.session import Bar, Session, recipe_hash, running
-from favor.train.step import Machine, Objective, step
+from favor.train.rollout import Models, Prompt, Rollout, collect
+from favor.train.session import Session, recipe_hash, running
+from favor.train.step import Objective, step
 
-STATS = ("tokens", "policy_loss", "value_loss", "clipped", "update_kl")
+
+class Sums(NamedTuple):
+    """Sums over the response tokens of a batch."""
+
+    tokens: Tensor
+    policy_loss: Tensor
+    value_loss: Tensor
+    clipped: Tensor
+    update_kl: Tensor
 
 
 class PromptsConfig(BaseModel):
@@ -51,51 +60,120 @@ class PromptsConfig(BaseModel):
     max_prompts: int | None = Field(default=None, ge=1)
 
 
-class PpoSettings(BaseModel):
-    """Section [ppo].
-
-    advantage: gae (with a value function), rloo or grpo (against the prompt's other samples). kl: `fixed` keeps
-    kl_coef; `adaptive` steers it to target_kl (nats a response) over kl_horizon samples. updates: passes over each
-    rollout in minibatch_prompts at a time; a pass stops once the policy is stop_update_kl (nats a token) from the one
-    that sampled. missing_end_penalty is taken from the score of a response without an end token. explosion_kl (nats
-    a response) ends the run with the last good checkpoint.
-    """
+class Gae(BaseModel):
+    """Advantages by a value function (generalised advantage estimation)."""
 
     model_config = STRICT
-    advantage: Literal["gae", "rloo", "grpo"] = "gae"
-    samples_per_prompt: int = Field(default=4, ge=1, le=1000)
-    updates: int = Field(default=2, ge=1)
-    minibatch_prompts: int | None = Field(default=None, ge=1)
+    kind: Literal["gae"] = "gae"
+    """Which estimator."""
     gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount of later rewards."""
     lam: float = Field(default=0.95, ge=0, le=1)
-    clip: float = Field(default=0.2, gt=0)
+    """How far to trust the value function: 0 one step ahead, 1 not at all."""
     value: Literal["shared", "detached", "separate"] = "shared"
+    """The value function's body: the policy's, the same without its gradient, or a model of its own."""
     value_clip: float = Field(default=0.2, gt=0)
+    """How far an update may move a value."""
     value_coef: float = Field(default=0.1, gt=0)
-    kl: Literal["fixed", "adaptive"] = "adaptive"
-    kl_coef: float = Field(default=0.05, ge=0)
-    target_kl: float = Field(default=6.0, gt=0)
-    kl_horizon: int = Field(default=1000, ge=1)
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Weight of the value loss."""
     whiten_rewards: bool = False
-    whiten_advantages: bool = True
+    """Divide rewards by their standard deviation."""
+    whiten: bool = True
+    """Give advantages mean 0 and standard deviation 1."""
+
+
+class Rloo(BaseModel):
+    """Advantages against the mean of the prompt's other samples."""
+
+    model_config = STRICT
+    kind: Literal["rloo"] = "rloo"
+    """Which estimator."""
+    whiten: bool = True
+    """Give advantages standard deviation 1."""
+
+
+class Grpo(BaseModel):
+    """Advantages against the prompt's samples, over their standard deviation."""
+
+    model_config = STRICT
+    kind: Literal["grpo"] = "grpo"
+    """Which estimator."""
+
+
+class FixedKl(BaseModel):
+    """The KL penalty keeps its weight."""
+
+    model_config = STRICT
+    kind: Literal["fixed"] = "fixed"
+    """How the weight is controlled."""
+    coef: float = Field(default=0.05, ge=0)
+    """Weight of the KL in the reward."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """How the KL of a token is estimated."""
+
+
+class AdaptiveKl(BaseModel):
+    """The KL penalty's weight steers the KL to a target."""
+
+    model_config = STRICT
+    kind: Literal["adaptive"] = "adaptive"
+    """How the weight is controlled."""
+    coef: float = Field(default=0.05, ge=0)
+    """Weight of the KL in the reward at the start."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """How the KL of a token is estimated."""
+    target: float = Field(default=6.0, gt=0)
+    """KL to steer to, nats a response."""
+    horizon: int = Field(default=1000, ge=1)
+    """Samples over which the weight may change by a fifth of its value."""
+
+
+def _kind(default: str) -> Discriminator:
+    """The section that `kind` names, `default` where it names none."""
+
+    def chosen(given: Any) -> str | None:
+        if isinstance(given, dict):
+            return str(given.get("kind", default))
+        return given.kind if isinstance(given, Gae | Rloo | Grpo | FixedKl | AdaptiveKl) else None
+
+    return Discriminator(chosen)
+
+
+Advantage = Annotated[
+    Annotated[Gae, Tag("gae")] | Annotated[Rloo, Tag("rloo")] | Annotated[Grpo, Tag("grpo")], _kind("gae")
+]
+KlControl = Annotated[Annotated[FixedKl, Tag("fixed")] | Annotated[AdaptiveKl, Tag("adaptive")], _kind("adaptive")]
+
+
+class PpoSettings(BaseModel):
+    """Section [ppo]."""
+
+    model_config = STRICT
+    advantage: Advantage = Gae()
+    kl: KlControl = AdaptiveKl()
+    samples_per_prompt: int = Field(default=4, ge=1, le=1000)
+    """Responses sampled for each prompt of a rollout."""
+    updates: int = Field(default=2, ge=1)
+    """Passes over each rollout."""
+    minibatch_prompts: int | None = Field(default=None, ge=1)
+    """Prompts of a rollout in one optimizer step; all of them by default."""
+    clip: float = Field(default=0.2, gt=0)
+    """How far a token's probability ratio may move before its gradient stops."""
     reward_scale: float = Field(default=1.0, gt=0)
+    """Factor of every score."""
     reward_clip: float | None = Field(default=None, gt=0)
+    """Largest size of a scaled score."""
     missing_end_penalty: float = Field(default=0.0, ge=0)
+    """Taken from the score of a response without an end token."""
     stop_update_kl: float | None = Field(default=0.05, gt=0)
+    """End the passes once the policy is so far from the one that sampled, nats a token."""
     explosion_kl: float = Field(default=200.0, gt=0)
+    """End the run at this KL, nats a response, with the last good checkpoint."""
 
     @model_validator(mode="after")
-    def _every_option_is_read(self) -> "PpoSettings":
-        unread: set[str] = set()
-        if self.advantage != "gae":
-            unread |= {"gamma", "lam", "value", "value_clip", "value_coef", "whiten_rewards"}
-            if self.samples_per_prompt < 2:
-                raise ValueError(f"ppo.advantage = '{self.advantage}' compares samples of a prompt; take at least 2")
-        if self.kl == "fixed":
-            unread |= {"target_kl", "kl_horizon"}
-        for name in sorted(unread & self.model_fields_set):
-            raise ValueError(f"ppo.{name} is not read with advantage '{self.advantage}' and kl '{self.kl}'; remove it")
+    def _samples_to_compare(self) -> "PpoSettings":
+        if self.samples_per_prompt < 2 and not isinstance(self.advantage, Gae):
+            raise ValueError(f"ppo.advantage '{self.advantage.kind}' compares samples of a prompt; take at least 2")
         return self
 
 
@@ -113,7 +191,8 @@ class PpoConfig(BaseModel):
     ppo: PpoSettings = PpoSettings()
     sample: SampleConfig = SampleConfig()
     optim: OptimConfig = OptimConfig(lr=1e-5, schedule="constant")
-    train: LoopConfig = LoopConfig(save_every=10)
+    train: LoopConfig = LoopConfig()
+    save: SaveConfig = SaveConfig(every=10)
 
     @model_validator(mode="after")
     def _own_distribution(self) -> "PpoConfig":
@@ -138,10 +217,10 @@ def _improve(config: PpoConfig, session: Session) -> None:
     session.say(f"{len(prompts)} prompts")
     probe = [sampled_tree(prompt.ids, config.sample.max_new_tokens) for prompt in prompts]
     policy, why = settle(policy, config.model.layout, probe, train=True)
-    session.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
-    critic = make_critic(policy, config.ppo.value) if config.ppo.advantage == "gae" else None
+    session.self_check(policy, why)
+    critic = make_critic(policy, gae.value) if isinstance(gae := config.ppo.advantage, Gae) else None
     reference = policy if policy.lora else frozen_copy(policy)
-    _loop(config, prompts, Actors(policy, critic, reference, make_scorer(config.reward)), session)
+    _loop(config, prompts, Models(policy, critic, reference, make_scorer(config.reward)), session)
 
 
 @dataclass(frozen=True)
@@ -157,21 +236,22 @@ def make_targets(settings: PpoSettings, rollout: Rollout, kl_coef: float) -> Tar
     """KL-penalised rewards -> advantages. Scores are scaled, clipped, then penalised where no end token came."""
     mask_RT = rollout.mask_RT
     ratio_RT = rollout.logp_RT - rollout.ref_RT
-    kl_RT = ppo.KL_ESTIMATORS[settings.kl_estimator](ratio_RT).masked_fill(~mask_RT, 0.0)
+    advantage = settings.advantage
+    kl_RT = ppo.KL_ESTIMATORS[settings.kl.estimator](ratio_RT).masked_fill(~mask_RT, 0.0)
     score_R = rollout.score_R * settings.reward_scale
     if settings.reward_clip is not None:
         score_R = score_R.clamp(-settings.reward_clip, settings.reward_clip)
     score_R = score_R - settings.missing_end_penalty * (~rollout.ended_R)
     reward_RT = ppo.token_rewards(score_R, kl_RT, mask_RT, kl_coef)
-    if settings.advantage == "gae":
-        if settings.whiten_rewards:
+    if isinstance(advantage, Gae):
+        if advantage.whiten_rewards:
             reward_RT = ppo.whiten(reward_RT, mask_RT, shift=False)
-        advantage_RT, return_RT = ppo.gae(reward_RT, rollout.value_RT, mask_RT, settings.gamma, settings.lam)
+        advantage_RT, return_RT = ppo.gae(reward_RT, rollout.value_RT, mask_RT, advantage.gamma, advantage.lam)
     else:
-        group_R = ppo.group_advantage(reward_RT.sum(1), rollout.group_R, settings.advantage)
+        group_R = ppo.group_advantage(reward_RT.sum(1), rollout.group_R, advantage.kind)
         advantage_RT, return_RT = group_R[:, None] * mask_RT, torch.zeros_like(reward_RT)
-    if settings.whiten_advantages and settings.advantage != "grpo":
-        advantage_RT = ppo.whiten(advantage_RT, mask_RT, shift=settings.advantage == "gae")
+    if not isinstance(advantage, Grpo) and advantage.whiten:
+        advantage_RT = ppo.whiten(advantage_RT, mask_RT, shift=isinstance(advantage, Gae))
     kl = float(ratio_RT.masked_fill(~mask_RT, 0.0).sum(1).mean())
     return Targets(
         advantage_RT,
@@ -202,113 +282,81 @@ def make_objective(
         place = (batch.index_R[batch.member_response_M], position_M(batch))
         policy_M = ppo.policy_loss(logp_M, old_RT[place], advantage_RT[place], settings.clip)
         total, value_sum = policy_M.sum(), torch.zeros((), device=device)
-        if value_E is not None:
+        if value_E is not None and isinstance(gae := settings.advantage, Gae):
             value_M = value_E[batch.member_edge_M]
-            value_sum = ppo.value_loss(value_M, value_RT[place], return_RT[place], settings.value_clip).sum()
-            total = total + settings.value_coef * value_sum
+            value_sum = ppo.value_loss(value_M, value_RT[place], return_RT[place], gae.value_clip).sum()
+            total = total + gae.value_coef * value_sum
         moved_M = logp_M.detach() - old_RT[place]
-        return total, {
-            "tokens": torch.full_like(moved_M, 1.0).sum(),
-            "policy_loss": policy_M.detach().sum(),
-            "value_loss": value_sum.detach(),
-            "clipped": ((moved_M.exp() - 1).abs() > settings.clip).double().sum(),
-            "update_kl": ppo.k3(-moved_M).sum(),
-        }
+        sums = Sums(
+            tokens=torch.ones_like(moved_M).sum(),
+            policy_loss=policy_M.detach().sum(),
+            value_loss=value_sum.detach(),
+            clipped=((moved_M.exp() - 1).abs() > settings.clip).double().sum(),
+            update_kl=ppo.k3(-moved_M).sum(),
+        )
+        return total, sums._asdict()
 
-    return Objective(loss, lambda batch: (float(batch.length_R.sum()),), STATS)
+    return Objective(loss, lambda batch: (float(batch.length_R.sum()),), Sums._fields)
 
 
-def _loop(config: PpoConfig, prompts: Sequence[Prompt], actors: Actors, session: Session) -> None:
+def _loop(config: PpoConfig, prompts: Sequence[Prompt], models: Models, session: Session) -> None:
     """Rollout, targets, updates, until the last rollout; checkpoints are of states whose KL has been seen to be sound."""
-    loop, settings, policy = config.train, config.ppo, actors.policy
-    parameters = policy.trainable() | (actors.critic.trainable() if actors.critic else {})
-    optimizer = make_optimizer(config.optim, parameters)
-    machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world)
-    inputs = (
-        recipe_hash(config)
-        | identity(actors.reference, config.tokens)
-        | {
-            "prompts": sha(json.dumps([(prompt.text, prompt.ids) for prompt in prompts])),
-            "reward": reward_identity(config.reward),
-        }
-    )
-    state = TrainingState(inputs=inputs, kl_coef=settings.kl_coef)
-    expected = state
-    if config.resume:
-        state = resume(machine, state, session, len(prompts))
-    total = num_steps(loop, len(prompts))
-    order = Order(len(prompts), loop.batch_prompts, config.seed, loop.shuffle)
-    began = time.monotonic() - state.seconds
-    with session.stop.looked_at(), Bar(session, "ppo", total, state.step) as bar:
-        for indices, place in order.batches(LoaderState(state.epoch, state.position)):
-            if state.step >= total:
-                break
-            step_began = time.monotonic()
-            set_learning_rate(optimizer, rate := learning_rate(config.optim, state.step, total))
-            chosen = [prompts[i] for i in indices]
-            each, seed = settings.samples_per_prompt, config.seed * 1_000_003 + state.step
-            budget = loop.max_tokens_per_pack
-            rollout = collect(actors, chosen, each, seed, config.sample, budget, session.world)
-            assert state.kl_coef is not None
-            targets = make_targets(settings, rollout, state.kl_coef)
+    settings, policy, budget = config.ppo, models.policy, config.train.max_tokens_per_pack
+    parameters = policy.trainable() | (models.critic.trainable() if models.critic else {})
+    learner = make_learner(config.optim, parameters, policy.device, session.world)
+    inputs = recipe_hash(config) | identity(models.reference, config.tokens)
+    inputs["prompts"] = sha(json.dumps([(prompt.text, prompt.ids) for prompt in prompts]))
+    inputs["reward"] = reward_identity(config.reward)
+    training = Training(config, policy, learner, len(prompts), session)
+    start = TrainingState(inputs=inputs, kl_coef=settings.kl.coef)
+    with contextlib.closing(turns(training, "ppo", start)) as steps:
+        for turn in steps:
+            seed = config.seed * 1_000_003 + turn.state.step
+            chosen, coef = [prompts[i] for i in turn.indices], turn.state.kl_coef
+            assert coef is not None
+            rollout = collect(models, chosen, settings.samples_per_prompt, seed, config.sample, budget, session.world)
+            targets = make_targets(settings, rollout, coef)
             kl = targets.figures["kl"]
             if kl > settings.explosion_kl:
-                _stop_on_explosion(config, policy, machine, state, expected, kl, session)
-            save_or_stop(loop, machine, state, total, session)
-            sampled_s = time.monotonic() - step_began
-            objective = make_objective(settings, policy, actors.critic, rollout, targets)
-            done = _update(config, machine, objective, rollout, policy)
-            now = time.monotonic()
-            state = state.after_step(place, now - began)
-            if settings.kl == "adaptive":
-                coef = ppo.adapted_kl_coef(
-                    targets.figures["kl_coef"], kl, settings.target_kl, len(rollout.texts), settings.kl_horizon
-                )
-                state = state.model_copy(update={"kl_coef": coef})
-            record = targets.figures | done | {"lr": rate, "seconds": state.seconds, "sampling_s": sampled_s}
-            tokens = sum(tree.num_tokens for tree in rollout.trees)
-            session.record({"kind": "step", "step": state.step, "unique_tokens": tokens, **record})
-            bar.advance(1, f"reward {record['reward']:.3f}  KL {kl:.2f}  coef {record['kl_coef']:.3f}")
-    finish(policy, state, session)
+                _stop_on_explosion(training, turn.state, kl, settings.explosion_kl)
+            turn.save_or_stop()
+            sampled_s = time.monotonic() - turn.began
+            done = _update(
+                training, settings, make_objective(settings, policy, models.critic, rollout, targets), rollout
+            )
+            turn.done()
+            if isinstance(control := settings.kl, AdaptiveKl):
+                turn.keep(kl_coef=ppo.adapted_kl_coef(coef, kl, control.target, len(rollout.texts), control.horizon))
+            record = targets.figures | done | {"sampling_s": sampled_s}
+            record["unique_tokens"] = sum(tree.num_tokens for tree in rollout.trees)
+            turn.record(record, f"reward {record['reward']:.3f}  KL {kl:.2f}  coef {coef:.3f}")
 
 
-def _update(
-    config: PpoConfig, machine: Machine, objective: Objective, rollout: Rollout, policy: Policy
-) -> dict[str, float]:
+def _update(training: Training, settings: PpoSettings, objective: Objective, rollout: Rollout) -> dict[str, float]:
     """The passes over one rollout; means per token of the last update. A pass ends early once the policy has moved too far."""
-    settings, trees = config.ppo, rollout.trees
+    trees = rollout.trees
     size = settings.minibatch_prompts or len(trees)
     figures: dict[str, float] = {}
-    num_updates = 0
-    for _ in range(settings.updates):
-        for first in range(0, len(trees), size):
-            cut = micro_batches(trees[first : first + size], policy, config.train.max_tokens_per_pack, machine.world)
-            done = step(machine, cut, objective)
-            num_updates += 1
-            figures = {name: done.sums[name] / done.sums["tokens"] for name in STATS[1:]}
-            figures |= {"grad_norm": done.grad_norm, "loss": done.sums["loss"]}
-            if settings.stop_update_kl is not None and figures["update_kl"] > settings.stop_update_kl:
-                return figures | {"num_updates": num_updates}
-    return figures | {"num_updates": num_updates}
+    updates = [trees[i : i + size] for _ in range(settings.updates) for i in range(0, len(trees), size)]
+    for number, minibatch in enumerate(updates, 1):
+        done = step(training.learner, training.micro_batches(minibatch), objective)
+        figures = {name: done.sums[name] / done.sums["tokens"] for name in Sums._fields if name != "tokens"}
+        figures |= {"grad_norm": done.grad_norm, "loss": done.sums["loss"], "num_updates": number}
+        if settings.stop_update_kl is not None and figures["update_kl"] > settings.stop_update_kl:
+            break
+    return figures
 
 
-def _stop_on_explosion(
-    config: PpoConfig,
-    policy: Policy,
-    machine: Machine,
-    state: TrainingState,
-    expected: TrainingState,
-    kl: float,
-    session: Session,
-) -> None:
+def _stop_on_explosion(training: Training, state: TrainingState, kl: float, limit: float) -> None:
     """Put the last good checkpoint back, write it as the final model, and say so with an error."""
-    what = f"KL explosion: {kl:.0f} nats a response after rollout {state.step} (ppo.explosion_kl = {config.ppo.explosion_kl:.0f})"
-    remedy = "lower optim.lr, raise ppo.kl_coef or lower ppo.target_kl"
+    session = training.session
+    what = f"KL explosion: {kl:.0f} nats a response after rollout {state.step} (ppo.explosion_kl = {limit:.0f})"
+    remedy = "lower optim.lr, raise ppo.kl.coef or lower ppo.kl.target"
     found = newest_sound(session)
     if found is None:
         session.event(state.step, "kl_explosion", f"warning: {what}; there is no checkpoint yet")
-        raise NumericsError(f"{what} before the first checkpoint; {remedy}, or save sooner (train.save_every)")
-    good = checkpoint.restore(found, machine.parameters, machine.optimizer, expected, machine.beside)
+        raise NumericsError(f"{what} before the first checkpoint; {remedy}, or save sooner (save.every)")
+    good = checkpoint.restore(found, training.learner, state)
     session.event(state.step, "kl_explosion", f"warning: {what}; back to rollout {good.step}")
-    finish(policy, good, session)
+    finish(training.policy, good, session)
     raise NumericsError(f"{what}; the model in {session.folder.model} is that of rollout {good.step}; {remedy}")

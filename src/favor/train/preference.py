@@ -1,11 +1,11 @@
 """The main loop of the DPO family: from preferences to a better model. Newcomers start here.
 
 In: TrainConfig (a recipe). Out: a run folder with the trained model. The path of one preference from here:
-data/read -> data/tokenize -> data/batches -> model/logprobs -> losses/pairwise -> train/step.
+data/read -> data/tokenize -> data/pack -> data/loader -> model/logprobs -> losses/pairwise -> train/step.
 """
 
+import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,7 @@ from pydantic import BaseModel, model_validator
 from torch import Tensor
 
 from favor.config import STRICT, Seed, dump
-from favor.data import batches
-from favor.data.batches import LoaderState, Order
+from favor.data.batches import build
 from favor.data.prepare import Splits, check_sources
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
@@ -27,32 +26,24 @@ from favor.losses.table import LossConfig, make_loss, needs
 from favor.losses.view import RATIOS, Scored
 from favor.model.batched import measured
 from favor.model.layout import sampled_tree, settle
-from favor.model.load import ModelConfig, Policy, load_policy, precise, precision_of
-from favor.model.logprobs import response_logps
+from favor.model.load import ModelConfig, Policy, load_policy, precise
+from favor.model.logprobs import mean_overlap, response_logps, scored_logps, sum_tokens
 from favor.ranks import World
 from favor.rewards.source import RewardConfig, check_scorer, make_scorer
 from favor.rewards.source import identity as reward_identity
 from favor.run import same_inputs
-from favor.train import reference, twopass
+from favor.train import coupled, reference
 from favor.train.checkpoint import TrainingState
-from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
-from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
+from favor.train.loop import LoopConfig, SaveConfig, Training, Turn, micro_batches, turns
+from favor.train.optim import OptimConfig, make_learner
 from favor.train.reference import Reference, ReferenceConfig
-from favor.train.scored import kto_zero, score, usable
 from favor.train.session import Bar, Session, load_splits, recipe_hash, running
-from favor.train.step import Machine, Objective, Stepped, step
-from favor.train.twopass import gather
-from favor.train.watch import (
-    STATS,
-    Beside,
-    WatchConfig,
-    batch_stats,
-    evaluate,
-    figures,
-    means,
-    probe,
-    watch_displacement,
-)
+from favor.train.stats import STATS, batch_sums, displacement, means, shown, usable
+from favor.train.step import Objective, Stepped, step
+from favor.train.watch import References, WatchConfig, evaluate, probe
+
+# Prompts over which the displacement of the chosen is watched.
+_WATCHED = 64
 
 
 class TrainConfig(BaseModel):
@@ -60,8 +51,11 @@ class TrainConfig(BaseModel):
 
     model_config = STRICT
     run: str
+    """Folder of the run."""
     seed: Seed = 0
+    """Seed of the order of training, of adapters and of probes."""
     resume: bool = False
+    """Continue the run that stopped in this folder."""
     model: ModelConfig
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
@@ -69,13 +63,16 @@ class TrainConfig(BaseModel):
     optim: OptimConfig = OptimConfig()
     reference: ReferenceConfig = ReferenceConfig()
     train: LoopConfig = LoopConfig()
+    save: SaveConfig = SaveConfig()
     watch: WatchConfig = WatchConfig()
     reward: RewardConfig | None = None
 
     @model_validator(mode="after")
-    def _reward_is_read(self) -> "TrainConfig":
-        if self.reward is not None and not self.watch.kl_every:
-            raise ValueError("[reward] scores the samples of the KL probe; set watch.kl_every, or remove it")
+    def _watched_is_there(self) -> "TrainConfig":
+        if self.reward is not None and self.watch.kl is None:
+            raise ValueError("[reward] scores the samples of the KL probe; set watch.kl.every, or remove it")
+        if self.watch.eval is not None and self.data.eval is None and not self.data.eval_share:
+            raise ValueError("[watch.eval] measures held-out data; name data.eval or data.eval_share, or remove it")
         return self
 
     @model_validator(mode="after")
@@ -105,162 +102,164 @@ def train(config: TrainConfig, open_session: Callable[[Path], Session]) -> None:
 def _train(config: TrainConfig, session: Session) -> None:
     policy = load_policy(config.model, config.seed)
     splits = load_splits(config.data, config.tokens, policy, session)
+    # trees without an item of the loss (a prompt whose answers only tie) are read and not trained on
     used = usable(config.loss, splits.train, config.data.training)
+    # trees where they are exact for this model and these lengths, else one row per response
     policy, why = settle(policy, config.model.layout, splits.train, also=_beyond(config, splits), train=True)
-    session.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
-    beside = _beside(config, policy, splits, session)
-    _loop(config, policy, splits, used, beside, session)
+    session.self_check(policy, why)
+    # hashing the weights takes its time: once, for the store and for what entered
+    identity = reference.identity(policy, config.tokens)
+    references = _references(config, policy, splits, identity, session)
+    ref = references.of["train"]
+    inputs = recipe_hash(config) | identity | {"reference": ref.identity, "data": splits.identity}
+    inputs |= {"reward": reward_identity(config.reward)} if config.reward else {}
+    if session.world.is_main:
+        # what is measured later must be against this reference
+        same_inputs(session.folder, inputs)
+    # TR-DPO's reference moves with the policy, so checkpoints keep it
+    moving = ref.weights if config.reference.sync_every else {}
+    learner = make_learner(config.optim, policy.trainable(), policy.device, session.world, moving)
+    training = Training(config, policy, learner, len(used), session)
+    _loop(config, training, (splits, used), references, TrainingState(inputs=inputs))
 
 
 def _beyond(config: TrainConfig, splits: Splits) -> Iterator[TokenTree]:
     """What is computed beside the training trees: held-out ones, samples of probes, KTO's mismatched pairs."""
     yield from splits.eval
-    if config.watch.kl_every:
+    if (kl := config.watch.kl) is not None:
         trees = splits.eval or splits.train
-        yield from (sampled_tree(tree.prompt_ids, config.watch.kl_tokens) for tree in trees[: config.watch.kl_prompts])
+        yield from (sampled_tree(tree.prompt_ids, kl.tokens) for tree in trees[: kl.prompts])
     if needs(config.loss).zero:
         prompt = max((tree.prompt_ids for tree in splits.train), key=len)
         yield sampled_tree(prompt, max(len(response) for tree in splits.train for response in tree.response_ids))
 
 
-def make_objective(config: LossConfig, policy: Policy, reference: Reference, zero: float = 0.0) -> Objective:
-    """The losses of a batch, each summed over its items, with the statistics of its pairs. zero: KTO's z0."""
-
-    def loss(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        scored = score(config, policy, reference, batch, zero)
-        return losses.term_sums(config, scored, batch), batch_stats(config, scored, batch)
-
-    return Objective(loss, lambda batch: losses.item_weight(config, batch), STATS, len(losses.terms(config)))
-
-
-def _beside(config: TrainConfig, policy: Policy, splits: Splits, session: Session) -> Beside:
+def _references(
+    config: TrainConfig, policy: Policy, splits: Splits, identity: Mapping[str, str], session: Session
+) -> References:
     """The reference of every split and, where the KL probe or KTO's z0 need it, a live one; a scorer of probes.
 
     What training compares with is computed as the policy is while it trains; what is measured, in float32.
     """
     needed, is_live = needs(config.loss), config.reference.mode == "live"
-    parts = splits.by_name if config.watch.eval_every else {"train": splits.train}
-    identity = reference.fingerprint(policy, config.tokens, parts)
-    alive = measured = None
-    if is_live or config.watch.kl_every or needed.zero:
+    parts = splits.by_name if config.watch.eval else {"train": splits.train}
+    # LoRA: the policy with its adapters off; all weights: a frozen copy, made only where something reads it
+    live = exact = None
+    if is_live or config.watch.kl or needed.zero:
         base = reference.base_of(policy)
-        alive = reference.live(base, identity["weights"])
-        measured = reference.live(precise(base), identity["weights"])
+        live, exact = (reference.live(each, identity["weights"]) for each in (base, precise(base)))
     if not needed.reference:
-        references = dict.fromkeys(parts, reference.none())
+        of = dict.fromkeys(parts, reference.none())
     elif is_live:
-        assert alive is not None
-        assert measured is not None
-        references = {name: measured if name == "eval" else alive for name in parts}
+        assert live is not None
+        assert exact is not None
+        of = {name: exact if name == "eval" else live for name in parts}
     else:
-        references = _stored(config, policy, (splits, parts, identity), session)
+        of = _stored(config, policy, parts, identity, session)
     scorer = make_scorer(config.reward) if config.reward else None
-    return Beside(references, alive and alive.logps, measured and measured.logps, scorer)
+    return References(of, live and live.logps, exact and exact.logps, scorer)
 
 
 def _stored(
     config: TrainConfig,
     policy: Policy,
-    asked: tuple[Splits, Mapping[str, Sequence[TokenTree]], Mapping[str, str]],
+    parts: Mapping[str, Sequence[TokenTree]],
+    identity: Mapping[str, str],
     session: Session,
 ) -> dict[str, Reference]:
-    """The reference store, built or reused. asked: the data, the parts of it that are needed, the fingerprint."""
-    splits, parts, identity = asked
+    """The reference store, built or reused."""
     path = Path(config.reference.store) if config.reference.store else session.folder.reference
-    began, found = time.monotonic(), path.exists()
+    began, reused = time.monotonic(), path.exists()
 
     def build(trees: Sequence[TokenTree]) -> Tensor:
-        computed = precise(policy) if trees is splits.eval else policy
+        computed, budget = precise(policy) if trees is parts.get("eval") else policy, config.train.max_tokens_per_pack
         with Bar(session, "reference", len(trees)) as bar, reference.frozen(computed) as ref:
-            budget = config.train.max_tokens_per_pack
             return measured(ref, trees, lambda batch: response_logps(ref, batch), budget, session.world, bar.advance)
 
-    stored = reference.stored(policy, parts, identity, path, build, session.world)
+    stored = reference.stored(policy, parts, reference.fingerprint(identity, parts), path, build, session.world)
     seconds = time.monotonic() - began
-    message = f"reference: {'reused' if found else 'stored in'} {path} ({seconds:.1f} s)"
+    message = f"reference: {'reused' if reused else 'stored in'} {path} ({seconds:.1f} s)"
     session.event(0, "reference", message, seconds=seconds)
     return stored
 
 
 def _loop(
     config: TrainConfig,
-    policy: Policy,
-    splits: Splits,
-    used: Sequence[int],
-    beside: Beside,
-    session: Session,
+    training: Training,
+    data: tuple[Splits, Sequence[int]],
+    references: References,
+    state: TrainingState,
 ) -> None:
-    """Optimizer steps from the newest checkpoint to the end, then the final model. used: the trees the loss reads."""
-    loop, watch, ref = config.train, config.watch, beside.references["train"]
-    parameters = policy.trainable()
-    optimizer = make_optimizer(config.optim, parameters)
-    state = TrainingState(inputs=_inputs(config, policy, splits, ref))
-    if session.world.is_main:
-        # what is measured later must be against this reference
-        same_inputs(session.folder, state.inputs)
-    moving = ref.weights if config.reference.sync_every else {}
-    machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world, moving)
-    if config.resume:
-        state = resume(machine, state, session, len(used))
-    total = num_steps(loop, len(used))
-    order = Order(len(used), loop.batch_prompts, config.seed, loop.shuffle)
-    below = deque(state.below, maxlen=max(1, 64 // loop.batch_prompts))
-    kl = state.kl
-    began = time.monotonic() - state.seconds
-
-    with session.stop.looked_at(), Bar(session, "train", total, state.step) as bar:
-        for indices, place in order.batches(LoaderState(state.epoch, state.position)):
-            if state.step >= total:
-                break
-            trees = [splits.train[used[i]] for i in indices]
-            step_began = time.monotonic()
-            rate = learning_rate(config.optim, state.step, total)
-            set_learning_rate(optimizer, rate)
-            cut, objective = plan_step(config, policy, beside, trees, session.world)
-            expected = at_reference(config.loss, trees) if state.step == 0 else None
-            done = step(machine, cut, objective)
+    """Optimizer steps from the newest checkpoint to the end, then the final model."""
+    splits, used = data
+    policy, session, budget = training.policy, training.session, config.train.max_tokens_per_pack
+    watch, sync_every = config.watch, config.reference.sync_every
+    with contextlib.closing(turns(training, "train", state)) as steps:
+        for turn in steps:
+            # the same on every rank; each computes its own share of the micro-batches
+            trees = [splits.train[used[i]] for i in turn.indices]
+            cut, objective = plan_step(config, policy, references, trees, session.world)
+            # before the first update policy and reference are one model, so the loss is known: ln 2 for DPO
+            expected = at_reference(config.loss, trees) if turn.state.step == 0 else None
+            done = step(training.learner, cut, objective)
             if expected is not None:
                 _check_first_loss(policy, expected, done)
-            now = time.monotonic()
-            state = state.after_step(place, now - began)
-            if config.reference.sync_every and state.step % config.reference.sync_every == 0:
-                reference.sync(ref, parameters, config.reference.sync_weight)
-            if watch.kl_every and state.step % watch.kl_every == 0:
-                kl = probe(watch, config.seed, policy, beside, splits, session.world)
-            record = _step_record(done, state, order, cut, now - step_began)
-            session.record(record | {"lr": rate} | kl)
-            bar.advance(1, figures(record | kl))
-            watch_displacement(session, below, done, state.step, watch.displacement_threshold)
-            if watch.eval_every and state.step % watch.eval_every == 0 and splits.eval:
-                settings = (loop.max_tokens_per_pack, session.world)
-                found = evaluate(config.loss, policy, beside.references["eval"], splits.eval, settings)
-                session.record({"kind": "eval", "step": state.step, **found})
-                session.say(f"held-out at step {state.step}: " + figures(found))
-            state = state.model_copy(update={"kl": kl, "below": tuple(below)})
-            save_or_stop(loop, machine, state, total, session)
-    finish(policy, state, session)
+            turn.done()
+            now = turn.state.step
+            if sync_every and now % sync_every == 0:
+                reference.sync(references.of["train"], training.learner.parameters, config.reference.sync_weight)
+            if watch.kl and now % watch.kl.every == 0:
+                turn.keep(kl=probe(watch.kl, config.seed, policy, references, splits, session.world))
+            record = _step_record(turn, done, cut) | turn.state.kl
+            turn.record(record, shown(record))
+            _watch_displacement(config, turn, done)
+            if watch.eval and now % watch.eval.every == 0:
+                found = evaluate(config.loss, policy, references.of["eval"], splits.eval, budget, session.world)
+                session.record({"kind": "eval", "step": now, **found})
+                session.say(f"held-out at step {now}: " + shown(found))
+            turn.save_or_stop()
 
 
-def _inputs(config: TrainConfig, policy: Policy, splits: Splits, ref: Reference) -> dict[str, str]:
-    """Hashes of everything that enters, by name."""
-    found = recipe_hash(config) | reference.identity(policy, config.tokens)
-    found |= {"reference": ref.identity, "data": splits.identity}
-    return found | ({"reward": reward_identity(config.reward)} if config.reward else {})
+def make_objective(config: LossConfig, policy: Policy, reference: Reference, zero: float = 0.0) -> Objective:
+    """The losses of a batch, each summed over its items, with the statistics of its pairs. zero: KTO's z0."""
+
+    def loss(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        # logp_R of both models; the loss sees pairs of them, the statistics too
+        scored = score(config, policy, reference, batch, zero)
+        return losses.term_sums(config, scored, batch), batch_sums(config, scored, batch)
+
+    return Objective(loss, lambda batch: losses.item_weight(config, batch), STATS, len(losses.terms(config)))
+
+
+def score(config: LossConfig, policy: Policy, reference: Reference, batch: Batch, zero: float = 0.0) -> Scored:
+    """Log-probs of policy (with a graph) and reference, with what the loss needs beside."""
+    # most losses read one sum per response; only LD-DPO reads single tokens, and WPO the overlap
+    needed = needs(config)
+    overlap_R = mean_overlap(policy, batch) if needed.overlap else None
+    if not needed.tokens:
+        return Scored(response_logps(policy, batch), reference.logps(batch), overlap_R=overlap_R, zero=zero)
+    assert reference.tokens is not None
+    pi_E, ref_E = scored_logps(policy, batch), reference.tokens(batch)
+    pi_M, ref_M = (value_E.double()[batch.member_edge_M] for value_E in (pi_E, ref_E))
+    return Scored(sum_tokens(batch, pi_E), sum_tokens(batch, ref_E), pi_M, ref_M, overlap_R, zero)
 
 
 def plan_step(
-    config: TrainConfig, policy: Policy, beside: Beside, trees: Sequence[TokenTree], world: World
+    config: TrainConfig, policy: Policy, references: References, trees: Sequence[TokenTree], world: World
 ) -> tuple[list[Batch], Objective]:
     """Micro-batches and objective of one optimizer batch, in one pass or in two."""
-    budget, ref = config.train.max_tokens_per_pack, beside.references["train"]
-    zero = kto_zero(config.loss, policy, beside.alive, trees, (budget, world))
-    if not needs(config.loss).two_passes:
+    budget, ref, needed, zero = config.train.max_tokens_per_pack, references.of["train"], needs(config.loss), 0.0
+    if needed.zero:
+        assert references.live is not None
+        zero = coupled.kto_zero(policy, references.live, trees, budget, world)
+    # one pass: a pair's loss needs that pair alone. Two: AOT sorts, BCO centres, over the whole optimizer batch
+    if not needed.two_passes:
         return micro_batches(trees, policy, budget, world), make_objective(config.loss, policy, ref, zero)
-    scored, whole = gather(config.loss, policy, ref, trees, (budget, world))
-    scored = replace(scored, zero=zero)
-    stats = batch_stats(config.loss, scored, whole)
-    objective = twopass.surrogate(config.loss, policy, (scored, whole), stats, world)
-    return micro_batches(twopass.branches(trees), policy, budget, world), objective
+    whole = coupled.gather(config.loss, policy, ref, trees, budget, world)
+    whole = whole._replace(scored=replace(whole.scored, zero=zero))
+    stats = batch_sums(config.loss, *whole)
+    objective = coupled.surrogate(config.loss, policy, whole, stats, world)
+    return micro_batches(coupled.branches(trees), policy, budget, world), objective
 
 
 def at_reference(config: LossConfig, trees: Sequence[TokenTree]) -> float | None:
@@ -269,7 +268,8 @@ def at_reference(config: LossConfig, trees: Sequence[TokenTree]) -> float | None
         term.loss.reads() & RATIOS and term.settings.get("wpo", "off") == "off" for term in losses.terms(config)
     ):
         return None
-    whole = batches.build(trees, "tree")
+    whole = build(trees, "tree")
+    # policy = reference: every log-ratio is 0, and so are the log-probs as far as the loss can see
     zeros_R = torch.zeros(whole.num_responses, dtype=torch.float64)
     zeros_M = torch.zeros(int(whole.length_R.sum()), dtype=torch.float64)
     sums = losses.term_sums(config, Scored(zeros_R, zeros_R, zeros_M, zeros_M), whole)
@@ -287,21 +287,16 @@ def _check_first_loss(policy: Policy, expected: float, done: Stepped) -> None:
         )
 
 
-def _step_record(
-    done: Stepped, state: TrainingState, order: Order, cut: Sequence[Batch], seconds: float
-) -> dict[str, object]:
+def _step_record(turn: Turn, done: Stepped, cut: Sequence[Batch]) -> dict[str, float]:
     found = means(done.sums)
-    tokens = sum(batch.num_tokens for batch in cut)
-    return {
-        "kind": "step",
-        "step": state.step,
-        "epoch": state.epochs(order.num_trees),
-        "loss": done.sums["loss"],
-        **found,
-        "grad_norm": done.grad_norm,
-        "unique_tokens": tokens,
-        "naive_tokens": sum(batch.num_naive_tokens for batch in cut),
-        "seconds": state.seconds,
-        **({"pairs_per_s": found["pairs"] / seconds} if found["pairs"] else {}),
-        "tokens_per_s": tokens / seconds,
-    }
+    naive = sum(batch.num_naive_tokens for batch in cut)
+    speed = {"pairs_per_s": found["pairs"] / turn.seconds} if found["pairs"] else {}
+    return turn.figures(done, cut) | found | {"naive_tokens": naive} | speed
+
+
+def _watch_displacement(config: TrainConfig, turn: Turn, done: Stepped) -> None:
+    window = max(1, _WATCHED // config.train.batch_prompts)
+    below, warning = displacement(turn.state.below, done.sums, window, config.reference.displacement_threshold)
+    turn.keep(below=below)
+    if warning is not None:
+        turn.training.session.event(turn.state.step, "displacement", warning)

@@ -36,17 +36,22 @@ _HASH = "sha256"
 
 
 class ReferenceConfig(BaseModel):
-    """Section [reference]. `store` names the file to build or reuse; by default it lies in the run folder.
+    """Section [reference]: what the policy is compared with, the model as it starts.
 
-    sync_every, sync_weight: TR-DPO. Every so many steps the live reference moves to the policy by that share (1: it
-    becomes the policy). Gorbatovski et al. 2024, arXiv 2404.09656.
+    sync: TR-DPO, Gorbatovski et al. 2024, arXiv 2404.09656.
     """
 
     model_config = STRICT
     mode: Literal["stored", "live"] = "stored"
+    """stored: log-probs computed once and kept in a file; live: computed beside every batch."""
     store: str | None = None
+    """The file to build or reuse; by default it lies in the run folder."""
     sync_every: int | None = Field(default=None, ge=1)
+    """Steps after which the live reference moves to the policy."""
     sync_weight: float = Field(default=1.0, gt=0, le=1)
+    """By what share it moves; 1: it becomes the policy."""
+    displacement_threshold: float = Field(default=0.75, gt=0, le=1)
+    """Warn once so large a share of the last chosen responses has become less likely than under the reference."""
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "ReferenceConfig":
@@ -74,9 +79,9 @@ class Reference:
     weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
-def fingerprint(policy: Policy, tokens: TokensConfig, splits: Mapping[str, Sequence[TokenTree]]) -> dict[str, str]:
+def fingerprint(identity: Mapping[str, str], splits: Mapping[str, Sequence[TokenTree]]) -> dict[str, str]:
     """Everything the reference's log-probs depend on, each under a name a message can use."""
-    return identity(policy, tokens) | {"token ids": hash_ids(splits)}
+    return {**identity, "token ids": hash_ids(splits)}
 
 
 def identity(policy: Policy, tokens: TokensConfig) -> dict[str, str]:

@@ -50,8 +50,8 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Actors:
-    """Everyone a rollout needs: who acts, who judges, who it is compared with."""
+class Models:
+    """What a rollout needs: the policy, its critic (GAE), the reference, and what scores a response."""
 
     policy: Policy
     critic: Critic | None
@@ -60,20 +60,20 @@ class Actors:
 
 
 def collect(
-    actors: Actors, prompts: Sequence[Prompt], each: int, seed: int, config: SampleConfig, budget: int, world: World
+    models: Models, prompts: Sequence[Prompt], each: int, seed: int, config: SampleConfig, budget: int, world: World
 ) -> Rollout:
     """Sample `each` responses per prompt, split over ranks, and measure them. Seeds depend on prompt and `seed` alone."""
     repeated = [prompt for prompt in prompts for _ in range(each)]
     seeds = sample_seeds(seed, [prompt.index for prompt in prompts], each)
-    responses = sampled(actors.policy, [prompt.ids for prompt in repeated], seeds, config, world)
+    responses = sampled(models.policy, [prompt.ids for prompt in repeated], seeds, config, world)
     trees = [
         TokenTree(prompt.ids, tuple(responses[i * each :][:each]), (True,) * each, (), first_response=i * each, row=i)
         for i, prompt in enumerate(prompts)
     ]
-    texts = decode(actors.policy, responses)
+    texts = decode(models.policy, responses)
     length_R = torch.tensor([len(r) for r in responses])
     mask_RT = torch.arange(int(length_R.max()))[None] < length_R[:, None]
-    arrays = _measured(actors, trees, mask_RT, budget, world)
+    arrays = _measured(models, trees, mask_RT, budget, world)
     return Rollout(
         trees=trees,
         texts=texts,
@@ -81,16 +81,10 @@ def collect(
         logp_RT=arrays[0],
         ref_RT=arrays[1],
         value_RT=arrays[2],
-        score_R=scores(actors.scorer, [prompt.text for prompt in repeated], texts, world),
-        ended_R=torch.tensor([r[-1] in actors.policy.end_ids for r in responses]),
+        score_R=scores(models.scorer, [prompt.text for prompt in repeated], texts, world),
+        ended_R=torch.tensor([r[-1] in models.policy.end_ids for r in responses]),
         group_R=torch.arange(len(prompts)).repeat_interleave(each),
     )
-
-
-def position_M(batch: Batch) -> Tensor:
-    """The place of every scored token within its response: int64 [M]."""
-    start_R = batch.length_R.cumsum(0) - batch.length_R
-    return torch.arange(batch.member_response_M.shape[0], device=start_R.device) - start_R[batch.member_response_M]
 
 
 def sampled(
@@ -117,18 +111,18 @@ def scores(scorer: Scorer, prompts: Sequence[Text], responses: Sequence[str], wo
 
 
 def _measured(
-    actors: Actors, trees: Sequence[TokenTree], mask_RT: Tensor, budget: int, world: World
+    models: Models, trees: Sequence[TokenTree], mask_RT: Tensor, budget: int, world: World
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of policy and reference, and values, of every sampled token: float32 [R, T], equal on all ranks."""
 
     def three(batch: Batch) -> Tensor:
-        logp_E, value_E = logps_and_values(actors.policy, actors.critic, batch)
-        with frozen(actors.reference) as reference:
+        logp_E, value_E = logps_and_values(models.policy, models.critic, batch)
+        with frozen(models.reference) as reference:
             ref_E = scored_logps(reference, batch)
         values = (logp_E, ref_E, torch.zeros_like(logp_E) if value_E is None else value_E)
         return torch.stack([value[batch.member_edge_M] for value in values])
 
     arrays = torch.zeros(3, *mask_RT.shape)
-    arrays[:, mask_RT] = measured(actors.policy, trees, three, budget, world, tokens=True).float()
+    arrays[:, mask_RT] = measured(models.policy, trees, three, budget, world, tokens=True).float()
     logp_RT, ref_RT, value_RT = arrays.unbind()
     return logp_RT, ref_RT, value_RT

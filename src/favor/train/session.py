@@ -20,7 +20,7 @@ from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.guard import sha
 from favor.lint.cheap import CHECKS
-from favor.model.load import Policy
+from favor.model.load import Policy, precision_of
 from favor.ranks import World, current, on_main
 from favor.run import RunFolder, append, start, write_json
 from favor.stop import StoppedError, StopRequest
@@ -51,6 +51,10 @@ class Session:
         """Something worth knowing beside the curves: printed and recorded."""
         self.say(message)
         self.record({"kind": "event", "step": step, "name": name, "message": message, **extra})
+
+    def self_check(self, policy: Policy, layout: str) -> None:
+        """How the model is computed, and why."""
+        self.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {layout}")
 
 
 def recipe_hash(config: BaseModel) -> dict[str, str]:

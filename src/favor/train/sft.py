@@ -4,31 +4,28 @@ In: SftConfig (a recipe); the data may be SFT rows or preferences. Out: a run fo
 Next: preference.py.
 """
 
-import time
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from pydantic import BaseModel
 from torch import Tensor
 
 from favor.config import STRICT, Seed, dump
-from favor.data.batches import LoaderState, Order
 from favor.data.prepare import check_sources
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import DataError
 from favor.model.layout import settle
-from favor.model.load import ModelConfig, Policy, load_policy, precision_of
+from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
 from favor.train.checkpoint import TrainingState
-from favor.train.loop import LoopConfig, finish, micro_batches, num_steps, resume, save_or_stop
-from favor.train.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
+from favor.train.loop import LoopConfig, SaveConfig, Training, turns
+from favor.train.optim import OptimConfig, make_learner
 from favor.train.reference import identity
-from favor.train.session import Bar, Session, load_splits, recipe_hash, running
-from favor.train.step import Machine, Objective, step
-from favor.train.view import View
+from favor.train.session import Session, load_splits, recipe_hash, running
+from favor.train.step import Objective, step
 
 
 class SftConfig(BaseModel):
@@ -36,13 +33,17 @@ class SftConfig(BaseModel):
 
     model_config = STRICT
     run: str
+    """Folder of the run."""
     seed: Seed = 0
+    """Seed of the order of training and of adapters."""
     resume: bool = False
+    """Continue the run that stopped in this folder."""
     model: ModelConfig
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
     optim: OptimConfig = OptimConfig(lr=2e-5)
     train: LoopConfig = LoopConfig()
+    save: SaveConfig = SaveConfig()
 
 
 def sft(config: SftConfig, open_session: Callable[[Path], Session]) -> None:
@@ -55,38 +56,43 @@ def sft(config: SftConfig, open_session: Callable[[Path], Session]) -> None:
 def _tune(config: SftConfig, session: Session) -> None:
     policy = load_policy(config.model, config.seed)
     splits = load_splits(config.data, config.tokens, policy, session)
-    trees = preferred_only(splits.train)
-    if not trees:
+    used = [i for i, tree in enumerate(splits.train) if preferred(tree)]
+    if not used:
         raise DataError(
             f"{config.data.training}: no response to learn from, each is rejected by some row; give preferred ones"
         )
-    policy, why = settle(policy, config.model.layout, trees, train=True)
-    session.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
+    first = [preferred_only(splits.train[i]) for i in used[:2]]
+    every = (preferred_only(splits.train[i]) for i in used)
+    policy, why = settle(policy, config.model.layout, first, also=every, train=True)
+    session.self_check(policy, why)
     inputs = recipe_hash(config) | identity(policy, config.tokens) | {"data": splits.identity}
-    _loop(config, policy, trees, inputs, session)
+    learner = make_learner(config.optim, policy.trainable(), policy.device, session.world)
+    training = Training(config, policy, learner, len(used), session)
+    objective = make_objective(policy)
+    with contextlib.closing(turns(training, "sft", TrainingState(inputs=inputs))) as steps:
+        for turn in steps:
+            cut = training.micro_batches([preferred_only(splits.train[used[i]]) for i in turn.indices])
+            done = step(learner, cut, objective)
+            turn.done()
+            record = turn.figures(done, cut)
+            turn.record(record, f"loss {record['loss']:.4f}  unique tok/s {record['tokens_per_s']:.0f}")
+            turn.save_or_stop()
 
 
-def preferred_only(trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
-    """Keep the responses that some comparison ranks first and none ranks lower; all of them where nothing is compared."""
-    counts = np.fromiter((len(_best(tree)) for tree in trees), np.int64, len(trees))
-    places = np.flatnonzero(counts)
-    first = np.cumsum(counts) - counts
-
-    def change(tree: TokenTree, i: int) -> TokenTree:
-        best = _best(tree)
-        responses = tuple(tree.response_ids[k] for k in best)
-        complete = tuple(tree.complete[k] for k in best)
-        return TokenTree(tree.prompt_ids, responses, complete, (), int(first[places[i]]), tree.row)
-
-    return View(trees, places, change)
-
-
-def _best(tree: TokenTree) -> Sequence[int]:
+def preferred(tree: TokenTree) -> Sequence[int]:
+    """Responses that some comparison ranks first and none ranks lower; all of them where nothing is compared."""
     first = {comparison.order[0] for comparison in tree.comparisons}
     lower = {index for comparison in tree.comparisons for index in comparison.order[1:]}
     first |= {thumb.response for thumb in tree.thumbs if thumb.good}
     lower |= {thumb.response for thumb in tree.thumbs if not thumb.good}
     return sorted(first - lower) if tree.comparisons or tree.thumbs else range(len(tree.response_ids))
+
+
+def preferred_only(tree: TokenTree) -> TokenTree:
+    """The tree with its preferred responses alone."""
+    best = preferred(tree)
+    responses, complete = tuple(tree.response_ids[k] for k in best), tuple(tree.complete[k] for k in best)
+    return TokenTree(tree.prompt_ids, responses, complete, (), tree.first_response, tree.row)
 
 
 def make_objective(policy: Policy) -> Objective:
@@ -97,41 +103,3 @@ def make_objective(policy: Policy) -> Objective:
         return nll, {"tokens": batch.length_R.double().sum()}
 
     return Objective(loss, lambda batch: (float(batch.length_R.sum()),), ("tokens",))
-
-
-def _loop(
-    config: SftConfig, policy: Policy, trees: Sequence[TokenTree], inputs: dict[str, str], session: Session
-) -> None:
-    loop, parameters = config.train, policy.trainable()
-    optimizer = make_optimizer(config.optim, parameters)
-    state = TrainingState(inputs=inputs)
-    machine = Machine(parameters, optimizer, config.optim.clip, policy.device, session.world)
-    if config.resume:
-        state = resume(machine, state, session, len(trees))
-    objective, total = make_objective(policy), num_steps(loop, len(trees))
-    order = Order(len(trees), loop.batch_prompts, config.seed, loop.shuffle)
-    began = time.monotonic() - state.seconds
-    with session.stop.looked_at(), Bar(session, "sft", total, state.step) as bar:
-        for indices, place in order.batches(LoaderState(state.epoch, state.position)):
-            if state.step >= total:
-                break
-            step_began = time.monotonic()
-            rate = learning_rate(config.optim, state.step, total)
-            set_learning_rate(optimizer, rate)
-            cut = micro_batches([trees[i] for i in indices], policy, loop.max_tokens_per_pack, session.world)
-            done = step(machine, cut, objective)
-            now = time.monotonic()
-            state = state.after_step(place, now - began)
-            tokens = sum(batch.num_tokens for batch in cut)
-            record = {
-                "loss": done.sums["loss"],
-                "grad_norm": done.grad_norm,
-                "lr": rate,
-                "unique_tokens": tokens,
-                "seconds": state.seconds,
-                "tokens_per_s": tokens / (now - step_began),
-            }
-            session.record({"kind": "step", "step": state.step, "epoch": state.epochs(order.num_trees), **record})
-            bar.advance(1, f"loss {record['loss']:.4f}  unique tok/s {record['tokens_per_s']:.0f}")
-            save_or_stop(loop, machine, state, total, session)
-    finish(policy, state, session)

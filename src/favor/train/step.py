@@ -38,18 +38,18 @@ class Stepped(NamedTuple):
     grad_norm: float
 
 
-class Machine(NamedTuple):
-    """What every step works with. beside: weights that move without being trained; checkpoints keep them."""
+class Learner(NamedTuple):
+    """What learns, and how. moving: weights that move without being trained, such as TR-DPO's reference; checkpoints keep them."""
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     clip: float
     device: torch.device
     world: World
-    beside: Mapping[str, Tensor] = MappingProxyType({})
+    moving: Mapping[str, Tensor] = MappingProxyType({})
 
 
-def step(machine: Machine, batches: Sequence[Batch], objective: Objective) -> Stepped:
+def step(learner: Learner, batches: Sequence[Batch], objective: Objective) -> Stepped:
     """Update the weights once from the whole optimizer batch.
 
     The items (pairs, rankings or tokens) of all micro-batches and ranks are counted first and every
@@ -57,35 +57,37 @@ def step(machine: Machine, batches: Sequence[Batch], objective: Objective) -> St
     the gradient beyond summation order. Raises NumericsError, before the weights change, when the
     loss or the gradient is not finite.
     """
-    total = global_count(machine, batches, objective)
-    sums = _accumulate(machine, batches, objective, total)
-    sum_gradients_(machine.parameters.values(), machine.world)
-    values = sum_(sums, machine.world)
-    norm = nn.utils.clip_grad_norm_(machine.parameters.values(), machine.clip)
+    # before any backward: 3 pairs here and 1 there are 4 pairs, not a mean of two means
+    total = global_count(learner, batches, objective)
+    sums = _accumulate(learner, batches, objective, total)
+    sum_gradients_(learner.parameters.values(), learner.world)
+    values = sum_(sums, learner.world)
+    norm = nn.utils.clip_grad_norm_(learner.parameters.values(), learner.clip)
     # the step's one synchronisation: a broken step must be seen before it reaches the weights
     *numbers, grad_norm = torch.cat([values, norm.double().view(1)]).tolist()
     result = Stepped(dict(zip(("loss", *objective.stats), numbers, strict=True)), grad_norm)
     _check(result)
-    machine.optimizer.step()
-    machine.optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
     return result
 
 
-def global_count(machine: Machine, batches: Iterable[Batch], objective: Objective) -> Tensor:
+def global_count(learner: Learner, batches: Iterable[Batch], objective: Objective) -> Tensor:
     """Items of the optimizer batch over all micro-batches and ranks: float64 [terms]."""
     local = torch.zeros(objective.num_terms, dtype=torch.float64)
     for batch in batches:
         local += torch.tensor(objective.count(batch), dtype=torch.float64)
-    total = sum_(local.to(machine.device), machine.world)
+    total = sum_(local.to(learner.device), learner.world)
     assert bool((total > 0).any()), "an optimizer batch holds at least one item"
     return total
 
 
-def _accumulate(machine: Machine, batches: Sequence[Batch], objective: Objective, total: Tensor) -> Tensor:
+def _accumulate(learner: Learner, batches: Sequence[Batch], objective: Objective, total: Tensor) -> Tensor:
     """Add the gradient of every micro-batch; returns the mean loss and the statistics' sums, on the device."""
-    sums = torch.zeros(1 + len(objective.stats), dtype=torch.float64, device=machine.device)
+    sums = torch.zeros(1 + len(objective.stats), dtype=torch.float64, device=learner.device)
+    # [terms] of this micro-batch; dividing by the global count makes their sum the mean over all items
     for batch in batches:
-        loss, stats = objective.loss(batch.to(machine.device))
+        loss, stats = objective.loss(batch.to(learner.device))
         # a term without items in this optimizer batch adds nothing
         loss = (torch.atleast_1d(loss) / total.clamp_min(1e-12)).sum()
         loss.backward()
