@@ -25,7 +25,7 @@ from favor.model.load import ModelConfig, load_policy
 from favor.model.logprobs import response_logps
 from favor.ranks import World
 from favor.rewards.model import encode, implicit_scorer
-from favor.rewards.source import RewardConfig, make_scorer
+from favor.rewards.source import CallableReward, ClassifierReward, ImplicitReward, ModelReward, make_scorer
 from favor.run import RunFolder, read_jsonl
 from favor.train.preference import TrainConfig, train
 from favor.train.reward import BradleyTerryConfig, RewardTrainConfig, make_objective, train_reward
@@ -246,7 +246,7 @@ def test_lora_reward_model_trains_and_saves_its_head(inputs, tmp_path):
     words = words_of(inputs, tmp_path / "run", "model.lora.rank=4", "train.epochs=8", "optim.lr=1e-2")
     found = train_reward(load(RewardTrainConfig, None, words), open_session)
     assert found.accuracy > 0.9
-    scorer = make_scorer(RewardConfig(kind="model", path=str(tmp_path / "run" / "model")))
+    scorer = make_scorer(ModelReward(path=str(tmp_path / "run" / "model")))
     good, bad = scorer(["Film 1?", "Film 1?"], ["warm film good", "warm film bad"])
     assert good > bad
 
@@ -256,7 +256,7 @@ def test_lora_reward_model_trains_and_saves_its_head(inputs, tmp_path):
 
 def test_reward_model_as_scorer_in_any_order_and_repeated(trained):
     run, _ = trained
-    scorer = make_scorer(RewardConfig(kind="model", path=str(run / "model")))
+    scorer = make_scorer(ModelReward(path=str(run / "model")))
     prompts, texts = ["Film 1?", "Film 2?", "Film 1?", "Film 1?"], ["warm good", "warm bad", "warm bad", "warm good"]
     together = scorer(prompts, texts)
     alone = [scorer([p], [t])[0] for p, t in zip(prompts, texts, strict=True)]
@@ -268,7 +268,7 @@ def test_reward_model_as_scorer_in_any_order_and_repeated(trained):
 def test_implicit_reward_is_beta_log_ratio(inputs, tmp_path):
     words = words_of(inputs, tmp_path / "dpo", "train.epochs=2", "loss.beta=0.3")
     train(load(TrainConfig, None, words), open_session)
-    scorer = make_scorer(RewardConfig(kind="implicit", path=str(tmp_path / "dpo")))
+    scorer = make_scorer(ImplicitReward(path=str(tmp_path / "dpo")))
     texts = ["warm film good", "warm film bad"]
     found = scorer(["Film 1?"] * 2, texts)
     policy, ref = (
@@ -286,7 +286,7 @@ def test_implicit_reward_is_beta_log_ratio(inputs, tmp_path):
         ScoreConfig(
             out=str(tmp_path / "scores.jsonl"),
             data=str(inputs / "test.jsonl"),
-            reward=RewardConfig(kind="implicit", path=str(tmp_path / "dpo")),
+            reward=ImplicitReward(path=str(tmp_path / "dpo")),
         ),
         lambda label, done, total: None,
     )
@@ -299,7 +299,7 @@ def test_implicit_reward_is_beta_log_ratio(inputs, tmp_path):
 def test_scoring_samples_without_comparisons(tmp_path):
     (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": "p", "responses": ["a", "bbb"]}) + "\n")
     (tmp_path / "r.py").write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
-    reward = RewardConfig(kind="callable", path=f"{tmp_path / 'r.py'}:length")
+    reward = CallableReward(path=f"{tmp_path / 'r.py'}:length")
     config = ScoreConfig(out=str(tmp_path / "o.jsonl"), data=str(tmp_path / "s.jsonl"), reward=reward)
     assert score(config, lambda *a: None) is None
     assert read_jsonl(tmp_path / "o.jsonl") == [{"prompt": "p", "responses": ["a", "bbb"], "scores": [1.0, 3.0]}]
@@ -310,7 +310,7 @@ def test_rows_of_one_prompt_are_scored_as_one_prompt(tmp_path):
     rows = [{"prompt": f"p{i % 2}", "chosen": f"long {i}", "rejected": f"s{i}"} for i in range(24)]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "r.py").write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
-    reward = RewardConfig(kind="callable", path=f"{tmp_path / 'r.py'}:length")
+    reward = CallableReward(path=f"{tmp_path / 'r.py'}:length")
     found = score(
         ScoreConfig(out=str(tmp_path / "o.jsonl"), data=str(tmp_path / "s.jsonl"), reward=reward), lambda *_: None
     )
@@ -330,15 +330,43 @@ def test_rows_of_one_prompt_are_scored_as_one_prompt(tmp_path):
 def test_a_callable_that_misbehaves_is_named(tmp_path, body, message):
     (tmp_path / "r.py").write_text(body)
     with pytest.raises((DataError, ConfigError), match=message):
-        make_scorer(RewardConfig(kind="callable", path=f"{tmp_path / 'r.py'}:f"))(["p", "p"], ["a", "b"])
+        make_scorer(CallableReward(path=f"{tmp_path / 'r.py'}:f"))(["p", "p"], ["a", "b"])
+
+
+def test_a_classifier_reads_text_and_label_alone(tmp_path):
+    """The documented columns are enough: no film, no fresh."""
+    rows = [{"text": f"a {'warm' if i % 2 else 'dull'} film {i}", "label": bool(i % 2)} for i in range(40)]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score = make_scorer(ClassifierReward(path=str(tmp_path / "labels.jsonl")))
+    good, bad = score(["p", "p"], ["a warm film", "a dull film"])
+    assert good > 0.5 > bad
+
+
+def test_a_setting_of_another_kind_of_reward_is_refused():
+    words = ["out=o", "data=d", "reward.kind=classifier", "reward.path=x", "reward.tokens.max_tokens=9"]
+    with pytest.raises(ConfigError, match=r"reward\.tokens.*not read by kind 'classifier'.*model, implicit"):
+        load(ScoreConfig, None, words)
+    with pytest.raises(
+        ConfigError, match=r"'reward\.kind' is 'oracle'; choose one of model, implicit, classifier, callable"
+    ):
+        load(ScoreConfig, None, ["out=o", "data=d", "reward.kind=oracle"])
+
+
+def test_a_scored_response_ends_as_the_template_ends_it(inputs):
+    """Also where the model names further end tokens with smaller ids (Llama 3 has two)."""
+    policy = load_policy(ModelConfig(path=str(inputs / "model")))
+    policy.causal_lm.generation_config.eos_token_id = [0, 1, policy.tokenizer.eos_token_id]
+    trees, _ = encode(["Film 1?"] * 2, ["warm", " "], policy, TokensConfig())
+    assert min(policy.end_ids) == 0
+    assert {ids[-1] for ids in trees[0].response_ids} == {policy.tokenizer.eos_token_id}
 
 
 def test_scorers_that_are_not_there(tmp_path):
     with pytest.raises(ConfigError, match="no such Python file"):
-        make_scorer(RewardConfig(kind="callable", path=f"{tmp_path / 'none.py'}:f"))
+        make_scorer(CallableReward(path=f"{tmp_path / 'none.py'}:f"))
     with pytest.raises(ConfigError, match="no such Python module"):
-        make_scorer(RewardConfig(kind="callable", path="no_such_module_here:f"))
+        make_scorer(CallableReward(path="no_such_module_here:f"))
     with pytest.raises(CheckpointError, match="no finished run"):
-        make_scorer(RewardConfig(kind="implicit", path=str(tmp_path)))
+        make_scorer(ImplicitReward(path=str(tmp_path)))
     with pytest.raises(CheckpointError, match="no such model folder"):
-        make_scorer(RewardConfig(kind="model", path=str(tmp_path / "none")))
+        make_scorer(ModelReward(path=str(tmp_path / "none")))

@@ -16,7 +16,7 @@ from favor.hide import without_secrets
 from favor.lint.run import lint
 from favor.lint.settings import LintConfig
 from favor.online import LoopRunConfig, loop
-from favor.rewards.source import RewardConfig, make_scorer
+from favor.rewards.source import CallableReward, make_scorer
 from favor.run import RunFolder, opened, read_json, start
 from favor.train.ppo import PpoConfig, train_ppo
 from favor.train.preference import TrainConfig, train
@@ -222,7 +222,7 @@ BODIES = {
 def test_whatever_a_function_of_the_user_does_is_one_error(here, body):
     (here / "u.py").write_text(body)
     with pytest.raises(ConfigError, match=r"u\.py:r: failed"):
-        make_scorer(RewardConfig(kind="callable", path="u.py:r"))(["p"], ["a"])
+        make_scorer(CallableReward(path="u.py:r"))(["p"], ["a"])
 
 
 def test_a_function_may_not_move_our_files(here):

@@ -242,7 +242,8 @@ def _advice(key: str, schema: type[BaseModel], here: Sequence[type[BaseModel]]) 
         return now if " " in now else f"it is called '{now}' now"
     valid = list(dict.fromkeys(_keys(schema)))
     if key in valid:
-        return f"it is not read by kind '{kind_of(here[0])}'; remove it or choose a kind that reads it"
+        readers = clipped(", ".join(_readers(key, schema)))
+        return f"it is not read by kind '{kind_of(here[0])}'; remove it or choose a kind that reads it ({readers})"
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
     if not close:
         leaf = key.rsplit(".", 1)[-1]
@@ -250,6 +251,15 @@ def _advice(key: str, schema: type[BaseModel], here: Sequence[type[BaseModel]]) 
     if close:
         return f"did you mean '{close[0]}'?"
     return f"known here: {', '.join(_below(key.rpartition('.')[0], here))}"
+
+
+def _readers(key: str, schema: type[BaseModel]) -> Iterator[str]:
+    """The kinds of a section that have this setting."""
+    here, (*parents, leaf) = [schema], key.split(".")
+    for part in parents:
+        fields = [model.model_fields[part] for model in here if part in model.model_fields]
+        here = [model for field in fields for model in models(field.annotation)]
+    yield from (kind_of(model) for model in here if leaf in model.model_fields)
 
 
 def _below(key: str, here: Sequence[type[BaseModel]]) -> list[str]:

@@ -21,7 +21,7 @@ from favor.model.layout import settle
 from favor.model.load import ModelConfig, load_policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
-from favor.rewards.source import RewardConfig, make_scorer
+from favor.rewards.source import ClassifierReward, ModelReward, RewardConfig, make_scorer
 from favor.run import RunFolder, cache_folder, make_folder, write_json, write_text
 from favor.train import reference
 from favor.train.loop import LoopConfig, SaveConfig
@@ -97,7 +97,7 @@ def settle_task(config: FrontierConfig, root: Path, say: Callable[[str], None]) 
         prompts=str(files / "sft.jsonl"),
         eval_prompts=str(files / "eval.jsonl"),
         sft=str(files / "sft.jsonl"),
-        reward=RewardConfig(kind="classifier", path=str(reviews / "classifier.jsonl")),
+        reward=ClassifierReward(path=str(reviews / "classifier.jsonl")),
         tokens=TokensConfig(template="plain"),
     )
 
@@ -215,7 +215,7 @@ def scale_rewards(task: Task, places: Places, seed: int) -> None:
 
 def learnt_reward(task: Task, places: Places, seed: int) -> RewardConfig:
     """The seed's reward model as a [reward]."""
-    return RewardConfig(kind="model", path=str(RunFolder(places.reward(seed)).model), tokens=task.tokens)
+    return ModelReward(path=str(RunFolder(places.reward(seed)).model), tokens=task.tokens)
 
 
 def training_prompts(config: FrontierConfig, task: Task, seed: int) -> NumberedPrompts:

@@ -21,7 +21,7 @@ from favor.data.types import Text
 from favor.errors import DataError
 from favor.eval.calibration import calibrate
 from favor.output import Output
-from favor.rewards.source import RewardConfig, identity, make_scorer
+from favor.rewards.source import RewardConfig, identity, make_scorer, reads
 
 # Responses handed to the scorer at once: enough to share prompts, little enough to see progress.
 _CHUNK = 256
@@ -52,7 +52,7 @@ def score(
     """
     figures = Path(f"{config.out}.figures.json")
     claim = Output(Path(config.out), "out", config.overwrite, (figures,))
-    read = (config.data, config.reward.path, config.reward.reference, recipe and str(recipe))
+    read = (config.data, *reads(config.reward), recipe and str(recipe))
     with output.claimed(claim, read) as out:
         rows = _judgments(config)
         told = {"data": rows, "reward": identity(config.reward)}

@@ -21,7 +21,7 @@ from favor.generate.samples import Drawn, Progress, already, claim, draw_all, in
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
 from favor.output import Output
-from favor.rewards.source import RewardConfig, check_scorer
+from favor.rewards.source import RewardConfig, check_scorer, reads
 from favor.server import ServerConfig
 
 
@@ -82,7 +82,7 @@ def prefer(config: PreferConfig, progress: Progress, recipe: Path | None = None)
     """
     check_scorer(config.reward)
     sampling = _sampling(config)
-    inputs = [*inputs_of(sampling), config.reward.path, config.reward.reference, recipe and str(recipe)]
+    inputs = [*inputs_of(sampling), *reads(config.reward), recipe and str(recipe)]
     with output.claimed(claim(sampling), inputs) as out:
         prompts = read_prompts(config.prompts, config.split, config.max_prompts)
         out = replace(out, settings=made_from(sampling, prompts, config.reward))

@@ -6,25 +6,24 @@ In: a model folder, prompts and responses as text. Out: one score per response. 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from favor.config import load
-from favor.data import batches
 from favor.data.formats import RowError
 from favor.data.tokenize import TokensConfig, encode_prompt, tokenize
 from favor.data.types import Batch, PromptTree, Text, TokenTree
 from favor.errors import CheckpointError, ConfigError, DataError
+from favor.model.batched import measured
 from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.layout import longest_path, settle
 from favor.model.load import ModelConfig, Policy, load_policy, weights_hash
 from favor.model.logprobs import response_logps
-from favor.rewards.source import Scorer
 from favor.run import RunFolder, read_json
 
+Scorer: TypeAlias = Callable[[Sequence[Text], Sequence[str]], list[float]]
 # Tokens computed at once; there is no gradient, so this bounds the memory of one forward only.
 _BUDGET = 4096
 # Longest prompt and response that are scored, in tokens, unless [reward.tokens] says otherwise.
@@ -52,6 +51,12 @@ def read_run(run: str) -> tuple[RunFolder, RunRecipe]:
     return folder, load(RunRecipe, folder.config, ["model.dtype=float32"])
 
 
+def base_of(run: str) -> str | None:
+    """The model that a run started from, if there is one to read."""
+    folder = RunFolder(Path(run))
+    return load(RunRecipe, folder.config).model.path if folder.config.exists() else None
+
+
 def load_pair(run: str, reference: str | None) -> tuple[Policy, Policy]:
     """A run's trained policy and its reference (the model it started from, or another one), in float32."""
     folder, recipe = read_run(run)
@@ -76,16 +81,13 @@ def model_scorer(path: str, tokens: TokensConfig | None) -> Scorer:
     def score(prompts: Sequence[Text], responses: Sequence[str]) -> list[float]:
         trees, place = encode(prompts, responses, policy, tokens or TokensConfig(max_tokens=_LONGEST))
         ready = settled(trees)
-        return measure(trees, ready, lambda batch: response_scores(ready, batch))[place].tolist()
+        return measured(ready, trees, lambda batch: response_scores(ready, batch), _BUDGET)[place].tolist()
 
     return score
 
 
 def implicit_scorer(run: str, reference: str | None, beta: float | None, tokens: TokensConfig | None) -> Scorer:
-    """r(x, y) = beta log(pi(y|x) / ref(y|x)), nats x beta, float32; policy, reference, beta and template are the run's.
-
-    tokens: other ones than the run's.
-    """
+    """r(x, y) = beta log(pi(y|x) / ref(y|x)), nats x beta, float32; policy, and what is None here, are the run's."""
     _, recipe = read_run(run)
     used = beta or recipe.loss.get("beta")
     if used is None:
@@ -103,7 +105,7 @@ def implicit_scorer(run: str, reference: str | None, beta: float | None, tokens:
         def log_ratio(batch: Batch) -> Tensor:
             return response_logps(first, batch) - response_logps(second, batch)
 
-        return (used * measure(trees, first, log_ratio))[place].tolist()
+        return (used * measured(first, trees, log_ratio, _BUDGET))[place].tolist()
 
     return score
 
@@ -132,35 +134,35 @@ def encode(
     response are tokenised apart, which is how the sampled text came about. A blank response is its end token alone.
     Raises DataError for a prompt that cannot be rendered or is too long.
     """
-    groups: dict[str, tuple[Text, dict[str, int]]] = {}
-    keys: list[tuple[str, str]] = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        key = json.dumps(prompt)
-        _, members = groups.setdefault(key, (prompt, {}))
-        members.setdefault(response, len(members))
-        keys.append((key, response))
+    keys = [json.dumps(prompt) for prompt in prompts]
+    groups: dict[str, tuple[Text, dict[str, None]]] = {}
+    for key, prompt, response in zip(keys, prompts, responses, strict=True):
+        groups.setdefault(key, (prompt, {}))[1][response] = None
     trees: list[TokenTree] = []
-    first: dict[str, int] = {}
-    count = 0
-    for key, (prompt, members) in groups.items():
-        tree = _tree(prompt, list(members), policy, tokens, count)
-        trees.append(tree)
-        first[key] = count
-        count += len(members)
-    return trees, [first[key] + groups[key][1][response] for key, response in keys]
+    place: dict[tuple[str, str], int] = {}
+    for key, (prompt, texts) in groups.items():
+        first = len(place)
+        trees.append(_tree(prompt, list(texts), policy, tokens, first))
+        place.update(((key, text), first + i) for i, text in enumerate(texts))
+    return trees, [place[each] for each in zip(keys, responses, strict=True)]
 
 
-def _tree(prompt: Text, responses: list[str], policy: Policy, tokens: TokensConfig, first: int) -> TokenTree:
+def _tree(prompt: Text, texts: list[str], policy: Policy, tokens: TokensConfig, first: int) -> TokenTree:
     # what is too long is refused here, by what it is
     settings = tokens.model_copy(update={"special_text": "allow", "max_tokens": 1 << 30})
     try:
         ids = encode_prompt(prompt, policy.tokenizer, settings)
     except RowError as error:
         raise DataError(f"the prompt {prompt!r:.80} cannot be scored: {error}") from None
-    told = [text for text in responses if text.strip()]
-    encoded = _exact(prompt, told, policy, settings) if told else {}
-    blank = (_end_of_turn(prompt, policy, settings),)
-    found = tuple(encoded.get(text, blank) for text in responses)
+    told = [text for text in texts if text.strip()]
+    together = _exact(prompt, told, policy, settings) if told else None
+    # one that cannot be exact must not change how the others are scored
+    known = together or {k: v for text in told for k, v in (_exact(prompt, [text], policy, settings) or {}).items()}
+    if len(known) < len(texts):
+        end = _end_of_turn(prompt, policy, settings)
+        apart = policy.tokenizer([text.strip() and text for text in texts], add_special_tokens=False).input_ids
+        known = {text: (*said, end) for text, said in zip(texts, apart, strict=True)} | known
+    found = tuple(known[text] for text in texts)
     longest = len(ids) + max(map(len, found))
     if longest > tokens.max_tokens:
         raise DataError(
@@ -172,40 +174,23 @@ def _tree(prompt: Text, responses: list[str], policy: Policy, tokens: TokensConf
 
 def _end_of_turn(prompt: Text, policy: Policy, settings: TokensConfig) -> int:
     """The token with which an answer to this prompt ends: the template's own, of several that could."""
-    side: Text = "a" if isinstance(prompt, str) else ({"role": "assistant", "content": "a"},)
-    tree = PromptTree(prompt, (side,), (), (1,), "scored text")
+    if exact := _exact(prompt, ["a"], policy, settings):
+        return exact["a"][-1]
+    # no answer to it has exact ids by this template: the tokenizer's own end
+    eos = policy.tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise DataError(
+            f"the prompt {prompt!r:.80} cannot be scored: neither template nor tokenizer ends an answer to it"
+        )
+    return eos
+
+
+def _exact(prompt: Text, texts: list[str], policy: Policy, settings: TokensConfig) -> dict[str, tuple[int, ...]] | None:
+    """The ids of each response as training sees them; None when one of them has none."""
+    sides = tuple(texts) if isinstance(prompt, str) else tuple(({"role": "assistant", "content": t},) for t in texts)
+    tree = PromptTree(prompt, sides, (), (1,), "scored text")
     try:
         (exact,), _ = tokenize([tree], policy.tokenizer, settings, policy.end_ids, "error")
     except DataError:
-        # no answer to it has exact ids by this template: the tokenizer's own end
-        eos = policy.tokenizer.eos_token_id
-        return eos if isinstance(eos, int) else min(policy.end_ids)
-    return exact.response_ids[0][-1]
-
-
-def _exact(prompt: Text, told: list[str], policy: Policy, settings: TokensConfig) -> dict[str, tuple[int, ...]]:
-    """The ids of each response as training sees them; those for which there are none are tokenised apart."""
-    sides = tuple(told) if isinstance(prompt, str) else tuple(({"role": "assistant", "content": t},) for t in told)
-    try:
-        tree = PromptTree(prompt, sides, (), (1,), "scored text")
-        (exact,), _ = tokenize([tree], policy.tokenizer, settings, policy.end_ids, "error")
-    except DataError:
-        if len(told) == 1:
-            return {told[0]: _apart(told[0], policy, _end_of_turn(prompt, policy, settings))}
-        # one that cannot be exact must not change how the others are scored
-        return {text: ids for each in told for text, ids in _exact(prompt, [each], policy, settings).items()}
-    return dict(zip(told, exact.response_ids, strict=True))
-
-
-def _apart(text: str, policy: Policy, end: int) -> tuple[int, ...]:
-    return (*policy.tokenizer(text, add_special_tokens=False).input_ids, end)
-
-
-def measure(trees: Sequence[TokenTree], policy: Policy, function: Callable[[Batch], Tensor]) -> Tensor:
-    """`function` of every response, without gradients: float64 [responses], CPU, in the trees' order."""
-    total = torch.zeros(sum(len(tree.response_ids) for tree in trees), dtype=torch.float64)
-    with torch.no_grad():
-        for members in batches.plan([batches.computed_tokens(tree, policy.layout) for tree in trees], _BUDGET):
-            batch = batches.build([trees[i] for i in members], policy.layout).to(policy.device)
-            total[batch.index_R.cpu() - trees[0].first_response] = function(batch).double().cpu()
-    return total
+        return None
+    return dict(zip(texts, exact.response_ids, strict=True))

@@ -9,142 +9,112 @@ import itertools
 import json
 import math
 import reprlib
-import tomllib
 import warnings
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence, Set
-from importlib.machinery import ModuleSpec
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 
 from favor.config import STRICT
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import DataError, clipped
 from favor.guard import content, sha
+from favor.model.load import check_path
+from favor.rewards.model import Scorer, base_of, implicit_scorer, model_scorer
 from favor.rewards.user import check_function, find_function, guarded
-from favor.run import read_text
-
-Scorer: TypeAlias = Callable[[Sequence[Text], Sequence[str]], list[float]]
 
 
-class RewardConfig(BaseModel):
-    """Section [reward].
-
-    kind: model (a folder of `favor reward`, or any sequence classifier with one output), implicit (a run of
-    `favor train`: beta log pi/ref), classifier (labelled texts, JSONL with text and fresh or label; TF-IDF and
-    logistic regression fitted on the spot, P(positive)), callable (`file.py:function` or `package.module:function`,
-    called with (prompts, responses)). `beta`, `reference` and `tokens` replace those of an implicit reward's run.
-    """
+class ModelReward(BaseModel):
+    """Section [reward], kind "model": the number that a reward model gives."""
 
     model_config = STRICT
-    kind: Literal["model", "implicit", "classifier", "callable"]
+    kind: Literal["model"] = "model"
+    """Which one; every kind has its own settings."""
     path: str
-    reference: str | None = None
-    beta: float | None = Field(default=None, gt=0)
+    """A folder of `favor reward`, or any sequence classifier with one output."""
     tokens: TokensConfig | None = None
+    """How text becomes tokens."""
 
-    @model_validator(mode="after")
-    def _every_option_is_read(self) -> "RewardConfig":
-        unread = sorted(self.model_fields_set & {"beta", "reference"})
-        if unread and self.kind != "implicit":
-            raise ValueError(f"reward.{unread[0]} is read by kind 'implicit' only; remove it")
-        if self.tokens is not None and self.kind in ("classifier", "callable"):
-            raise ValueError(f"reward.tokens is not read by kind '{self.kind}', which scores text; remove it")
-        return self
+
+class ImplicitReward(BaseModel):
+    """Section [reward], kind "implicit": beta log pi/ref of a run of `favor train`."""
+
+    model_config = STRICT
+    kind: Literal["implicit"] = "implicit"
+    """Which one; every kind has its own settings."""
+    path: str
+    """The run folder."""
+    reference: str | None = None
+    """Another model to compare with than the one the run started from."""
+    beta: float | None = Field(default=None, gt=0)
+    """Another beta than the run's."""
+    tokens: TokensConfig | None = None
+    """How text becomes tokens, if not as in the run."""
+
+
+class ClassifierReward(BaseModel):
+    """Section [reward], kind "classifier": P(positive) by TF-IDF and logistic regression, fitted on the spot."""
+
+    model_config = STRICT
+    kind: Literal["classifier"] = "classifier"
+    """Which one; every kind has its own settings."""
+    path: str
+    """Labelled texts, JSON lines with text and label (true or false)."""
+
+
+class CallableReward(BaseModel):
+    """Section [reward], kind "callable": a function of yours, called with (prompts, responses)."""
+
+    model_config = STRICT
+    kind: Literal["callable"] = "callable"
+    """Which one; every kind has its own settings."""
+    path: str
+    """`file.py:function` or `package.module:function`."""
+
+
+RewardConfig: TypeAlias = Annotated[
+    ModelReward | ImplicitReward | ClassifierReward | CallableReward, Field(discriminator="kind")
+]
+
+
+def reads(config: RewardConfig) -> tuple[str, ...]:
+    """The files and folders that the section names."""
+    other = config.reference if isinstance(config, ImplicitReward) else None
+    return (config.path, other) if other else (config.path,)
 
 
 def identity(config: RewardConfig) -> str:
     """A hash of the section and of the content of everything it names: another reward has another one."""
-    named = [config.path, config.reference]
-    place, _, _ = config.path.rpartition(":")
-    if config.kind == "callable" and place and not place.endswith(".py"):
-        spec = _spec(place)
-        named.append(spec.origin if spec else None)
-    recipe = Path(config.path) / "config.toml"
-    if config.kind == "implicit" and recipe.exists():
-        # its reference is the model the run started from
-        named.append(tomllib.loads(read_text(recipe)).get("model", {}).get("path"))
-    return sha(json.dumps([config.model_dump(mode="json"), [content(str(name)) for name in named if name]]))
-
-
-def make_scorer(config: RewardConfig) -> Scorer:
-    """Load what scores. Raises ConfigError, DataError or CheckpointError when it cannot be had."""
-    return _checked(_MAKERS[config.kind](config), f"reward {config.kind} {config.path}")
-
-
-def _model(config: RewardConfig) -> Scorer:
-    from favor.rewards.model import model_scorer
-
-    return model_scorer(config.path, config.tokens)
-
-
-def _implicit(config: RewardConfig) -> Scorer:
-    from favor.rewards.model import implicit_scorer
-
-    return implicit_scorer(config.path, config.reference, config.beta, config.tokens)
-
-
-def _classifier(config: RewardConfig) -> Scorer:
-    from favor.rewards.classifier import train_judge
-
-    judge = train_judge(Path(config.path))
-    return lambda prompts, responses: judge.score(responses)
-
-
-def _callable(config: RewardConfig) -> Scorer:
-    function = find_function(config.path)
-
-    def score(prompts: Sequence[Text], responses: Sequence[str]) -> Any:
-        found: Any = function(list(prompts), list(responses))
-        if isinstance(found, Coroutine):
-            # nobody waits for it
-            found.close()
-            return found
-        if not _is_list(found):
-            return found
-        # what is returned may run the user's code while it is read, and may have no end
-        with guarded(config.path, "failed"), warnings.catch_warnings():
-            # of torch, for a tensor that has a gradient
-            warnings.simplefilter("ignore")
-            given = list(found if isinstance(found, Collection) else itertools.islice(found, len(responses) + 1))
-            return [value if value is None or isinstance(value, str | bytes) else _as_number(value) for value in given]
-
-    return score
-
-
-_MAKERS: dict[str, Callable[[RewardConfig], Scorer]] = {
-    "model": _model,
-    "implicit": _implicit,
-    "classifier": _classifier,
-    "callable": _callable,
-}
+    named: list[str | None] = [*reads(config)]
+    place = config.path.rpartition(":")[0]
+    if isinstance(config, ImplicitReward):
+        named.append(base_of(config.path))
+    elif isinstance(config, CallableReward) and place and not place.endswith(".py"):
+        try:
+            spec = importlib.util.find_spec(place)
+        except (ImportError, ValueError):
+            # make_scorer says what is wrong
+            spec = None
+        named.append(spec and spec.origin)
+    return sha(json.dumps([config.model_dump(mode="json"), [content(name) for name in named if name]]))
 
 
 def check_scorer(config: RewardConfig) -> None:
     """Look for what scores without loading a model: before hours are spent on what it is to score. Raises as `make_scorer`."""
-    if config.kind == "callable":
+    if isinstance(config, CallableReward):
         check_function(config.path)
-    elif config.kind == "model":
-        from favor.model.load import check_path
-
+    elif isinstance(config, ModelReward):
         check_path(config.path)
     elif not Path(config.path).exists():
-        what = "no finished run" if config.kind == "implicit" else "no such file"
+        what = "no finished run" if isinstance(config, ImplicitReward) else "no such file"
         raise DataError(f"{config.path}: {what}; check reward.path")
 
 
-def _spec(name: str) -> ModuleSpec | None:
-    try:
-        return importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        # make_scorer says what is wrong
-        return None
-
-
-def _checked(score: Scorer, what: str) -> Scorer:
-    """One finite number per response, or an error that says which function gave what."""
+def make_scorer(config: RewardConfig) -> Scorer:
+    """Load what scores. Raises ConfigError, DataError or CheckpointError when it cannot be loaded."""
+    score, what = _scorer(config), f"reward {config.kind} {config.path}"
 
     def checked(prompts: Sequence[Text], responses: Sequence[str]) -> list[float]:
         found: Any = score(prompts, responses)
@@ -155,9 +125,49 @@ def _checked(score: Scorer, what: str) -> Scorer:
             raise DataError(
                 f"{what}: returned {len(given)} scores for {len(responses)} responses; return one number per response"
             )
-        return [_number(x, text, what) for x, text in zip(given, responses, strict=True)]
+        for value, text in zip(given, responses, strict=True):
+            if not isinstance(value, float):
+                raise DataError(f"{what}: gave {_shown(value)} to the response {text!r:.80}; give it one number")
+            if not math.isfinite(value):
+                raise DataError(f"{what}: score {value} for the response {text!r:.80}; give finite numbers")
+        return given
 
     return checked
+
+
+def _scorer(config: RewardConfig) -> Scorer:
+    if isinstance(config, ModelReward):
+        return model_scorer(config.path, config.tokens)
+    if isinstance(config, ImplicitReward):
+        return implicit_scorer(config.path, config.reference, config.beta, config.tokens)
+    if isinstance(config, CallableReward):
+        return _called(config.path)
+    # scikit-learn is slow to import
+    from favor.rewards.classifier import train_judge
+
+    judge = train_judge(Path(config.path))
+    return lambda prompts, responses: judge.score(responses)
+
+
+def _called(path: str) -> Scorer:
+    function = find_function(path)
+
+    def score(prompts: Sequence[Text], responses: Sequence[str]) -> Any:
+        found: Any = function(list(prompts), list(responses))
+        if isinstance(found, Coroutine):
+            # nobody waits for it
+            found.close()
+            return found
+        if not _is_list(found):
+            return found
+        # what is returned may run the user's code while it is read, and may have no end
+        with guarded(path, "failed"), warnings.catch_warnings():
+            # of torch, for a tensor that has a gradient
+            warnings.simplefilter("ignore")
+            given = list(found if isinstance(found, Collection) else itertools.islice(found, len(responses) + 1))
+            return [_as_number(value) for value in given]
+
+    return score
 
 
 def _is_list(found: Any) -> bool:
@@ -165,23 +175,11 @@ def _is_list(found: Any) -> bool:
 
 
 def _as_number(value: Any) -> Any:
-    """A number; what is none stays as it is, for the message."""
+    """A float; what is not a number stays as it is, for the message."""
     try:
-        return float(value)
+        return value if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return value
-
-
-def _number(value: Any, text: str, what: str) -> float:
-    if isinstance(value, str | bytes) or value is None:
-        raise DataError(f"{what}: gave {_shown(value)} to the response {text!r:.80}; give it one number")
-    try:
-        found = float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise DataError(f"{what}: gave {_shown(value)} to the response {text!r:.80}; give it one number") from None
-    if not math.isfinite(found):
-        raise DataError(f"{what}: score {found} for the response {text!r:.80}; give finite numbers")
-    return found
 
 
 def _shown(value: Any) -> str:

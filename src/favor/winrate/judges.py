@@ -15,10 +15,11 @@ from favor.config import STRICT
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import ConfigError, DataError
+from favor.model.batched import measured
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, check_path, load_policy
 from favor.model.logprobs import response_logps
-from favor.rewards.model import encode, measure
+from favor.rewards.model import encode
 from favor.rewards.source import RewardConfig, check_scorer, make_scorer
 from favor.rewards.user import check_function, find_function
 from favor.server import ServerConfig, chat, parallel
@@ -45,6 +46,8 @@ _MARKS: dict[str, Verdict] = {"[[A]]": "A", "[[B]]": "B", "[[C]]": "tie"}
 _VERDICTS: tuple[Verdict, ...] = ("A", "B", "tie", "invalid")
 # Duels handed to a model at once: both orders of a pair are neighbours, so what they share is computed once.
 _BATCH = 128
+# Tokens of a batch of replies.
+_BUDGET = 4096
 
 
 class Duel(NamedTuple):
@@ -258,7 +261,9 @@ def _hf(config: JudgeConfig) -> Judge:
                 f"{config.max_prompt_tokens}; raise it if the model can read that much, or shorten the responses"
             )
         settled, _ = settle(policy, layout, trees)
-        logps = measure(trees, settled, lambda batch: response_logps(settled, batch))[place].view(-1, len(marks))
+        logps = measured(settled, trees, lambda batch: response_logps(settled, batch), _BUDGET)[place].view(
+            -1, len(marks)
+        )
         for i, row in zip(fair, logps, strict=True):
             verdicts[i] = _likeliest(row, marks)
         return verdicts

@@ -11,6 +11,7 @@ from typing import Any
 from favor.data.types import Text
 from favor.errors import CheckpointError
 from favor.guard import content, is_sealed, seal, sha
+from favor.rewards.source import reads
 from favor.run import append, cut_torn_line, read_jsonl
 from favor.winrate.judges import Duel, JudgeConfig, make_judge, settings_that_count
 from favor.winrate.stats import Verdict
@@ -64,7 +65,7 @@ def key_of(settings: dict[str, Any], duel: Duel) -> str:
 def identity(config: JudgeConfig) -> dict[str, Any]:
     """The judge's settings with the content of the files they name: an edited judge is another judge."""
     model = config.model.path if config.model else None
-    reward = (config.reward.path, config.reward.reference) if config.reward else ()
+    reward = reads(config.reward) if config.reward else ()
     return settings_that_count(config) | {"content": [content(path) for path in (config.path, model, *reward) if path]}
 
 
