@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from pathlib import Path
 
 import pytest
 import tiny
@@ -20,7 +21,7 @@ from favor.lint.models import as_tree, model_gaps
 from favor.lint.rows import Row
 from favor.lint.run import fails, lint
 from favor.lint.sets import near_pairs, shingles
-from favor.lint.settings import LintConfig
+from favor.lint.settings import KINDS, LintConfig
 from favor.model.load import ModelConfig, load_policy
 from favor.run import cache_folder
 
@@ -487,6 +488,17 @@ def test_a_row_is_classified_by_the_kind_of_its_error(files):
         "identical": [6],
         "empty": [7],
     }
+
+
+def test_the_page_says_what_the_table_of_kinds_says():
+    """docs/lint.md: every kind with its severity, and whether --fix leaves its rows out."""
+    text = (Path(__file__).parent.parent / "docs/lint.md").read_text("utf-8")
+    told = {}
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            kinds, severity, *_, fix = (part.strip() for part in line.strip("|").split(" |"))
+            told |= {kind.strip("` "): (severity.split(",")[0], fix.startswith("drops")) for kind in kinds.split(",")}
+    assert {kind: (severity, drops) for kind, (severity, _, drops) in KINDS.items()}.items() <= told.items()
 
 
 def test_every_training_recipe_is_a_recipe_for_lint():
