@@ -27,7 +27,7 @@ from favor.rewards.source import RewardConfig, check_scorer, identity
 from favor.run import RunFolder, make_folder, read_json, remove_folder, same_inputs, write_json, write_text
 from favor.stop import StoppedError
 from favor.train.checkpoint import checkpoints
-from favor.train.loop import LoopConfig
+from favor.train.loop import LoopConfig, SaveConfig
 from favor.train.optim import OptimConfig
 from favor.train.preference import TrainConfig, train
 from favor.train.session import Session, recipe_hash, running
@@ -54,6 +54,7 @@ class LoopRunConfig(BaseModel):
     loss: LossConfig = make_loss()
     optim: OptimConfig = OptimConfig()
     train: LoopConfig = LoopConfig()
+    save: SaveConfig = SaveConfig()
 
     @model_validator(mode="after")
     def _adapters_do_not_add_up(self) -> "LoopRunConfig":
@@ -235,4 +236,5 @@ def _train_recipe(config: LoopRunConfig, number: int) -> TrainConfig:
         loss=config.loss,
         optim=config.optim,
         train=config.train,
+        save=config.save,
     )
