@@ -15,7 +15,7 @@ from torch import Tensor
 
 from favor.data.batches import build
 from favor.data.types import Batch, Layout, TokenTree
-from favor.errors import CheckpointError, ConfigError, NumericsError
+from favor.errors import CheckpointError, ConfigError, NumericsError, first_line
 from favor.model import attention
 from favor.model.load import Policy, check_ids, length_dependent, precise, use_attention
 from favor.model.logprobs import plain_logits, plain_logp, response_logps
@@ -67,12 +67,16 @@ def settle(
     Raises ConfigError when `layout = "tree"` was asked of a model that cannot; CheckpointError when the model does not
     run, or a later token changes an earlier log-prob; NumericsError when no way of computing it equals plain transformers.
     """
-    longest, row = max(_longest(policy, trees), _longest(policy, also), key=lambda found: found[0])
-    exact = precise(policy)
-    assert row is not None, "there is something to compute"
-    _refuse_ranked_keys(policy, longest)
+    row, exact = _longest(policy, itertools.chain(trees, also)), precise(policy)
+    config, longest = policy.causal_lm.config.get_text_config().to_dict(), longest_path(row)
+    if isinstance(most := config.get("index_topk"), int) and longest > most:
+        # a token reads only the keys it ranks highest, and rounding, so the batch, decides ties
+        raise CheckpointError(
+            f"{policy.source}: a token reads the {most} keys it ranks highest (index_topk) and the longest row has "
+            f"{longest}: which ones depends on rounding, so nothing would be exact; set tokens.max_tokens={most}"
+        )
     truths = _truths(exact, [_cut(tree) for tree in trees[:2]], row, method, train=train)
-    obstacle = config_obstacle(policy.causal_lm.config.get_text_config().to_dict(), longest)
+    obstacle = config_obstacle(config, longest)
     if asked != "rows" and obstacle is None:
         found, obstacle = _try(exact, "tree", truths, method)
         if found is not None:
@@ -124,25 +128,16 @@ def longest_path(tree: TokenTree) -> int:
     return len(tree.prompt_ids) + max(map(len, tree.response_ids))
 
 
-def _refuse_ranked_keys(policy: Policy, longest_path: int) -> None:
-    """Raises CheckpointError where a token reads only the keys it ranks highest: rounding, so the batch, decides ties."""
-    most = policy.causal_lm.config.get_text_config().to_dict().get("index_topk")
-    if isinstance(most, int) and longest_path > most:
-        raise CheckpointError(
-            f"{policy.source}: a token reads the {most} keys it ranks highest (index_topk) and the longest row has "
-            f"{longest_path}: which ones depends on rounding, so nothing would be exact; set tokens.max_tokens={most}"
-        )
-
-
-def _longest(policy: Policy, trees: Iterable[TokenTree]) -> tuple[int, TokenTree | None]:
-    """The longest path and its tree. Raises CheckpointError for token ids that the model has no embedding for."""
-    longest, row, largest = 0, None, 0
+def _longest(policy: Policy, trees: Iterable[TokenTree]) -> TokenTree:
+    """The tree with the longest path. Raises CheckpointError for token ids that the model has no embedding for."""
+    row, largest = None, 0
     for tree in trees:
-        largest = max(largest, max(tree.prompt_ids, default=0), *(max(r, default=0) for r in tree.response_ids))
-        if longest_path(tree) > longest:
-            longest, row = longest_path(tree), tree
+        largest = max(itertools.chain((largest,), tree.prompt_ids, *tree.response_ids))
+        if row is None or longest_path(tree) > longest_path(row):
+            row = tree
+    assert row is not None, "there is something to compute"
     check_ids(policy, largest)
-    return longest, row
+    return row
 
 
 def _truths(
@@ -160,7 +155,7 @@ def _truths(
     except _FAILURES as error:
         raise CheckpointError(
             f"{policy.source}: {type(policy.causal_lm).__name__} does not run as a plain causal language model "
-            f"({_first_line(error)}); choose another model"
+            f"({first_line(error)}); choose another model"
         ) from None
 
 
@@ -194,7 +189,7 @@ def _try(policy: Policy, layout: Layout, truths: Sequence[Probe], method: Method
             problem = next(filter(None, (_difference(candidate, truth, method) for truth in truths)), None)
         except _FAILURES as error:
             way = "tree attention" if layout == "tree" else "padded rows"
-            problem = f"{type(policy.causal_lm).__name__} does not run with {way} ({_first_line(error)})"
+            problem = f"{type(policy.causal_lm).__name__} does not run with {way} ({first_line(error)})"
         if problem is None:
             return candidate, None
     return None, problem
@@ -310,7 +305,3 @@ def _long(tree: TokenTree) -> list[TokenTree]:
 def _shares(count: int) -> list[float]:
     """Weights of the responses in the sum whose gradient is compared: different, so that none stands in for another."""
     return [1 + i / count for i in range(count)]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
