@@ -18,7 +18,7 @@ from favor.data.tokenize import TokenReport, TokensConfig, tokenize
 from favor.errors import ConfigError, DataError
 from favor.lint.cheap import CHECKS
 from favor.lint.models import as_tree, model_gaps
-from favor.lint.rows import Row
+from favor.lint.rows import row_of
 from favor.lint.run import fails, lint
 from favor.lint.sets import near_pairs, shingles
 from favor.lint.settings import KINDS, LintConfig
@@ -312,7 +312,7 @@ def test_a_model_doubts_labels(files, tmp_path):
         found = {f.kind: f for f in lint(files(train, None, "lint.doubt=true", "model.dtype=float32", *more))}
         assert found["agreement"].message.startswith(by)
     policy, other = (load_policy(ModelConfig(path=str(path), dtype="float32")) for path in (model, reference))
-    rows = [Row("train", ("t", i), row, FORMATS["pairs"](row)) for i, row in enumerate(train)]
+    rows = [row_of("train", ("t", i), row, FORMATS["pairs"](row)) for i, row in enumerate(train)]
     settings = TokensConfig(template="chat")
     logps = []
     trees, _ = tokenize(

@@ -14,7 +14,7 @@ from favor.data.settings import SourceConfig, VerdictConfig
 from favor.data.types import Comparison, Thumb
 from favor.errors import ConfigError, DataError
 from favor.lint.models import Gap, noise_checks
-from favor.lint.rows import Row
+from favor.lint.rows import row_of
 from favor.lint.run import lint
 from favor.lint.settings import LintConfig, LintSettings
 
@@ -172,7 +172,7 @@ def test_lint_says_when_labels_lean_to_a_side(tmp_path):
 
 def test_lint_says_when_a_reward_is_against_most_labels():
     for against, severity in ((50, "warning"), (20, "note")):
-        gaps = [Gap(Row("train", ("f", i), {}, RowError("")), -1.0 if i < against else 1.0, "a", "b") for i in range(60)]
+        gaps = [Gap(row_of("train", ("f", i), {}, RowError("")), -1.0 if i < against else 1.0, "a", "b") for i in range(60)]
         found = {f.kind: f for f in noise_checks(gaps, "the reward", LintSettings().noise)}
         assert found["agreement"].severity == severity
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from favor.data.formats import Judgment
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.data.types import Batch, Comparison, Finding, PromptTree, Text, TokenTree
 from favor.errors import DataError
@@ -61,8 +62,8 @@ def token_checks(
 
 def as_tree(row: Row, index: int) -> PromptTree:
     """A row that can be used as a tree of its own; `rows` leads back to it."""
-    judgment = row.judgment
-    assert judgment is not None
+    judgment = row.said
+    assert isinstance(judgment, Judgment)
     orders, ties = (tuple(map(Comparison, found)) for found in (judgment.orders, judgment.ties))
     return PromptTree(
         judgment.prompt, judgment.responses, orders, (index,), row.where[0], judgment.tools, ties, judgment.cut
@@ -81,7 +82,7 @@ def _doubled(tree: TokenTree, tokenizer: Any, end_ids: frozenset[int]) -> str | 
 def reward_gaps(rows: Sequence[Row], scorer: Scorer) -> list[Gap]:
     """By a reward on text."""
     sides = [(row, row.responses[order[i]]) for row in rows for order in row.orders for i in (0, -1)]
-    prompts: list[Text] = [row.judgment.prompt for row, _ in sides if row.judgment]
+    prompts: list[Text] = [row.said.prompt for row, _ in sides if isinstance(row.said, Judgment)]
     scores = scorer(prompts, [text for _, text in sides])
     return [Gap(sides[i][0], scores[i] - scores[i + 1], sides[i][1], sides[i + 1][1]) for i in range(0, len(sides), 2)]
 

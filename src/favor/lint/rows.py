@@ -42,32 +42,23 @@ class Row(NamedTuple):
     where: Where
     raw: dict[str, Any]
     said: Judgment | RowError
-
-    @property
-    def judgment(self) -> Judgment | None:
-        """What it says."""
-        return self.said if isinstance(self.said, Judgment) else None
-
-    @property
-    def prompt(self) -> str:
-        """The prompt as plain text, without the blanks around it."""
-        return words_of(self.judgment.prompt).strip() if self.judgment else ""
-
-    @property
-    def responses(self) -> list[str]:
-        """The responses as plain text."""
-        return list(map(words_of, self.judgment.responses)) if self.judgment else []
-
-    @property
-    def orders(self) -> tuple[tuple[int, ...], ...]:
-        """Indices of responses, best first."""
-        return self.judgment.orders if self.judgment else ()
+    # as plain text, the prompt without the blanks around it; orders are indices of responses, best first
+    prompt: str = ""
+    responses: tuple[str, ...] = ()
+    orders: tuple[tuple[int, ...], ...] = ()
 
     @property
     def pairs(self) -> Iterator[tuple[str, str]]:
         """(better, worse) of every pair that the orders imply."""
         texts = self.responses
         return ((texts[a], texts[b]) for order in self.orders for a, b in combinations(order, 2))
+
+
+def row_of(part: str, where: Where, raw: dict[str, Any], said: Judgment | RowError) -> Row:
+    """A row with its texts."""
+    if isinstance(said, RowError):
+        return Row(part, where, raw, said)
+    return Row(part, where, raw, said, words_of(said.prompt).strip(), tuple(map(words_of, said.responses)), said.orders)
 
 
 def row_checks(row: Row) -> Iterator[Hit]:
@@ -81,8 +72,8 @@ def row_checks(row: Row) -> Iterator[Hit]:
                 said = f"column '{name}' holds what looks like {what}: {hit.group()[:letters]}..."
                 yield Hit(kind, row.where, said)
     yield from _odd_responses(row)
-    turns = row.judgment.prompt if row.judgment and not isinstance(row.judgment.prompt, str) else ()
-    for before, turn in pairwise(turns):
+    prompt = row.said.prompt if isinstance(row.said, Judgment) else ""
+    for before, turn in pairwise(() if isinstance(prompt, str) else prompt):
         if before == turn and turn.get("content"):
             said = f"two turns are the same: {shown(json.dumps(turn, ensure_ascii=False), 80)}"
             yield Hit("repeated_turn", row.where, said)
@@ -96,7 +87,7 @@ def repaired(text: str) -> str:
 
 def _broken_texts(row: Row) -> Iterator[Hit]:
     # of a row that cannot be used, every string in it
-    for text in [words_of(row.judgment.prompt), *row.responses] if row.judgment else _strings(row.raw):
+    for text in [words_of(row.said.prompt), *row.responses] if isinstance(row.said, Judgment) else _strings(row.raw):
         # quick way out: broken decoding leaves characters beyond ASCII
         if not text.isascii() and _visible(better := ftfy.fix_text(text, _REPAIR)) != _visible(text):
             yield Hit("encoding", row.where, f"{shown(text, 60)!r} is probably {shown(better, 60)!r}")

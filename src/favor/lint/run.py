@@ -25,13 +25,13 @@ from favor.errors import CheckpointError, ConfigError, DataError
 from favor.hide import in_texts, places_in, without_known_places
 from favor.lint.cheap import Hit, Told, findings
 from favor.lint.models import model_gaps, noise_checks, reward_gaps, token_checks
-from favor.lint.rows import Row, repaired, row_checks
+from favor.lint.rows import Row, repaired, row_checks, row_of
 from favor.lint.sets import contradicting, set_checks
 from favor.lint.settings import KINDS, ORDER, LintConfig, LintSettings
 from favor.model.load import end_ids, load_policy, load_tokenizer
 from favor.output import Output
 from favor.report.table import rendered
-from favor.rewards.source import make_scorer
+from favor.rewards.source import make_scorer, reads
 
 _COLOURED = {"error": "[red]error[/red]", "warning": "[yellow]warning[/yellow]", "note": "note"}
 # columns that every format reads
@@ -47,7 +47,7 @@ def lint(config: LintConfig, recipe: Path | None = None) -> list[Finding]:
     if settings.fix is not None and len(data.parts) > 1:
         raise ConfigError("lint.fix cleans one file; name it with data.train and clean each source by itself")
     read = [*(source.path for source in data.parts), data.eval, settings.reference, recipe and str(recipe)]
-    read += [section.path for section in (config.model, config.reward) if section]
+    read += [config.model and config.model.path, *(reads(config.reward) if config.reward else ())]
     outputs = _outputs(settings)
     output.refuse_shared(outputs)
     with contextlib.ExitStack() as claims:
@@ -107,10 +107,10 @@ def _rows(config: LintConfig, source: SourceConfig, part: str, known: dict[str, 
             name = recognise(row) if name == "auto" else name
             if asked == "auto":
                 check_order(row, name)
-            yield Row(part, (source.path, number), sources.as_object(raw), FORMATS[name](row))
+            yield row_of(part, (source.path, number), sources.as_object(raw), FORMATS[name](row))
         except RowError as error:
             whole = raw if isinstance(raw, dict) else {} if isinstance(raw, RowError) else {"row": raw}
-            yield Row(part, (source.path, number), whole, error)
+            yield row_of(part, (source.path, number), whole, error)
     if not number:
         raise DataError(f"{source.path}: it holds no rows; name a file with rows")
     verdict = data.verdict_of(source)
@@ -122,7 +122,7 @@ def _rows(config: LintConfig, source: SourceConfig, part: str, known: dict[str, 
 def _checks(config: LintConfig, rows: Sequence[Row], known: Mapping[str, frozenset[str]]) -> Iterator[Told]:
     """Every check that the settings ask for."""
     settings, model = config.lint, config.model
-    usable = [row for row in rows if row.judgment is not None]
+    usable = [row for row in rows if not isinstance(row.said, RowError)]
     for row in rows:
         yield from row_checks(row)
     yield from set_checks(usable, settings, known)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from datasketch import MinHash, MinHashLSH
 
+from favor.data.formats import Judgment
 from favor.data.types import Finding
 from favor.lint.cheap import ENOUGH, Hit, Told, contradictions, leaks, length, place, shown
 from favor.lint.rows import Row
@@ -32,7 +33,7 @@ def set_checks(rows: Sequence[Row], settings: LintSettings, known: Mapping[str, 
     yield from (hit for hit, _ in contradicting(rows))
     seen: dict[str, Row] = {}
     for row in rows:
-        said = json.dumps([row.part, row.judgment], sort_keys=True, ensure_ascii=False, default=list)
+        said = json.dumps([row.part, row.said], sort_keys=True, ensure_ascii=False, default=list)
         if (first := seen.setdefault(said, row)) is not row:
             yield Hit("duplicate", row.where, f"is the same as {place(first.where)}")
     train, held_out = ([(row.where, row.prompt) for row in rows if row.part == part] for part in ("train", "eval"))
@@ -105,7 +106,7 @@ def _nearly_repeats(row: Row, other: Row, threshold: float) -> bool:
 
 def _position(rows: Sequence[Row]) -> Iterator[Finding]:
     """How often the first of two responses is preferred, where their order has nothing to do with the judgment."""
-    best = [row.orders[0][0] for row in rows if row.orders and row.judgment and row.judgment.placed]
+    best = [row.orders[0][0] for row in rows if row.orders and isinstance(row.said, Judgment) and row.said.placed]
     if best:
         share = best.count(0) / len(best)
         biased = len(best) >= ENOUGH and not 1 - _ONE_SIDED <= share <= _ONE_SIDED
