@@ -23,7 +23,7 @@ def find_function(path: str) -> Callable[..., Any]:
     """The function, guarded. Raises ConfigError naming what is missing, or what the file does when it is imported."""
     place, name = _split(path)
     with guarded(path, "could not be imported"):
-        module = _from_file(Path(place)) if place.endswith(".py") else _from_package(place)
+        module = _imported(place)
     found = vars(module).get(name)
     if not callable(found):
         raise ConfigError(f"{path}: {place} has no function '{name}'; define it there, or name another")
@@ -89,8 +89,14 @@ def _place(error: BaseException, path: str) -> str:
     return f" at line {lines[-1]}" if lines else ""
 
 
-def _from_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, _existing(path))
+def _imported(place: str) -> Any:
+    if not place.endswith(".py"):
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{place}: no such Python module ({error}); install it or name a file.py") from None
+    path = _existing(Path(place))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -98,10 +104,3 @@ def _from_file(path: Path) -> Any:
     sys.modules.setdefault(path.stem, module)
     spec.loader.exec_module(module)
     return module
-
-
-def _from_package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{name}: no such Python module ({error}); install it or name a file.py") from None
