@@ -243,12 +243,12 @@ def wrong_types(name: str) -> Case:
     row = json.loads((FORMATS / f"{GOLD[name]}.jsonl").read_text("utf-8").splitlines()[name == "turns"])
     shape = formats.FORMATS[formats.recognise(row)]
     rows: list[tuple[dict[str, Any], str]] = []
-    for key in sorted(shape.needs | (shape.either & row.keys())):
+    for key in sorted({key for names in shape.needs for key in names} & row.keys()):
         wrong = OPTIONAL["label"] if key == "label" else NUMBER_WRONG if key in NUMBERS else TEXT_WRONG
         rows += [(row | {key: value}, "") for value in wrong if (key, value) != ("choices", [1])]
     # a thumb is read where there is one answer
     unread = {"kto_tag"} if "chosen" in row or isinstance(row.get("output"), list) else set[str]()
-    for key in sorted((shape.more & OPTIONAL.keys()) - unread):
+    for key in sorted((shape.also & OPTIONAL.keys()) - unread):
         rows += [(row | {key: value}, "") for value in OPTIONAL[key]]
 
     def make(here: Path) -> Source:

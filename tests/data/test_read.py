@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from favor.data.formats import RowError, transcript
+from favor.data.formats import RowError
+from favor.data.formats.fields import transcript
 from favor.data.read import DataConfig, read
 from favor.data.types import Comparison
 from favor.errors import DataError

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from favor.data.formats import FORMATS, RowError, recognise
-from favor.data.formats.fields import as_text, check_unicode, joined_parts, shown, strings
+from favor.data.formats.fields import as_text, checked_texts, joined_parts, shown
 from favor.data.sources import read_objects
 from favor.data.tokenize import TokensConfig, prompt_encoder
 from favor.data.types import Text
@@ -62,8 +62,7 @@ def sample_seeds(seed: int, groups: Sequence[int], each: int) -> list[int]:
 def prompt_of(row: dict[str, Any]) -> Text:
     """The column prompt of a row that need not be of a preference format. Raises RowError."""
     prompt = as_text(row.get("prompt"), "prompt")
-    for text in strings(prompt):
-        check_unicode(text)
+    checked_texts(prompt)
     return prompt
 
 
@@ -76,7 +75,7 @@ def sample_text(value: Any, name: str) -> str:
         value = joined_parts(value.get("content"), f"{name}.content")
     if not isinstance(value, str):
         raise RowError(f"{name} holds {shown(value)}, expected text or the turn of an assistant")
-    check_unicode(value)
+    checked_texts(value)
     return value
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from favor.data.formats.fields import SAID, RowError, check_unicode, shown, strings
+from favor.data.formats.fields import SAID, RowError, checked_texts, shown
 from favor.data.types import Message, PromptTree, Text
 
 Tools = tuple[dict[str, Any], ...] | None
@@ -162,8 +162,7 @@ class Renderer:
         """Look for control tokens in every text inside a value, and for roles that a template could make one of."""
         openings, forgeries = self._forgeries
         normalizer = self._normalizer
-        for text in strings(value):
-            check_unicode(text)
+        for text in checked_texts(value):
             seen = text if normalizer is None else f"{text}\n{normalizer.normalize_str(text)}"
             if any(opening in seen for opening in openings):
                 for forged in forgeries:

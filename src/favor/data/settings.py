@@ -146,11 +146,11 @@ class DataConfig(BaseModel):
             return
         shown = ", ".join(sorted(names))
         known = [FORMATS[name] for name in names]
-        if self.pairing != "auto" and not any(each.compared for each in known):
+        if self.pairing != "auto" and not any("order" in each.says for each in known):
             raise ValueError(f"data.pairing would be ignored: format {shown} compares nothing")
-        if self.min_gap and not any(each.scored for each in known):
+        if self.min_gap and not any("scores" in each.says for each in known):
             raise ValueError(f"data.min_gap would be ignored: format {shown} has no scores")
-        if self.votes != "soft" and not any(each.voted for each in known):
+        if self.votes != "soft" and not any("votes" in each.says for each in known):
             raise ValueError(f"data.votes would be ignored: format {shown} has no votes")
 
     def verdict_of(self, source: SourceConfig) -> VerdictConfig | None:

@@ -1,0 +1,185 @@
+"""Formats of no single data set: pairs, SFT data, thumbs, rankings, votes, verdicts.
+
+In: a row. Out: what it says; weight and tools are read by Format. Next: published.py.
+"""
+
+from typing import Any
+
+from favor.data.formats import fields
+from favor.data.formats.fields import Judgment, Row, RowError
+from favor.data.types import Message, Text
+
+# what an annotator may say of two responses, as a choice between them
+_VERDICTS: dict[str, int | str] = {"first": 0, "second": 1, "tie": "tie", "both_bad": "tie"}
+
+
+def pairs(row: Row) -> Judgment:
+    """`prompt, chosen, rejected` as text or messages; without prompt: full message lists or HH transcripts.
+
+    `margin` says by how much chosen is better (a score difference); `tie = true` that neither is.
+    """
+    prompt, responses = sides(row, ("chosen", "rejected"), "chosen and rejected")
+    if fields.flag(row.get("tie", False), "tie", "true or false"):
+        return Judgment(prompt, responses, ties=((0, 1),))
+    if "margin" not in row:
+        return Judgment(prompt, responses, ((0, 1),))
+    margin = fields.number(row["margin"], "margin", "a number from 0 up: by how much chosen is better", 0)
+    return Judgment(prompt, responses, ((0, 1),), scores=(margin, 0.0))
+
+
+def sides(row: Row, names: tuple[str, str], both: str) -> tuple[Text, tuple[Text, ...]]:
+    """The prompt and the two different responses of these columns, which messages call `both`.
+
+    Where they hold whole conversations (messages or transcripts), the turns they share are the prompt.
+    """
+    named = {name: fields.joined_parts(fields.need(row, name), name) for name in names}
+    texts = all(isinstance(value, str) for value in named.values())
+    if "prompt" not in row:
+        read = fields.transcript if texts else fields.as_messages
+        return _common_prompt(*(read(value, name) for name, value in named.items()), both)
+    prompt = fields.text(row, "prompt")
+    if all(map(_is_whole, named.values())):
+        shared, responses = _common_prompt(*(fields.as_messages(value, name) for name, value in named.items()), both)
+        _check_within(prompt, shared)
+        return shared, responses
+    if isinstance(prompt, str) and not texts:
+        prompt = ({"role": "user", "content": prompt},)
+    return prompt, fields.responses(named, prompt, both)
+
+
+def _is_whole(side: Any) -> bool:
+    """Whether it is a conversation, not an answer: messages that do not begin with the assistant's."""
+    return isinstance(side, list) and len(side) > 1 and isinstance(side[0], dict) and side[0].get("role") != "assistant"
+
+
+def _common_prompt(
+    first: tuple[Message, ...], second: tuple[Message, ...], both: str
+) -> tuple[tuple[Message, ...], tuple[Text, ...]]:
+    """The turns two conversations share are the prompt; what follows are the responses, one assistant turn each."""
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+    if shared == len(first) == len(second):
+        raise RowError(f"{both} are the same", "identical")
+    if shared < max(len(first), len(second)) - 1:
+        where = f"turn {shared + 1} of {len(first)} and {len(second)}"
+        raise RowError(f"{both} part ways before the last turn ({where})")
+    if shared == 0:
+        raise RowError(f"{both} share no prompt")
+    return first[:shared], (first[shared:], second[shared:])
+
+
+def _check_within(prompt: Text, shared: tuple[Message, ...]) -> None:
+    """Refuses a row whose prompt has a turn that is not among those that both sides share."""
+    said = [prompt] if isinstance(prompt, str) else [str(message.get("content")) for message in prompt]
+    there = [str(message.get("content")).strip() for message in shared]
+    if any(text.strip() not in there for text in said):
+        raise RowError("prompt is not among the turns that both sides share; drop the column if they hold it all")
+
+
+def sft(row: Row) -> Judgment:
+    """`prompt, completion` (or `response`), or `messages` whose last turn is the assistant's."""
+    if "messages" in row:
+        messages = fields.as_messages(row["messages"], "messages")
+        if len(messages) < 2:
+            raise RowError("messages must hold a prompt before the last assistant turn")
+        return Judgment(messages[:-1], (messages[-1:],))
+    name = "completion" if "completion" in row else "response"
+    prompt = fields.text(row, "prompt")
+    return Judgment(prompt, (fields.as_response(fields.need(row, name), name, prompt),))
+
+
+def thumbs(row: Row) -> Judgment:
+    """TRL's unpaired preferences for KTO: an SFT row with `label`, true for a good response."""
+    return sft(row)._replace(thumbs=((0, fields.flag(fields.need(row, "label"), "label")),))
+
+
+def ranked(row: Row) -> Judgment:
+    """`prompt, responses` with `ranking` (indices, best first) or `scores` (higher is better; ties give no order).
+
+    `ended` (one true or false per response) says which came to their end; without it all did.
+    """
+    prompt, responses = _prompt_and_responses(row)
+    count = len(responses)
+    ended = row.get("ended", [True] * count)
+    if not isinstance(ended, list) or len(ended) != count or not all(isinstance(x, bool) for x in ended):
+        raise RowError(f"ended must be a list of {count} true or false, one per response")
+    cut = tuple(i for i, whole in enumerate(ended) if not whole)
+    if "ranking" in row:
+        return Judgment(prompt, responses, (_ranking(row["ranking"], count),), cut=cut)
+    scores = fields.numbers(fields.need(row, "scores"), count, "scores")
+    orders, ties = fields.by_scores(scores)
+    if not orders:
+        raise RowError("all scores are equal, so there is no preference")
+    return Judgment(prompt, responses, orders, ties=ties, scores=scores, cut=cut)
+
+
+def _ranking(ranking: Any, count: int) -> tuple[int, ...]:
+    if not isinstance(ranking, list) or sorted(map(str, ranking)) != sorted(map(str, range(count))):
+        expected = f"an order of the {count} responses (indices 0 to {count - 1}, best first)"
+        raise RowError(f"ranking {fields.brief(ranking)} is not {expected}")
+    return tuple(int(i) for i in ranking)
+
+
+def _prompt_and_responses(row: Row) -> tuple[Text, tuple[Text, ...]]:
+    """`prompt` and at least two different `responses`."""
+    prompt, values = fields.text(row, "prompt"), fields.need(row, "responses")
+    if not isinstance(values, list) or len(values) < 2:
+        raise RowError("responses must be a list of at least two")
+    named = {f"responses[{i}]": value for i, value in enumerate(values)}
+    return prompt, fields.responses(named, prompt, "two of its responses")
+
+
+def votes(row: Row) -> Judgment:
+    """`prompt, responses` with `votes` (how many preferred each) or `choices` (each annotator's: an index or "tie").
+
+    Two responses: the order of the majority, its label the share of the votes. More: the ranking by votes.
+    An annotator's tie counts for all responses alike; equal votes are a tie.
+    """
+    prompt, responses = _prompt_and_responses(row)
+    if "votes" not in row:
+        return _voted(prompt, responses, _counted(fields.need(row, "choices"), len(responses)))
+    counts = fields.numbers(row["votes"], len(responses), "votes")
+    if min(counts) < 0 or sum(counts) == 0:
+        raise RowError(f"votes {fields.brief(row['votes'])} must be 0 or more, and at least one above 0")
+    return _voted(prompt, responses, counts)
+
+
+def verdict(row: Row) -> Judgment:
+    """`prompt, first, second` and `verdict`: "first", "second", "tie" or "both_bad", or a list of them, one an annotator.
+
+    Read as votes on two responses. "both_bad" of one annotator among others is a tie; of more than half of them it is no
+    comparison, but a thumb down for both. Without `prompt` it is what the two conversations share.
+    """
+    prompt, responses = sides(row, ("first", "second"), "two of its responses")
+    said = fields.need(row, "verdict")
+    said = said if isinstance(said, list) else [said]
+    for value in said:
+        if not isinstance(value, str) or value not in _VERDICTS:
+            expected = f"{', '.join(_VERDICTS)}; data.verdict maps other values"
+            raise RowError(f"verdict holds {fields.brief(value)}, expected {expected}")
+    if said.count("both_bad") * 2 > len(said):
+        return Judgment(prompt, responses, thumbs=((0, False), (1, False)))
+    return _voted(prompt, responses, _counted([_VERDICTS[value] for value in said], 2))
+
+
+def _voted(prompt: Text, responses: tuple[Text, ...], counts: tuple[float, ...]) -> Judgment:
+    orders, ties = fields.by_scores(counts)
+    labels = (max(counts) / sum(counts),) if len(counts) == 2 and orders else ()
+    return Judgment(prompt, responses, orders, ties=ties, labels=labels, votes=counts)
+
+
+def _counted(choices: Any, count: int) -> tuple[float, ...]:
+    """Votes for each response: every annotator has one."""
+    if not isinstance(choices, list) or not choices:
+        raise RowError("choices must be a list, one entry per annotator")
+    counts = [0.0] * count
+    for choice in choices:
+        if choice == "tie":
+            counts = [c + 1 / count for c in counts]
+        elif isinstance(choice, bool) or not isinstance(choice, int) or not 0 <= choice < count:
+            expected = f"the index of a response (0 to {count - 1}) or 'tie'"
+            raise RowError(f"choices holds {fields.brief(choice)}, expected {expected}")
+        else:
+            counts[choice] += 1
+    return tuple(counts)
