@@ -1,8 +1,9 @@
-"""Which comparisons a row's judgment becomes: pairs or a ranking, how close is too close, what votes count.
+"""Which comparisons a row becomes: pairs or a ranking, how close is too close, what votes count.
 
 In: a Judgment. Out: the Judgment with its final orders and ties, and what was left out. Pure. Next: grow.py.
 """
 
+from collections.abc import Collection
 from itertools import combinations
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -14,7 +15,7 @@ Pair: TypeAlias = tuple[int, int]
 
 
 class Rules(NamedTuple):
-    """How judgments become comparisons (section [data] says what each value means)."""
+    """How rows become comparisons (section [data] says what each value means)."""
 
     pairing: Pairing = "auto"
     min_gap: float = 0.0
@@ -38,66 +39,46 @@ def arrange(judgment: Judgment, rules: Rules) -> tuple[Judgment, LeftOut]:
         return _voted(judgment, rules)
     if not judgment.orders and not judgment.ties:
         return judgment, LeftOut()
+    scores = judgment.scores
     better = sorted({pair for order in judgment.orders for pair in combinations(order, 2)})
-    far = [pair for pair in better if _gap(judgment, pair) >= rules.min_gap]
-    asked, ties = _asked(judgment, better, far, rules)
-    said = {pair for order in asked for pair in combinations(order, 2)}
-    unknown = len(asked) if rules.min_gap > 0 and not judgment.scores else 0
-    unasked = len(set(far) - said) + len(judgment.ties) - len(ties)
-    left_out = LeftOut(len(better) - len(far), unasked, unknown)
-    return judgment._replace(orders=tuple(asked), ties=tuple(ties)), left_out
+    far = {(a, b) for a, b in better if not scores or scores[a] - scores[b] >= rules.min_gap}
+    orders, ties = _asked(judgment, better, far, rules.pairing)
+    said = {pair for order in orders for pair in combinations(order, 2)}
+    unknown = len(orders) if rules.min_gap > 0 and not scores else 0
+    left_out = LeftOut(len(better) - len(far), len(far - said) + len(judgment.ties) - len(ties), unknown)
+    return judgment._replace(orders=tuple(orders), ties=tuple(ties)), left_out
 
 
 def _voted(judgment: Judgment, rules: Rules) -> tuple[Judgment, LeftOut]:
-    """Votes count as scores, but how many more one got is no score difference: no gaps go on."""
-    pair = len(judgment.responses) == 2
-    labels, votes = judgment.labels, judgment.votes
-    scored = judgment._replace(scores=votes, votes=(), labels=())
-    found, left_out = arrange(scored, rules)
+    """Votes are compared as scores are; how many more one got is not a score difference, so the scores go again."""
+    votes = judgment.votes
+    found, left_out = arrange(judgment._replace(scores=votes, votes=(), labels=()), rules)
     found = found._replace(scores=())
-    if not pair or not found.orders or rules.votes == "majority":
+    if len(votes) > 2 or not found.orders or rules.votes == "majority":
         return found, left_out
     if rules.votes == "soft":
-        return found._replace(labels=labels), left_out
+        return found._replace(labels=judgment.labels), left_out
     return found._replace(weight=found.weight * abs(votes[0] - votes[1])), left_out
 
 
-def _gap(judgment: Judgment, pair: Pair) -> float:
-    """By how much the first is better; infinite where the data does not say."""
-    return judgment.scores[pair[0]] - judgment.scores[pair[1]] if judgment.scores else float("inf")
-
-
 def _asked(
-    judgment: Judgment, better: list[Pair], far: list[Pair], rules: Rules
+    judgment: Judgment, better: list[Pair], far: Collection[Pair], pairing: Pairing
 ) -> tuple[list[tuple[int, ...]], list[Pair]]:
     """The orders and the ties that the pairing wants, out of the pairs that are far enough apart."""
     ties = list(judgment.ties)
-    if rules.pairing == "all" or (rules.pairing == "auto" and len(far) < len(better)):
-        return list[tuple[int, ...]](far), ties
-    if rules.pairing == "auto":
+    if pairing == "auto" and len(far) == len(better):
         return list(judgment.orders), ties
-    from_best = _from_best(judgment, better)
-    if rules.pairing == "ranking":
-        chain = _chain(from_best, set(far))
-        return ([tuple(chain)] if len(chain) > 1 else []), ties
-    best, others = from_best[0], from_best[1:]
-    wanted = others[-1:] if rules.pairing == "best_worst" else others
-    met = {frozenset((best, other)) for other in wanted}
-    return [(best, other) for other in wanted if (best, other) in set(far)], [t for t in ties if frozenset(t) in met]
-
-
-def _from_best(judgment: Judgment, better: list[Pair]) -> list[int]:
-    """The responses that are compared, best first; of equals the earlier in the row."""
-    wins = {i: 0 for order in (*judgment.orders, *judgment.ties) for i in order}
-    for winner, _ in better:
-        wins[winner] += 1
-    return sorted(wins, key=lambda i: (-wins[i], i))
-
-
-def _chain(from_best: list[int], far: set[Pair]) -> list[int]:
-    """A strict ranking: from the best down, each member far enough below the last one kept."""
-    kept = from_best[:1]
-    for i in from_best[1:]:
-        if (kept[-1], i) in far:
-            kept.append(i)
-    return kept
+    if pairing in ("auto", "all"):
+        return [pair for pair in better if pair in far], ties
+    # best first; of equals the earlier in the row
+    wins = {i: sum(pair[0] == i for pair in better) for order in (*judgment.orders, *ties) for i in order}
+    best, *others = sorted(wins, key=lambda i: (-wins[i], i))
+    if pairing == "ranking":
+        # a strict one: from the best down, each far enough below the last one kept
+        kept = [best]
+        for i in others:
+            kept += [i] if (kept[-1], i) in far else []
+        return ([tuple(kept)] if len(kept) > 1 else []), ties
+    wanted = others[-1:] if pairing == "best_worst" else others
+    met = [{best, other} for other in wanted]
+    return [(best, other) for other in wanted if (best, other) in far], [tie for tie in ties if set(tie) in met]

@@ -3,6 +3,7 @@
 In: a row. Out: what it says; weight and tools are read by Format. Next: published.py.
 """
 
+from itertools import takewhile
 from typing import Any
 
 from favor.data.formats import fields
@@ -36,10 +37,10 @@ def sides(row: Row, names: tuple[str, str], both: str) -> tuple[Text, tuple[Text
     texts = all(isinstance(value, str) for value in named.values())
     if "prompt" not in row:
         read = fields.transcript if texts else fields.as_messages
-        return _common_prompt(*(read(value, name) for name, value in named.items()), both)
+        return _common_prompt([read(value, name) for name, value in named.items()], both)
     prompt = fields.text(row, "prompt")
     if all(map(_is_whole, named.values())):
-        shared, responses = _common_prompt(*(fields.as_messages(value, name) for name, value in named.items()), both)
+        shared, responses = _common_prompt([fields.as_messages(value, name) for name, value in named.items()], both)
         _check_within(prompt, shared)
         return shared, responses
     if isinstance(prompt, str) and not texts:
@@ -52,13 +53,10 @@ def _is_whole(side: Any) -> bool:
     return isinstance(side, list) and len(side) > 1 and isinstance(side[0], dict) and side[0].get("role") != "assistant"
 
 
-def _common_prompt(
-    first: tuple[Message, ...], second: tuple[Message, ...], both: str
-) -> tuple[tuple[Message, ...], tuple[Text, ...]]:
+def _common_prompt(conversations: list[tuple[Message, ...]], both: str) -> tuple[tuple[Message, ...], tuple[Text, ...]]:
     """The turns two conversations share are the prompt; what follows are the responses, one assistant turn each."""
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+    first, second = conversations
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
     if shared == len(first) == len(second):
         raise RowError(f"{both} are the same", "identical")
     if shared < max(len(first), len(second)) - 1:
