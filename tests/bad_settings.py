@@ -93,6 +93,7 @@ def lines(path, rows):
 def base(command, inputs):
     """Words with which the command would succeed."""
     model, data = [f"model.path={inputs / 'model'}", "model.dtype=float32"], f"{inputs / 'good.jsonl'}"
+    engine = [f"engine.{word}" for word in model]
     reward = ["reward.kind=callable", f"reward.path={inputs / 'length.py'}:score"]
     steps, drawn = ["train.batch_prompts=2", "train.max_steps=1"], "sample.max_new_tokens=3"
     task = [f"task.{k}={v}" for k, v in (("model", inputs / "model"), ("prompts", data), ("eval_prompts", data))]
@@ -105,8 +106,8 @@ def base(command, inputs):
         "score": ["out=out.jsonl", f"data={data}", *reward],
         "winrate": ["run=run", f"a.file={inputs / 'a.jsonl'}", f"b.file={inputs / 'b.jsonl'}", "judge.kind=callable"]
         + [f"judge.path={inputs / 'first.py'}:judge"],
-        "sample": ["out=out.jsonl", f"prompts={data}", *model, drawn],
-        "prefer": ["out=out.jsonl", f"prompts={data}", *model, drawn, *reward],
+        "sample": ["out=out.jsonl", f"prompts={data}", *engine, drawn],
+        "prefer": ["out=out.jsonl", f"prompts={data}", *engine, drawn, *reward],
         "loop": ["run=run", "rounds=1", f"prompts={data}", *model, drawn, *reward, *steps, "prompts_per_round=2"],
         "frontier": ["run=run", *task, *(f"task.{word}" for word in reward)],
         "lint": [f"data.train={data}", "lint.fail_on=never"],
@@ -241,7 +242,7 @@ def numbers():
     yield bad("sample", "sample.temperature=nan", names=["sample.temperature"])
     yield bad("sample", "sample.temperature=1e-400", names=["sample.temperature"])
     yield bad("sample", "sample.temperature=1e-300", names=["sample.temperature"])
-    yield odd("sample", f"sample.batch={10**15}")
+    yield odd("sample", f"engine.batch={10**15}")
     yield bad("sample", f"samples_per_prompt={10**9}", names=["samples_per_prompt"])
     yield bad("winrate", f"samples_per_prompt={10**30}", names=["samples_per_prompt"])
     yield bad("ppo", "ppo.clip=inf", names=["ppo.clip"])
@@ -430,10 +431,10 @@ def places():
             names=["gone.jsonl", "no such file"],
             environment=unreachable,
         )
-    for command in ("sample", "prefer", "loop"):
+    for command, section in (("sample", "engine.model"), ("prefer", "engine.model"), ("loop", "model")):
         yield bad(
             command,
-            "model.path=nobody/nothing",
+            f"{section}.path=nobody/nothing",
             "prompts=gone.jsonl",
             names=["gone.jsonl", "no such file"],
             environment=unreachable,
@@ -452,10 +453,9 @@ def places():
         names=["gone.jsonl", "no such file"],
         environment=unreachable,
     )
-    for command in ("prefer", "loop", "ppo"):
-        yield bad(
-            command, "model.path=nobody/nothing", "reward.path=gone.py:f", names=["gone.py"], environment=unreachable
-        )
+    for command, section in (("prefer", "engine.model"), ("loop", "model"), ("ppo", "model")):
+        model = f"{section}.path=nobody/nothing"
+        yield bad(command, model, "reward.path=gone.py:f", names=["gone.py"], environment=unreachable)
 
 
 def functions():
@@ -575,10 +575,10 @@ def secrets():
 
     def served(*more, names):
         """Sampling from a server that is not there."""
-        words = ["engine=openai", "server.model=m", "server.retries=0", *more]
+        words = ["engine.kind=openai", *(f"engine.{word}" for word in ("server.model=m", "server.retries=0", *more))]
         return Case(
             f"sample {' '.join(words)}"[:110],
-            lambda i, h: [*(x for x in base("sample", i) if not x.startswith("model.")), *words],
+            lambda i, h: [*(x for x in base("sample", i) if not x.startswith("engine.")), *words],
             tuple(names),
         )
 
@@ -591,7 +591,7 @@ def secrets():
         "server.url=http://hunter2@localhost:9/v1",
         names=["server.api_key_env"],
     )
-    yield bad("sample", "server=http://ann:hunter2@localhost:9/v1", names=["server"])
+    yield bad("sample", "engine.server=http://ann:hunter2@localhost:9/v1", names=["server"])
     yield served(
         "server.url=http://localhost:9/v1",
         "server.api_key_env=sk-hunter2",

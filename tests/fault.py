@@ -53,6 +53,7 @@ def commands(inputs):
     train += ["optim.lr=1e-2"]
     watched = [f"data.eval={data}", "watch.eval.every=2", "watch.kl.every=2", "watch.kl.prompts=2", "watch.kl.tokens=4"]
     drawn = [f"prompts={data}", "sample.max_new_tokens=4", "sample.batch=4"]
+    engine = [*(f"engine.{word}" for word in model), *drawn[:2], "engine.batch=4"]
     rollouts = ["run=run", *model, f"data.train={data}", "train.batch_prompts=2", "save.every=1"]
     ends = ("model/*.safetensors", "metrics.jsonl")
     in_run = tuple(f"run/{name}" for name in ends)
@@ -80,8 +81,8 @@ def commands(inputs):
             True,
             ("run/rounds.jsonl", *(f"run/round-2/train/{name}" for name in ends), "run/round-2/preferences.jsonl"),
         ),
-        "sample": Command(["sample", "out=s.jsonl", *model, *drawn, "samples_per_prompt=2"], False, ("s.jsonl",)),
-        "prefer": Command(["prefer", "out=p.jsonl", *model, *drawn, *reward], False, ("p.jsonl",)),
+        "sample": Command(["sample", "out=s.jsonl", *engine, "samples_per_prompt=2"], False, ("s.jsonl",)),
+        "prefer": Command(["prefer", "out=p.jsonl", *engine, *reward], False, ("p.jsonl",)),
         "score": Command(["score", "out=c.jsonl", f"data={data}", *reward], False, ("c.jsonl", "c.jsonl.figures.json")),
         "winrate": Command(
             ["winrate", "run=run", f"a.model={inputs}/model", f"b.model={inputs}/other", *drawn[:2]]

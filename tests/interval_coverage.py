@@ -15,10 +15,10 @@ from favor_frontier import summary
 from favor_frontier.summary import Cell
 from scipy.stats import norm
 
-from favor.eval import divergence, evaluate
-from favor.eval.calibration import calibrate
+from favor.eval import figures
+from favor.eval.evaluate import score_samples
+from favor.eval.figures import PairFigures, calibrate
 from favor.eval.intervals import t_quantile
-from favor.eval.margins import PairFigures
 from favor.model.sample import SampleConfig
 from favor.winrate import stats as winstats
 from favor.winrate.stats import JudgedPair, win_figures
@@ -134,8 +134,7 @@ def scores(prompts: int, each: int, draw: Callable[[np.random.Generator, tuple[i
             for side in (0, 1)
         ]
         records = [{"reference": list(a), "policy": list(b)} for a, b in zip(*sides, strict=True)]
-        config = evaluate.EvalConfig(run="none", samples_per_prompt=each)
-        found = evaluate._score(records, ("score", lambda texts: texts), config)
+        found = score_samples(records, ("score", lambda texts: texts))
         gap = 0.0 if chance else 0.1
         return {
             "policy score": (found["policy_interval"], mean + gap),
@@ -152,12 +151,12 @@ def divergences(prompts: int, each: int, shape: float):
     def trial(rng: np.random.Generator) -> Trial:
         parts = [rng.gamma(shape / 2, 1, size) for size in ((prompts, 1), (prompts, each))]
         ratio = torch.from_numpy(4 + 3 * ((parts[0] + parts[1]) - shape) / np.sqrt(shape)).ravel()
-        before, divergence.log_ratios = divergence.log_ratios, lambda *_: ratio
+        before, figures.log_ratios = figures.log_ratios, lambda *_: ratio
         try:
             asked = [(i,) for i in range(prompts) for _ in range(each)]
-            found = divergence.kl_of_samples(None, None, asked, [(0,)] * len(asked), SampleConfig())
+            found = figures.kl_of_samples(None, None, asked, [(0,)] * len(asked), SampleConfig())
         finally:
-            divergence.log_ratios = before
+            figures.log_ratios = before
         reach = t_quantile(np.ones(prompts)) * found.se
         return {"KL, mean ± t s.e.": ((found.mean - reach, found.mean + reach), 4.0)}
 

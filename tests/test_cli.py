@@ -350,6 +350,8 @@ def test_a_signal_saves_a_checkpoint_and_says_so(inputs, tmp_path, number):
 def recipe_words(name, inputs, here):
     """What a recipe needs to run on the tiny model: (command, settings)."""
     model = [f"model.path={inputs / 'model'}", "model.dtype=float32"]
+    if name == "prefer":
+        model = [f"engine.{word}" for word in model]
     if name in ("prefer", "loop"):
         (here / "length.py").write_text("def score(prompts, responses):\n    return [len(r) for r in responses]\n")
         drawn = [f"prompts={inputs / 'good.jsonl'}", "sample.max_new_tokens=5"]

@@ -141,8 +141,8 @@ def test_a_signal_while_a_server_is_waited_for(inputs, tmp_path, monkeypatch):
         time.sleep(3)
 
     server = Server(never)
-    words = ["sample", "out=o.jsonl", f"prompts={inputs / 'good.jsonl'}", "engine=openai", "server.model=m"]
-    with start(tmp_path, [*words, f"server.url={server.url}"]) as process:
+    words = ["sample", "out=o.jsonl", f"prompts={inputs / 'good.jsonl'}", "engine.kind=openai", "engine.server.model=m"]
+    with start(tmp_path, [*words, f"engine.server.url={server.url}"]) as process:
         assert asked.wait(60)
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
@@ -317,12 +317,12 @@ def test_a_key_reaches_no_file_and_no_line(inputs, tmp_path, monkeypatch, favor)
         "{0}server.backoff_s=0",
     ]
     said = ""
-    sample = ["sample", "out=o.jsonl", f"prompts={inputs / 'good.jsonl'}", "engine=openai"]
+    sample = ["sample", "out=o.jsonl", f"prompts={inputs / 'good.jsonl'}", "engine.kind=openai"]
     judge = [w for w in bad_settings.base("winrate", inputs) if not w.startswith("judge")]
-    said += favor(*sample, *(w.format("") for w in there), "server.retries=30")
+    said += favor(*sample, *(w.format("engine.") for w in there), "engine.server.retries=30")
     # one answer is kept, then the server refuses
     closed.append(len(server.requests) + 3)
-    said += favor(*sample, *(w.format("") for w in there), "out=p.jsonl", "server.concurrency=1")
+    said += favor(*sample, *(w.format("engine.") for w in there), "out=p.jsonl", "engine.server.concurrency=1")
     closed.clear()
     said += favor(*judge, "judge.kind=openai", *(w.format("judge.") for w in there), "judge.server.retries=30")
     said += favor("report", "run")

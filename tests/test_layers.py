@@ -27,12 +27,10 @@ ALLOWED = {
     "ranks": {"errors"},
     "server": {"errors", "config", "hide"},
     "rewards": BASE | {"stop", "data", "model"},
-    "generate": BASE | {"output", "data", "model", "eval", "rewards", "server"},
+    "generate": BASE | {"output", "data", "model", "rewards", "server"},
     "winrate": BASE | {"output", "data", "model", "eval", "generate", "rewards", "server"},
-    "eval": BASE | {"output", "data", "model", "losses", "ranks", "rewards"},
-    "train": BASE
-    | {"stop", "hide", "data", "losses", "model", "ranks", "rewards"}
-    | {"lint.cheap", "eval.divergence", "eval.calibration"},
+    "eval": BASE | {"output", "data", "model", "losses", "ranks", "rewards", "generate"},
+    "train": BASE | {"stop", "hide", "data", "losses", "model", "ranks", "rewards"} | {"lint.cheap", "eval.figures"},
     "lint": BASE | {"output", "hide", "data", "model", "rewards", "report.table"},
     "report": {"errors", "hide", "run", "guard"},
     "demo": BASE | {"stop", "rewards", "eval", "train", "report"},

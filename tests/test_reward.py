@@ -17,7 +17,7 @@ from favor.data.read import DataConfig, read
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Comparison
 from favor.errors import CheckpointError, ConfigError, DataError
-from favor.eval.calibration import calibrate
+from favor.eval.figures import calibrate
 from favor.eval.score import ScoreConfig, score
 from favor.losses.reward import bradley_terry, centering, rao_kupper_tie
 from favor.model.heads import load_scalar_model, response_scores, settle_scores

@@ -11,14 +11,13 @@ from rich.console import Console
 from favor.config import load
 from favor.data.read import DataConfig, read
 from favor.errors import ConfigError, DataError
-from favor.eval.partial import Sampled
 from favor.generate import engines
-from favor.generate.engines import SamplesConfig
 from favor.generate.prefer import PreferConfig, prefer
-from favor.generate.samples import write_samples
+from favor.generate.samples import SamplesConfig, write_samples
 from favor.online import LoopRunConfig, loop
 from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
+from favor.server import Reply
 from favor.train.session import Session, StoppedError, StopRequest
 
 PROMPTS = ["Write about a film.", "A film", "Never?", [{"role": "user", "content": "Good or bad?"}], "Maybe the end."]
@@ -45,10 +44,10 @@ def words(inputs, out, *more):
     return [
         f"out={out}",
         f"prompts={inputs / 'prompts.jsonl'}",
-        f"model.path={inputs / 'model'}",
-        "model.dtype=float32",
+        f"engine.model.path={inputs / 'model'}",
+        "engine.model.dtype=float32",
         "sample.max_new_tokens=6",
-        "sample.batch=3",
+        "engine.batch=3",
         *more,
     ]
 
@@ -101,7 +100,7 @@ def test_a_killed_run_continues_to_the_same_file(inputs, tmp_path, chunks, monke
 
 def test_samples_are_of_seed_and_place_alone(inputs, tmp_path):
     run_sample(words(inputs, tmp_path / "a.jsonl"))
-    run_sample(words(inputs, tmp_path / "b.jsonl", "max_prompts=2", "sample.batch=1"))
+    run_sample(words(inputs, tmp_path / "b.jsonl", "max_prompts=2", "engine.batch=1"))
     a, b = rows_of(tmp_path / "a.jsonl"), rows_of(tmp_path / "b.jsonl")
     assert a[:2] == b
     run_sample(words(inputs, tmp_path / "a.jsonl", "seed=1", "overwrite=true"))
@@ -110,7 +109,7 @@ def test_samples_are_of_seed_and_place_alone(inputs, tmp_path):
 
 def test_other_weights_do_not_continue(inputs, tmp_path):
     tiny.save(tmp_path / "model")
-    again = [*words(inputs, tmp_path / "s.jsonl"), f"model.path={tmp_path / 'model'}"]
+    again = [*words(inputs, tmp_path / "s.jsonl"), f"engine.model.path={tmp_path / 'model'}"]
     with pytest.raises(Killed):
         run_sample(again, kill_after(1))
     tiny.model(seed=1).save_pretrained(tmp_path / "model")
@@ -123,21 +122,21 @@ def test_bad_places_are_refused_before_the_work(inputs, tmp_path):
         run_sample(words(inputs, tmp_path / "nowhere/s.jsonl"))
     with pytest.raises(ConfigError, match="is a folder"):
         run_sample(words(inputs, tmp_path))
-    with pytest.raises(ConfigError, match=r"tokens.max_tokens is not read"):
+    with pytest.raises(ConfigError, match=r"unknown key 'tokens'"):
         run_sample(words(inputs, tmp_path / "s.jsonl", "tokens.max_tokens=99"))
 
 
 def test_best_of_keeps_the_highest_score(inputs, tmp_path):
     best, every = tmp_path / "best.jsonl", tmp_path / "all.jsonl"
-    count = run_sample(words(inputs, best, "samples_per_prompt=2", "best_of=3", "sample.batch=99", *by_length(inputs)))
+    count = run_sample(words(inputs, best, "samples_per_prompt=2", "best_of=3", "engine.batch=99", *by_length(inputs)))
     assert count == 10
-    run_sample(words(inputs, every, "samples_per_prompt=6", "sample.batch=99"))
+    run_sample(words(inputs, every, "samples_per_prompt=6", "engine.batch=99"))
     for kept, drawn in zip(rows_of(best), rows_of(every), strict=True):
         groups = drawn["responses"][:3], drawn["responses"][3:]
         assert kept["responses"] == [max(group, key=len) for group in groups]
         assert kept["scores"] == [max(map(len, group)) for group in groups]
-    run_sample(words(inputs, tmp_path / "tied.jsonl", "best_of=3", "sample.batch=99", *by_length(inputs, "same")))
-    run_sample(words(inputs, tmp_path / "three.jsonl", "samples_per_prompt=3", "sample.batch=99"))
+    run_sample(words(inputs, tmp_path / "tied.jsonl", "best_of=3", "engine.batch=99", *by_length(inputs, "same")))
+    run_sample(words(inputs, tmp_path / "three.jsonl", "samples_per_prompt=3", "engine.batch=99"))
     tied, three = rows_of(tmp_path / "tied.jsonl"), rows_of(tmp_path / "three.jsonl")
     assert [row["responses"][0] for row in tied] == [row["responses"][0] for row in three]
 
@@ -175,7 +174,7 @@ def test_what_holds_no_preference_is_left_out_and_counted(inputs, tmp_path, monk
     ]
     monkeypatch.setattr(
         "favor.generate.samples.draw",
-        lambda config, jobs, keep: keep({job.index: Sampled(texts[job.index], True) for job in jobs}),
+        lambda engine, source, jobs, how, keep: keep({job.index: Reply(texts[job.index], True) for job in jobs}),
     )
     config = load(PreferConfig, None, words(inputs, tmp_path / "p.jsonl", *by_length(inputs)))
     report = prefer(config, quiet)
@@ -224,7 +223,7 @@ def fake_vllm(seen):
 
 
 def vllm_words(inputs, out, *more):
-    return [*[w for w in words(inputs, out) if "batch" not in w], "engine=vllm", *more]
+    return [*[w for w in words(inputs, out) if "batch" not in w], "engine.kind=vllm", *more]
 
 
 def test_vllm_is_given_ids_seeds_and_limits(inputs, tmp_path, monkeypatch):
@@ -253,14 +252,14 @@ def test_vllm_that_is_missing_or_cannot(inputs, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r'pip install "favor\[vllm\]"'):
         run_sample(vllm_words(inputs, tmp_path / "v.jsonl"))
     monkeypatch.setitem(sys.modules, "vllm", fake_vllm({}))
-    for word in ("sample.batch=3", "model.layout=rows", "model.device=cpu"):
-        with pytest.raises(ConfigError, match=f"{word.split('=')[0]} is not read by engine 'vllm'"):
+    for word in ("engine.batch=3", "engine.model.layout=rows", "engine.model.device=cpu"):
+        with pytest.raises(ConfigError, match=f"unknown key '{word.split('=')[0]}'"):
             run_sample(vllm_words(inputs, tmp_path / "v.jsonl", word))
 
 
 def loop_words(inputs, run, *more):
     return [
-        *[w for w in words(inputs, "") if not w.startswith("out=")],
+        *[w.removeprefix("engine.").replace("batch", "sample.batch") for w in words(inputs, "")[1:]],
         f"run={run}",
         "rounds=2",
         "prompts_per_round=3",

@@ -22,9 +22,8 @@ from favor import guard
 from favor.config import load
 from favor.errors import CheckpointError, ConfigError, DataError, FavorError
 from favor.eval.score import ScoreConfig, score
-from favor.generate.engines import SamplesConfig
 from favor.generate.prefer import PreferConfig, prefer
-from favor.generate.samples import write_samples
+from favor.generate.samples import SamplesConfig, write_samples
 from favor.lint.run import lint
 from favor.lint.settings import LintConfig
 from favor.report.collect import collect
@@ -63,8 +62,8 @@ def stopped(inputs, *more, at=4):
 
 
 def drawn(inputs, *more):
-    base = [f"out={inputs / 'out.jsonl'}", f"prompts={inputs / 'data.jsonl'}", f"model.path={inputs / 'model'}"]
-    return load(SamplesConfig, None, [*base, "model.dtype=float32", "sample.max_new_tokens=3", *more])
+    base = [f"out={inputs / 'out.jsonl'}", f"prompts={inputs / 'data.jsonl'}", f"engine.model.path={inputs / 'model'}"]
+    return load(SamplesConfig, None, [*base, "engine.model.dtype=float32", "sample.max_new_tokens=3", *more])
 
 
 def quiet(label, done, total):
@@ -334,8 +333,13 @@ def test_outputs_are_tried_before_the_work(inputs):
     first = score(load(ScoreConfig, None, [f"out={inputs / 'o'}", *reward]), quiet)
     again = score(load(ScoreConfig, None, [f"out={inputs / 'o'}", *reward]), quiet)
     assert again == json.loads(json.dumps(first))
-    asked = [f"out={inputs / 'p'}", f"prompts={inputs / 'data.jsonl'}", f"model.path={inputs / 'model'}", *reward[:2]]
-    asked += ["model.dtype=float32", "sample.max_new_tokens=4"]
+    asked = [
+        f"out={inputs / 'p'}",
+        f"prompts={inputs / 'data.jsonl'}",
+        f"engine.model.path={inputs / 'model'}",
+        *reward[:2],
+    ]
+    asked += ["engine.model.dtype=float32", "sample.max_new_tokens=4"]
     report = prefer(load(PreferConfig, None, asked), quiet)
     assert prefer(load(PreferConfig, None, asked), quiet) == report
     checked = [f"data.train={inputs / 'data.jsonl'}", f"lint.fix={inputs / 'clean.jsonl'}"]

@@ -10,8 +10,7 @@ from test_training import StopAt, curve, open_session
 from favor.config import load
 from favor.errors import CheckpointError, ConfigError, DataError
 from favor.eval.score import ScoreConfig, score
-from favor.generate.engines import SamplesConfig
-from favor.generate.samples import write_samples
+from favor.generate.samples import SamplesConfig, write_samples
 from favor.hide import without_secrets
 from favor.lint.run import lint
 from favor.lint.settings import LintConfig
@@ -167,7 +166,7 @@ def test_out_is_not_the_recipe_nor_a_file_that_is_read(here, model):
     (here / "b[1].jsonl").write_bytes((here / "data.jsonl").read_bytes())
     for words in (["out=o", "prompts=o.partial"], ["out=b[1].jsonl", "prompts=b[1].jsonl"]):
         with pytest.raises(ConfigError, match="is the file it reads"):
-            write_samples(load(SamplesConfig, None, [*words, f"model.path={model}", "overwrite=true"]), quiet)
+            write_samples(load(SamplesConfig, None, [*words, f"engine.model.path={model}", "overwrite=true"]), quiet)
     assert (here / "o.partial").read_bytes() == (here / "data.jsonl").read_bytes()
 
 

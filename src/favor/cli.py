@@ -148,8 +148,7 @@ def winrate(words: Words = None) -> None:
 
     config = load(WinrateConfig, *split_arguments(words or []))
     console = _console()
-    models = (config.a.model, config.b.model, config.judge.model)
-    _say_precision(*(model.dtype for model in models if model), *(["float32"] if config.judge.reward else []))
+    _say_precision(*config.dtypes)
     with _continued():
         console.print(winrate_table(run(config, console.print, _progress(console))))
 
@@ -158,12 +157,12 @@ def winrate(words: Words = None) -> None:
 def sample(words: Words = None) -> None:
     """Sample responses to the prompts of a file, as JSON lines; the same command again continues a stopped run."""
     from favor.config import load, split_arguments
-    from favor.generate.engines import SamplesConfig
-    from favor.generate.samples import write_samples
+    from favor.generate.engines import dtypes
+    from favor.generate.samples import SamplesConfig, write_samples
 
     recipe, settings = split_arguments(words or [])
     config = load(SamplesConfig, recipe, settings)
-    _say_precision(*([config.model.dtype] if config.model else []))
+    _say_precision(*dtypes(config.engine))
     with _continued():
         count = write_samples(config, _progress(_console()), recipe)
     _print(f"{count} samples in {config.out}")
@@ -173,12 +172,13 @@ def sample(words: Words = None) -> None:
 def prefer(words: Words = None) -> None:
     """Make preferences: sample several responses per prompt and rank them by a reward."""
     from favor.config import load, split_arguments
+    from favor.generate.engines import dtypes
     from favor.generate.prefer import PreferConfig
     from favor.generate.prefer import prefer as run
 
     recipe, settings = split_arguments(words or [])
     config = load(PreferConfig, recipe, settings)
-    _say_precision(*([config.model.dtype] if config.model else []))
+    _say_precision(*dtypes(config.engine))
     with _continued():
         report = run(config, _progress(_console()), recipe)
     _print(f"{report}; preferences in {config.out}")

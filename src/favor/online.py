@@ -1,7 +1,7 @@
 """`favor loop`: online preference learning: each round samples from the current model, ranks by a reward and trains.
 
 In: LoopRunConfig. Out: run/round-N with prompts, preferences and training run, and rounds.jsonl; round N+1 starts from
-the model of round N, which is its reference too. Next: eval/prefer.py.
+the model of round N, which is its reference too. Next: generate/prefer.py.
 """
 
 import json
@@ -12,19 +12,30 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from favor.config import STRICT, Seed, dump
+from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data.prompts import NumberedPrompts, read_prompts
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.errors import CheckpointError, ConfigError
+from favor.generate.engines import Decoding, TransformersEngine
 from favor.generate.prefer import PreferConfig, prefer
+from favor.generate.samples import Progress, PromptsFile, Split
 from favor.guard import content, is_sealed, seal, sha
 from favor.losses.table import LossConfig, make_loss
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
 from favor.output import hashes
 from favor.rewards.source import RewardConfig, check_scorer, identity
-from favor.run import RunFolder, make_folder, read_json, remove_folder, same_inputs, write_json, write_text
+from favor.run import (
+    RunFolder,
+    make_folder,
+    read_json,
+    remove_folder,
+    same_inputs,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from favor.stop import StoppedError
 from favor.train.checkpoint import checkpoints
 from favor.train.loop import LoopConfig, SaveConfig
@@ -32,22 +43,25 @@ from favor.train.optim import OptimConfig
 from favor.train.preference import TrainConfig, train
 from favor.train.session import Session, recipe_hash, running
 
-Progress = Callable[[str, int, int], None]
+OpenSession = Callable[[Path], Session]
 
 
 class LoopRunConfig(BaseModel):
-    """A recipe for `favor loop`. Round r takes the r-th `prompts_per_round` prompts, and begins anew after the last."""
+    """A recipe for `favor loop`. Round r takes the r-th `prompts_per_round` prompts, from the first again after the last."""
 
     model_config = STRICT
-    run: str
+    run: Run
     seed: Seed = 0
-    resume: bool = False
+    resume: Resume = False
     rounds: int = Field(default=3, ge=1)
+    """How often to sample, rank and train."""
     model: ModelConfig
-    prompts: str
-    split: str = "train"
+    prompts: PromptsFile
+    split: Split = "train"
     prompts_per_round: int = Field(default=256, ge=1)
+    """Prompts sampled in a round."""
     samples_per_prompt: int = Field(default=4, ge=2, le=1000)
+    """Responses per prompt, of which a ranking is made."""
     tokens: TokensConfig = TokensConfig()
     sample: SampleConfig = SampleConfig()
     reward: RewardConfig
@@ -66,38 +80,41 @@ class LoopRunConfig(BaseModel):
 
 
 @dataclass(frozen=True)
-class RoundFolder:
-    """Where a round keeps things."""
+class Round:
+    """One round: what it is made with, and where it keeps things.
 
-    root: Path
+    prompts.jsonl; preferences.jsonl, rankings of the current model's samples; figures.json, what became of the samples, whose
+    presence says that the preferences are done; made.json, hashes of what the next round goes on from; train, its run.
+    """
 
-    @property
-    def prompts(self) -> Path:
-        """The prompts of this round (JSONL)."""
-        return self.root / "prompts.jsonl"
-
-    @property
-    def preferences(self) -> Path:
-        """Rankings of the current model's samples (JSONL)."""
-        return self.root / "preferences.jsonl"
+    number: int
+    config: LoopRunConfig
 
     @property
-    def figures(self) -> Path:
-        """What became of the samples (JSON); its presence says that the preferences are done."""
-        return self.root / "figures.json"
-
-    @property
-    def made(self) -> Path:
-        """Hashes of the round's preferences and model (JSON): what the next round goes on from."""
-        return self.root / "made.json"
+    def root(self) -> Path:
+        """Its folder."""
+        return Path(self.config.run) / f"round-{self.number}"
 
     @property
     def train(self) -> RunFolder:
         """The round's training run."""
         return RunFolder(self.root / "train")
 
+    @property
+    def model(self) -> ModelConfig:
+        """What the round starts from."""
+        if self.number == 1:
+            return self.config.model
+        before = Round(self.number - 1, self.config).train.model
+        return self.config.model.model_copy(update={"path": str(before), "revision": None})
 
-def loop(config: LoopRunConfig, open_session: Callable[[Path], Session], progress: Progress) -> None:
+    @property
+    def seed(self) -> int:
+        """Of its samples and its training."""
+        return (self.config.seed + self.number) % (1 << 32)
+
+
+def loop(config: LoopRunConfig, open_session: OpenSession, progress: Progress) -> None:
     """All rounds; with resume=true finished ones are skipped and an unfinished one continues.
 
     Raises ConfigError for a folder that holds a run, and what sampling, scoring and training raise.
@@ -105,133 +122,117 @@ def loop(config: LoopRunConfig, open_session: Callable[[Path], Session], progres
     prompts = read_prompts(config.prompts, config.split)
     check_scorer(config.reward)
     with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
-        _rounds(config, prompts, session, open_session, progress)
+        if session.world.size > 1:
+            raise ConfigError("favor loop runs in one process; start it without torchrun")
+        entered = {
+            "content of model": content(config.model.path),
+            "content of prompts": [prompt for _, prompt in prompts],
+            "reward": identity(config.reward),
+        }
+        same_inputs(session.folder, recipe_hash(config) | hashes(entered))
+        rounds = [Round(number, config) for number in range(1, config.rounds + 1)]
+        for this in rounds:
+            if not this.train.model.exists():
+                session.say(f"round {this.number} of {config.rounds}")
+                _sample(this, prompts, session, progress)
+                _train(this, open_session)
+            _seal(this)
+            # written from the rounds' own figures, so that a kill between two files loses none
+            figures = [read_json(each.root / "figures.json") for each in rounds[: this.number]]
+            write_jsonl(Path(config.run) / "rounds.jsonl", figures)
+        session.say(f"{config.rounds} rounds done; model in {rounds[-1].train.model}")
 
 
-def _rounds(
-    config: LoopRunConfig,
-    prompts: NumberedPrompts,
-    session: Session,
-    open_session: Callable[[Path], Session],
-    progress: Progress,
-) -> None:
-    if session.world.size > 1:
-        raise ConfigError("favor loop runs in one process; start it without torchrun")
-    entered = {
-        "content of model": content(config.model.path),
-        "content of prompts": [prompt for _, prompt in prompts],
-        "reward": identity(config.reward),
-    }
-    same_inputs(session.folder, recipe_hash(config) | hashes(entered))
-    for number in range(1, config.rounds + 1):
-        place = _folder(config, number)
-        if not place.train.model.exists():
-            session.say(f"round {number} of {config.rounds}")
-            _round(config, number, prompts, session, progress)
-            _train(config, number, open_session)
-        _seal(place)
-        # written from the rounds' own figures, so that a kill between two files loses none
-        _record(config, number)
-    session.say(f"{config.rounds} rounds done; model in {_folder(config, config.rounds).train.model}")
-
-
-def _round(config: LoopRunConfig, number: int, prompts: NumberedPrompts, session: Session, progress: Progress) -> None:
+def _sample(this: Round, prompts: NumberedPrompts, session: Session, progress: Progress) -> None:
     """The round's prompts, and preferences among samples of the current model."""
-    place = _folder(config, number)
-    if place.figures.exists():
-        _sound(place)
+    if (this.root / "figures.json").exists():
+        _sound(this)
         return
-    make_folder(place.root)
-    count = min(config.prompts_per_round, len(prompts))
-    chosen = [prompts[((number - 1) * count + i) % len(prompts)][1] for i in range(count)]
-    write_text(place.prompts, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in chosen))
+    make_folder(this.root)
+    count = min(this.config.prompts_per_round, len(prompts))
+    chosen = [prompts[((this.number - 1) * count + i) % len(prompts)][1] for i in range(count)]
+    write_jsonl(this.root / "prompts.jsonl", [{"prompt": prompt} for prompt in chosen])
 
     def stoppable(label: str, done: int, total: int) -> None:
-        progress(f"round {number}: {label}", done, total)
+        progress(f"round {this.number}: {label}", done, total)
         if session.stop.signal_number:
             raise StoppedError(
-                f"stopped while sampling round {number}; continue with resume=true", session.stop.signal_number
+                f"stopped while sampling round {this.number}; continue with resume=true", session.stop.signal_number
             )
 
-    report = prefer(_prefer_recipe(config, number), stoppable)
+    report = prefer(_prefer_recipe(this), stoppable)
     session.say(str(report))
-    text = json.dumps({"round": number, **asdict(report)}, indent=2) + "\n"
+    text = json.dumps({"round": this.number, **asdict(report)}, indent=2) + "\n"
     # first, so that no figures are there without it
-    write_json(place.made, seal({"preferences": content(str(place.preferences)), "figures": sha(text)}))
-    write_text(place.figures, text)
+    write_json(
+        this.root / "made.json",
+        seal({"preferences": content(str(this.root / "preferences.jsonl")), "figures": sha(text)}),
+    )
+    write_text(this.root / "figures.json", text)
 
 
-def _sound(place: RoundFolder) -> dict[str, Any]:
+def _sound(this: Round) -> dict[str, Any]:
     """The hashes of what a round made. Raises CheckpointError when it is no longer that."""
-    made = read_json(place.made) if place.made.exists() else {}
-    now = {"preferences": place.preferences, "figures": place.figures, "model": place.train.model}
+    made = read_json(this.root / "made.json") if (this.root / "made.json").exists() else {}
+    now = {
+        "preferences": this.root / "preferences.jsonl",
+        "figures": this.root / "figures.json",
+        "model": this.train.model,
+    }
     damaged = [name for name, path in now.items() if name in made and made[name] != content(str(path))]
     if not is_sealed(made) or not {"preferences", "figures"} <= made.keys():
-        damaged = [place.made.name]
+        damaged = ["made.json"]
     if damaged:
         raise CheckpointError(
-            f"{place.root}: its {' and '.join(damaged)} are not what was written; delete this round's folder and all later "
+            f"{this.root}: its {' and '.join(damaged)} are not what was written; delete this round's folder and all later "
             "ones to make them again"
         )
     return made
 
 
-def _seal(place: RoundFolder) -> None:
+def _seal(this: Round) -> None:
     """Keep the hash of the round's model, too. Raises CheckpointError when what the round made is no longer that."""
-    made = _sound(place)
+    made = _sound(this)
     if "model" not in made:
         del made["check"]
-        write_json(place.made, seal({**made, "model": content(str(place.train.model))}))
+        write_json(this.root / "made.json", seal({**made, "model": content(str(this.train.model))}))
 
 
-def _train(config: LoopRunConfig, number: int, open_session: Callable[[Path], Session]) -> None:
-    """The round's training: continued from its newest checkpoint, or begun anew when there is none."""
-    folder = _folder(config, number).train
-    resume = bool(checkpoints(folder.checkpoints))
+def _train(this: Round, open_session: OpenSession) -> None:
+    """The round's training: continued from its newest checkpoint, or started afresh when there is none."""
+    resume = bool(checkpoints(this.train.checkpoints))
     if not resume:
-        remove_folder(folder.root)
-    train(_train_recipe(config, number).model_copy(update={"resume": resume}), open_session)
+        remove_folder(this.train.root)
+    train(_train_recipe(this).model_copy(update={"resume": resume}), open_session)
 
 
-def _folder(config: LoopRunConfig, number: int) -> RoundFolder:
-    return RoundFolder(Path(config.run) / f"round-{number}")
-
-
-def _record(config: LoopRunConfig, number: int) -> None:
-    figures = [read_json(_folder(config, r).figures) for r in range(1, number + 1)]
-    write_text(Path(config.run) / "rounds.jsonl", "".join(json.dumps(each) + "\n" for each in figures))
-
-
-def _model(config: LoopRunConfig, number: int) -> ModelConfig:
-    """What round `number` starts from."""
-    if number == 1:
-        return config.model
-    return config.model.model_copy(update={"path": str(_folder(config, number - 1).train.model), "revision": None})
-
-
-def _prefer_recipe(config: LoopRunConfig, number: int) -> PreferConfig:
-    place = _folder(config, number)
+def _prefer_recipe(this: Round) -> PreferConfig:
+    config = this.config
+    engine = TransformersEngine(
+        model=this.model.model_copy(update={"gradient_checkpointing": False}),
+        template=config.tokens.template,
+        special_text=config.tokens.special_text,
+        batch=config.sample.batch,
+    )
     return PreferConfig(
-        out=str(place.preferences),
-        prompts=str(place.prompts),
-        model=_model(config, number).model_copy(update={"gradient_checkpointing": False}),
-        # its lengths are for training
-        tokens=TokensConfig(template=config.tokens.template, special_text=config.tokens.special_text),
-        sample=config.sample,
+        out=str(this.root / "preferences.jsonl"),
+        prompts=str(this.root / "prompts.jsonl"),
+        engine=engine,
+        sample=Decoding(max_new_tokens=config.sample.max_new_tokens, temperature=config.sample.temperature),
         samples_per_prompt=config.samples_per_prompt,
         reward=config.reward,
-        seed=(config.seed + number) % (1 << 32),
+        seed=this.seed,
     )
 
 
-def _train_recipe(config: LoopRunConfig, number: int) -> TrainConfig:
-    place = _folder(config, number)
+def _train_recipe(this: Round) -> TrainConfig:
+    config = this.config
     return TrainConfig(
-        run=str(place.train.root),
-        seed=(config.seed + number) % (1 << 32),
-        model=_model(config, number),
+        run=str(this.train.root),
+        seed=this.seed,
+        model=this.model,
         # a sample may be too long, or spell out a special token
-        data=DataConfig(train=str(place.preferences), bad_rows="drop"),
+        data=DataConfig(train=str(this.root / "preferences.jsonl"), bad_rows="drop"),
         tokens=config.tokens,
         loss=config.loss,
         optim=config.optim,

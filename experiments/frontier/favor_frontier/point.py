@@ -19,7 +19,7 @@ from favor.data.prompts import NumberedPrompts, encode_prompts, read_prompts, sa
 from favor.data.read import DataConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import NumericsError
-from favor.eval.divergence import log_ratios
+from favor.eval.figures import log_ratios
 from favor.losses.table import make_loss
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
@@ -104,7 +104,7 @@ def measure(config: FrontierConfig, policy: Policy, bench: Bench, seed: int) -> 
 
 
 def _scored(bench: Bench, out: Sequence[tuple[int, ...]], kl: list[float], each: int, policy: Policy) -> dict[str, Any]:
-    texts = decode(policy, out)
+    texts = decode(policy.tokenizer, out)
     prompts = [text for _, text in bench.prompts for _ in range(each)]
     reward = bench.scorer(prompts, texts)
     shown = [{"prompt": prompts[i], "text": texts[i], "reward": reward[i]} for i in range(0, len(texts), each)]
@@ -125,7 +125,7 @@ def _best_of_n(config: FrontierConfig, task: Task, places: Places, point: Point,
     ids = [i for i in bench.ids for _ in range(each * count)]
     seeds = sample_seeds(1_000 + point.seed, list(range(len(bench.ids))), each * count)
     out = sample(bench.reference, ids, seeds, settings)
-    texts = decode(bench.reference, out)
+    texts = decode(bench.reference.tokenizer, out)
     learnt = make_scorer(learnt_reward(task, places, point.seed))
     scores = learnt([text for _, text in bench.prompts for _ in range(each * count)], texts)
     best = [max(range(k, k + count), key=scores.__getitem__) for k in range(0, len(out), count)]

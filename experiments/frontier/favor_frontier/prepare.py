@@ -141,12 +141,12 @@ def label(config: FrontierConfig, task: Task, places: Places, seed: int) -> None
     seeds = sample_seeds(seed, list(range(len(prompts))), each)
     settings = SampleConfig(max_new_tokens=config.evaluate.max_new_tokens, batch=128)
     out = sample(policy, [i for i in ids for _ in range(each)], seeds, settings)
-    texts = decode(policy, out)
+    texts = decode(policy.tokenizer, out)
     scores = make_scorer(task.reward)([text for _, text in prompts for _ in range(each)], texts)
     lines: list[str] = []
     for i, (_, prompt) in enumerate(prompts):
         mine = range(i * each, (i + 1) * each)
-        kept = {texts[k]: k for k in mine if texts[k]}
+        kept = {texts[k]: k for k in mine if texts[k].strip()}
         if len({scores[k] for k in kept.values()}) > 1:
             ended = [out[k][-1] in policy.end_ids for k in kept.values()]
             values = [scores[k] for k in kept.values()]

@@ -1,16 +1,13 @@
 """`favor eval`: a trained policy against its reference on held-out preferences and by samples.
 
-In: EvalConfig, usually just a run folder. Out: eval.json and samples.jsonl. Next: margins.py.
+In: EvalConfig, usually just a run folder. Out: eval.json and samples.jsonl. Next: figures.py.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
@@ -19,37 +16,45 @@ from favor.data.read import DataConfig, read, read_splits
 from favor.data.tokenize import tokenize
 from favor.data.types import Batch, PromptTree, TokenTree
 from favor.errors import ConfigError, DataError
-from favor.eval.divergence import kl_of_samples
-from favor.eval.intervals import mean_interval
-from favor.eval.margins import pair_figures
+from favor.eval.figures import kl_of_samples, pair_figures
+from favor.eval.intervals import SHARE, mean_interval
+from favor.generate.samples import Progress
 from favor.losses.table import beta_of, make_loss
 from favor.model.layout import sampled_tree, settle
 from favor.model.load import Policy, precision_of
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
 from favor.rewards.model import RunRecipe, load_pair, read_run
-from favor.run import RunFolder, opened, write_json, write_text
+from favor.run import RunFolder, opened, write_json, write_jsonl
 
-Scorer = Callable[[Sequence[str]], Sequence[float]]
+# the name of what scores samples, and text -> score
+Scorer = tuple[str, Callable[[Sequence[str]], Sequence[float]]]
+_SIDES = ("reference", "policy")
 
 
 class EvalConfig(BaseModel):
-    """A recipe for `favor eval`. What is not set comes from the run: its model, reference, held-out data, beta. In float32.
-
-    `run` is a folder made by `favor train`. `data`, `reference` and `beta` replace what the run used.
-    """
+    """A recipe for `favor eval`. What is not set comes from the run. Everything is computed in float32."""
 
     model_config = STRICT
     run: str
+    """A folder made by `favor train`."""
     reference: str | None = None
+    """The model to compare with, instead of the one the run started from."""
     data: str | None = None
+    """Held-out preferences, instead of the run's."""
     beta: float | None = Field(default=None, gt=0)
+    """Scale of the implicit reward, instead of the run's loss.beta."""
     seed: Seed = 0
+    """The samples' random streams."""
     sample: SampleConfig = SampleConfig()
     max_tokens_per_pack: int = Field(default=2048, ge=1)
+    """Tokens computed at once: lower it if memory runs out."""
     max_rows: int | None = Field(default=None, ge=1)
+    """Read only this many rows."""
     sample_prompts: int = Field(default=20, ge=0)
+    """Sample the first so many held-out prompts; 0 leaves samples and KL out."""
     samples_per_prompt: int = Field(default=2, ge=1, le=1000)
+    """Samples of each model per prompt."""
 
 
 @dataclass(frozen=True)
@@ -62,47 +67,42 @@ class Subject:
     trees: list[TokenTree]
     beta: float
 
+    def reference_logps(self, batch: Batch) -> Tensor:
+        """Log ref(y|x) of every response, nats [R]."""
+        return response_logps(self.reference, batch)
+
 
 def evaluate(
-    config: EvalConfig,
-    say: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
-    scorer: tuple[str, Scorer] | None = None,
+    config: EvalConfig, say: Callable[[str], None], progress: Progress, scorer: Scorer | None = None
 ) -> dict[str, Any]:
     """Write eval.json and samples.jsonl into the run folder and return the figures.
 
-    `scorer` is (name, function text -> score); with it the samples of policy and reference are compared, paired
-    by prompt. Raises CheckpointError, DataError or ConfigError when something cannot be used.
+    With a `scorer` the samples of policy and reference are compared, paired by prompt. Raises CheckpointError, DataError or
+    ConfigError when something cannot be used.
     """
-    folder = RunFolder(Path(config.run))
-    _, recipe = read_run(config.run)
+    folder, recipe = read_run(config.run)
     with opened(folder):
-        return _evaluate(config, _subject(config, recipe, say), progress, scorer)
+        return _evaluate(config, folder, _subject(config, recipe, say), progress, scorer)
 
 
 def _evaluate(
-    config: EvalConfig,
-    subject: Subject,
-    progress: Callable[[str, int, int], None],
-    scorer: tuple[str, Scorer] | None,
+    config: EvalConfig, folder: RunFolder, subject: Subject, progress: Progress, scorer: Scorer | None
 ) -> dict[str, Any]:
-    folder = RunFolder(Path(config.run))
-    total = len(subject.trees)
+    policy, total = subject.policy, len(subject.trees)
     pairs = pair_figures(
-        subject.policy,
-        _logps(subject.reference),
+        policy,
+        subject.reference_logps,
         subject.trees,
         subject.beta,
         config.max_tokens_per_pack,
         lambda done: progress("held-out pairs", done, total),
     )
-    precision = precision_of(subject.policy.compute_dtype)
-    figures: dict[str, Any] = {"beta": subject.beta, "precision": precision, **pairs.as_json(), "kl": None}
+    figures = {"beta": subject.beta, "precision": precision_of(policy.compute_dtype), **pairs.as_json(), "kl": None}
     if config.sample_prompts:
         records, figures["kl"], figures["length"] = _samples(config, subject, progress)
         if scorer:
-            figures["score"] = _score(records, scorer, config)
-        write_text(folder.samples, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            figures["score"] = score_samples(records, scorer)
+        write_jsonl(folder.samples, records)
     write_json(folder.evaluation, figures)
     return figures
 
@@ -123,20 +123,13 @@ def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) 
     policy, why = settle(policy, recipe.model.layout, trees, also=drawn)
     reference, _ = settle(reference, policy.layout, trees, also=drawn)
     say(f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
-    return Subject(policy, reference, texts, trees, config.beta or recipe.loss.get("beta", beta_of(make_loss())))
-
-
-def _logps(policy: Policy) -> Callable[[Batch], Tensor]:
-    def logps(batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return response_logps(policy, batch)
-
-    return logps
+    beta = config.beta or recipe.loss.get("beta") or beta_of(make_loss(**recipe.loss))
+    return Subject(policy, reference, texts, trees, beta)
 
 
 def _samples(
-    config: EvalConfig, subject: Subject, progress: Callable[[str, int, int], None]
-) -> tuple[list[dict[str, Any]], dict[str, float | None] | None, dict[str, float]]:
+    config: EvalConfig, subject: Subject, progress: Progress
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None, dict[str, float]]:
     """Samples of both models for the first held-out prompts, by the same random streams, KL from the policy's, mean lengths.
 
     KL is None when the temperature is not 1: the samples are then not the policy's own distribution.
@@ -144,33 +137,37 @@ def _samples(
     trees, each = subject.trees[: config.sample_prompts], config.samples_per_prompt
     prompts = [tree.prompt_ids for tree in trees for _ in range(each)]
     seeds = [config.seed * 1_000_003 + i for i in range(len(prompts))]
-    text_of = {(tree.source, tree.rows[0]): tree.prompt for tree in subject.texts}
-    records: list[dict[str, Any]] = [{"prompt": text_of[tree.source, tree.row]} for tree in trees]
-    kl, lengths = None, dict[str, float]()
-    for name, policy in (("reference", subject.reference), ("policy", subject.policy)):
-        ids = sample(policy, prompts, seeds, config.sample, lambda done: progress("samples", done, 2 * len(prompts)))
-        lengths[name] = sum(map(len, ids)) / len(ids)
-        texts = decode(policy, ids)
-        for i, record in enumerate(records):
-            record[name] = texts[i * each : (i + 1) * each]
-        if name == "policy" and config.sample.temperature == 1.0:
-            kl = kl_of_samples(policy, _logps(subject.reference), prompts, ids, config.sample).as_json()
-    return records, kl, lengths
+    models = {"reference": subject.reference, "policy": subject.policy}
+    ids = {
+        name: sample(model, prompts, seeds, config.sample, lambda done: progress("samples", done, 2 * len(prompts)))
+        for name, model in models.items()
+    }
+    texts = {name: decode(model.tokenizer, ids[name]) for name, model in models.items()}
+    prompt_of = {(tree.source, tree.rows[0]): tree.prompt for tree in subject.texts}
+    records = [
+        {"prompt": prompt_of[tree.source, tree.row]} | {name: texts[name][i * each : (i + 1) * each] for name in _SIDES}
+        for i, tree in enumerate(trees)
+    ]
+    kl = None
+    if config.sample.temperature == 1.0:
+        found = kl_of_samples(subject.policy, subject.reference_logps, prompts, ids["policy"], config.sample)
+        kl = asdict(found)
+    return records, kl, {name: sum(map(len, ids[name])) / len(prompts) for name in _SIDES}
 
 
-def _score(records: list[dict[str, Any]], scorer: tuple[str, Scorer], config: EvalConfig) -> dict[str, Any]:
-    """Score every sample and compare the means over prompts; scores that are all 0 or 1 are shares."""
+def score_samples(records: list[dict[str, Any]], scorer: Scorer) -> dict[str, Any]:
+    """Score every sample (into its record) and compare the means over prompts; scores that are all 0 or 1 are shares."""
     name, function = scorer
     for record in records:
-        for side in ("reference", "policy"):
-            record[f"{side}_scores"] = [float(x) for x in function(record[side])]
-    scores = {side: np.array([r[f"{side}_scores"] for r in records]).ravel() for side in ("reference", "policy")}
-    prompts = np.repeat(np.arange(len(records)), config.samples_per_prompt)
+        record.update({f"{side}_scores": [float(x) for x in function(record[side])] for side in _SIDES})
+    scores = {side: np.array([record[f"{side}_scores"] for record in records]) for side in _SIDES}
+    prompts, each = scores["policy"].shape
+    place = np.repeat(np.arange(prompts), each)
     shares = all(np.isin(values, (0, 1)).all() for values in scores.values())
-    side, both = ((0.0, 1.0), (-1.0, 1.0)) if shares else (None, None)
-    policy = mean_interval(scores["policy"], clusters=prompts, bounds=side)
-    reference = mean_interval(scores["reference"], clusters=prompts, bounds=side)
-    difference = mean_interval(scores["policy"] - scores["reference"], clusters=prompts, bounds=both)
+    side, both = (SHARE, (-1.0, 1.0)) if shares else (None, None)
+    policy = mean_interval(scores["policy"].ravel(), clusters=place, bounds=side)
+    reference = mean_interval(scores["reference"].ravel(), clusters=place, bounds=side)
+    difference = mean_interval((scores["policy"] - scores["reference"]).ravel(), clusters=place, bounds=both)
     return {
         "name": name,
         "reference": reference.mean,
@@ -179,6 +176,6 @@ def _score(records: list[dict[str, Any]], scorer: tuple[str, Scorer], config: Ev
         "policy_interval": policy.ends,
         "difference": difference.mean,
         "interval": difference.ends,
-        "num_prompts": len(records),
-        "samples_per_prompt": config.samples_per_prompt,
+        "num_prompts": prompts,
+        "samples_per_prompt": each,
     }

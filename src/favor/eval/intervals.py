@@ -1,6 +1,6 @@
 """How sure a mean is: 95 % intervals over prompts, and over training seeds crossed with prompts.
 
-In: values, and which prompt each belongs to. Out: Interval, standard errors. Next: margins.py.
+In: values, and which prompt each belongs to. Out: Interval, standard errors. Next: figures.py.
 """
 
 from typing import NamedTuple
@@ -40,27 +40,35 @@ def mean_interval(
     share of 2 to 3,000 values, where Wilson's interval falls to 84 %.
     """
     values = np.asarray(values, np.float64)
-    sums, counts = _per_cluster(values, clusters)
+    sums, counts = _per_cluster(values, np.arange(len(values)) if clusters is None else clusters)
     quantile = t_quantile(counts)
     if bounds is not None:
         size = counts.mean()
         sums, counts = np.append(sums, np.multiply(bounds, size)), np.append(counts, [size, size])
-    centre, error = sums.sum() / counts.sum(), _jackknife(sums, counts)
+    centre, error = sums.sum() / counts.sum(), _error_of_mean(sums, counts)
     # all values alike, up to rounding: no spread to learn from
     if not error > 1e-12 * np.abs(values).max():
         return Interval(float(values.mean()), np.nan, np.nan)
-    reach = quantile * error
     low, high = (-np.inf, np.inf) if bounds is None else bounds
+    reach = quantile * error
     return Interval(float(values.mean()), float(max(centre - reach, low)), float(min(centre + reach, high)))
 
 
 def standard_error(values: Array, clusters: NDArray[np.int64]) -> float:
     """Standard error of the mean of `values` [n] when whole clusters are independent; nan for one cluster.
 
-    Delete-one-cluster jackknife: se^2 = (G - 1)/G sum_g ((s_g - n_g mean) / (n - n_g))^2, s_g and n_g sum and number of
-    a cluster's values. For clusters of one value this is the deviation over sqrt(n). Efron and Stein 1981, Annals of Statistics 9.
+    The jackknife, deleting one cluster at a time: a mean without cluster g changes by (s_g - n_g mean) / (n - n_g), s_g and
+    n_g sum and number of its values. For clusters of one value this is the deviation over sqrt(n).
     """
-    return _jackknife(*_per_cluster(np.asarray(values, np.float64), clusters))
+    return _error_of_mean(*_per_cluster(np.asarray(values, np.float64), clusters))
+
+
+def jackknife(change: Array) -> float:
+    """Standard error from the change [G] of a figure when each of G clusters is left out: se^2 = (G - 1)/G sum change^2.
+
+    Efron and Stein 1981, Annals of Statistics 9.
+    """
+    return float(np.sqrt((len(change) - 1) / len(change) * (change**2).sum()))
 
 
 def crossed_reach(values_SP: Array) -> float:
@@ -94,15 +102,14 @@ def sign_share(gaps: Array) -> Array:
     return (np.sign(gaps) + 1) / 2
 
 
-def _per_cluster(values: Array, clusters: NDArray[np.int64] | None) -> tuple[Array, Array]:
+def _per_cluster(values: Array, clusters: NDArray[np.int64]) -> tuple[Array, Array]:
     """Sum and number of each cluster's values."""
-    groups = np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    groups = np.unique(clusters, return_inverse=True)[1]
     sums = np.bincount(groups, weights=values).astype(np.float64)
     return sums, np.bincount(groups).astype(np.float64)
 
 
-def _jackknife(sums: Array, counts: Array) -> float:
+def _error_of_mean(sums: Array, counts: Array) -> float:
     if len(sums) < 2:
         return float("nan")
-    change = (sums - counts * sums.sum() / counts.sum()) / (counts.sum() - counts)
-    return float(np.sqrt((len(sums) - 1) / len(sums) * (change**2).sum()))
+    return jackknife((sums - counts * sums.sum() / counts.sum()) / (counts.sum() - counts))

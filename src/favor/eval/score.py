@@ -4,8 +4,8 @@ In: ScoreConfig. Out: JSON lines {"prompt", "responses", "scores"}, and figures.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +13,37 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from favor import output
-from favor.config import STRICT
+from favor.config import STRICT, Overwrite
 from favor.data.formats import FORMATS, Judgment, RowError, order_assumed, recognise
-from favor.data.prompts import prompt_of, sample_text
+from favor.data.prompts import prompt_of
 from favor.data.sources import read_objects
 from favor.data.types import Text
 from favor.errors import DataError
-from favor.eval.calibration import calibrate
+from favor.eval.figures import calibrate
+from favor.generate.samples import Out, Progress, Split, already, responses_of
 from favor.output import Output
 from favor.rewards.source import RewardConfig, identity, make_scorer, reads
+from favor.run import jsonl
 
-# Responses handed to the scorer at once: enough to share prompts, little enough to see progress.
+# Responses handed to the reward at once: enough to share prompts, little enough to see progress.
 _CHUNK = 256
 
 
 class ScoreConfig(BaseModel):
-    """A recipe for `favor score`. `data` is preferences, SFT rows, or samples (prompt + responses).
-
-    `out` gets the scores, `<out>.figures.json` the figures when the data compares responses.
-    """
+    """A recipe for `favor score`."""
 
     model_config = STRICT
-    out: str
+    out: Out
     data: str
-    split: str = "test"
+    """Preferences, SFT rows, or samples (prompt + responses); of preferences `<out>.figures.json` gets the figures."""
+    split: Split = "test"
     max_rows: int | None = Field(default=None, ge=1)
+    """Score only the first so many rows."""
     reward: RewardConfig
-    overwrite: bool = False
+    overwrite: Overwrite = False
 
 
-def score(
-    config: ScoreConfig, progress: Callable[[str, int, int], None], recipe: Path | None = None
-) -> dict[str, Any] | None:
+def score(config: ScoreConfig, progress: Progress, recipe: Path | None = None) -> dict[str, Any] | None:
     """Write the scores; returns accuracy, calibration curve and ECE, or None when nothing is compared.
 
     A file that the same data and reward made before stays as it is. Raises DataError for a row that cannot be
@@ -52,20 +51,16 @@ def score(
     """
     figures = Path(f"{config.out}.figures.json")
     claim = Output(Path(config.out), "out", config.overwrite, (figures,))
-    read = (config.data, *reads(config.reward), recipe and str(recipe))
-    with output.claimed(claim, read) as out:
-        rows = _judgments(config)
-        told = {"data": rows, "reward": identity(config.reward)}
-        out = replace(out, settings=output.hashes(told))
-        if (before := output.finished(out)) is not None:
-            progress(f"{config.out}: made before with the same settings, kept (overwrite=true makes it again)", 1, 1)
+    inputs = (config.data, *reads(config.reward), recipe and str(recipe))
+    with output.claimed(claim, inputs) as out:
+        rows = _rows(config)
+        out = replace(out, settings=output.hashes({"data": rows, "reward": identity(config.reward)}))
+        if (before := already(out, progress)) is not None:
             return before["figures"]
         return _score(config, rows, out, progress)
 
 
-def _score(
-    config: ScoreConfig, rows: list[Judgment], out: Output, progress: Callable[[str, int, int], None]
-) -> dict[str, Any] | None:
+def _score(config: ScoreConfig, rows: list[Judgment], out: Output, progress: Progress) -> dict[str, Any] | None:
     scorer = make_scorer(config.reward)
     if cut := sum(len(row.cut) for row in rows):
         progress(
@@ -78,30 +73,35 @@ def _score(
         part = slice(first, first + _CHUNK)
         scores += scorer(prompts[part], texts[part])
         progress("responses", len(texts[part]), len(texts))
-    lines: list[str] = []
-    gaps: list[float] = []
-    prompt_of: list[int] = []
-    places: dict[str, int] = {}
-    place = 0
-    for row in rows:
-        mine = scores[place : place + len(row.responses)]
-        place += len(mine)
-        lines.append(
-            json.dumps({"prompt": row.prompt, "responses": list(row.responses), "scores": mine}, ensure_ascii=False)
-        )
-        pairs = [(o[i], o[j]) for o in row.orders for i in range(len(o)) for j in range(i + 1, len(o))]
-        gaps += [mine[a] - mine[b] for a, b in pairs]
-        # rows of one prompt are not independent
-        prompt_of += [places.setdefault(json.dumps(row.prompt, sort_keys=True), len(places))] * len(pairs)
-    found = {"calibration": calibrate(np.array(gaps), np.array(prompt_of)).as_json()} if gaps else None
-    texts = {out.path: "\n".join(lines) + "\n"}
+    each = iter(scores)
+    scored = [[next(each) for _ in row.responses] for row in rows]
+    found = _calibration(rows, scored)
+    lines = [
+        {"prompt": row.prompt, "responses": list(row.responses), "scores": mine}
+        for row, mine in zip(rows, scored, strict=True)
+    ]
+    written = {out.path: jsonl(lines)}
     if found:
-        texts[out.also[0]] = json.dumps(found, indent=2) + "\n"
-    output.write(out, texts, {"figures": found})
+        written[out.also[0]] = json.dumps(found, indent=2) + "\n"
+    output.write(out, written, {"figures": found})
     return found
 
 
-def _judgments(config: ScoreConfig) -> list[Judgment]:
+def _calibration(rows: list[Judgment], scored: list[list[float]]) -> dict[str, Any] | None:
+    """Figures of the pairs that the rows' orders imply; None when there are none."""
+    gaps: list[float] = []
+    prompts: list[int] = []
+    places: dict[str, int] = {}
+    for row, mine in zip(rows, scored, strict=True):
+        # rows of one prompt are not independent
+        place = places.setdefault(json.dumps(row.prompt, sort_keys=True), len(places))
+        new = [mine[a] - mine[b] for order in row.orders for a, b in combinations(order, 2)]
+        gaps += new
+        prompts += [place] * len(new)
+    return {"calibration": asdict(calibrate(np.array(gaps), np.array(prompts)))} if gaps else None
+
+
+def _rows(config: ScoreConfig) -> list[Judgment]:
     found: list[Judgment] = []
     for number, row in read_objects(config.data, config.split):
         try:
@@ -120,7 +120,7 @@ def _judgment(row: dict[str, Any]) -> Judgment:
     if "responses" in row and not row.keys() & {"ranking", "scores", "votes", "choices"}:
         if not isinstance(row["responses"], list):
             raise RowError("samples are a prompt and a list of responses")
-        return Judgment(prompt_of(row), tuple(sample_text(value, "responses") for value in row["responses"]), ())
+        return Judgment(prompt_of(row), tuple(responses_of(row)), ())
     name = recognise(row)
     judgment = FORMATS[name](row)
     # answers in no known order are samples

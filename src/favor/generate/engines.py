@@ -1,85 +1,122 @@
-"""Where samples come from: the model here, vLLM, or a server; all behind one call.
+"""Section [engine]: where samples come from, a model in this process, vLLM, or a server, behind one call.
 
-In: SamplesConfig and jobs, one per sample, each with its own seed. Out: texts, handed to `keep` as they come.
-Next: samples.py.
+In: an engine's settings and jobs, one per sample, each with its own seed. Out: samples, handed to `keep` as they come.
+A further engine is a section of settings here, one function, and one row of ENGINES. Next: samples.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
 
-from favor.config import STRICT, Seed
+from favor.config import STRICT
 from favor.data.formats import RowError
 from favor.data.prompts import encode_prompts
 from favor.data.render import plain_prompt
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import ConfigError, DataError
-from favor.eval.partial import Sampled
 from favor.model.load import ModelConfig, load_policy, load_tokenizer
-from favor.model.sample import SampleConfig, sample
+from favor.model.sample import SampleConfig, decode, sample
 from favor.model.weights import check_path, readable
-from favor.rewards.source import RewardConfig
 from favor.server import Reply, ServerConfig, chat, complete, parallel
 
-Engine = Literal["transformers", "vllm", "openai"]
-Keep: TypeAlias = Callable[[Mapping[int, Sampled]], None]
+Template = Annotated[
+    Literal["auto", "chat", "plain"],
+    Field(
+        description="How a prompt becomes text: by the chat template, as plain text, or by the template where there is one."
+    ),
+]
+SpecialText = Annotated[
+    Literal["refuse", "allow"], Field(description="Whether a prompt may contain the text of a special token.")
+]
 # Samples that vLLM is given at once: many, because it schedules them itself, yet a kill loses no more than these.
 _VLLM_CHUNK = 1024
 # Servers keep seeds in 32 bits; the prime below 2^31 leaves neighbours distinct.
 _SEEDS = 2**31 - 1
-_UNREAD: dict[str, tuple[str, ...]] = {
-    "transformers": ("server", "tokens.max_tokens", "tokens.truncation"),
-    "vllm": (
-        *("server", "tokens.max_tokens", "tokens.truncation", "sample.batch"),
-        *("model.device", "model.layout", "model.gradient_checkpointing", "model.lora"),
-    ),
-    "openai": ("model", "tokens.max_tokens", "tokens.truncation", "tokens.special_text", "sample.batch"),
-}
 
 
-class SamplesConfig(BaseModel):
-    """A recipe for `favor sample`. `prompts` is any file `favor` reads; its prompt column (text or messages) counts.
+# `model=PATH` is short for `model.path=PATH`
+_PathAlone = BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
+ModelAt = Annotated[ModelConfig, _PathAlone, Field(description="The model: a path, or a section as [model].")]
 
-    engine: transformers (this process), vllm (needs favor[vllm]), openai (section [server]). With `best_of` = N each
-    response kept is the one with the highest [reward] of N. overwrite: replace a finished `out` of other settings.
-    """
+
+class Decoding(BaseModel):
+    """Section [sample], as far as every engine reads it."""
 
     model_config = STRICT
-    out: str
-    prompts: str
-    split: str = "train"
-    engine: Engine = "transformers"
-    model: ModelConfig | None = None
-    server: ServerConfig | None = None
-    tokens: TokensConfig = TokensConfig()
-    sample: SampleConfig = SampleConfig()
-    samples_per_prompt: int = Field(default=1, ge=1, le=1000)
-    best_of: int | None = Field(default=None, ge=1, le=1000)
-    reward: RewardConfig | None = None
-    max_prompts: int | None = Field(default=None, ge=1)
-    seed: Seed = 0
-    overwrite: bool = False
+    max_new_tokens: int = Field(default=64, ge=1, le=1_000_000)
+    """A response is cut after this many tokens."""
+    temperature: float = Field(default=1.0, ge=1e-4)
+    """Logits are divided by it; 1 samples from the model's own distribution."""
 
-    @model_validator(mode="after")
-    def _every_option_is_read(self) -> "SamplesConfig":
-        check_engine(self.engine, self.model, self.server, self.model_dump(exclude_unset=True))
-        if (self.best_of is None) != (self.reward is None):
-            raise ValueError("best_of and [reward] go together: give both, or neither")
-        if self.num_drawn > 1000:
-            raise ValueError(
-                f"samples_per_prompt x best_of is {self.num_drawn}; at most 1000 a prompt have their own seed"
-            )
-        return self
 
-    @property
-    def num_drawn(self) -> int:
-        """Samples drawn for each prompt."""
-        return self.samples_per_prompt * (self.best_of or 1)
+class TransformersEngine(BaseModel):
+    """Section [engine], kind "transformers": a model in this process."""
+
+    model_config = STRICT
+    kind: Literal["transformers"] = "transformers"
+    """Which engine."""
+    model: ModelAt
+    template: Template = "auto"
+    special_text: SpecialText = "refuse"
+    batch: int = Field(default=32, ge=1)
+    """Responses sampled at once: lower it if memory runs out."""
+
+
+class VllmModel(BaseModel):
+    """A model as vLLM loads it."""
+
+    model_config = STRICT
+    path: str
+    """A folder or hub id."""
+    revision: str | None = None
+    """The hub's branch, tag or commit."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the weights are loaded as."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+
+
+class VllmEngine(BaseModel):
+    """Section [engine], kind "vllm": many samples fast, on a GPU; needs favor[vllm]."""
+
+    model_config = STRICT
+    kind: Literal["vllm"]
+    """Which engine."""
+    model: Annotated[VllmModel, _PathAlone]
+    template: Template = "auto"
+    special_text: SpecialText = "refuse"
+
+
+class ServerEngine(BaseModel):
+    """Section [engine], kind "openai": any server that speaks the OpenAI protocol; it applies its own chat template."""
+
+    model_config = STRICT
+    kind: Literal["openai"]
+    """Which engine."""
+    server: ServerConfig
+    template: Template = "auto"
+
+
+def _kind(given: Any) -> Any:
+    if isinstance(given, TransformersEngine | VllmEngine | ServerEngine):
+        return given.kind
+    return given.get("kind", "transformers") if isinstance(given, dict) else None
+
+
+Engine: TypeAlias = Annotated[
+    Annotated[TransformersEngine, Tag("transformers")]
+    | Annotated[VllmEngine, Tag("vllm")]
+    | Annotated[ServerEngine, Tag("openai")],
+    Discriminator(_kind),
+]
+
+
+Keep: TypeAlias = Callable[[Mapping[int, Reply]], None]
 
 
 @dataclass(frozen=True)
@@ -92,60 +129,48 @@ class Job:
     seed: int
 
 
-def check_engine(
-    engine: Engine, model: ModelConfig | None, server: ServerConfig | None, given: Mapping[str, Any]
-) -> None:
-    """Raises ValueError when the engine's section is missing, or one of the options `given` is not read by it."""
-    needed = "server" if engine == "openai" else "model"
-    if (server if engine == "openai" else model) is None:
-        raise ValueError(f"engine '{engine}' needs section [{needed}]; add it")
-    for name in _UNREAD[engine]:
-        section, _, key = name.partition(".")
-        if given.get(section) is not None and (not key or key in given[section]):
-            raise ValueError(f"{name} is not read by engine '{engine}'; remove it")
+def draw(engine: Engine, source: str, jobs: Sequence[Job], how: Decoding, keep: Keep) -> None:
+    """Draw every job's sample and hand it over. `source` names the prompts' file in messages.
+
+    Raises what its engine raises; what was handed over stays so.
+    """
+    ENGINES[engine.kind](engine, source, jobs, how, keep)
 
 
-def draw(config: SamplesConfig, jobs: Sequence[Job], keep: Keep) -> None:
-    """Draw every job's sample and hand it over. Raises what its engine raises; what was handed over stays so."""
-    engines = {"transformers": _transformers, "vllm": _vllm, "openai": _openai}
-    engines[config.engine](config, jobs, keep)
-
-
-def _transformers(config: SamplesConfig, jobs: Sequence[Job], keep: Keep) -> None:
-    assert config.model is not None
-    policy = load_policy(config.model, config.seed)
-    ids = _encode(config, jobs, policy.tokenizer)
+def _transformers(engine: TransformersEngine, source: str, jobs: Sequence[Job], how: Decoding, keep: Keep) -> None:
+    policy = load_policy(engine.model)
+    ids = _encode(engine, source, jobs, policy.tokenizer)
+    settings = SampleConfig(**how.model_dump(), batch=engine.batch)
     # the order of the whole job, so that a resumed one forms the same batches as an unbroken one
     order = sorted(jobs, key=lambda job: len(ids[job.row]))
-    for chunk in _chunks(order, config.sample.batch):
-        out = sample(policy, [ids[job.row] for job in chunk], [job.seed for job in chunk], config.sample)
-        texts = policy.tokenizer.batch_decode([list(x) for x in out], skip_special_tokens=True)
+    for chunk in _chunks(order, engine.batch):
+        out = sample(policy, [ids[job.row] for job in chunk], [job.seed for job in chunk], settings)
         ended = [x[-1] in policy.end_ids for x in out]
-        keep({job.index: Sampled(text, done) for job, text, done in zip(chunk, texts, ended, strict=True)})
+        samples = zip(chunk, decode(policy.tokenizer, out), ended, strict=True)
+        keep({job.index: Reply(text, done) for job, text, done in samples})
 
 
-def _vllm(config: SamplesConfig, jobs: Sequence[Job], keep: Keep) -> None:
-    assert config.model is not None
-    vllm, model = _import_vllm(), config.model
+def _vllm(engine: VllmEngine, source: str, jobs: Sequence[Job], how: Decoding, keep: Keep) -> None:
+    vllm, model = _import_vllm(), engine.model
     check_path(model.path)
     if (Path(model.path) / "adapter_config.json").exists():
         raise ConfigError(
-            f"{model.path}: holds adapters alone, which engine 'vllm' cannot load; use engine=transformers"
+            f"{model.path}: holds adapters alone, which engine 'vllm' cannot load; use engine.kind=transformers"
         )
-    tokenizer = load_tokenizer(model)
-    ids = _encode(config, jobs, tokenizer)
+    tokenizer = load_tokenizer(ModelConfig(**model.model_dump()))
+    ids = _encode(engine, source, jobs, tokenizer)
     with readable(model.path):
         llm = vllm.LLM(
             model=model.path, revision=model.revision, dtype=model.dtype, trust_remote_code=model.trust_remote_code
         )
-    settings = {"temperature": config.sample.temperature, "max_tokens": config.sample.max_new_tokens}
+    settings = {"temperature": how.temperature, "max_tokens": how.max_new_tokens}
     for chunk in _chunks(jobs, _VLLM_CHUNK):
         prompts = [{"prompt_token_ids": list(ids[job.row])} for job in chunk]
         params = [vllm.SamplingParams(seed=job.seed, **settings) for job in chunk]
-        out = llm.generate(prompts, params, use_tqdm=False)
-        texts = tokenizer.batch_decode([list(x.outputs[0].token_ids) for x in out], skip_special_tokens=True)
-        ended = [x.outputs[0].finish_reason != "length" for x in out]
-        keep({job.index: Sampled(text, done) for job, text, done in zip(chunk, texts, ended, strict=True)})
+        out = [reply.outputs[0] for reply in llm.generate(prompts, params, use_tqdm=False)]
+        ended = [x.finish_reason != "length" for x in out]
+        samples = zip(chunk, decode(tokenizer, [x.token_ids for x in out]), ended, strict=True)
+        keep({job.index: Reply(text, done) for job, text, done in samples})
 
 
 def _import_vllm() -> Any:
@@ -153,34 +178,52 @@ def _import_vllm() -> Any:
         import vllm  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
-            f"engine = 'vllm': vLLM is not to be had here ({error}); pip install \"favor[vllm]\", or use another engine"
+            f"engine.kind = 'vllm': vLLM is not installed here ({error}); pip install \"favor[vllm]\", or use another engine"
         ) from None
     return vllm
 
 
-def _openai(config: SamplesConfig, jobs: Sequence[Job], keep: Keep) -> None:
-    assert config.server is not None
-    requests = [partial(_request, config, config.server, job) for job in jobs]
-    parallel(config.server, requests, lambda i, reply: keep({jobs[i].index: Sampled(reply.text, reply.ended)}))
+def _openai(engine: ServerEngine, source: str, jobs: Sequence[Job], how: Decoding, keep: Keep) -> None:
+    requests = [partial(_request, engine, source, job, how) for job in jobs]
+    parallel(engine.server, requests, lambda i, reply: keep({jobs[i].index: reply}))
 
 
-def _request(config: SamplesConfig, server: ServerConfig, job: Job) -> Reply:
-    limit, temperature, seed = config.sample.max_new_tokens, config.sample.temperature, job.seed % _SEEDS
-    if config.tokens.template == "plain":
+def _request(engine: ServerEngine, source: str, job: Job, how: Decoding) -> Reply:
+    asked: dict[str, Any] = {
+        "max_tokens": how.max_new_tokens,
+        "temperature": how.temperature,
+        "seed": job.seed % _SEEDS,
+    }
+    if engine.template == "plain":
         try:
-            prompt = plain_prompt(job.prompt)
+            return complete(engine.server, plain_prompt(job.prompt), **asked)
         except RowError as error:
-            raise DataError(f"{config.prompts}, row {job.row}: {error}; fix the row") from None
-        return complete(server, prompt, max_tokens=limit, temperature=temperature, seed=seed)
+            raise DataError(f"{source}, row {job.row}: {error}; fix the row") from None
     prompt = job.prompt
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return chat(server, messages, max_tokens=limit, temperature=temperature, seed=seed)
+    return chat(
+        engine.server, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt), **asked
+    )
 
 
-def _encode(config: SamplesConfig, jobs: Sequence[Job], tokenizer: Any) -> dict[int, tuple[int, ...]]:
+def dtypes(engine: Engine) -> list[str]:
+    """What the model that is loaded here computes in, if there is one."""
+    return [] if isinstance(engine, ServerEngine) else [engine.model.dtype]
+
+
+ENGINES: dict[str, Callable[[Any, str, Sequence[Job], Decoding, Keep], None]] = {
+    "transformers": _transformers,
+    "vllm": _vllm,
+    "openai": _openai,
+}
+
+
+def _encode(
+    engine: TransformersEngine | VllmEngine, source: str, jobs: Sequence[Job], tokenizer: Any
+) -> dict[int, tuple[int, ...]]:
     """Row -> token ids of its prompt."""
     prompts = list({job.row: job.prompt for job in jobs}.items())
-    ids = encode_prompts(config.prompts, prompts, tokenizer, config.tokens)
+    tokens = TokensConfig(template=engine.template, special_text=engine.special_text)
+    ids = encode_prompts(source, prompts, tokenizer, tokens)
     return {row: x for (row, _), x in zip(prompts, ids, strict=True)}
 
 

@@ -1,7 +1,7 @@
-"""Batched sampling with a KV cache, seeded per prompt.
+"""Batched sampling with a KV cache, seeded per prompt, and the one decoder of what was sampled.
 
 In: a Policy and prompts as token ids. Out: sampled token ids, the same for the same seed whatever else is in
-the batch. Next: ../eval/divergence.py.
+the batch; their text. Next: ../generate/engines.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from favor.config import STRICT
 from favor.errors import ConfigError, NumericsError
@@ -18,12 +18,15 @@ from favor.model.logprobs import precision
 
 
 class SampleConfig(BaseModel):
-    """Section [sample]. Sampling is from the model's own distribution unless temperature says otherwise."""
+    """Section [sample]."""
 
     model_config = STRICT
     max_new_tokens: int = Field(default=64, ge=1, le=1_000_000)
+    """A response is cut after this many tokens."""
     temperature: float = Field(default=1.0, ge=1e-4)
+    """Logits are divided by it; 1 samples from the model's own distribution."""
     batch: int = Field(default=32, ge=1)
+    """Responses sampled at once: lower it if memory runs out."""
 
 
 def sample(
@@ -33,7 +36,7 @@ def sample(
     config: SampleConfig,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[int, ...]]:
-    """One sampled response per prompt, its end-of-turn token included when it came to one.
+    """One sampled response per prompt, its end-of-turn token included if it reached one.
 
     Each prompt has its own random stream, so two models given the same seeds see the same noise.
     """
@@ -58,10 +61,9 @@ def sample(
     return results
 
 
-def decode(policy: Policy, responses: Sequence[Sequence[int]]) -> list[str]:
-    """Sampled ids as text, without special tokens and the white space around it."""
-    texts = policy.tokenizer.batch_decode([list(ids) for ids in responses], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+def decode(tokenizer: PreTrainedTokenizerBase, responses: Sequence[Sequence[int]]) -> list[str]:
+    """Sampled ids as text without special tokens; white space around it stays, because it was sampled too."""
+    return tokenizer.batch_decode([list(ids) for ids in responses], skip_special_tokens=True)
 
 
 def _sample_batch(
@@ -81,7 +83,10 @@ def _sample_batch(
         generation_config=settings,
         logits_processor=LogitsProcessorList([_PerPromptNoise(seeds, config.temperature, policy)]),
     )
-    return [_until_end(row, frozenset(ends)) for row in out[:, width:].tolist()]
+    rows: list[list[int]] = out[:, width:].tolist()
+    # what follows the first end of turn is padding
+    lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    return [tuple(row[:length]) for row, length in zip(rows, lengths, strict=True)]
 
 
 class _PerPromptNoise(LogitsProcessor):
@@ -100,14 +105,5 @@ class _PerPromptNoise(LogitsProcessor):
                 f"{self._source}: its outputs are not finite, so nothing can be sampled; its weights are damaged, fetch them again"
             )
         self._checked = True
-        noise = torch.stack(
-            [torch.empty_like(scores[0]).exponential_(generator=generator) for generator in self._generators]
-        )
+        noise = torch.stack([torch.empty_like(scores[0]).exponential_(generator=g) for g in self._generators])
         return scores / self._temperature - noise.log()
-
-
-def _until_end(ids: Sequence[int], ends: frozenset[int]) -> tuple[int, ...]:
-    for index, token in enumerate(ids):
-        if token in ends:
-            return tuple(ids[: index + 1])
-    return tuple(ids)

@@ -6,6 +6,7 @@ held-out accuracy and calibration. Next: ppo.py.
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import ConfigError
-from favor.eval.calibration import Calibration, calibrate
+from favor.eval.figures import Calibration, calibrate
 from favor.losses.reward import bradley_terry, centering, rao_kupper_tie
 from favor.model.batched import measured, pairs
 from favor.model.heads import load_scalar_model, response_scores, settle_scores
@@ -97,7 +98,7 @@ def _learn(config: RewardTrainConfig, session: Session) -> Calibration | None:
         return None
     found = calibrate(*gaps(precise(policy), held_out, config.train.max_tokens_per_pack, session.world))
     if session.world.is_main:
-        write_json(session.folder.evaluation, {"calibration": found.as_json()})
+        write_json(session.folder.evaluation, {"calibration": asdict(found)})
     session.say(f"held-out accuracy {found.accuracy:.3f} on {found.pairs} pairs, ECE {found.ece:.3f}")
     return found
 

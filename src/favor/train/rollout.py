@@ -70,7 +70,7 @@ def collect(
         TokenTree(prompt.ids, tuple(responses[i * each :][:each]), (True,) * each, (), first_response=i * each, row=i)
         for i, prompt in enumerate(prompts)
     ]
-    texts = decode(models.policy, responses)
+    texts = decode(models.policy.tokenizer, responses)
     length_R = torch.tensor([len(r) for r in responses])
     mask_RT = torch.arange(int(length_R.max()))[None] < length_R[:, None]
     arrays = _measured(models, trees, mask_RT, budget, world)

@@ -13,7 +13,7 @@ from torch import Tensor
 from favor.config import STRICT
 from favor.data.prepare import Splits
 from favor.data.types import Batch, TokenTree
-from favor.eval.divergence import kl_of_samples
+from favor.eval.figures import kl_of_samples
 from favor.losses.table import LossConfig, item_weight, needs, term_sums, terms
 from favor.model.load import Policy, precise
 from favor.model.sample import SampleConfig, decode
@@ -86,7 +86,7 @@ def probe(
     found = {"kl": kl.mean} | ({} if kl.se is None else {"kl_se": kl.se})
     if references.scorer is not None:
         texts = [splits.prompts[name][tree.source, tree.row] for tree in trees]
-        found["reward"] = float(scores(references.scorer, texts, decode(policy, ids), world).mean())
+        found["reward"] = float(scores(references.scorer, texts, decode(policy.tokenizer, ids), world).mean())
     return found
 
 

@@ -1,30 +1,38 @@
-"""Section [judge]: which of two responses is better, behind one signature.
+"""Section [judge]: which of two responses is better, behind one signature; verdicts that were paid for are kept.
 
-In: JudgeConfig. Out: a Judge, (duels, done) -> a verdict each: "A" (shown first), "B", "tie", or "invalid" when the judge
-said nothing that can be read. Next: ../scoring/source.py.
+In: a judge's settings and duels. Out: a verdict each: "A" (shown first), "B", "tie", or "invalid" when the judge said nothing
+that can be read. A further judge is a section of settings here, one function, and one row of JUDGES. Next: stats.py.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
-import torch
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field
 
 from favor.config import STRICT
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import ConfigError, DataError
+from favor.generate.engines import ModelAt
+from favor.generate.samples import read_sealed
+from favor.guard import content, seal, sha
 from favor.model.batched import measured
 from favor.model.layout import settle
-from favor.model.load import ModelConfig, check_path, load_policy
+from favor.model.load import check_path, load_policy
 from favor.model.logprobs import response_logps
 from favor.rewards.model import encode
-from favor.rewards.source import RewardConfig, check_scorer, make_scorer
+from favor.rewards.source import RewardConfig, check_scorer, make_scorer, reads
 from favor.rewards.user import check_function, find_function
+from favor.run import append, cut_torn_line
 from favor.server import ServerConfig, chat, parallel
 from favor.winrate.stats import Verdict
 
+S = TypeVar("S")
 PROMPT = """Compare two responses to the same prompt. Judge how well each one does what the prompt asks: whether it is \
 correct, helpful, relevant and clear. Neither the order in which they are shown nor their length speaks for a response.
 
@@ -46,8 +54,10 @@ _MARKS: dict[str, Verdict] = {"[[A]]": "A", "[[B]]": "B", "[[C]]": "tie"}
 _VERDICTS: tuple[Verdict, ...] = ("A", "B", "tie", "invalid")
 # Duels handed to a model at once: both orders of a pair are neighbours, so what they share is computed once.
 _BATCH = 128
-# Tokens of a batch of replies.
+# Tokens computed at once by a model that judges.
 _BUDGET = 4096
+# What of a section decides the verdict: not how long to wait for a server, or on which device to compute.
+_COUNTS = {"server": ("url", "model"), "model": ("path", "revision", "dtype")}
 
 
 class Duel(NamedTuple):
@@ -59,105 +69,117 @@ class Duel(NamedTuple):
 
 
 Done: TypeAlias = Callable[[int, Verdict], None]
-Judge: TypeAlias = Callable[[Sequence[Duel], Done], list[Verdict]]
+Judge: TypeAlias = Callable[[Sequence[Duel], Done], None]
 
 
-class JudgeConfig(BaseModel):
-    """Section [judge].
+def _shows_all(prompt: str) -> str:
+    missing = [part for part in ("{prompt}", "{first}", "{second}", "[[A]]", "[[B]]") if part not in prompt]
+    if missing:
+        raise ValueError(f"does not contain {missing[0]}; the judge must be shown it")
+    return prompt
 
-    kind: reward (any scorer of section [reward], here [judge.reward]; a tie when the scores differ by `tie_margin` or
-    less), callable (`path` = file.py:function, called with (prompt, a, b), returns "A", "B", "tie" or "invalid"), hf (a
-    chat model, `model`: the likeliest of the replies [[A]], [[B]], [[C]]), openai (`server`, any OpenAI-compatible one).
-    `prompt` is what hf and openai are asked: {prompt}, {first}, {second} are filled in, [[A]] and [[B]] must be named as
-    the verdicts, [[C]] is a tie where it is named. An unreadable reply of a server is asked for again, `attempts` times in
-    all, from the second on at temperature 1 with seeds of their own; then the verdict is "invalid".
-    """
+
+JudgePrompt = Annotated[
+    str,
+    AfterValidator(_shows_all),
+    Field(
+        description="What the judge is asked: {prompt}, {first}, {second} are filled in, [[A]] and [[B]] are the verdicts, "
+        "[[C]] is a tie where it is named."
+    ),
+]
+
+
+class RewardJudge(BaseModel):
+    """Section [judge], kind "reward": the higher score of any reward."""
 
     model_config = STRICT
-    kind: Literal["reward", "callable", "hf", "openai"]
-    reward: RewardConfig | None = None
+    kind: Literal["reward"]
+    """Which judge."""
+    reward: RewardConfig
     tie_margin: float = Field(default=0.0, ge=0)
-    path: str | None = None
-    model: ModelConfig | None = None
+    """Scores that differ by this or less are a tie."""
+
+
+class CallableJudge(BaseModel):
+    """Section [judge], kind "callable": a function of yours."""
+
+    model_config = STRICT
+    kind: Literal["callable"]
+    """Which judge."""
+    path: str
+    """file.py:function, called with (prompt, a, b); it returns "A", "B", "tie" or "invalid"."""
+
+
+class ModelJudge(BaseModel):
+    """Section [judge], kind "hf": a chat model in this process; the likeliest of the replies [[A]], [[B]], [[C]]."""
+
+    model_config = STRICT
+    kind: Literal["hf"]
+    """Which judge."""
+    model: ModelAt
     max_prompt_tokens: int = Field(default=4096, ge=1)
-    server: ServerConfig | None = None
+    """A longer comparison is an error."""
+    prompt: JudgePrompt = PROMPT
+
+
+class ServerJudge(BaseModel):
+    """Section [judge], kind "openai": a chat model at any server that speaks the OpenAI protocol."""
+
+    model_config = STRICT
+    kind: Literal["openai"]
+    """Which judge."""
+    server: ServerConfig
     max_reply_tokens: int = Field(default=256, ge=1)
+    """A reply is cut after this many tokens."""
     temperature: float = Field(default=0.0, ge=0)
+    """That of the first attempt."""
     attempts: int = Field(default=3, ge=1)
-    prompt: str = PROMPT
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return path_as_section(value)
-
-    @model_validator(mode="after")
-    def _every_option_is_read(self) -> "JudgeConfig":
-        needed, read = _OPTIONS[self.kind]
-        # a recipe written by config.dump names every option: at its default it asks for nothing
-        given = {name for name, value in self if value != JudgeConfig.model_fields[name].default}
-        if needed not in given:
-            raise ValueError(f"judge.{needed} is not set, and kind '{self.kind}' needs it")
-        if unread := sorted(given - read - {needed, "kind"}):
-            raise ValueError(f"judge.{unread[0]} is not read by kind '{self.kind}'; remove it")
-        if missing := [
-            part for part in ("{prompt}", "{first}", "{second}", "[[A]]", "[[B]]") if part not in self.prompt
-        ]:
-            raise ValueError(f"judge.prompt does not contain {missing[0]}; the judge must be shown it")
-        return self
+    """An unreadable reply is asked for again, so often in all, at temperature 1 with seeds of their own; then it is "invalid"."""
+    prompt: JudgePrompt = PROMPT
 
 
-# kind -> the option it needs, and those it reads besides
-_OPTIONS: dict[str, tuple[str, set[str]]] = {
-    "reward": ("reward", {"tie_margin"}),
-    "callable": ("path", set()),
-    "hf": ("model", {"prompt", "max_prompt_tokens"}),
-    "openai": ("server", {"prompt", "max_reply_tokens", "temperature", "attempts"}),
-}
+JudgeConfig: TypeAlias = Annotated[RewardJudge | CallableJudge | ModelJudge | ServerJudge, Field(discriminator="kind")]
 
 
-def path_as_section(value: Any) -> Any:
-    """`model=PATH` is short for `model.path=PATH`."""
-    return {"path": value} if isinstance(value, str) else value
+def verdicts(
+    config: JudgeConfig,
+    duels: Sequence[Duel],
+    path: Path,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None],
+) -> list[Verdict]:
+    """A verdict for every duel, from the file `path` where it is there; new ones are added to it one by one.
 
-
-def make_judge(config: JudgeConfig) -> Judge:
-    """Load what judges. Raises ConfigError, DataError or CheckpointError when it cannot be had.
-
-    The judge returns the verdicts in the order of the duels and hands each to `done` as soon as it has it.
+    The judge is loaded only when something is missing. What it raises comes through; the verdicts so far are kept.
     """
-    makers = {"reward": _reward, "callable": _callable, "hf": _hf, "openai": _openai}
-    return makers[config.kind](config)
+    settings = identity(config)
+    keys = [key_of(settings, duel) for duel in duels]
+    cut_torn_line(path)
+    known: dict[str, Verdict] = {r["key"]: r["verdict"] for r in read_sealed(path)}
+    missing = {key: duel for key, duel in zip(keys, duels, strict=True) if key not in known}
+    say(f"judgments: {len(missing)} to make, {len(set(keys)) - len(missing)} kept in {path}")
+    names = list(missing)
+
+    def done(index: int, verdict: Verdict) -> None:
+        known[names[index]] = verdict
+        append(path, seal({"key": names[index], "verdict": verdict}))
+        progress(1, len(names))
+
+    if missing:
+        JUDGES[config.kind].make(config)(list(missing.values()), done)
+    return [known[key] for key in keys]
 
 
-def check_judge(config: JudgeConfig) -> None:
-    """Look for what judges without loading it: before anything is sampled for it. Raises as `make_judge`."""
-    if config.reward is not None:
-        check_scorer(config.reward)
-    elif config.path is not None:
-        check_function(config.path)
-    elif config.model is not None:
-        check_path(config.model.path)
+def key_of(settings: dict[str, Any], duel: Duel) -> str:
+    """SHA-256 over the judge's settings and the texts in their order."""
+    return sha(json.dumps([settings, duel], sort_keys=True))
 
 
-def describe(config: JudgeConfig) -> str:
-    """The judge in a few words, for tables."""
-    if config.reward:
-        return f"reward {config.reward.kind} {config.reward.path}"
-    if config.server:
-        return f"{config.server.model} at {config.server.url}"
-    return f"{config.kind} {config.model.path if config.model else config.path}"
-
-
-def settings_that_count(config: JudgeConfig) -> dict[str, Any]:
-    """The options that can change a verdict: not how long to wait for a server, or with how many threads."""
-    needed, read = _OPTIONS[config.kind]
-    found = config.model_dump(mode="json", include=read | {needed, "kind"})
-    if config.server:
-        found["server"] = {"url": config.server.url, "model": config.server.model}
-    if config.model:
-        found["model"] = {"path": config.model.path, "revision": config.model.revision, "dtype": config.model.dtype}
-    return found
+def identity(config: JudgeConfig) -> dict[str, Any]:
+    """The settings that decide a verdict, with the content of the files they name: an edited judge is another judge."""
+    found = config.model_dump(mode="json")
+    found |= {name: {key: found[name][key] for key in keys} for name, keys in _COUNTS.items() if name in found}
+    return found | {"content": [content(path) for path in JUDGES[config.kind].files(config)]}
 
 
 def ask(template: str, duel: Duel) -> str:
@@ -168,13 +190,8 @@ def ask(template: str, duel: Duel) -> str:
 
 def read_verdict(reply: str, template: str) -> Verdict:
     """The one verdict of those the template names that a reply contains; none, or two different ones: "invalid"."""
-    found = {mark for mark in offered(template) if mark in reply}
+    found = {mark for mark in _MARKS if mark in template and mark in reply}
     return _MARKS[found.pop()] if len(found) == 1 else "invalid"
-
-
-def offered(template: str) -> list[str]:
-    """The verdicts a judge prompt asks for."""
-    return [mark for mark in _MARKS if mark in template]
 
 
 def as_text(prompt: Text) -> str:
@@ -186,23 +203,19 @@ def as_text(prompt: Text) -> str:
     return "\n\n".join(f"{message['role']}: {message.get('content', '')}" for message in prompt)
 
 
-def _in_batches(judge: Callable[[Sequence[Duel]], list[Verdict]], size: int) -> Judge:
-    def judge_all(duels: Sequence[Duel], done: Done) -> list[Verdict]:
-        verdicts: list[Verdict] = []
+def _in_batches(decide: Callable[[Sequence[Duel]], list[Verdict]], size: int) -> Judge:
+    def judge(duels: Sequence[Duel], done: Done) -> None:
         for start in range(0, len(duels), size):
-            for verdict in judge(duels[start : start + size]):
-                done(len(verdicts), verdict)
-                verdicts.append(verdict)
-        return verdicts
+            for i, verdict in enumerate(decide(duels[start : start + size]), start):
+                done(i, verdict)
 
-    return judge_all
+    return judge
 
 
-def _reward(config: JudgeConfig) -> Judge:
-    assert config.reward is not None
+def _reward(config: RewardJudge) -> Judge:
     scorer = make_scorer(config.reward)
 
-    def judge(duels: Sequence[Duel]) -> list[Verdict]:
+    def decide(duels: Sequence[Duel]) -> list[Verdict]:
         # each response is scored once, although it is shown in both places
         asked = {(as_text(d.prompt), text): (d.prompt, text) for d in duels for text in (d.first, d.second)}
         prompts, responses = zip(*asked.values(), strict=True)
@@ -210,14 +223,13 @@ def _reward(config: JudgeConfig) -> Judge:
         gaps = [score[as_text(d.prompt), d.first] - score[as_text(d.prompt), d.second] for d in duels]
         return ["tie" if abs(gap) <= config.tie_margin else "A" if gap > 0 else "B" for gap in gaps]
 
-    return _in_batches(judge, _BATCH)
+    return _in_batches(decide, _BATCH)
 
 
-def _callable(config: JudgeConfig) -> Judge:
-    assert config.path is not None
+def _callable(config: CallableJudge) -> Judge:
     function = find_function(config.path)
 
-    def judge(duels: Sequence[Duel]) -> list[Verdict]:
+    def decide(duels: Sequence[Duel]) -> list[Verdict]:
         (duel,) = duels
         prompt = duel.prompt if isinstance(duel.prompt, str) else list(duel.prompt)
         found = function(prompt, duel.first, duel.second)
@@ -226,34 +238,30 @@ def _callable(config: JudgeConfig) -> Judge:
             raise DataError(f"judge {config.path}: returned {found!r:.80}; return one of {', '.join(_VERDICTS)}")
         return [found]
 
-    return _in_batches(judge, 1)
+    return _in_batches(decide, 1)
 
 
-def _hf(config: JudgeConfig) -> Judge:
+def _hf(config: ModelJudge) -> Judge:
     """Log-probs of whole replies, end of turn included, so no tokenisation of the letters has to be guessed."""
-    assert config.model is not None
     policy, layout = load_policy(config.model), config.model.layout
-    marks = offered(config.prompt)
+    marks = [mark for mark in _MARKS if mark in config.prompt]
     special = [text for text in policy.tokenizer.all_special_tokens if text.strip()]
     if policy.tokenizer.chat_template is None:
         raise ConfigError(
             f"{config.model.path}: its tokenizer has no chat template; judge.kind 'hf' needs a chat model"
         )
 
-    def judge(duels: Sequence[Duel]) -> list[Verdict]:
-        asked = [ask(config.prompt, duel) for duel in duels]
-        # a text that forges the judge's turns could give the verdict itself
-        fair = [
-            i
-            for i, duel in enumerate(duels)
-            if not any(s in t for s in special for t in (as_text(duel.prompt), *duel[1:]))
-        ]
+    def forges(duel: Duel) -> bool:
+        """Whether a text contains the judge's turns, and could give the verdict itself."""
+        return any(s in text for s in special for text in (as_text(duel.prompt), duel.first, duel.second))
+
+    def decide(duels: Sequence[Duel]) -> list[Verdict]:
         verdicts: list[Verdict] = ["invalid"] * len(duels)
+        fair = [i for i, duel in enumerate(duels) if not forges(duel)]
         if not fair:
             return verdicts
-        texts = [asked[i] for i in fair]
-        messages = [({"role": "user", "content": text},) for text in texts for _ in marks]
-        trees, place = encode(messages, marks * len(texts), policy, TokensConfig(max_tokens=1 << 30))
+        messages = [({"role": "user", "content": ask(config.prompt, duels[i])},) for i in fair for _ in marks]
+        trees, place = encode(messages, marks * len(fair), policy, TokensConfig(max_tokens=1 << 30))
         longest = max(len(tree.prompt_ids) for tree in trees)
         if longest > config.max_prompt_tokens:
             raise DataError(
@@ -261,47 +269,68 @@ def _hf(config: JudgeConfig) -> Judge:
                 f"{config.max_prompt_tokens}; raise it if the model can read that much, or shorten the responses"
             )
         settled, _ = settle(policy, layout, trees)
-        logps = measured(settled, trees, lambda batch: response_logps(settled, batch), _BUDGET)[place].view(
-            -1, len(marks)
-        )
-        for i, row in zip(fair, logps, strict=True):
-            verdicts[i] = _likeliest(row, marks)
+        logps = measured(settled, trees, lambda batch: response_logps(settled, batch), _BUDGET)
+        for i, row in zip(fair, logps[place].view(-1, len(marks)).tolist(), strict=True):
+            best = [mark for mark, logp in zip(marks, row, strict=True) if logp == max(row)]
+            verdicts[i] = _MARKS[best[0]] if len(best) == 1 else "tie"
         return verdicts
 
-    return _in_batches(judge, _BATCH)
+    return _in_batches(decide, _BATCH)
 
 
-def _likeliest(logps: torch.Tensor, marks: Sequence[str]) -> Verdict:
-    best = [mark for mark, logp in zip(marks, logps.tolist(), strict=True) if logp == float(logps.max())]
-    return _MARKS[best[0]] if len(best) == 1 else "tie"
-
-
-def _openai(config: JudgeConfig) -> Judge:
-    assert config.server is not None
-    server = config.server
-
-    def one(duel: Duel) -> Verdict:
+def _openai(config: ServerJudge) -> Judge:
+    def decide(duel: Duel) -> Verdict:
         messages = [{"role": "user", "content": ask(config.prompt, duel)}]
+        limit = config.max_reply_tokens
         for attempt in range(config.attempts):
             # the same question at temperature 0 would get the same unreadable reply again
             temperature, seed = (1.0, attempt) if attempt else (config.temperature, 0)
-            reply = chat(server, messages, max_tokens=config.max_reply_tokens, temperature=temperature, seed=seed).text
-            verdict = read_verdict(reply, config.prompt)
+            reply = chat(config.server, messages, max_tokens=limit, temperature=temperature, seed=seed)
+            verdict = read_verdict(reply.text, config.prompt)
             if verdict != "invalid":
                 return verdict
         return "invalid"
 
-    def judge_all(duels: Sequence[Duel], done: Done) -> list[Verdict]:
-        verdicts: list[Verdict] = ["invalid"] * len(duels)
+    return lambda duels, done: parallel(config.server, [partial(decide, duel) for duel in duels], done)
 
-        def keep(index: int, verdict: Verdict) -> None:
-            verdicts[index] = verdict
-            done(index, verdict)
 
-        def job(duel: Duel) -> Callable[[], Verdict]:
-            return lambda: one(duel)
+@dataclass(frozen=True)
+class Kind(Generic[S]):
+    """What there is to know of a kind of judge, as functions of its settings.
 
-        parallel(server, [job(duel) for duel in duels], keep)
-        return verdicts
+    make: load it. check: look for it without loading it, before anything is sampled for it. name: for tables.
+    files: what it is made of. Making and checking raise ConfigError, DataError or CheckpointError when it cannot be used.
+    """
 
-    return judge_all
+    make: Callable[[S], Judge]
+    check: Callable[[S], None]
+    name: Callable[[S], str]
+    files: Callable[[S], Sequence[str]]
+
+
+JUDGES: dict[str, Kind[Any]] = {
+    "reward": Kind[RewardJudge](
+        make=_reward,
+        check=lambda judge: check_scorer(judge.reward),
+        name=lambda judge: f"reward {judge.reward.kind} {judge.reward.path}",
+        files=lambda judge: reads(judge.reward),
+    ),
+    "callable": Kind[CallableJudge](
+        make=_callable,
+        check=lambda judge: check_function(judge.path),
+        name=lambda judge: f"callable {judge.path}",
+        files=lambda judge: (judge.path,),
+    ),
+    "hf": Kind[ModelJudge](
+        make=_hf,
+        check=lambda judge: check_path(judge.model.path),
+        name=lambda judge: f"hf {judge.model.path}",
+        files=lambda judge: (judge.model.path,),
+    ),
+    "openai": Kind[ServerJudge](
+        make=_openai,
+        check=lambda judge: None,
+        name=lambda judge: f"{judge.server.model} at {judge.server.url}",
+        files=lambda judge: (),
+    ),
+}

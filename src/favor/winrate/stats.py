@@ -1,18 +1,18 @@
 """Win rates from verdicts in both orders: position bias measured, response length controlled for.
 
-In: pairs of responses with two verdicts each. Out: WinFigures. No torch here. Next: winrate.py.
+In: pairs of responses with two verdicts each. Out: WinFigures. No torch here. Next: ../eval/intervals.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from favor.errors import DataError
-from favor.eval.intervals import SHARE, Array, Interval, mean_interval, t_quantile
+from favor.eval.intervals import SHARE, Array, Interval, jackknife, mean_interval, t_quantile
 
 # "A" is the response shown first, "B" the one shown second
 Verdict: TypeAlias = Literal["A", "B", "tie", "invalid"]
@@ -47,7 +47,7 @@ class JudgedPair(NamedTuple):
 class WinFigures:
     """Win rate of a over b with what it rests on; intervals are 95 %, over prompts.
 
-    Counts are of pairs: `pairs` = wins + ties + losses had a verdict in both orders, `invalid` had not and are left out.
+    Counts are of pairs: `pairs` = wins + ties + losses have a verdict in both orders; those `invalid` have not, and are left out.
     `position_bias` is None when no verdict was decisive; the length-controlled rate is None when all length differences
     are the same and not zero, because length and quality cannot be told apart then.
     """
@@ -72,10 +72,6 @@ class WinFigures:
     mean_length_a: float
     mean_length_b: float
     length_unit: str = "characters"
-
-    def as_json(self) -> dict[str, Any]:
-        """For winrate.json."""
-        return asdict(self)
 
 
 class LengthControlled(NamedTuple):
@@ -172,9 +168,7 @@ def _rate_ends(outcome: Array, scaled: Array, group: NDArray[np.int64]) -> tuple
     # what the fit moves by when a prompt is left out: one Newton step
     without = curve.sum(0) + np.eye(2) / _C - curve
     moved = np.linalg.solve(without, score[:, :, None])[:, 0, 0]
-    reach = t_quantile(np.bincount(group).astype(np.float64)) * float(
-        np.sqrt((prompts + 1) / (prompts + 2) * (moved**2).sum())
-    )
+    reach = t_quantile(np.bincount(group).astype(np.float64)) * jackknife(moved)
     rate = _sigmoid(quality)
     flat = reach * rate * (1 - rate)
     return max(min(rate - flat, _sigmoid(quality - reach)), 0.0), min(max(rate + flat, _sigmoid(quality + reach)), 1.0)
