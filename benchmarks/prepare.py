@@ -81,12 +81,12 @@ def parse() -> argparse.Namespace:
 
 def prepare_here(source: str, model: str, *, cached: bool) -> Figures:
     """favor's preparation in this process."""
-    from favor.lint.brief import CHECKS
     from transformers import AutoTokenizer
 
     from favor.data.prepare import Recipe, prepare_split
     from favor.data.read import DataConfig, splits_of
     from favor.data.tokenize import TokensConfig
+    from favor.lint.brief import CHECKS
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = DataConfig(train=source, bad_rows="drop", cache=cached)

@@ -8,9 +8,10 @@ import pytest
 import tiny
 from rich.console import Console
 
-from favor.config import load
+from favor.config import dump, load
 from favor.data.read import DataConfig, read
 from favor.errors import ConfigError, DataError
+from favor.eval.evaluate import EvalConfig, evaluate
 from favor.generate import engines
 from favor.generate.prefer import PreferConfig, prefer
 from favor.generate.samples import SamplesConfig, write_samples
@@ -18,7 +19,9 @@ from favor.online import LoopRunConfig, loop
 from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
 from favor.server import Reply
+from favor.train.preference import TrainConfig, train
 from favor.train.session import Session, StoppedError, StopRequest
+from favor.winrate.run import WinrateConfig, winrate
 
 PROMPTS = ["Write about a film.", "A film", "Never?", [{"role": "user", "content": "Good or bad?"}], "Maybe the end."]
 
@@ -343,3 +346,56 @@ def test_a_signal_while_sampling_stops_the_loop(inputs, tmp_path):
 def test_adapters_are_refused(inputs, tmp_path):
     with pytest.raises(ConfigError, match=r"model.lora"):
         load(LoopRunConfig, None, loop_words(inputs, tmp_path / "run", "model.lora.rank=4"))
+
+
+def test_everybody_reads_the_same_samples(inputs, tmp_path, monkeypatch):
+    """`favor sample`, `favor eval` and `favor winrate` show what was sampled, with the white space around it."""
+    ids = tuple(tiny.tokenizer()(" good \n", add_special_tokens=False).input_ids)
+    monkeypatch.setattr("favor.model.sample._sample_batch", lambda policy, prompts, seeds, config: [ids] * len(prompts))
+    run_sample(words(inputs, tmp_path / "s.jsonl", "max_prompts=1"))
+    assert rows_of(tmp_path / "s.jsonl")[0]["responses"] == [" good \n"]
+    sides = [f"{side}.model.path={inputs / 'model'}" for side in "ab"]
+    rated = [f"run={tmp_path / 'rated'}", *sides, f"prompts={inputs / 'prompts.jsonl'}", "max_prompts=1"]
+    (tmp_path / "j.py").write_text("def judge(prompt, a, b):\n    return 'tie'\n")
+    judge = ["judge.kind=callable", f"judge.path={tmp_path / 'j.py'}:judge"]
+    winrate(load(WinrateConfig, None, [*rated, *judge]), lambda text: None, quiet)
+    assert rows_of(tmp_path / "rated/responses-a.jsonl")[0]["responses"] == [" good \n"]
+    pairs = [{"prompt": "A film", "chosen": "good", "rejected": "bad"}]
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pairs[0]) + "\n")
+    data = [f"data.train={tmp_path / 'pairs.jsonl'}", f"data.eval={tmp_path / 'pairs.jsonl'}"]
+    more = [f"run={tmp_path / 'run'}", f"model.path={inputs / 'model'}", "train.max_steps=1", "train.batch_prompts=1"]
+    train(
+        load(TrainConfig, None, [*more, *data]),
+        lambda root: Session(RunFolder(root), World(), Console(quiet=True), StopRequest()),
+    )
+    evaluate(load(EvalConfig, None, [f"run={tmp_path / 'run'}", "samples_per_prompt=1"]), lambda text: None, quiet)
+    assert [rows_of(tmp_path / "run/samples.jsonl")[0][side] for side in ("reference", "policy")] == [[" good \n"]] * 2
+
+
+@pytest.mark.parametrize("kind", ["transformers", "openai", "vllm"])
+def test_a_recipe_comes_back_from_its_own_toml(inputs, tmp_path, kind):
+    """Of every engine, with and without a reward; nothing that another engine reads is written down."""
+    engine = {"transformers": ["engine.model=m"], "vllm": ["engine.model=m"]}.get(
+        kind, ["engine.server.url=http://x/v1", "engine.server.model=m"]
+    )
+    base = ["out=o", "prompts=p", f"engine.kind={kind}", *engine]
+    for schema, more in (
+        (SamplesConfig, []),
+        (SamplesConfig, ["best_of=2", *by_length(inputs)]),
+        (PreferConfig, by_length(inputs)),
+    ):
+        found = load(schema, None, [*base, *more])
+        (tmp_path / "r.toml").write_text(dump(found))
+        assert load(schema, tmp_path / "r.toml") == found
+
+
+def test_a_recipe_of_an_earlier_version_is_told_the_new_names():
+    for word, said in {
+        "model.path=m": "engine.model",
+        "server.url=x": "engine.server",
+        "tokens.template=plain": "engine.template",
+        "sample.batch=3": "engine.batch",
+        "engine=openai": "engine.kind",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            load(SamplesConfig, None, ["out=o", "prompts=p", word])

@@ -151,7 +151,7 @@ def test_resume_with_an_edited_recipe_is_refused(here, model, name):
 def test_out_is_not_the_recipe_nor_a_file_that_is_read(here, model):
     recipe = here / "s.toml"
     recipe.write_text(
-        tomli_w.dumps({"out": "s.toml", "prompts": "data.jsonl", "overwrite": True, "model": {"path": str(model)}})
+        tomli_w.dumps({"out": "s.toml", "prompts": "data.jsonl", "overwrite": True, "engine": {"model": str(model)}})
     )
     before = content(here)
     with pytest.raises(ConfigError, match=r"out=s\.toml: is the file it reads"):

@@ -56,6 +56,10 @@ RENAMED: Mapping[str, str] = {
     "ppo.kl_horizon": "ppo.kl.horizon",
     "ppo.kl_estimator": "ppo.kl.estimator",
     "reward.ties": "ties are learnt from where reward.tie_width is set; 0.5 is a fair start",
+    "model": "the model that samples come from is engine.model now",
+    "server": "the server that samples come from is engine.server now, with engine.kind = openai",
+    "tokens": "prompts are rendered by engine.template and engine.special_text now (favor winrate: template, special_text)",
+    "sample.batch": "it is engine.batch now",
 }
 # bytes of a recipe: more must be another kind of file
 _LARGEST = 1 << 20
