@@ -61,7 +61,7 @@ def of_split(trees: Iterable[PromptTree], report: TokenReport) -> list[Finding]:
         where, texts = (tree.source, tree.rows[0]), list(map(words_of, tree.responses))
         pairs = [(texts[a], texts[b]) for c in tree.comparisons for a, b in combinations(c.order, 2)]
         lengths += [(len(better), len(worse)) for better, worse in pairs]
-        told += [hit for hit, _ in contradictions([(where, "", pairs)])]
+        told += contradictions([(where, "", pairs)])
         told += [Hit(kind, where, "") for kind, is_odd in RESPONSE_CHECKS.items() if any(map(is_odd, texts))]
     return findings([*told, *length(lengths), *truncation(report)], 0)
 
@@ -75,8 +75,8 @@ def leaks(train: Iterable[tuple[Where, Text]], held_out: Iterable[tuple[Where, T
             yield Hit("leak", where, f"its prompt is that of {place(known[text])}: {shown(text, 60)!r}")
 
 
-def contradictions(rows: Iterable[tuple[Where, str, Iterable[tuple[str, str]]]]) -> Iterator[tuple[Hit, Where]]:
-    """Rows that say A > B where one (maybe the row itself) says B > A, and that row. rows: (where, prompt, (better, worse)s)."""
+def contradictions(rows: Iterable[tuple[Where, str, Iterable[tuple[str, str]]]]) -> Iterator[Hit]:
+    """Rows that say A > B where another (or the row itself) says B > A. rows: (where, prompt, (better, worse) pairs)."""
     seen: dict[tuple[str, str, str], Where] = {}
     for where, prompt, given in rows:
         pairs = [pair for pair in given if pair[0] != pair[1]]
@@ -84,8 +84,10 @@ def contradictions(rows: Iterable[tuple[Where, str, Iterable[tuple[str, str]]]])
             seen.setdefault((prompt, better, worse), where)
         other = next((seen[key] for b, w in pairs if (key := (prompt, w, b)) in seen), None)
         if other is not None:
-            said = f"says the opposite of {place(other)} on {shown(prompt, 60)!r}"
-            yield Hit("contradiction", where, said), other
+            yield Hit("contradiction", where, f"says the opposite of {place(other)} on {shown(prompt, 60)!r}")
+            # neither side can be known to be right; a row that is held out says nothing about the training rows
+            if other[0] == where[0]:
+                yield Hit("contradicted", other, f"{place(where)} says the opposite")
 
 
 def length(pairs: Sequence[tuple[int, int]], share: float = LENGTH_SHARE) -> list[Finding]:

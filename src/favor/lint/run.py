@@ -26,7 +26,7 @@ from favor.hide import in_texts, places_in, without_known_places
 from favor.lint.cheap import Hit, Told, findings
 from favor.lint.models import model_gaps, noise_checks, reward_gaps, token_checks
 from favor.lint.rows import Row, repaired, row_checks, row_of
-from favor.lint.sets import contradicting, set_checks
+from favor.lint.sets import set_checks
 from favor.lint.settings import KINDS, ORDER, LintConfig, LintSettings
 from favor.model.load import end_ids, load_policy, load_tokenizer
 from favor.output import Output
@@ -176,9 +176,6 @@ def _clean(rows: Sequence[Row], told: Sequence[Told]) -> tuple[list[dict[str, An
     for hit in told:
         if isinstance(hit, Hit) and KINDS[hit.kind][2]:
             reasons.setdefault(hit.where, f"{hit.kind}: {hit.said}")
-    # neither side of a contradiction can be known to be right
-    for hit, other in contradicting(rows):
-        reasons.setdefault(other, f"contradiction: row {hit.where[1]} says the opposite")
     kept: list[dict[str, Any]] = []
     actions: list[dict[str, Any]] = []
     for row in rows:

@@ -30,7 +30,7 @@ _MIN_WORDS = 4
 
 def set_checks(rows: Sequence[Row], settings: LintSettings, known: Mapping[str, frozenset[str]]) -> Iterator[Told]:
     """Every check over all rows that can be used. known: source -> the columns that favor reads of it."""
-    yield from (hit for hit, _ in contradicting(rows))
+    yield from contradictions((row.where, row.prompt, row.pairs) for row in rows)
     seen: dict[str, Row] = {}
     for row in rows:
         said = json.dumps([row.part, row.said], sort_keys=True, ensure_ascii=False, default=list)
@@ -49,11 +49,6 @@ def set_checks(rows: Sequence[Row], settings: LintSettings, known: Mapping[str, 
     if unread:
         listed = ", ".join(f"{name} ({count})" for name, count in unread.most_common(8))
         yield Finding("note", "unread_column", f"columns that favor does not read: {listed}")
-
-
-def contradicting(rows: Sequence[Row]) -> Iterator[tuple[Hit, tuple[str, int]]]:
-    """Rows that say the opposite of an earlier one, and which that is."""
-    return contradictions((row.where, row.prompt, row.pairs) for row in rows)
 
 
 def near_pairs(texts: Sequence[str], threshold: float) -> list[tuple[int, int]]:

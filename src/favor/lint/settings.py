@@ -38,6 +38,7 @@ KINDS: dict[str, tuple[Severity, str, bool]] = {
     "stub": ("note", "rows with a response of a single word", False),
     "refusal": ("note", "rows whose preferred response is the refusal", False),
     "contradiction": ("error", "rows contradict another row", True),
+    "contradicted": ("error", "", True),
     "duplicate": ("warning", "rows repeat an earlier one", True),
     "leak": ("error", "held-out rows have a prompt of the training part", False),
     "near_duplicate": ("warning", "rows nearly repeat another", True),
@@ -84,7 +85,7 @@ class LintSettings(BaseModel):
     opening_share: float = Field(default=0.5, gt=0, le=1)
     """Share of the preferred (or of the rejected) responses with the same first two words that is a warning."""
     noise: float = Field(default=3.0, gt=0)
-    """Standard deviations below its median at which a reward difference doubts its label; needs [reward] or lint.doubt."""
+    """Standard deviations below the median from which a reward difference speaks against its label; needs [reward] or doubt."""
     doubt: bool = False
     """Ask [model] about the labels, by the mean log-prob of a token, or by its log-ratio to lint.reference."""
     reference: str | None = None
