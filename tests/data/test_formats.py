@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from favor.data import batches
-from favor.data.formats import FORMATS, RowError, columns_of, recognise
+from favor.data.formats import FORMATS, Format, Judgment, RowError, columns_of, recognise
 from favor.data.grow import Growing
 from favor.data.pairing import Rules
 from favor.data.read import DataConfig, read
@@ -243,18 +243,64 @@ def test_columns_are_mapped(tmp_path):
         DataConfig(train="x", columns={"promt": "question"})
 
 
-def test_every_row_of_the_docs_is_recognised():
-    """docs/formats.md: a section a format, and the rows shown there can be read."""
-    found = set()
-    for section in (Path(__file__).parents[2] / "docs/formats.md").read_text("utf-8").split("\n## ")[1:]:
+def line_of_docs(name, form):
+    """A format's line in the table of docs/formats.md."""
+    needs = " or ".join(" + ".join(f"`{column}`" for column in names) for names in form.needs)
+    also = ", ".join(f"`{column}`" for column in sorted(form.also))
+    return f"| [{name}](#{name}) | {needs} | {also} | {', '.join(sorted(form.says))} |"
+
+
+def undocumented(formats):
+    """Formats without a line in the table of docs/formats.md, or without a section whose rows are read as of it."""
+    page = (Path(__file__).parents[2] / "docs/formats.md").read_text("utf-8")
+    shown = set()
+    for section in page.split("\n## ")[1:]:
         name = section.split("\n", 1)[0]
         for block in section.split("```json\n")[1:]:
             for line in block.split("```")[0].splitlines():
                 row = json.loads(line)
                 assert recognise(row) == name
-                FORMATS[name](row)
-        found.add(name)
-    assert found == set(FORMATS)
+                formats[name](row)
+                shown.add(name)
+    assert shown <= set(formats)
+    return [n for n, form in formats.items() if n not in shown or line_of_docs(n, form) not in page.splitlines()]
+
+
+def test_every_format_and_every_row_of_the_docs():
+    """docs/formats.md: a line and a section a format, and the rows shown there can be read."""
+    assert undocumented(FORMATS) == []
+
+
+def test_a_format_added_to_the_table_is_recognised_read_and_missed_in_the_docs(monkeypatch):
+    duel = Format(
+        lambda row: Judgment(row["asked"], (row["won"], row["lost"]), ((0, 1),)),
+        (("asked", "won", "lost"),),
+        frozenset({"weight"}),
+        frozenset({"order", "sides"}),
+    )
+    row = {"asked": "p", "won": "a", "lost": "b", "weight": 2}
+    with pytest.raises(RowError, match="of no known format"):
+        recognise(row)
+    assert "won" not in columns_of("auto")
+    monkeypatch.setitem(FORMATS, "duel", duel)
+    assert recognise(row) == "duel"
+    assert FORMATS["duel"](row) == Judgment("p", ("a", "b"), ((0, 1),), 2.0, placed=True)
+    with pytest.raises(RowError, match="weight is -1, expected a positive number"):
+        FORMATS["duel"](row | {"weight": -1})
+    with pytest.raises(RowError, match=r"nearest is duel \(asked \+ won \+ lost\)"):
+        recognise({"asked": "p", "winn": "a", "lost": "b"})
+    assert DataConfig(train="x", format="duel", columns={"won": "w"}, pairing="all").format == "duel"
+    with pytest.raises(ValueError, match="data.min_gap would be ignored: format duel has no scores"):
+        DataConfig(train="x", format="duel", min_gap=1)
+    assert undocumented(FORMATS) == ["duel"]
+
+
+def test_no_format_hides_another():
+    """A row with just the columns that a format is recognised by is of that format, not of one above it."""
+    for name, form in FORMATS.items():
+        for needs in form.needs:
+            assert recognise(dict.fromkeys(needs, "x")) == name
+        assert form.says <= {"order", "scores", "votes", "thumbs", "sides"}
 
 
 def test_format_names_and_columns():

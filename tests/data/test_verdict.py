@@ -172,7 +172,9 @@ def test_lint_says_when_labels_lean_to_a_side(tmp_path):
 
 def test_lint_says_when_a_reward_is_against_most_labels():
     for against, severity in ((50, "warning"), (20, "note")):
-        gaps = [Gap(row_of("train", ("f", i), {}, RowError("")), -1.0 if i < against else 1.0, "a", "b") for i in range(60)]
+        gaps = [
+            Gap(row_of("train", ("f", i), {}, RowError("")), -1.0 if i < against else 1.0, "a", "b") for i in range(60)
+        ]
         found = {f.kind: f for f in noise_checks(gaps, "the reward", LintSettings().noise)}
         assert found["agreement"].severity == severity
 
