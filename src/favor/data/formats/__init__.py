@@ -8,19 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from favor.data.formats import plain, published
-from favor.data.formats.fields import Format, Judgment, Kind, Row, RowError
-
-__all__ = [
-    "FORMATS",
-    "Format",
-    "Judgment",
-    "Kind",
-    "RowError",
-    "check_order",
-    "columns_of",
-    "order_assumed",
-    "recognise",
-]
+from favor.data.formats.fields import Format, Judgment, Row, RowError
 
 
 def _row(
@@ -41,14 +29,10 @@ FORMATS: dict[str, Format] = {
         "order scores sides",
     ),
     "helpsteer3": _row(
-        published.helpsteer3,
-        "context response1 response2 overall_preference",
-        says="order scores sides",
+        published.helpsteer3, "context response1 response2 overall_preference", says="order scores sides"
     ),
     "helpsteer2_preference": _row(
-        published.helpsteer2_preference,
-        "prompt response_1 response_2 preference_strength",
-        says="order scores sides",
+        published.helpsteer2_preference, "prompt response_1 response_2 preference_strength", says="order scores sides"
     ),
     "openai_tldr": _row(published.openai_tldr, "info summaries choice", says="order sides"),
     "nectar": _row(published.nectar, "prompt answers"),
@@ -69,10 +53,7 @@ FORMATS: dict[str, Format] = {
     "helpsteer": _row(published.helpsteer, "prompt response helpfulness", says="order scores"),
     "verdict": _row(plain.verdict, "first second verdict", "prompt tools weight", "order votes sides thumbs"),
     "votes": _row(
-        plain.votes,
-        "prompt responses votes | prompt responses choices",
-        "tools weight",
-        "order scores votes sides",
+        plain.votes, "prompt responses votes | prompt responses choices", "tools weight", "order scores votes sides"
     ),
     "ranked": _row(
         plain.ranked, "responses ranking | responses scores", "prompt ended tools weight", "order scores sides"

@@ -100,9 +100,6 @@ class Format(NamedTuple):
         return " or ".join(" + ".join(names) for names in self.needs)
 
 
-# ---- messages about values
-
-
 def brief(value: Any, limit: int = 60) -> str:
     """A value as Python writes it, short; it may be nested too deeply, or be too long a number, to be written at all."""
     try:
@@ -115,9 +112,6 @@ def brief(value: Any, limit: int = 60) -> str:
 def shown(value: Any) -> str:
     """A wrong value with its type, short."""
     return "an empty list" if value == [] else f"{type(value).__name__} {brief(value)}"[:60]
-
-
-# ---- text and messages
 
 
 def checked_texts(value: Any) -> list[str]:
@@ -277,9 +271,6 @@ def tools_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("tools must be a list of tool descriptions")
     return tuple(tools)
-
-
-# ---- numbers
 
 
 def is_number(value: Any, least: float = -_LARGEST, most: float = _LARGEST) -> bool:
