@@ -12,7 +12,6 @@ from favor.config import STRICT, Seed
 from favor.data.formats import FORMATS, columns_of
 from favor.data.pairing import Pairing, Rules, Votes
 
-
 Value = str | bool | int | float
 
 
