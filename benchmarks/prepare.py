@@ -86,7 +86,7 @@ def prepare_here(source: str, model: str, *, cached: bool) -> Figures:
     from favor.data.prepare import Recipe, prepare_split
     from favor.data.read import DataConfig, splits_of
     from favor.data.tokenize import TokensConfig
-    from favor.lint.brief import CHECKS
+    from favor.lint.cheap import CHECKS
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = DataConfig(train=source, bad_rows="drop", cache=cached)
