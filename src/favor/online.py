@@ -26,16 +26,7 @@ from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
 from favor.output import hashes
 from favor.rewards.source import RewardConfig, check_scorer, identity
-from favor.run import (
-    RunFolder,
-    make_folder,
-    read_json,
-    remove_folder,
-    same_inputs,
-    write_json,
-    write_jsonl,
-    write_text,
-)
+from favor.run import RunFolder, make_folder, read_json, remove_folder, same_inputs, write_json, write_jsonl, write_text
 from favor.stop import StoppedError
 from favor.train.checkpoint import checkpoints
 from favor.train.loop import LoopConfig, SaveConfig

@@ -5,21 +5,29 @@ In: PreferConfig. Out: rows that `favor train` reads as rankings ("prompt", "res
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from pydantic import BaseModel, Field
 
-from favor import output
 from favor.config import STRICT, Overwrite, Seed
-from favor.data.prompts import read_prompts
 from favor.errors import DataError
-from favor.generate import samples
 from favor.generate.engines import Decoding, Engine
-from favor.generate.samples import MaxPrompts, Out, Progress, PromptsFile, Responses, SamplesConfig, Split
-from favor.output import Output
-from favor.rewards.source import RewardConfig, check_scorer, reads
+from favor.generate.samples import (
+    MaxPrompts,
+    Out,
+    Progress,
+    PromptsFile,
+    Responses,
+    SamplesConfig,
+    Split,
+    make_file,
+    score,
+)
+from favor.rewards.source import RewardConfig
 
 
 class PreferConfig(BaseModel):
@@ -70,22 +78,16 @@ def prefer(config: PreferConfig, progress: Progress, recipe: Path | None = None)
 
     Samples of a run that failed or was stopped are kept and continued; they are then scored again.
     """
-    check_scorer(config.reward)
     sampling = SamplesConfig.model_validate(config.model_dump(exclude={"reward"}))
-    inputs = [*samples.inputs_of(sampling), *reads(config.reward), recipe and str(recipe)]
-    with output.claimed(samples.claim(sampling), inputs) as out:
-        prompts = read_prompts(config.prompts, config.split, config.max_prompts)
-        out = replace(out, settings=samples.made_from(sampling, prompts, config.reward))
-        if (before := samples.already(out, progress)) is not None:
-            return Preferred(**before)
-        return _prefer(config, samples.draw_all(sampling, prompts, progress), out)
+    return Preferred(**make_file(sampling, config.reward, partial(_rankings, config), progress, recipe))
 
 
-def _prefer(config: PreferConfig, found: list[Responses], out: Output) -> Preferred:
+def _rankings(config: PreferConfig, found: list[Responses]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows, and what became of the samples."""
     told = [_not_blank(each) for each in found]
     if not any(each.texts for each in told):
         raise DataError(f"{config.prompts}: every sample is blank; look at the model and the chat template")
-    scores = samples.score(told, config.reward)
+    scores = score(told, config.reward)
     kept = [_distinct(each.texts) for each in told]
     values = [[mine[i] for i in places] for mine, places in zip(scores, kept, strict=True)]
     rows = [
@@ -110,8 +112,7 @@ def _prefer(config: PreferConfig, found: list[Responses], out: Output) -> Prefer
             f"{config.out}: not written, no prompt has a preference ({report}); the samples are kept: use a reward that "
             "tells them apart, or draw more samples, longer ones or at a higher temperature"
         )
-    samples.write_rows(out, rows, asdict(report))
-    return report
+    return rows, asdict(report)
 
 
 def _not_blank(found: Responses) -> Responses:

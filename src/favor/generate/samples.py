@@ -22,7 +22,7 @@ from favor.errors import CheckpointError, ConfigError
 from favor.generate.engines import Decoding, Engine, Job, ServerEngine, draw
 from favor.guard import content, is_sealed, seal, sha
 from favor.output import Output
-from favor.rewards.source import RewardConfig, check_scorer, identity, make_scorer
+from favor.rewards.source import RewardConfig, check_scorer, identity, make_scorer, reads
 from favor.run import append_text, jsonl, read_jsonl, write_jsonl
 from favor.server import Reply
 
@@ -118,24 +118,43 @@ def write_samples(config: SamplesConfig, progress: Progress, recipe: Path | None
     CheckpointError for an unusable model, ConfigError for an `out` or a partial file of other settings, ServerError
     when a server gives up; what was sampled until then is kept.
     """
-    if config.reward is not None:
-        check_scorer(config.reward)
-    with output.claimed(claim(config), [*inputs_of(config), recipe and str(recipe)]) as out:
+
+    def rows(found: list[Responses]) -> tuple[list[dict[str, Any]], int]:
+        if config.reward is None or config.best_of is None:
+            rows = [each.row(range(len(each.texts))) for each in found]
+        else:
+            scores = score(found, config.reward)
+            rows = [each.row(_best(mine, config.best_of), mine) for each, mine in zip(found, scores, strict=True)]
+        return rows, len(rows) * config.samples_per_prompt
+
+    return make_file(config, config.reward, rows, progress, recipe)
+
+
+def make_file(
+    config: SamplesConfig,
+    reward: RewardConfig | None,
+    rows: Callable[[list[Responses]], tuple[list[dict[str, Any]], Any]],
+    progress: Progress,
+    recipe: Path | None,
+) -> Any:
+    """Sample, and write the file that `rows` (its lines, what is to be remembered) makes of the samples; returns the latter."""
+    if reward is not None:
+        check_scorer(reward)
+    path = Path(config.out)
+    claim = Output(path, "out", config.overwrite, meanwhile=(_partial(path),))
+    inputs = [config.prompts, config.model, *(reads(reward) if reward else ()), recipe and str(recipe)]
+    with output.claimed(claim, inputs) as out:
         prompts = read_prompts(config.prompts, config.split, config.max_prompts)
-        out = replace(out, settings=made_from(config, prompts, config.reward))
-        return already(out, progress) or _sample(config, prompts, out, progress)
-
-
-def _sample(config: SamplesConfig, prompts: NumberedPrompts, out: Output, progress: Progress) -> int:
-    found = draw_all(config, prompts, progress)
-    if config.reward is None or config.best_of is None:
-        rows = [each.row(range(len(each.texts))) for each in found]
-    else:
-        scores = score(found, config.reward)
-        rows = [each.row(_best(mine, config.best_of), mine) for each, mine in zip(found, scores, strict=True)]
-    count = len(rows) * config.samples_per_prompt
-    write_rows(out, rows, count)
-    return count
+        counts = {"samples_per_prompt": config.samples_per_prompt, "best_of": config.best_of}
+        made_from = output.hashes(counts | ({"reward": identity(reward)} if reward else {}))
+        out = replace(out, settings=_determines(config, prompts) | made_from)
+        result = already(out, progress)
+        if result is None:
+            lines, result = rows(draw_all(config, prompts, progress))
+            output.write(out, {path: jsonl(lines)}, result)
+            # the partial one is no longer needed
+            _partial(path).unlink(missing_ok=True)
+        return result
 
 
 def _best(scores: Sequence[float], best_of: int) -> list[int]:
@@ -143,23 +162,6 @@ def _best(scores: Sequence[float], best_of: int) -> list[int]:
     return [
         max(range(start, start + best_of), key=lambda i: (scores[i], -i)) for start in range(0, len(scores), best_of)
     ]
-
-
-def claim(config: SamplesConfig) -> Output:
-    """The file that the samples go into."""
-    path = Path(config.out)
-    return Output(path, "out", config.overwrite, meanwhile=(_partial(path),))
-
-
-def inputs_of(config: SamplesConfig) -> list[str | None]:
-    """What the recipe reads."""
-    return [config.prompts, config.model, config.reward.path if config.reward else None]
-
-
-def made_from(config: SamplesConfig, prompts: NumberedPrompts, reward: RewardConfig | None) -> dict[str, str]:
-    """Hashes of everything that determines the finished file, by name."""
-    counts = {"samples_per_prompt": config.samples_per_prompt, "best_of": config.best_of}
-    return _determines(config, prompts) | output.hashes(counts | ({"reward": identity(reward)} if reward else {}))
 
 
 def already(out: Output, progress: Progress) -> Any:
@@ -170,12 +172,6 @@ def already(out: Output, progress: Progress) -> Any:
             path.unlink(missing_ok=True)
         progress(f"{out.path}: made before with the same settings, kept (overwrite=true makes it again)", 1, 1)
     return result
-
-
-def write_rows(out: Output, rows: Sequence[Mapping[str, Any]], result: Any) -> None:
-    """Write the finished file whole; the partial one is then no longer needed."""
-    output.write(out, {out.path: jsonl(rows)}, result)
-    _partial(out.path).unlink(missing_ok=True)
 
 
 def draw_all(config: SamplesConfig, prompts: NumberedPrompts, progress: Progress) -> list[Responses]:

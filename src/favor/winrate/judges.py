@@ -296,10 +296,9 @@ def _openai(config: ServerJudge) -> Judge:
 
 @dataclass(frozen=True)
 class Kind(Generic[S]):
-    """What there is to know of a kind of judge, as functions of its settings.
+    """A kind of judge, as functions of its settings: load it, look for it without loading it, name it in tables, its files.
 
-    make: load it. check: look for it without loading it, before anything is sampled for it. name: for tables.
-    files: what it is made of. Making and checking raise ConfigError, DataError or CheckpointError when it cannot be used.
+    The first two raise ConfigError, DataError or CheckpointError when it cannot be used.
     """
 
     make: Callable[[S], Judge]
@@ -310,27 +309,12 @@ class Kind(Generic[S]):
 
 JUDGES: dict[str, Kind[Any]] = {
     "reward": Kind[RewardJudge](
-        make=_reward,
-        check=lambda judge: check_scorer(judge.reward),
-        name=lambda judge: f"reward {judge.reward.kind} {judge.reward.path}",
-        files=lambda judge: reads(judge.reward),
+        _reward,
+        lambda x: check_scorer(x.reward),
+        lambda x: f"{x.reward.kind} {x.reward.path}",
+        lambda x: reads(x.reward),
     ),
-    "callable": Kind[CallableJudge](
-        make=_callable,
-        check=lambda judge: check_function(judge.path),
-        name=lambda judge: f"callable {judge.path}",
-        files=lambda judge: (judge.path,),
-    ),
-    "hf": Kind[ModelJudge](
-        make=_hf,
-        check=lambda judge: check_path(judge.model.path),
-        name=lambda judge: f"hf {judge.model.path}",
-        files=lambda judge: (judge.model.path,),
-    ),
-    "openai": Kind[ServerJudge](
-        make=_openai,
-        check=lambda judge: None,
-        name=lambda judge: f"{judge.server.model} at {judge.server.url}",
-        files=lambda judge: (),
-    ),
+    "callable": Kind[CallableJudge](_callable, lambda x: check_function(x.path), lambda x: x.path, lambda x: (x.path,)),
+    "hf": Kind[ModelJudge](_hf, lambda x: check_path(x.model.path), lambda x: x.model.path, lambda x: (x.model.path,)),
+    "openai": Kind[ServerJudge](_openai, lambda x: None, lambda x: f"{x.server.model} at {x.server.url}", lambda x: ()),
 }

@@ -226,7 +226,11 @@ def _judge(
         JudgedPair(place, *both, len(pair.first), len(pair.second))
         for (place, pair), both in zip(pairs, zip(found[::2], found[1::2], strict=True), strict=True)
     ]
-    figures = {"a": config.a.name, "b": config.b.name, "judge": JUDGES[config.judge.kind].name(config.judge)}
+    figures = {
+        "a": config.a.name,
+        "b": config.b.name,
+        "judge": f"{config.judge.kind} {JUDGES[config.judge.kind].name(config.judge)}",
+    }
     figures |= {**asdict(win_figures(judged)), "left_out": left_out}
     first = {place: (duel, pair.outcome) for (place, duel), pair in reversed([*zip(pairs, judged, strict=True)])}
     shown = [first[place] for place in sorted(first)][:_SHOWN]
