@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo fault frontier matrix zoo coverage broken-models bad-settings bad-sources test test-all check smoke lock bench clean
+.PHONY: demo fault frontier matrix zoo coverage broken-models bad-settings bad-sources settings-doc test test-all check smoke lock bench clean
 
 demo: .venv/.ready
 	$(BIN)/favor demo
@@ -32,6 +32,10 @@ bad-settings: .venv/.ready
 
 bad-sources: .venv/.ready
 	cd tests && ../$(BIN)/python -W ignore bad_sources.py
+
+# the list of all settings, from the code
+settings-doc: .venv/.ready
+	$(BIN)/python docs/settings.py
 
 test: .venv/.ready
 	$(BIN)/pytest -m "not slow"

@@ -35,9 +35,11 @@ ALLOWED = {
     "report": {"errors", "hide", "run", "guard"},
     "demo": BASE | {"stop", "rewards", "eval", "train", "report"},
     "online": BASE | {"output", "stop", "data", "losses", "model", "rewards", "generate", "train"},
+    "settings": {"errors", "config"},
+    "init": BASE | {"data", "settings", "train"},
     "cli": BASE
     | {"data", "model", "ranks", "rewards", "eval", "train", "report"}
-    | {"generate", "winrate", "demo", "online", "lint", "stop", "hide"}
+    | {"generate", "winrate", "demo", "online", "lint", "stop", "hide", "settings", "init"}
     # the paper's experiment stands on the library; nothing of the library may know it, but for its command
     | {"favor_frontier"},
 }

@@ -3,31 +3,37 @@
 In: words. Out: one call per command; errors become one line and an exit code. Next: train/preference.py.
 """
 
-import contextlib
 import io
 import os
 import sys
-import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from pydantic import BaseModel
     from rich.console import Console
 
     from favor.stop import StopRequest
     from favor.train.session import Session
 
+T = TypeVar("T")
+
 Words = Annotated[
     list[str] | None,
     typer.Argument(metavar="[RECIPE.toml] [KEY=VALUE]...", help="A recipe and settings that replace its own."),
 ]
+Listed = Annotated[
+    bool, typer.Option("--settings", help="List the settings: key, type, default, what is allowed, a sentence each.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be trained; read the data, load no weights.")]
+Fix = Annotated[str | None, typer.Option("--fix", help="Write a cleaned copy of the training rows here.")]
 app = typer.Typer(
     help="favor: teach a language model what people favor.",
     no_args_is_help=True,
@@ -36,189 +42,223 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def train(words: Words = None, dry_run: DryRun = False) -> None:
-    """Train on preferences: DPO and its family, on prompt trees."""
-    from favor.config import load, split_arguments
+@dataclass(frozen=True)
+class Terminal:
+    """Where a command runs: the recipe file it was given, the console, lines of progress."""
+
+    recipe: Path | None
+    console: "Console"
+    progress: "Callable[[str, int, int], None]"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command is: its settings, and what it does with them; True: exit code 1."""
+
+    config: "type[BaseModel]"
+    run: Callable[[Any, Terminal], object]
+
+
+def _train() -> Command:
+    from favor.train.preference import TrainConfig, train
+
+    return Command(TrainConfig, lambda c, t: _in_session(lambda opened: train(c, opened)))
+
+
+def _dry_run() -> Command:
+    from favor.train.dryrun import describe
     from favor.train.preference import TrainConfig
-    from favor.train.preference import train as run
 
-    config = load(TrainConfig, *split_arguments(words or []))
-    if dry_run:
-        from favor.train.dryrun import describe
-
-        _print(describe(config))
-        return
-    _in_session(lambda open_session: run(config, open_session))
+    return Command(TrainConfig, lambda c, t: print(describe(c)))
 
 
-@app.command()
-def sft(words: Words = None) -> None:
+def _sft() -> Command:
     """Fine-tune on the preferred responses (or on plain SFT rows)."""
-    from favor.config import load, split_arguments
-    from favor.train.sft import SftConfig
-    from favor.train.sft import sft as run
+    from favor.train.sft import SftConfig, sft
 
-    config = load(SftConfig, *split_arguments(words or []))
-    _in_session(lambda open_session: run(config, open_session))
+    return Command(SftConfig, lambda c, t: _in_session(lambda opened: sft(c, opened)))
 
 
-@app.command()
-def reward(words: Words = None) -> None:
+def _reward() -> Command:
     """Train a reward model on preferences (Bradley-Terry), with held-out accuracy and calibration."""
-    from favor.config import load, split_arguments
     from favor.train.reward import RewardTrainConfig, train_reward
 
-    config = load(RewardTrainConfig, *split_arguments(words or []))
-    _in_session(lambda open_session: train_reward(config, open_session))
+    return Command(RewardTrainConfig, lambda c, t: _in_session(lambda opened: train_reward(c, opened)))
 
 
-@app.command()
-def ppo(words: Words = None) -> None:
+def _ppo() -> Command:
     """Train on a reward by PPO (or RLOO, GRPO): the system that DPO is compared with."""
-    from favor.config import load, split_arguments
     from favor.train.ppo import PpoConfig, train_ppo
 
-    config = load(PpoConfig, *split_arguments(words or []))
-    _in_session(lambda open_session: train_ppo(config, open_session))
+    return Command(PpoConfig, lambda c, t: _in_session(lambda opened: train_ppo(c, opened)))
 
 
-@app.command()
-def score(words: Words = None) -> None:
+def _score() -> Command:
     """Score a file's responses by any reward; on preferences, its accuracy and calibration."""
-    from favor.config import load, split_arguments
-    from favor.eval.score import ScoreConfig
-    from favor.eval.score import score as run
+    from favor.eval.score import ScoreConfig, score
     from favor.report.table import figures_table
 
-    recipe, settings = split_arguments(words or [])
-    config = load(ScoreConfig, recipe, settings)
-    console = _console()
-    if config.reward.kind in ("model", "implicit"):
-        _say_precision("float32")
-    figures = run(config, _progress(console), recipe)
-    if figures is not None:
-        console.print(figures_table(figures))
-    _print(f"scores in {config.out}")
+    def run(config: ScoreConfig, terminal: Terminal) -> None:
+        if config.reward.kind in ("model", "implicit"):
+            _say_precision("float32")
+        figures = score(config, terminal.progress, terminal.recipe)
+        if figures is not None:
+            terminal.console.print(figures_table(figures))
+        print(f"scores in {config.out}")
+
+    return Command(ScoreConfig, run)
 
 
-@app.command()
-def frontier(words: Words = None) -> None:
+def _frontier() -> Command:
     """Reward against KL of DPO, IPO, KTO, PPO and the baselines on one task: the paper's experiment."""
-    from favor_frontier.page import SECTIONS, frontier_table
+    from favor_frontier.page import frontier_table
     from favor_frontier.recipe import FrontierConfig
-    from favor_frontier.run import frontier as run
+    from favor_frontier.run import frontier
 
-    from favor.config import load, split_arguments
-    from favor.report.collect import collect
-    from favor.report.page import write_page
-    from favor.run import RunFolder
+    def run(config: FrontierConfig, terminal: Terminal) -> None:
+        _say_precision("float32")
+        terminal.console.print(frontier_table(_in_session(lambda open_session: frontier(config, open_session))))
+        report([Path(config.run)])
 
-    config = load(FrontierConfig, *split_arguments(words or []))
-    _say_precision("float32")
-    found: list[dict[str, Any]] = []
-    _in_session(lambda open_session: found.append(run(config, open_session)))
-    _console().print(frontier_table(found[0]))
-    page = RunFolder(Path(config.run)).report
-    write_page([collect(Path(config.run), SECTIONS)], page)
-    _print(f"report: {page}")
+    return Command(FrontierConfig, run)
 
 
-@app.command(name="eval")
-def evaluate(words: Words = None) -> None:
+def _eval() -> Command:
     """Held-out preference accuracy, margins, sampled KL and samples of a finished run."""
-    from favor.config import load, split_arguments
-    from favor.eval.evaluate import EvalConfig
-    from favor.eval.evaluate import evaluate as run
+    from favor.eval.evaluate import EvalConfig, evaluate
     from favor.report.table import figures_table
 
-    config = load(EvalConfig, *split_arguments(words or []))
-    console = _console()
-    figures = run(config, console.print, _progress(console))
-    console.print(figures_table(figures))
+    return Command(EvalConfig, lambda c, t: t.console.print(figures_table(evaluate(c, t.console.print, t.progress))))
 
 
-@app.command()
-def winrate(words: Words = None) -> None:
+def _winrate() -> Command:
     """Two models, or files of responses, compared by a judge: win rates with position and length taken out."""
-    from favor.config import load, split_arguments
     from favor.report.table import winrate_table
-    from favor.winrate.run import WinrateConfig
-    from favor.winrate.run import winrate as run
+    from favor.winrate.run import WinrateConfig, winrate
 
-    config = load(WinrateConfig, *split_arguments(words or []))
-    console = _console()
-    _say_precision(*config.dtypes)
-    with _continued():
-        console.print(winrate_table(run(config, console.print, _progress(console))))
+    def run(config: WinrateConfig, terminal: Terminal) -> None:
+        console = terminal.console
+        _say_precision(*config.dtypes)
+        with _continued():
+            console.print(winrate_table(winrate(config, console.print, terminal.progress)))
+
+    return Command(WinrateConfig, run)
 
 
-@app.command()
-def sample(words: Words = None) -> None:
+def _sample() -> Command:
     """Sample responses to the prompts of a file, as JSON lines; the same command again continues a stopped run."""
-    from favor.config import load, split_arguments
     from favor.generate.engines import dtypes
     from favor.generate.samples import SamplesConfig, write_samples
 
-    recipe, settings = split_arguments(words or [])
-    config = load(SamplesConfig, recipe, settings)
-    _say_precision(*dtypes(config.engine))
-    with _continued():
-        count = write_samples(config, _progress(_console()), recipe)
-    _print(f"{count} samples in {config.out}")
+    def run(config: SamplesConfig, terminal: Terminal) -> None:
+        _say_precision(*dtypes(config.engine))
+        with _continued():
+            count = write_samples(config, terminal.progress, terminal.recipe)
+        print(f"{count} samples in {config.out}")
+
+    return Command(SamplesConfig, run)
 
 
-@app.command()
-def prefer(words: Words = None) -> None:
+def _prefer() -> Command:
     """Make preferences: sample several responses per prompt and rank them by a reward."""
-    from favor.config import load, split_arguments
     from favor.generate.engines import dtypes
-    from favor.generate.prefer import PreferConfig
-    from favor.generate.prefer import prefer as run
+    from favor.generate.prefer import PreferConfig, prefer
 
-    recipe, settings = split_arguments(words or [])
-    config = load(PreferConfig, recipe, settings)
-    _say_precision(*dtypes(config.engine))
-    with _continued():
-        report = run(config, _progress(_console()), recipe)
-    _print(f"{report}; preferences in {config.out}")
+    def run(config: PreferConfig, terminal: Terminal) -> None:
+        _say_precision(*dtypes(config.engine))
+        with _continued():
+            report = prefer(config, terminal.progress, terminal.recipe)
+        print(f"{report}; preferences in {config.out}")
+
+    return Command(PreferConfig, run)
 
 
-@app.command()
-def loop(words: Words = None) -> None:
+def _loop() -> Command:
     """Online preference learning: in rounds, sample from the model, rank by a reward, train, go on from there."""
-    from favor.config import load, split_arguments
-    from favor.online import LoopRunConfig
-    from favor.online import loop as run
+    from favor.online import LoopRunConfig, loop
 
-    config = load(LoopRunConfig, *split_arguments(words or []))
-    _say_precision(config.model.dtype)
-    progress = _progress(_console())
-    kept = "what was made so far is kept; run the same command again, with resume=true"
-    _in_session(lambda open_session: run(config, open_session, progress), kept)
+    def run(config: LoopRunConfig, terminal: Terminal) -> None:
+        _say_precision(config.model.dtype)
+        kept = "what was made so far is kept; run the same command again, with resume=true"
+        _in_session(lambda open_session: loop(config, open_session, terminal.progress), kept)
+
+    return Command(LoopRunConfig, run)
 
 
-@app.command()
-def lint(
-    words: Words = None,
-    fix: Annotated[str | None, typer.Option("--fix", help="Write a cleaned copy of the training rows here.")] = None,
-) -> None:
-    """Look for faults in preference data; exit code 1 when a finding is as severe as lint.fail_on (error)."""
-    from favor.config import load, split_arguments
-    from favor.lint.run import fails, findings_table
-    from favor.lint.run import lint as run
+def _lint() -> Command:
+    from favor.lint.run import fails, findings_table, lint
     from favor.lint.settings import LintConfig
 
-    if fix is not None:
-        words = [*(words or []), f"lint.fix={fix}"]
-    recipe, settings = split_arguments(words or [])
-    config = load(LintConfig, recipe, settings)
-    if config.reward is not None or config.lint.doubt:
-        _say_precision("float32")
-    findings = run(config, recipe)
-    _console().print(findings_table(findings))
-    if fails(config, findings):
+    def run(config: LintConfig, terminal: Terminal) -> bool:
+        if config.reward is not None or config.lint.doubt:
+            _say_precision("float32")
+        findings = lint(config, terminal.recipe)
+        terminal.console.print(findings_table(findings))
+        return fails(config, findings)
+
+    return Command(LintConfig, run)
+
+
+def _demo() -> Command:
+    """The main job on the embedded model and data: SFT, DPO, evaluation, report."""
+    from favor.demo import DemoConfig, demo
+
+    return Command(DemoConfig, lambda c, t: _in_session(lambda opened: demo(c, opened, t.console, t.progress)))
+
+
+# every command that takes a recipe; what it needs is imported when it runs
+COMMANDS: Mapping[str, Callable[[], Command]] = {
+    "train": _train,
+    "sft": _sft,
+    "reward": _reward,
+    "ppo": _ppo,
+    "score": _score,
+    "frontier": _frontier,
+    "eval": _eval,
+    "winrate": _winrate,
+    "sample": _sample,
+    "prefer": _prefer,
+    "loop": _loop,
+    "lint": _lint,
+    "demo": _demo,
+}
+
+
+def _call(make: Callable[[], Command], words: Sequence[str], *, listed: bool) -> None:
+    """Run a command on its words, or list its settings."""
+    from favor.config import load, read, split_arguments
+
+    command, (recipe, overrides), console = make(), split_arguments(words), _console()
+    if listed:
+        from favor.settings import settings, table
+
+        console.print(table(settings(command.config, read(recipe, overrides))))
+        return
+    if command.run(load(command.config, recipe, overrides), Terminal(recipe, console, _progress(console))) is True:
         raise typer.Exit(1)
+
+
+def _plain(name: str) -> None:
+    def command(words: Words = None, settings: Listed = False) -> None:
+        _call(COMMANDS[name], words or [], listed=settings)
+
+    app.command(name, help=COMMANDS[name].__doc__)(command)
+
+
+@app.command()
+def train(words: Words = None, settings: Listed = False, dry_run: DryRun = False) -> None:
+    """Train on preferences: DPO and its family, on prompt trees."""
+    _call(_dry_run if dry_run else _train, words or [], listed=settings)
+
+
+@app.command()
+def lint(words: Words = None, settings: Listed = False, fix: Fix = None) -> None:
+    """Look for faults in preference data; exit code 1 when a finding is as severe as lint.fail_on (error)."""
+    _call(_lint, [*(words or []), *([f"lint.fix={fix}"] if fix is not None else [])], listed=settings)
+
+
+for _name in (name for name in COMMANDS if name not in ("train", "lint")):
+    _plain(_name)
 
 
 @app.command()
@@ -232,19 +272,32 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; several
 
     path = RunFolder(runs[0]).report
     write_page([collect(run, SECTIONS) for run in runs], path)
-    _print(f"report: {path}")
+    print(f"report: {path}")
 
 
 @app.command()
-def demo(words: Words = None) -> None:
-    """The main job on the embedded model and data: SFT, DPO, evaluation, report."""
-    from favor.config import load, split_arguments
-    from favor.demo import DemoConfig
-    from favor.demo import demo as run
+def init(
+    model: Annotated[str, typer.Option(help="A model folder or a hub id.")],
+    data: Annotated[str, typer.Option(help="A file of preferences.")],
+    out: Annotated[Path, typer.Option(help="The recipe to write; it must not be there yet.")] = Path("recipe.toml"),
+) -> None:
+    """Write a commented recipe for your model and your file."""
+    from favor.init import write_recipe
 
-    config = load(DemoConfig, *split_arguments(words or []))
-    console = _console()
-    _in_session(lambda open_session: run(config, open_session, console, _progress(console)))
+    command = write_recipe(model, data, out)
+    print(f"recipe: {out}; run it by: favor {command} {out}")
+
+
+@app.command()
+def schema(command: Annotated[str, typer.Argument(help="The command whose recipe it describes.")] = "train") -> None:
+    """Print the JSON schema of a recipe, for editors that complete and check TOML."""
+    import json
+
+    from favor.errors import ConfigError
+
+    if command not in COMMANDS:
+        raise ConfigError(f"{command}: not a command with a recipe; name one of {', '.join(COMMANDS)}")
+    print(json.dumps(COMMANDS[command]().config.model_json_schema(), indent=1))
 
 
 def main() -> None:
@@ -259,41 +312,16 @@ def main() -> None:
         with stop_signals("nothing unfinished was kept; run the same command again"):
             app()
     except FavorError as error:
-        _end(str(error), error.exit_code)
+        errors.end(str(error), error.exit_code)
     except StoppedAtOnceError as error:
-        _end(str(error), error.exit_code, at_once=True)
+        errors.end(str(error), error.exit_code, at_once=True)
     except errors.EXPECTED as error:
         said = errors.explained(error)
         if said is None:
             raise
-        _end(said, FavorError.exit_code)
+        errors.end(said, FavorError.exit_code)
     finally:
-        _flush()
-
-
-def _end(message: str, code: int, *, at_once: bool = False) -> NoReturn:
-    """The one line, without what nobody may see, and the exit code."""
-    from favor.errors import clipped
-    from favor.hide import without_secrets
-
-    with contextlib.suppress(OSError):
-        print(f"favor: {clipped(' '.join(without_secrets(message).splitlines()), 1400)}", file=sys.stderr)
-    _flush()
-    if at_once and threading.active_count() > 1:
-        # the interpreter would wait for threads that wait for a server
-        os._exit(code)
-    sys.exit(code)
-
-
-def _flush() -> None:
-    """Write out what is left. A reader that has gone (`| head`) is no error, so nothing may be left for the exit either."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+        errors.flush()
 
 
 def _continued() -> "AbstractContextManager[StopRequest]":
@@ -306,11 +334,8 @@ def _continued() -> "AbstractContextManager[StopRequest]":
 _NOTHING_KEPT = "no step was under way, so there was nothing to save; run the same command again"
 
 
-def _in_session(run: "Callable[[Callable[[Path], Session]], object]", kept: str = _NOTHING_KEPT) -> None:
-    """Call `run` with a way to open its session, inside the process group and the signal handlers.
-
-    kept: what is said when a signal comes while no step is under way.
-    """
+def _in_session(run: "Callable[[Callable[[Path], Session]], T]", kept: str = _NOTHING_KEPT) -> T:
+    """Call `run` with a way to open its session; kept: what is said when a signal comes while no step is under way."""
     from favor.model.load import memory_settings
     from favor.ranks import world
     from favor.run import RunFolder
@@ -320,7 +345,7 @@ def _in_session(run: "Callable[[Callable[[Path], Session]], object]", kept: str 
     memory_settings()
     console = _console()
     with world() as members, stop_signals(kept) as stop:
-        run(lambda root: Session(RunFolder(root), members, console, stop))
+        return run(lambda root: Session(RunFolder(root), members, console, stop))
 
 
 def _quiet() -> None:
@@ -342,17 +367,13 @@ def _say_precision(*dtypes: str) -> None:
     from favor.model.load import precision_of
 
     for dtype in dict.fromkeys(dtypes):
-        _print(f"precision: {precision_of(dtype)}")
+        print(f"precision: {precision_of(dtype)}")
 
 
 def _console() -> "Console":
     from rich.console import Console
 
     return Console(highlight=False)
-
-
-def _print(text: str) -> None:
-    print(text)
 
 
 def _progress(console: "Console") -> Callable[[str, int, int], None]:

@@ -68,18 +68,18 @@ _LARGEST = 1 << 20
 def load(schema: type[M], recipe: Path | None, overrides: Sequence[str] = ()) -> M:
     """Read a recipe and apply `section.key=value` overrides.
 
-    Raises ConfigError: no such file, broken TOML, a malformed override, an unknown key (the nearest
-    valid name is offered), a value of the wrong type or outside its range.
+    Raises ConfigError: no such file, broken TOML, a malformed override, an unknown key (its new name or the nearest valid one
+    is offered), a value of the wrong type or outside its range.
     """
-    tree = _read_toml(recipe) if recipe is not None else {}
-    words = dict(_apply(tree, override) for override in overrides)
+    tree, words = _tree(recipe, overrides)
     where = str(recipe) if recipe else "settings"
     try:
         try:
             found = schema.model_validate(tree)
         except ValidationError as error:
             # run=2024-11-24 and run=7 are TOML of other types, and meant as text
-            if not _take_as_text(tree, words, error):
+            asked = [_place(item["loc"], schema)[0] for item in error.errors() if item["type"] == "string_type"]
+            if not _take_as_text(tree, words, asked):
                 raise
             found = schema.model_validate(tree)
     except ValidationError as error:
@@ -88,6 +88,16 @@ def load(schema: type[M], recipe: Path | None, overrides: Sequence[str] = ()) ->
         raise ConfigError(f"{where}: a value is nested too deeply to be read; flatten it") from None
     _check_values(tree, found, where)
     return found
+
+
+def read(recipe: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe with its overrides as nested dicts, as written: nothing is checked but TOML."""
+    return _tree(recipe, overrides)[0]
+
+
+def _tree(recipe: Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    tree = _read_toml(recipe) if recipe is not None else {}
+    return tree, dict(_apply(tree, override) for override in overrides)
 
 
 def dump(config: BaseModel) -> str:
@@ -151,10 +161,9 @@ def _value(text: str) -> Any:
     return found["value"] if len(found) == 1 else text
 
 
-def _take_as_text(tree: dict[str, Any], words: Mapping[tuple[str, ...], str], error: ValidationError) -> bool:
+def _take_as_text(tree: dict[str, Any], words: Mapping[tuple[str, ...], str], asked: Sequence[str]) -> bool:
     """Where an override is to be text and TOML read a number, a date or a truth value, take the word as it was given."""
-    asked = [item["loc"] for item in error.errors() if item["type"] == "string_type"]
-    found = [path for path in words if path in asked]
+    found = [path for path in words if ".".join(path) in asked]
     for path in found:
         node = tree
         for part in path[:-1]:
@@ -301,8 +310,8 @@ def options(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def choice(sections: Mapping[str, Mapping[str, Any]], default: str, **more: Any) -> Any:
-    """The union of sections that `kind` chooses among, `default` where it is not given.
+def choice(sections: Mapping[str, Mapping[str, Any]], default: str, sentence: str, **more: Any) -> Any:
+    """The union of sections that `kind` chooses among, `default` where it is not given; sentence: what is chosen.
 
     sections: kind -> its settings, name -> (annotation, default). more: settings and validators that all of them have.
     """
@@ -314,7 +323,7 @@ def choice(sections: Mapping[str, Mapping[str, Any]], default: str, **more: Any)
         return given.get("kind", default) if isinstance(given, dict) else None
 
     tagged = tuple(Annotated[section, Tag(name)] for name, section in made.items())
-    return Annotated[Union[tagged], Discriminator(chosen)]  # noqa: UP007 (a union of computed types)
+    return Annotated[Union[tagged], Discriminator(chosen), Field(description=sentence)]  # noqa: UP007 (a union of computed types)
 
 
 def _section(kind: str, settings: dict[str, Any]) -> type[BaseModel]:

@@ -6,11 +6,13 @@ Next: config.py.
 
 import contextlib
 import errno
+import os
 import sys
+import threading
 from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
@@ -136,3 +138,25 @@ def clipped(text: str, longest: int = 120) -> str:
     """A path or a value at a length that a message can hold: its beginning and its end."""
     half = longest // 2
     return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
+
+
+def end(message: str, code: int, *, at_once: bool = False) -> NoReturn:
+    """The one line, without what nobody may see, and the exit code."""
+    with contextlib.suppress(OSError):
+        print(f"favor: {clipped(' '.join(without_secrets(message).splitlines()), 1400)}", file=sys.stderr)
+    flush()
+    if at_once and threading.active_count() > 1:
+        # the interpreter would wait for threads that wait for a server
+        os._exit(code)
+    sys.exit(code)
+
+
+def flush() -> None:
+    """Write out what is left. A reader that has gone (`| head`) is no error, so nothing may be left for the exit either."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

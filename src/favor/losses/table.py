@@ -186,7 +186,8 @@ Passes = Annotated[
 ]
 Weight = Annotated[float, Field(gt=0, le=1e6, description="Weight of this loss in the sum.")]
 _SETTINGS = {name: loss.settings() for name, loss in LOSSES.items()}
-_TERM = choice(_SETTINGS, "dpo", weight=(Weight, 1.0))
+_SENTENCE = "Which loss teaches the policy (docs/losses.md); sum adds up several."
+_TERM = choice(_SETTINGS, "dpo", _SENTENCE, weight=(Weight, 1.0))
 _TERMS = Annotated[
     tuple[_TERM, ...], Field(min_length=1, description="The losses that are added up, each with its weight.")
 ]
@@ -196,6 +197,7 @@ else:
     LossConfig = choice(
         {**_SETTINGS, "sum": {"terms": (_TERMS, ...)}},
         "dpo",
+        _SENTENCE,
         passes=(Passes, "auto"),
         __validators__={"go_together": model_validator(mode="after")(_go_together)},
     )

@@ -72,9 +72,12 @@ DIVERGENCES: Mapping[str, Callable[..., Tensor]] = {
 if TYPE_CHECKING:
     Divergence: TypeAlias = BaseModel
 else:
-    Divergence = choice({name: options(function) for name, function in DIVERGENCES.items()}, "reverse_kl")
+    Divergence = choice(
+        {name: options(function) for name, function in DIVERGENCES.items()},
+        "reverse_kl",
+        "The divergence that holds the policy to the reference.",
+    )
 _REVERSE_KL: Divergence = TypeAdapter[Divergence](Divergence).validate_python({})
-Held = Annotated[Divergence, Field(description="The divergence that holds the policy to the reference.")]
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class View:
     scored: Scored
     batch: Batch
     length_normalized: Mean = False
-    divergence: Held = _REVERSE_KL
+    divergence: Annotated[Divergence, Field()] = _REVERSE_KL
     ld_alpha: LdAlpha = None
     wpo: Wpo = "off"
 

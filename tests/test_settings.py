@@ -1,0 +1,92 @@
+"""The list of settings is complete, current and short; `favor init` and `favor schema` say what is true."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from favor import cli
+from favor.config import load
+from favor.errors import ConfigError, DataError
+from favor.init import write_recipe
+from favor.settings import settings
+from favor.train.preference import TrainConfig
+from favor.train.sft import SftConfig
+
+ROOT = Path(__file__).parent.parent
+# settings of a plain DPO run; it only goes down
+PLAIN = 64
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_setting_has_a_sentence(command):
+    bare = [s.key for s in settings(cli.COMMANDS[command]().config, every=True) if not s.sentence.strip()]
+    assert bare == []
+
+
+def test_a_plain_run_has_few_settings():
+    found = [s.key for s in settings(TrainConfig) if s.type != "section"]
+    assert len(found) == len(set(found)) <= PLAIN
+
+
+def test_a_choice_shows_the_settings_of_its_kind():
+    plain = {s.key for s in settings(TrainConfig)}
+    kto = {s.key for s in settings(TrainConfig, {"loss": {"kind": "kto"}})}
+    assert "loss.desirable_weight" in kto - plain
+    assert "loss.divergence.kind" in plain - kto
+    assert "model.lora.*" in plain
+    assert "model.lora.rank" in {s.key for s in settings(TrainConfig, {"model": {"lora": {}}})}
+    of = {s.key: s.kinds for s in settings(TrainConfig, every=True)}
+    assert "simpo" in of["loss.gamma"]
+
+
+def test_the_page_is_current():
+    code = "import runpy, sys; found = runpy.run_path('docs/settings.py'); sys.stdout.write(found['text']())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (ROOT / "docs/settings.md").read_text("utf-8") == done.stdout, "run `make settings-doc`"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_recipe_has_a_schema(command):
+    schema = cli.COMMANDS[command]().config.model_json_schema()
+    assert json.loads(json.dumps(schema))["additionalProperties"] is False
+
+
+def test_the_schema_of_a_loss_allows_what_the_kind_reads():
+    schema = TrainConfig.model_json_schema()
+    found = [section["properties"] for section in schema["$defs"].values() if "kind" in section["properties"]]
+    kinds = {properties["kind"].get("const"): properties for properties in found}
+    assert "label_smoothing" in kinds["cdpo"]
+    assert "label_smoothing" not in kinds["ipo"]
+
+
+@pytest.mark.parametrize(
+    ("row", "command", "kind"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "train", "dpo"),
+        ({"prompt": "a", "completion": "b", "label": True}, "train", "kto"),
+        ({"prompt": "a", "completion": "b"}, "sft", None),
+    ],
+)
+def test_init_writes_a_recipe_that_loads(row, command, kind, tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    out = tmp_path / "r.toml"
+    assert write_recipe("./m", str(tmp_path / "d.jsonl"), out) == command
+    config = load(TrainConfig if command == "train" else SftConfig, out)
+    assert (config.model.path, config.data.train) == ("./m", str(tmp_path / "d.jsonl"))
+    if kind:
+        assert config.loss.kind == kind
+    text = out.read_text("utf-8")
+    assert "# lr = " in text
+    with pytest.raises(ConfigError, match="there already"):
+        write_recipe("./m", str(tmp_path / "d.jsonl"), out)
+    assert out.read_text("utf-8") == text
+
+
+def test_init_refuses_what_is_no_preference_file(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"q": 1}\n')
+    with pytest.raises(DataError, match="d.jsonl, row 1"):
+        write_recipe("m", str(tmp_path / "d.jsonl"), tmp_path / "r.toml")
+    assert not (tmp_path / "r.toml").exists()
