@@ -55,7 +55,9 @@ def settings(
         key, sections = prefix + name, list(models(field.annotation, lists=False))
         inner = here.get(name)
         inner = inner if isinstance(inner, Mapping) else {}
-        if not sections:
+        if not sections and any(models(field.annotation)):
+            yield Setting(key, "section", _default(field), "a list of tables", field.description or "")
+        elif not sections:
             if name != "kind" or not kind_of(schema) or len(get_args(field.annotation)) > 1:
                 yield _leaf(key, field)
         elif field.default is None and name not in here and not every:

@@ -20,18 +20,18 @@ Counts = tuple[Annotated[float, Field(le=1000)], ...]
 
 
 class TaskConfig(BaseModel):
-    """Section [task]: your own model, prompts and ground-truth reward in place of the embedded task.
-
-    model: where all methods start from. prompts, eval_prompts: files whose prompts train and test. sft: rows to
-    fine-tune the model on first (left out: the model is taken as it is). reward: the ground truth.
-    """
+    """Section [task]: your own model, prompts and ground-truth reward in place of the embedded task."""
 
     model_config = STRICT
     model: str
+    """Where all methods start from."""
     prompts: str
+    """A file whose prompts train."""
     eval_prompts: str
+    """A file whose prompts test."""
     reward: RewardConfig
     sft: str | None = None
+    """Rows to fine-tune the model on first; absent: the model is taken as it is."""
     tokens: TokensConfig = TokensConfig()
 
 
@@ -40,9 +40,13 @@ class SftSizes(BaseModel):
 
     model_config = STRICT
     lr: float = Field(default=1e-3, gt=0)
+    """Learning rate."""
     epochs: int = Field(default=2, ge=1)
+    """Passes over the rows."""
     batch_prompts: int = Field(default=3, ge=1)
+    """Prompts a step."""
     max_rows: int | None = Field(default=None, ge=1)
+    """Use only the first so many rows."""
 
 
 class OfflineSizes(BaseModel):
@@ -53,13 +57,21 @@ class OfflineSizes(BaseModel):
 
     model_config = STRICT
     prompts: int = Field(default=224, ge=2)
+    """Prompts that get answers."""
     answers: int = Field(default=4, ge=2)
+    """Answers a prompt, from the SFT model; 4 give 6 pairs."""
     epochs: int = Field(default=2, ge=1)
+    """Passes over the preferences."""
     lr: float = Field(default=2e-4, gt=0)
+    """Learning rate of the methods."""
     reward_epochs: int = Field(default=2, ge=1)
+    """Passes of the reward model over the preferences."""
     reward_lr: float = Field(default=3e-4, gt=0)
+    """Learning rate of the reward model."""
     batch_prompts: int = Field(default=8, ge=2)
+    """Prompts a step."""
     probe_every: int = Field(default=7, ge=0)
+    """Steps between two measurements of DPO's KL; 0: none."""
 
 
 class PpoSizes(BaseModel):
@@ -70,13 +82,21 @@ class PpoSizes(BaseModel):
 
     model_config = STRICT
     rollouts: int = Field(default=14, ge=1)
+    """How many rollouts are trained on."""
     batch_prompts: int = Field(default=16, ge=1)
+    """Prompts a rollout."""
     answers: int = Field(default=4, ge=1)
+    """Answers a prompt."""
     updates: int = Field(default=2, ge=1)
+    """Passes over a rollout."""
     lr: float = Field(default=2e-4, gt=0)
+    """Learning rate."""
     kl_coef: float = Field(default=0.2, ge=0)
+    """Where the adaptive coefficient of the KL starts."""
     kl_horizon: int = Field(default=128, ge=1)
+    """Over how many samples the coefficient adapts."""
     explosion_kl: float = Field(default=100.0, gt=0)
+    """A KL beyond which the run is stopped, in nats a response."""
 
 
 class EvaluateSizes(BaseModel):
@@ -84,40 +104,47 @@ class EvaluateSizes(BaseModel):
 
     model_config = STRICT
     prompts: int = Field(default=64, ge=2)
+    """Held-out prompts."""
     samples: int = Field(default=2, ge=1)
+    """Answers a prompt."""
     max_new_tokens: int = Field(default=24, ge=1)
+    """The longest answer, in tokens."""
 
 
 class MethodStrengths(BaseModel):
-    """Section [methods]: the strengths of each; an empty list leaves a method out.
-
-    dpo, ipo, kto: beta. ppo (learnt reward) and ppo_true (ground truth): target KL, nats a response. unlikelihood:
-    alpha. preferred_ft: epochs. best_of_n: N, chosen by the learnt reward.
-    """
+    """Section [methods]: the strengths of each; an empty list leaves a method out."""
 
     model_config = STRICT
     dpo: Strengths = (0.03, 0.1, 0.5)
+    """Values of beta."""
     ipo: Strengths = (0.03, 0.1, 0.5)
+    """Values of beta."""
     kto: Strengths = (0.03, 0.1, 0.5)
+    """Values of beta."""
     ppo: Strengths = (3.0, 6.0, 12.0)
+    """Target KLs of PPO on the learnt reward, nats a response."""
     ppo_true: Strengths = (3.0, 6.0, 12.0)
+    """The same on the ground truth."""
     unlikelihood: Shares = (0.1, 0.5, 1.0)
+    """Values of alpha."""
     preferred_ft: Counts = (1, 2, 3)
+    """Numbers of epochs."""
     best_of_n: Counts = (2, 4, 8, 16)
+    """Values of N; the learnt reward chooses."""
 
 
 class FrontierConfig(BaseModel):
-    """A recipe for `favor frontier`. Without [task] it is the embedded one: film reviews, sentiment as ground truth.
-
-    jobs: points computed at once, each with its share of the cores. layers: which of the embedded model's layers
-    the small model of the embedded task keeps.
-    """
+    """A recipe for `favor frontier`. Without [task] it is the embedded one: film reviews, sentiment as ground truth."""
 
     model_config = STRICT
     run: str = "runs/frontier"
+    """The folder this run writes into."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
+    """One whole experiment a seed."""
     jobs: int = Field(default=2, ge=1, le=256)
+    """Points computed at once, each with its share of the cores."""
     layers: tuple[int, ...] = (0, 1, 2)
+    """Which of the embedded model's layers the small model of the embedded task keeps."""
     task: TaskConfig | None = None
     sft: SftSizes = SftSizes()
     offline: OfflineSizes = OfflineSizes()

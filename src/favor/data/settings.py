@@ -20,9 +20,13 @@ class VerdictValues(BaseModel):
 
     model_config = STRICT
     first: tuple[Value, ...] = Field(min_length=1)
+    """Values that say the first answer is better."""
     second: tuple[Value, ...] = Field(min_length=1)
+    """Values that say the second is better."""
     tie: tuple[Value, ...] = ()
+    """Values that say both are as good."""
     both_bad: tuple[Value, ...] = ()
+    """Values that say neither is good."""
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
@@ -37,17 +41,17 @@ class VerdictValues(BaseModel):
 
 
 class VerdictConfig(BaseModel):
-    """A table [data.verdict]: two answers and which is better. Names are the file's (a.b for b inside a).
-
-    column: where the verdict stands: one column, whose value may be a list (one an annotator), or a column an annotator,
-    of which some may be empty. values: what its values mean.
-    """
+    """A table [data.verdict]: two answers and which is better. Names are the file's (a.b for b inside a)."""
 
     model_config = STRICT
     first: str
+    """The column of the first answer."""
     second: str
+    """The column of the second answer."""
     column: str | tuple[str, ...]
+    """Where the verdict stands: a column (its value may be a list, one an annotator), or a column an annotator."""
     values: VerdictValues
+    """What the verdict's values mean."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -65,19 +69,23 @@ class VerdictConfig(BaseModel):
 
 
 class SourceConfig(BaseModel):
-    """A table [[data.sources]]: one of several files to mix. What it does not say, section [data] says.
-
-    weight multiplies the weight of every comparison, tie and thumb of this source.
-    """
+    """A table [[data.sources]]: one of several files to mix. What it does not say, section [data] says."""
 
     model_config = STRICT
     path: str
+    """A source, as data.train."""
     weight: float = Field(default=1.0, gt=0)
+    """Multiplies the weight of every comparison, tie and thumb of this source."""
     format: str | None = None
+    """As data.format, of this source."""
     split: str | None = None
+    """As data.split, of this source."""
     columns: dict[str, str] | None = None
+    """As data.columns, of this source."""
     verdict: VerdictConfig | None = None
+    """As data.verdict, of this source."""
     max_rows: int | None = Field(default=None, ge=1)
+    """As data.max_rows, of this source."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -89,36 +97,42 @@ class SourceConfig(BaseModel):
 
 
 class DataConfig(BaseModel):
-    """Section [data]. A source is a .jsonl, .jsonl.gz, .json or .parquet file, a glob or folder, a saved data set, a hub id.
-
-    train or sources: what to train on. eval: held-out data; or eval_share of the prompts are held out, chosen by a hash
-    of the prompt and eval_seed. columns: our name -> the file's name of a column (a.b for b inside a). verdict: columns of
-    two answers and of what says which is better, with the meaning of its values.
-    pairing: what scores and rankings become: a ranking of all, all pairs, best against worst, best against each other
-    one; auto keeps rankings and makes pairs where members are equal or closer than min_gap. min_gap: pairs whose scores
-    differ by less are left out. streaming: read a hub id row by row instead of fetching it whole. cache: keep the token ids
-    in a file under ~/.cache/favor that is memory-mapped and reused; auto does so for sources over 50 MB and streamed
-    ones. votes on two responses: a soft label, a weight (votes in excess), or just the majority.
-    """
+    """Section [data]. A source is a .jsonl, .jsonl.gz, .json or .parquet file, a glob or folder, a saved data set, a hub id."""
 
     model_config = STRICT
     train: str | None = None
+    """What to train on: a source."""
     sources: tuple[SourceConfig, ...] = ()
+    """Several sources to mix, in place of data.train."""
     eval: str | None = None
+    """Held-out data: a source."""
     eval_share: float = Field(default=0.0, ge=0, le=0.5)
+    """This share of the prompts is held out, chosen by a hash of the prompt."""
     eval_seed: Seed = 0
     format: str = "auto"
+    """The format of the rows (docs/formats.md); auto recognises it by the columns."""
     columns: dict[str, str] = {}
+    """Our name of a column -> the file's (a.b for b inside a)."""
     verdict: VerdictConfig | None = None
+    """Two answers, the column that says which is better, and what its values mean."""
     pairing: Pairing = "auto"
+    """What scores and rankings become; auto keeps rankings, and makes pairs where members are equal or too close."""
     min_gap: float = Field(default=0.0, ge=0)
+    """Pairs whose scores differ by less are left out."""
     votes: Votes = "soft"
+    """What votes on two responses become: a soft label, a weight, or the majority alone."""
     split: str = "train"
+    """The split to train on, of a source that has several."""
     eval_split: str = "test"
+    """The split of data.eval."""
     max_rows: int | None = Field(default=None, ge=1)
+    """Read only the first so many rows."""
     bad_rows: Literal["error", "drop"] = "error"
+    """Whether a row that cannot be read ends the run, or is dropped and counted."""
     streaming: bool = False
+    """Read a hub id row by row instead of fetching it whole."""
     cache: Literal["auto"] | bool = "auto"
+    """Keep token ids in a memory-mapped file under ~/.cache/favor; auto: for sources over 50 MB and streamed ones."""
 
     @field_validator("format")
     @classmethod

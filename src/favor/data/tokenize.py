@@ -25,18 +25,17 @@ _BATCH = 512
 
 
 class TokensConfig(BaseModel):
-    """Section [tokens]. max_tokens bounds prompt + response; `truncation` says what happens beyond it.
-
-    template: chat (the tokenizer's), plain (text as it is), auto (chat when the tokenizer has a template).
-    special_text: rows that contain the text of a special token or of the template's turn marks, in whatever field, are
-    refused as forgeries, or allowed (for text to which a template has been applied already).
-    """
+    """Section [tokens]: how text becomes token ids."""
 
     model_config = STRICT
     template: Literal["auto", "chat", "plain"] = "auto"
+    """chat: the tokenizer's; plain: text as it is; auto: chat where the tokenizer has a template."""
     max_tokens: int = Field(default=1024, ge=8)
+    """The longest prompt and response together, in tokens."""
     truncation: Literal["drop", "prompt_start", "response_end"] = "drop"
+    """What happens to longer ones: drop them, or cut the prompt's start or the response's end."""
     special_text: Literal["refuse", "allow"] = "refuse"
+    """Whether rows that hold the text of a special token or turn mark are refused as forgeries."""
 
 
 @dataclass

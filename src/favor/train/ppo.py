@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
-from favor.config import STRICT, Seed, dump
+from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data import sources
 from favor.data.prompts import encode_prompts, read_prompts
 from favor.data.tokenize import TokensConfig
@@ -56,8 +56,11 @@ class PromptsConfig(BaseModel):
 
     model_config = STRICT
     train: str
+    """A source whose prompts are answered."""
     split: str = "train"
+    """The split to read, of a source that has several."""
     max_prompts: int | None = Field(default=None, ge=1)
+    """Use only the first so many prompts."""
 
 
 class Gae(BaseModel):
@@ -181,9 +184,9 @@ class PpoConfig(BaseModel):
     """A recipe for `favor ppo`. train.batch_prompts prompts form one rollout; train.max_steps counts rollouts."""
 
     model_config = STRICT
-    run: str
+    run: Run
     seed: Seed = 0
-    resume: bool = False
+    resume: Resume = False
     model: ModelConfig
     data: PromptsConfig
     tokens: TokensConfig = TokensConfig()
