@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from favor.config import dump, load
-from favor.data import batches, columns, sources, strict
+from favor.data import batches, digest, sources, store, strict
 from favor.data.formats import FORMATS, Judgment, RowError, recognise
-from favor.data.group import group
+from favor.data.grow import ReadReport
 from favor.data.read import DataConfig, judge, read
 from favor.data.settings import SourceConfig
 from favor.data.types import Comparison, Thumb, TokenTree
@@ -152,7 +152,7 @@ def assert_sound(judgment):
 def test_any_row_is_a_sound_judgment_or_refused(name, examples):
     def check(row):
         row = {key: value for key, value in row.items() if value is not None}
-        judgment = refused_or(RowError, lambda: judge(row, name, SourceConfig(path="x")))
+        judgment = refused_or(RowError, lambda: judge(row, name, 1.0))
         if not isinstance(judgment, RowError):
             assert_sound(judgment)
 
@@ -319,14 +319,14 @@ TREES = st.builds(
 @tried(60, 5000)
 def test_columns_give_their_trees_back(examples):
     def check(trees):
-        found = columns.encode(trees)
+        all_ids, all_lengths, paths, texts = digest.encode(trees)
         token = path = 0
-        for tree, count, judgments in zip(trees, found.paths, found.judgments, strict=True):
-            lengths = found.lengths[path : path + count].tolist()
-            ids = found.ids[token : token + sum(lengths)].tolist()
-            assert columns.decode(ids, lengths, judgments, (tree.source, tree.row), tree.first_response) == tree
+        for tree, count, judgments in zip(trees, paths, texts, strict=True):
+            lengths = all_lengths[path : path + count].tolist()
+            ids = all_ids[token : token + sum(lengths)].tolist()
+            assert store.decode(ids, lengths, judgments, (tree.source, tree.row), tree.first_response) == tree
             token, path = token + sum(lengths), path + count
-        assert (token, path) == (len(found.ids), len(found.lengths))
+        assert (token, path) == (len(all_ids), len(all_lengths))
 
     hold(examples, check, st.lists(TREES, max_size=4))
 
@@ -363,9 +363,8 @@ def test_grouping_through_files_equals_reading_in_memory(examples):
             data = DataConfig(train=str(path), bad_rows=bad, pairing=pairing, min_gap=gap)
 
             def through_files():
-                trees, seen = group(SourceConfig(path=str(path)), data, "all", Path(folder))
-                report = seen.report(str(path), "all")
-                return list(trees), report
+                report = ReadReport(str(path), "auto")
+                return list(store.group(SourceConfig(path=str(path)), data, "all", Path(folder), report)), report
 
             def in_memory():
                 trees, report = read(str(path), data, "train")

@@ -16,15 +16,14 @@ import pytest
 import tiny
 from filelock import FileLock
 
-from favor.data import cache, cached
 from favor.data import prepare as preparing
-from favor.data.cached import describe
-from favor.data.columns import WINDOW
-from favor.data.digest import hash_all, hash_ids
-from favor.data.group import group
+from favor.data import store
+from favor.data.digest import WINDOW, Streams, hash_all, hash_ids
+from favor.data.grow import ReadReport
 from favor.data.prepare import Recipe, prepare_split
 from favor.data.read import DataConfig, read, splits_of
 from favor.data.settings import SourceConfig
+from favor.data.store import describe, group
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Comparison, Thumb, TokenTree
 from favor.errors import DataError
@@ -96,13 +95,10 @@ def test_through_files_equals_in_memory(tmp_path, tok, truncation):
 
 def assert_same(files, memory):
     assert list(files.trees) == memory.trees
-    assert dict(files.prompts) == memory.prompts
     assert files.read == json.loads(json.dumps(memory.read))
     assert files.tokens == json.loads(json.dumps(memory.tokens))
     assert files.findings == memory.findings
-    assert [(t.prompt, t.source, t.rows[0]) for t in files.texts] == [
-        (t.prompt, t.source, t.rows[0]) for t in memory.texts
-    ]
+    assert list(files.prompts) == memory.prompts
     for hashed in (hash_ids, hash_all):
         assert hashed({"train": files.trees}) == hashed({"train": memory.trees})
 
@@ -138,18 +134,17 @@ def test_grouping_equals_read(tmp_path):
     source = write(tmp_path / "rows.jsonl", make_rows(400, 40))
     data = DataConfig(train=source, bad_rows="drop")
     expected, report = read(source, data, "train")
-    trees, seen = group(SourceConfig(path=source), data, "all", tmp_path)
-    assert list(trees) == expected
-    assert seen.report(source, "all") == report
+    found = ReadReport(source, "auto")
+    trees = list(group(SourceConfig(path=source), data, "all", tmp_path, found))
+    assert trees == expected
+    assert found == report
     assert max(len(tree.rows) for tree in expected) > 5
-    assert (trees[0], trees[-1], trees[3:9:2]) == (expected[0], expected[-1], expected[3:9:2])
-    assert not list(tmp_path.glob("bucket-*"))
 
 
 def test_grouping_names_the_bad_row_and_the_empty_file(tmp_path):
     source = write(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p"}])
     with pytest.raises(DataError, match=r"rows\.jsonl, row 2: column 'chosen' is missing"):
-        group(SourceConfig(path=source), DataConfig(train=source), "all", tmp_path)
+        group(SourceConfig(path=source), DataConfig(train=source), "all", tmp_path, ReadReport(source, "auto"))
     with pytest.raises(DataError, match="it holds no rows"):
         get(write(tmp_path / "empty.jsonl", []), tiny.tokenizer(), cache=True)
 
@@ -170,8 +165,9 @@ def test_sequence(tmp_path):
         )
         for i in range(2 * WINDOW + 5)
     ]
-    cache.write_trees(tmp_path, trees)
-    found = cache.CachedTrees(tmp_path / "trees.arrow")
+    streams = Streams()
+    assert list(store.write_trees(tmp_path, trees, streams)) == trees
+    found = store.stored_trees(tmp_path, streams.digests())
     assert list(found) == trees
     assert (len(found), found[0], found[-1], found[WINDOW]) == (len(trees), trees[0], trees[-1], trees[WINDOW])
     assert found[WINDOW - 2 : WINDOW + 2] == trees[WINDOW - 2 : WINDOW + 2]
@@ -179,7 +175,9 @@ def test_sequence(tmp_path):
     with pytest.raises(IndexError):
         found[len(trees)]
     names = "prompt_ids response_ids complete comparisons first_response row ties thumbs source"
-    assert [field.name for field in fields(TokenTree)] == names.split(), "columns.py must learn the new field"
+    assert [field.name for field in fields(TokenTree)] == names.split(), (
+        "digest.encode and store.decode must learn the new field"
+    )
     assert hash_all({"a": found}) == hash_all({"a": trees})
     assert hash_all({"a": found}) != hash_all({"a": trees[:-1]})
     assert hash_all({"a": trees[:3], "b": trees[3:5]}) != hash_all({"a": trees[:2], "b": trees[2:5]})
@@ -188,7 +186,7 @@ def test_sequence(tmp_path):
 def test_reused_without_reading(tmp_path, tok, monkeypatch):
     source = write(tmp_path / "rows.jsonl", make_rows(50, 20))
     first = get(source, tok, cache=True)
-    for module, name in ((cached, "group"), (cached, "tokenized")):
+    for module, name in ((store, "group"), (store, "tokenized")):
         monkeypatch.setattr(module, name, None)
     again = get(source, tok, cache=True)
     assert list(again.trees) == list(first.trees)
@@ -243,7 +241,7 @@ def test_random_damage_is_seen_and_said(tmp_path, tok):
     """A byte or a run of them, anywhere in any file: built again, and that is said; what is used is what was written."""
     source, rng = write(tmp_path / "rows.jsonl", make_rows(30, 20)), random.Random(5)
     first = get(source, tok, cache=True)
-    expected = (list(first.trees), dict(first.prompts), first.read, first.tokens, first.findings)
+    expected = (list(first.trees), list(first.prompts), first.read, first.tokens, first.findings)
     (folder,) = caches(tmp_path)
     for name in FILES * 8:
         content = bytearray((folder / name).read_bytes())
@@ -254,7 +252,7 @@ def test_random_damage_is_seen_and_said(tmp_path, tok):
         said = []
         found = prepare_split(wanted(source, tok, cache=True), CHECKS, said.append)
         assert "what was there is damaged" in said[0]
-        assert (list(found.trees), dict(found.prompts), found.read, found.tokens, found.findings) == expected
+        assert (list(found.trees), list(found.prompts), found.read, found.tokens, found.findings) == expected
     assert caches(tmp_path) == [folder]
 
 
@@ -281,7 +279,7 @@ def test_other_things_in_place_of_a_cache(tmp_path, tok, monkeypatch):
 def test_a_file_that_changes_meanwhile_leaves_no_cache(tmp_path, tok, monkeypatch, when):
     """The identity is of the content before; what is read must be that."""
     (tmp_path / "in").mkdir()
-    path, real = tmp_path / "in/rows.jsonl", cached.group
+    path, real = tmp_path / "in/rows.jsonl", store.group
     source = str(tmp_path / "in")
     write(path, make_rows(50, 20))
     content = path.read_bytes()
@@ -304,11 +302,11 @@ def test_a_file_that_changes_meanwhile_leaves_no_cache(tmp_path, tok, monkeypatc
             change()
         return found
 
-    monkeypatch.setattr(cached, "group", group_while_it_changes)
+    monkeypatch.setattr(store, "group", group_while_it_changes)
     with pytest.raises(DataError, match="changed while it was read; start again"):
         get(source, tok, cache=True)
     assert caches(tmp_path) == []
-    monkeypatch.setattr(cached, "group", real)
+    monkeypatch.setattr(store, "group", real)
     path.write_bytes(content)
     assert len(get(source, tok, cache=True).trees) > 10
 
@@ -358,13 +356,17 @@ def test_several_processes_build_one_cache(tmp_path):
 @pytest.mark.parametrize("where", ["write_trees", "write_prompts", "seal"])
 def test_interrupted_build_leaves_nothing(tmp_path, tok, monkeypatch, where):
     source = write(tmp_path / "rows.jsonl", make_rows(50, 20))
-    real = getattr(cache, where)
+    real = getattr(store, where)
 
     def interrupted(*args):
+        yield from real(*args)
+        raise KeyboardInterrupt
+
+    def interrupted_seal(*args):
         real(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache, where, interrupted)
+    monkeypatch.setattr(store, where, interrupted_seal if where == "seal" else interrupted)
     with pytest.raises(KeyboardInterrupt):
         get(source, tok, cache=True)
     assert caches(tmp_path) == []
@@ -394,7 +396,7 @@ def test_errors_are_the_same_through_files(tmp_path, tok):
 
 def test_memory_stays_flat(tmp_path, tok, monkeypatch):
     """Four times the rows, hardly more memory, where the path in memory needs several times as much."""
-    for place in ("tokenize._BATCH", "group._WINDOW", "cache.WINDOW", "encode._MEMORY"):
+    for place in ("tokenize._BATCH", "digest.WINDOW", "store.WINDOW", "encode._MEMORY"):
         monkeypatch.setattr(f"favor.data.{place}", 32)
     get(write(tmp_path / "warm.jsonl", make_rows(5, 5)), tok, cache=True)
     peaks = {}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from favor.data import batches
 from favor.data.formats import FORMATS, Format, Judgment, RowError, columns_of, recognise
-from favor.data.grow import Growing
+from favor.data.grow import ReadReport, grow
 from favor.data.pairing import Rules
 from favor.data.read import DataConfig, read
 from favor.data.settings import SourceConfig
@@ -205,9 +205,7 @@ def test_any_value_in_any_column_is_read_or_refused(data):
         judgment = FORMATS[name](row)
     if judgment is None:
         return
-    grown = Growing(judgment.prompt, judgment.tools, Rules())
-    grown.add(1, judgment)
-    tree = grown.finish("f").tree
+    tree = grow([(1, judgment)], Rules(), "f", ReadReport("f", name))
     json.dumps([tree.prompt, tree.responses], ensure_ascii=False).encode("utf-8")
     assert all(math.isfinite(x) for c in (*tree.comparisons, *tree.ties) for x in (c.weight, c.label, *c.gaps))
 

@@ -1,16 +1,19 @@
 """Two answers and a verdict, under any names and values; and what may not be guessed about labels."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from favor.config import load
 from favor.data.formats import FORMATS, RowError, recognise
-from favor.data.group import group
+from favor.data.grow import ReadReport
 from favor.data.prepare import summary
 from favor.data.prompts import read_prompts
 from favor.data.read import DataConfig, read
 from favor.data.settings import SourceConfig, VerdictConfig
+from favor.data.store import group
 from favor.data.types import Comparison, Thumb
 from favor.errors import ConfigError, DataError
 from favor.lint.models import Gap, noise_checks
@@ -33,9 +36,10 @@ def load_rows(tmp_path, rows, columns=True, **settings):
     settings = {"verdict": TABLE} | ({"columns": {"prompt": "question"}} if columns else {}) | settings
     config = DataConfig(train=str(path), **settings)
     found = read(str(path), config, "train")
-    (tmp_path / "g").mkdir(exist_ok=True)
-    trees, seen = group(SourceConfig(path=str(path)), config, "all", tmp_path / "g")
-    assert (list(trees), seen.report(str(path), "all")) == (list(found[0]), found[1])
+    source = SourceConfig(path=str(path))
+    work, report = Path(tempfile.mkdtemp(dir=tmp_path)), ReadReport(str(path), config.format_of(source))
+    trees = list(group(source, config, "all", work, report))
+    assert (trees, report) == (list(found[0]), found[1])
     return found
 
 
@@ -93,7 +97,7 @@ def test_whole_conversations_are_read_as_in_pairs(tmp_path):
     [
         (
             row("model_c"),
-            r"row 2: the verdict is 'model_c', and data.verdict.values knows first \['model_a', 1\], second",
+            r"row 2: the verdict is 'model_c', and data.verdict.values holds only first \['model_a', 1\], second",
         ),
         (row(False), "the verdict is False, and"),
         (row("1"), "the verdict is '1', and"),

@@ -1,88 +1,65 @@
-"""Token trees as flat columns and back.
+"""Rows whose columns have other names: data.columns maps them, data.verdict says where a verdict stands and what it means.
 
-In: TokenTrees. Out: columns of integers and texts that a file can hold and a hash can take in. Next: cache.py.
+In: a row as the file has it. Out: the row under our names, or a RowError that names the column. Next: formats/table.py.
 """
 
-import json
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
-
-from favor.data.types import Comparison, Thumb, TokenTree
-
-# Trees turned into columns at once.
-WINDOW = 1024
+from favor.data.formats import RowError
+from favor.data.formats.fields import brief
+from favor.data.settings import VerdictConfig
 
 
-class Columns(NamedTuple):
-    """Some trees: all their ids, the lengths of prompt and responses, paths a tree, and the rest as JSON.
-
-    ids int32 [tokens], lengths int32 [paths], paths int32 [trees] (1 + responses), judgments [trees].
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    paths: np.ndarray
-    judgments: list[str]
+def named(row: dict[str, Any], columns: Mapping[str, str], verdict: VerdictConfig | None) -> dict[str, Any]:
+    """The row under our names. Raises RowError for a column that it lacks, or a verdict that no value stands for."""
+    if columns:
+        found = {ours: _lookup(row, theirs, f"data.columns names for '{ours}'") for ours, theirs in columns.items()}
+        rest = {name: value for name, value in row.items() if name not in columns.values()}
+        row = rest | {name: value for name, value in found.items() if value is not None}
+    return row if verdict is None else _with_verdict(row, verdict)
 
 
-class Judged(NamedTuple):
-    """What a tree holds beside its ids."""
-
-    complete: tuple[bool, ...]
-    comparisons: tuple[Comparison, ...]
-    ties: tuple[Comparison, ...]
-    thumbs: tuple[Thumb, ...]
-
-
-def encode(trees: Sequence[TokenTree]) -> Columns:
-    """Trees -> columns."""
-    parts = [part for tree in trees for part in (tree.prompt_ids, *tree.response_ids)]
-    count = sum(map(len, parts))
-    return Columns(
-        np.fromiter((i for part in parts for i in part), np.int32, count),
-        np.fromiter(map(len, parts), np.int32, len(parts)),
-        np.fromiter((1 + len(tree.response_ids) for tree in trees), np.int32, len(trees)),
-        [json.dumps([tree.complete, tree.comparisons, tree.ties, tree.thumbs]) for tree in trees],
+def _with_verdict(row: dict[str, Any], table: VerdictConfig) -> dict[str, Any]:
+    """The row with first, second and verdict; several annotators make a list of verdicts."""
+    several = len(table.columns) > 1
+    said: list[Any] = []
+    for column in table.columns:
+        value = _lookup(row, column, "data.verdict names for 'column'", needed=not several)
+        said += value if isinstance(value, list) else [] if value is None else [value]
+    if not said:
+        raise RowError(f"none of the verdict's columns {', '.join(table.columns)} has a value")
+    first, second = (
+        _lookup(row, theirs, f"data.verdict names for '{ours}'")
+        for ours, theirs in (("first", table.first), ("second", table.second))
     )
+    gone = {table.first, table.second, *table.columns}
+    rest = {name: value for name, value in row.items() if name not in gone}
+    return rest | {"first": first, "second": second, "verdict": [_meant(value, table) for value in said]}
 
 
-def decode(
-    ids: Sequence[int], lengths: Sequence[int], judgments: str, place: tuple[str, int], first_response: int
-) -> TokenTree:
-    """One tree back from its share of the columns; place: its source and row."""
-    parts: list[tuple[int, ...]] = []
-    start = 0
-    for length in lengths:
-        parts.append(tuple(ids[start : start + length]))
-        start += length
-    judged = _judged(judgments)
-    return TokenTree(
-        prompt_ids=parts[0],
-        response_ids=tuple(parts[1:]),
-        complete=judged.complete,
-        comparisons=judged.comparisons,
-        first_response=first_response,
-        row=place[1],
-        source=place[0],
-        ties=judged.ties,
-        thumbs=judged.thumbs,
-    )
+def _meant(value: Any, table: VerdictConfig) -> str:
+    """What a value of the verdict's column means; 1, "1" and true are different values, 1 and 1.0 the same."""
+    meanings = table.values.model_dump()
+    for meaning, values in meanings.items():
+        if any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values):
+            return meaning
+    known = ", ".join(f"{meaning} {brief(list(values))}" for meaning, values in meanings.items() if values)
+    raise RowError(f"the verdict is {brief(value)}, and data.verdict.values holds only {known}; add it to one of them")
 
 
-@lru_cache(4096)
-def _judged(text: str) -> Judged:
-    """Most trees are judged alike (one pair), so few texts are parsed."""
-    complete, comparisons, ties, thumbs = json.loads(text)
-    return Judged(
-        tuple(complete),
-        tuple(Comparison(*_tuples(values)) for values in comparisons),
-        tuple(Comparison(*_tuples(values)) for values in ties),
-        tuple(Thumb(*values) for values in thumbs),
-    )
-
-
-def _tuples(values: Sequence[Any]) -> list[Any]:
-    return [tuple(value) if isinstance(value, list) else value for value in values]
+def _lookup(row: dict[str, Any], path: str, whose: str, *, needed: bool = True) -> Any:
+    """The value at a column's name, or at a.b of what lies inside."""
+    if path in row:
+        return row[path]
+    value: Any = row
+    for part in path.split("."):
+        if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, dict) and part in value:
+            value = value[part]
+        elif not needed:
+            return None
+        else:
+            raise RowError(f"there is no column '{path}', which {whose}; its columns are {', '.join(row) or 'none'}")
+    return value

@@ -1,137 +1,187 @@
-"""A prompt's tree while the rows that judge its responses are still coming in.
+"""The rows of one prompt become its tree; and the tally of what became of all rows of a source.
 
-In: arranged Judgments of one prompt. Out: a PromptTree and what was merged or left out. Next: types.py.
+In: Judgments of one prompt. Out: a PromptTree, counted in a ReadReport. Next: types.py.
 """
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from favor.data.formats import Judgment
 from favor.data.formats.fields import by_scores
 from favor.data.pairing import LeftOut, Rules, arrange
 from favor.data.types import Comparison, PromptTree, Text, Thumb
 
-
-class Counts(NamedTuple):
-    """What happened to one tree's rows beside becoming comparisons."""
-
-    merged_responses: int = 0
-    repeated: int = 0
-    close: int = 0
-    unasked: int = 0
-    unknown: int = 0
-    alone: int = 0
-
-    def plus(self, left_out: LeftOut) -> "Counts":
-        """The same with what a judgment left out."""
-        close, unasked, unknown = left_out
-        return self._replace(close=self.close + close, unasked=self.unasked + unasked, unknown=self.unknown + unknown)
-
-
-class Grown(NamedTuple):
-    """A finished tree and its counts."""
-
-    tree: PromptTree
-    counts: Counts
+Order: TypeAlias = tuple[int, ...]
 
 
 @dataclass
-class Growing:
-    """A tree while its rows are still coming in."""
+class ReadReport:
+    """What became of the rows of a source, or of all sources of a split. `dropped` lists (row, reason) of every row left out.
 
-    prompt: Text
-    tools: tuple[dict[str, Any], ...] | None
-    rules: Rules
-    responses: dict[str, Text] = field(default_factory=dict[str, Text])
-    first_rows: list[int] = field(default_factory=list[int])
-    weights: dict[tuple[int, ...], float] = field(default_factory=dict[tuple[int, ...], float])
-    gaps: dict[tuple[int, ...], tuple[float, ...]] = field(default_factory=dict[tuple[int, ...], tuple[float, ...]])
-    labels: dict[tuple[int, ...], float] = field(default_factory=dict[tuple[int, ...], float])
-    ties: dict[tuple[int, ...], float] = field(default_factory=dict[tuple[int, ...], float])
-    thumbs: dict[tuple[int, bool], float] = field(default_factory=dict[tuple[int, bool], float])
-    # (score, weight) of responses that rows score one at a time
-    alone: dict[int, list[tuple[float, float]]] = field(default_factory=dict[int, list[tuple[float, float]]])
-    cut: set[int] = field(default_factory=set[int])
-    rows: list[int] = field(default_factory=list[int])
-    counts: Counts = field(default_factory=Counts)
+    close_pairs: pairs nearer than min_gap; unasked_pairs: pairs and ties that the pairing leaves out; unchecked_gaps:
+    comparisons without scores, kept although min_gap is set; lone_scores: scored responses without another of their
+    prompt. num_placed: rows that judge two responses in an order of their own, first_preferred: those that prefer the
+    first. both_bad: rows that judge both responses bad, which gives two thumbs down and no comparison. A split of several
+    sources has a report of each in `sources`.
+    """
 
-    def add(self, row: int, judgment: Judgment) -> None:
-        """Add a row; weights of comparisons that were there already add up."""
-        self.rows.append(row)
-        judgment, left_out = arrange(judgment, self.rules)
-        self.counts = self.counts.plus(left_out)
-        index = self._places(judgment)
-        self.cut.update(index[i] for i in judgment.cut)
-        self._compare(judgment, index)
+    source: str
+    format: str
+    num_rows: int = 0
+    num_trees: int = 0
+    num_responses: int = 0
+    num_comparisons: int = 0
+    num_ties: int = 0
+    num_thumbs: int = 0
+    merged_prompts: int = 0
+    merged_responses: int = 0
+    repeated_comparisons: int = 0
+    close_pairs: int = 0
+    unasked_pairs: int = 0
+    unchecked_gaps: int = 0
+    lone_scores: int = 0
+    num_placed: int = 0
+    first_preferred: int = 0
+    both_bad: int = 0
+    dropped: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+    sources: "list[ReadReport]" = field(default_factory=list["ReadReport"])
+
+    @property
+    def each(self) -> "list[ReadReport]":
+        """The report of every source."""
+        return self.sources or [self]
+
+    def as_json(self) -> dict[str, Any]:
+        """For data.json."""
+        return asdict(self)
+
+    def see(self, judgment: Judgment) -> None:
+        """Count a usable row, and where its preferred response stands, if that says something."""
+        self.num_rows += 1
+        if judgment.placed and len(judgment.orders) == 1:
+            self.num_placed += 1
+            self.first_preferred += judgment.orders[0][0] == 0
+        self.both_bad += len(judgment.thumbs) == 2
+
+    def see_left_out(self, left_out: LeftOut) -> None:
+        """Count the pairs that arranging a judgment left out."""
+        self.close_pairs += left_out.close
+        self.unasked_pairs += left_out.unasked
+        self.unchecked_gaps += left_out.unknown
+
+    def see_tree(self, tree: PromptTree) -> None:
+        """Count a tree whose rows are all there."""
+        self.num_trees += 1
+        self.num_responses += len(tree.responses)
+        self.num_comparisons += len(tree.comparisons)
+        self.num_ties += len(tree.ties)
+        self.num_thumbs += len(tree.thumbs)
+        self.merged_prompts += len(tree.rows) - 1
+
+
+def grow(rows: Sequence[tuple[int, Judgment]], rules: Rules, source: str, report: ReadReport) -> PromptTree:
+    """The tree of all (row number, judgment) of one prompt: equal responses become one, equal comparisons add up."""
+    prompt, tools = rows[0][1].prompt, rows[0][1].tools
+    arranged: list[tuple[int, Judgment]] = []
+    for number, judgment in rows:
+        judgment, left_out = arrange(judgment, rules)
+        report.see_left_out(left_out)
+        arranged.append((number, judgment))
+    responses, indices, first_rows = _responses(arranged, report)
+    compared = [(judgment, index) for (_, judgment), index in zip(arranged, indices, strict=True)]
+    alone = [(judgment, index[0]) for judgment, index in compared if judgment.scores and len(index) == 1]
+    if whole := _scored_alone(alone, responses, report):
+        judgment, left_out = arrange(whole[0], rules)
+        report.see_left_out(left_out)
+        compared.append((judgment, whole[1]))
+    thumbs: dict[tuple[int, bool], float] = {}
+    ties: dict[Order, float] = {}
+    for judgment, index in compared:
         for i, good in judgment.thumbs:
-            self.thumbs[index[i], good] = self.thumbs.get((index[i], good), 0.0) + judgment.weight
-        if judgment.scores and len(judgment.responses) == 1:
-            self.alone.setdefault(index[0], []).append((judgment.scores[0], judgment.weight))
-
-    def finish(self, source: str) -> Grown:
-        """The tree; responses that were scored alone are compared now."""
-        self._compare_alone()
-        comparisons = tuple(
-            Comparison(order, w, self.gaps.get(order, ()), self.labels[order]) for order, w in self.weights.items()
-        )
-        thumbs = tuple(Thumb(response, good, weight) for (response, good), weight in self.thumbs.items())
-        responses = tuple(self.responses.values())
-        ties = tuple(Comparison(members, weight) for members, weight in self.ties.items())
-        cut, rows = tuple(sorted(self.cut)), tuple(self.rows)
-        first = tuple(self.first_rows)
-        tree = PromptTree(self.prompt, responses, comparisons, rows, source, self.tools, ties, cut, thumbs, first)
-        return Grown(tree, self.counts)
-
-    def _places(self, judgment: Judgment) -> list[int]:
-        """Where each of the judgment's responses is among the tree's."""
-        index: list[int] = []
-        merged = 0
-        for i, response in enumerate(judgment.responses):
-            # the same words with and without their end are two responses
-            key = key_of([response, i in judgment.cut])
-            merged += key in self.responses
-            if key not in self.responses:
-                self.responses[key] = response
-                self.first_rows.append(self.rows[-1])
-            index.append(list(self.responses).index(key))
-        self.counts = self.counts._replace(merged_responses=self.counts.merged_responses + merged)
-        return index
-
-    def _compare(self, judgment: Judgment, index: list[int]) -> None:
-        repeated = 0
-        for number, order in enumerate(judgment.orders):
-            mine = tuple(index[i] for i in order)
-            repeated += mine in self.weights
-            before = self.weights.get(mine, 0.0)
-            self.weights[mine] = before + judgment.weight
-            label = judgment.labels[number] if judgment.labels else 1.0
-            # repeated soft labels: their weighted mean
-            self.labels[mine] = (self.labels.get(mine, 1.0) * before + label * judgment.weight) / self.weights[mine]
-            if judgment.scores:
-                by_rank = [judgment.scores[i] for i in order]
-                self.gaps[mine] = tuple(better - worse for better, worse in pairwise(by_rank))
+            thumbs[index[i], good] = thumbs.get((index[i], good), 0.0) + judgment.weight
         for tie in judgment.ties:
             tied = tuple(sorted(index[i] for i in tie))
-            self.ties[tied] = self.ties.get(tied, 0.0) + judgment.weight
-        self.counts = self.counts._replace(repeated=self.counts.repeated + repeated)
+            ties[tied] = ties.get(tied, 0.0) + judgment.weight
+    tree = PromptTree(
+        prompt=prompt,
+        responses=responses,
+        comparisons=_comparisons(compared, report),
+        rows=tuple(number for number, _ in rows),
+        source=source,
+        tools=tools,
+        ties=tuple(Comparison(members, weight) for members, weight in ties.items()),
+        cut=tuple(sorted({index[i] for judgment, index in compared for i in judgment.cut})),
+        thumbs=tuple(Thumb(response, good, weight) for (response, good), weight in thumbs.items()),
+        first_rows=first_rows,
+    )
+    report.see_tree(tree)
+    return tree
 
-    def _compare_alone(self) -> None:
-        """Compare the responses that rows scored one at a time, by their mean scores and with their rows' mean weight."""
-        if len(self.alone) < 2:
-            self.counts = self.counts._replace(alone=len(self.alone))
-            return
-        index, given = list(self.alone), list(self.alone.values())
-        scores = tuple(sum(s * w for s, w in items) / sum(w for _, w in items) for items in given)
-        weights = [weight for items in given for _, weight in items]
-        orders, ties = by_scores(scores)
-        responses = tuple(list(self.responses.values())[i] for i in index)
-        weight = sum(weights) / len(weights)
-        whole = Judgment(self.prompt, responses, orders, weight, self.tools, ties, scores)
-        judgment, left_out = arrange(whole, self.rules)
-        self.counts = self.counts.plus(left_out)
-        self._compare(judgment, index)
+
+def _responses(
+    rows: Sequence[tuple[int, Judgment]], report: ReadReport
+) -> tuple[tuple[Text, ...], list[list[int]], tuple[int, ...]]:
+    """The distinct responses; where each judgment's are among them; the row that gave each first."""
+    places: dict[str, int] = {}
+    responses: list[Text] = []
+    first_rows: list[int] = []
+    indices: list[list[int]] = []
+    for number, judgment in rows:
+        # the same words with and without their end are two responses
+        keys = [key_of([response, i in judgment.cut]) for i, response in enumerate(judgment.responses)]
+        for key, response in zip(keys, judgment.responses, strict=True):
+            if key in places:
+                report.merged_responses += 1
+                continue
+            places[key] = len(responses)
+            responses.append(response)
+            first_rows.append(number)
+        indices.append([places[key] for key in keys])
+    return tuple(responses), indices, tuple(first_rows)
+
+
+def _comparisons(compared: Sequence[tuple[Judgment, list[int]]], report: ReadReport) -> tuple[Comparison, ...]:
+    """The comparisons of all rows; one that comes again adds its weight."""
+    found: dict[Order, Comparison] = {}
+    for judgment, index in compared:
+        for number, order in enumerate(judgment.orders):
+            mine = tuple(index[i] for i in order)
+            report.repeated_comparisons += mine in found
+            before = found.get(mine, Comparison(mine, 0.0))
+            weight = before.weight + judgment.weight
+            label = judgment.labels[number] if judgment.labels else 1.0
+            by_rank = [judgment.scores[i] for i in order] if judgment.scores else []
+            gaps = tuple(better - worse for better, worse in pairwise(by_rank)) or before.gaps
+            # repeated soft labels: their weighted mean
+            label = (before.label * before.weight + label * judgment.weight) / weight
+            found[mine] = Comparison(mine, weight, gaps, label)
+    return tuple(found.values())
+
+
+def _scored_alone(
+    given: Sequence[tuple[Judgment, int]], responses: Sequence[Text], report: ReadReport
+) -> tuple[Judgment, list[int]] | None:
+    """One judgment of the responses that rows scored one at a time, by their mean scores and with their rows' mean weight."""
+    by_response: dict[int, list[Judgment]] = {}
+    for judgment, place in given:
+        by_response.setdefault(place, []).append(judgment)
+    if len(by_response) < 2:
+        report.lone_scores += len(by_response)
+        return None
+    scores = tuple(
+        sum(j.scores[0] * j.weight for j in judgments) / sum(j.weight for j in judgments)
+        for judgments in by_response.values()
+    )
+    orders, ties = by_scores(scores)
+    # the sum in the order of the responses
+    weights = [judgment.weight for judgments in by_response.values() for judgment in judgments]
+    first, index = given[0][0], list(by_response)
+    compared = tuple(responses[i] for i in index)
+    weight = sum(weights) / len(weights)
+    return Judgment(first.prompt, compared, orders, weight, first.tools, ties, scores), index
 
 
 def key_of(value: Any) -> str:

@@ -4,10 +4,11 @@ In: sections [data] and [tokens], a tokenizer. Out: Splits. Small sources are re
 (data.cache) go through files, with the same result. Next: read.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,13 +21,18 @@ from favor.errors import DataError
 
 # From here on data.cache = "auto" keeps token ids in a file.
 _LARGE = 50 * 1024**2
+# runs a function in the main process while the others wait
+OnMain: TypeAlias = Callable[[Callable[[], object]], None]
 
 
 class Checks(NamedTuple):
-    """What looks for faults in the data: of a split (its trees as text, its token report), and of two splits together."""
+    """What looks for faults in the data: of a split, and of the prompts of two splits.
 
-    split: Callable[[Sequence[PromptTree], TokenReport], Sequence[Finding]]
-    leaks: Callable[[Sequence[PromptTree], Sequence[PromptTree]], Sequence[Finding]]
+    The trees of a split can be gone through once; its token report is whole only then.
+    """
+
+    split: Callable[[Iterable[PromptTree], TokenReport], Sequence[Finding]]
+    leaks: Callable[[Iterable[PromptTree], Iterable[PromptTree]], Sequence[Finding]]
 
 
 class Recipe(NamedTuple):
@@ -46,11 +52,10 @@ class Recipe(NamedTuple):
 
 @dataclass(frozen=True)
 class Prepared:
-    """One split: token trees, the prompts they came from (by source and row; as text to compare splits by), reports, findings."""
+    """One split: token trees; what they came from, as trees of nothing but their prompts; reports, findings."""
 
     trees: Sequence[TokenTree]
-    prompts: Mapping[tuple[str, int], Text]
-    texts: Sequence[PromptTree]
+    prompts: Sequence[PromptTree]
     read: Mapping[str, Any]
     tokens: Mapping[str, Any]
     findings: Sequence[Finding]
@@ -60,12 +65,12 @@ class Prepared:
 class Splits:
     """Token trees of the training split and of the held-out one (empty when the recipe names none).
 
-    prompts: split -> (source, row) -> the prompt as text. report: what became of the rows, for data.json.
+    prompts: of each split the prompts as text, in the order of its trees. report: what became of the rows, for data.json.
     """
 
     train: Sequence[TokenTree]
     eval: Sequence[TokenTree]
-    prompts: Mapping[str, Mapping[tuple[str, int], Text]]
+    prompts: Mapping[str, Sequence[PromptTree]]
     report: Mapping[str, Any]
 
     @property
@@ -78,6 +83,14 @@ class Splits:
     def identity(self) -> str:
         """A hash of every token id and comparison."""
         return hash_all({"train": self.train, "eval": self.eval})
+
+    def prompts_of(self, name: str, trees: Sequence[TokenTree]) -> list[Text]:
+        """The prompts of some trees of a split, as text."""
+        wanted = {(tree.source, tree.row) for tree in trees}
+        keyed = (((text.source, text.rows[0]), text.prompt) for text in self.prompts[name])
+        # no further than the last of them
+        found = dict(islice(((key, prompt) for key, prompt in keyed if key in wanted), len(wanted)))
+        return [found[tree.source, tree.row] for tree in trees]
 
     def need_comparisons(self) -> None:
         """Raises DataError when a split holds no comparison."""
@@ -107,12 +120,12 @@ def prepare(
     vocabulary: tuple[PreTrainedTokenizerBase, frozenset[int]],
     checks: Checks,
     say: Callable[[str], None],
-    on_main: Callable[[Callable[[], object]], None] = alone,
+    on_main: OnMain = alone,
 ) -> Splits:
     """Read and tokenise both splits; `say` gets a line on each, and on what the checks find.
 
-    vocabulary: a tokenizer and its end-of-turn ids. on_main runs a function in the main process while the others wait:
-    a cache of token ids is built once. Raises DataError when a split cannot be used.
+    vocabulary: a tokenizer and its end-of-turn ids. on_main: a cache of token ids is built once.
+    Raises DataError when a split cannot be used.
     """
     found: dict[str, Prepared] = {}
     specs = splits_of(data)
@@ -124,7 +137,7 @@ def prepare(
     refuse_changed(specs, before)
     findings = [finding for split in found.values() for finding in split.findings]
     if "eval" in found:
-        findings += checks.leaks(found["train"].texts, found["eval"].texts)
+        findings += checks.leaks(found["train"].prompts, found["eval"].prompts)
     for finding in findings:
         # how often the longer one is preferred is always shown: labels that are read wrongly show there
         if finding.severity != "note" or finding.kind == "length":
@@ -140,17 +153,17 @@ def prepare_split(
     recipe: Recipe,
     checks: Checks,
     say: Callable[[str], None],
-    on_main: Callable[[Callable[[], object]], None] = alone,
+    on_main: OnMain = alone,
 ) -> Prepared:
     """One split, from the cache where that is wanted. Raises DataError as reading and tokenising do."""
     if _large(recipe):
-        from favor.data import cached
+        from favor.data import store  # which small sources do not need
 
-        return cached.prepare_split(recipe, checks, say, on_main)
+        return store.prepare_split(recipe, checks, say, on_main)
     texts, read_report = read_split(recipe.split, recipe.data)
     trees, report = tokenize(texts, recipe.tokenizer, recipe.tokens, recipe.end_ids, recipe.data.bad_rows)
-    prompts = {(tree.source, tree.rows[0]): tree.prompt for tree in texts}
-    return Prepared(trees, prompts, texts, read_report.as_json(), report.as_json(), checks.split(texts, report))
+    prompts = [PromptTree(tree.prompt, (), (), tree.rows[:1], tree.source) for tree in texts]
+    return Prepared(trees, prompts, read_report.as_json(), report.as_json(), checks.split(texts, report))
 
 
 def _large(recipe: Recipe) -> bool:

@@ -42,14 +42,6 @@ def as_object(row: Any) -> dict[str, Any]:
     return {str(key): value for key, value in row.items() if value is not None}
 
 
-def limited(items: Numbered, limit: int | None) -> Numbered:
-    """The first `limit` items."""
-    for count, item in enumerate(items, 1):
-        yield item
-        if limit is not None and count >= limit:
-            return
-
-
 def rows(source: str, split: str, *, streaming: bool = False) -> Numbered:
     """(1-based row number, parsed value or RowError) of every row; lines of a text file are its rows.
 

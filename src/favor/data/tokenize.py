@@ -4,18 +4,19 @@ In: PromptTrees and a fast tokenizer. Out: TokenTrees and a TokenReport that cou
 ends with its end-of-turn token unless it was cut. Next: render.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerBase
 
 from favor.config import STRICT
-from favor.data import sources
 from favor.data.encode import Encoder
-from favor.data.formats import RowError
-from favor.data.formats.fields import Kind, brief
+from favor.data.formats import Kind, RowError
+from favor.data.formats.fields import brief
+from favor.data.read import refused
 from favor.data.render import Rendered, Renderer
 from favor.data.types import Comparison, PromptTree, Text, TokenTree
 from favor.errors import ConfigError, DataError
@@ -46,7 +47,7 @@ class TokenReport:
     took blanks around their text; tools_unread: it leaves out the tools of the row. kinds: of each one dropped, why.
     """
 
-    template: str
+    template: str = "plain"
     trees: int = 0
     trees_dropped: int = 0
     prompts_cut: int = 0
@@ -67,6 +68,19 @@ class TokenReport:
     def as_json(self) -> dict[str, Any]:
         """For data.json."""
         return asdict(self)
+
+    def drop(self, row: int, reason: str, kind: Kind) -> None:
+        """A tree is left out."""
+        self.trees_dropped += 1
+        self.dropped.append((row, reason))
+        self.kinds.append(kind)
+
+    def see_truncated(self, before: TokenTree, after: TokenTree | None) -> None:
+        """Count what truncation takes of a tree, in tokens and comparisons."""
+        self.tokens += before.num_tokens
+        self.pairs += len(before.comparisons)
+        self.tokens_lost += before.num_tokens - (after.num_tokens if after else 0)
+        self.pairs_lost += len(before.comparisons) - (len(after.comparisons) if after else 0)
 
 
 class _Tools(NamedTuple):
@@ -92,50 +106,45 @@ def tokenize(
     Raises ConfigError when template and tokenizer do not go together; DataError for the first tree that
     cannot be tokenised exactly, unless `bad_rows` is "drop"; and DataError when nothing is left.
     """
-    found, report = tokenized(trees, tokenizer, config, end_ids, bad_rows)
-    return list(found), report
+    report = TokenReport()
+    return list(tokenized(trees, tokenizer, config, end_ids, bad_rows, report)), report
 
 
 def tokenized(
-    trees: Sequence[PromptTree],
+    trees: Iterable[PromptTree],
     tokenizer: PreTrainedTokenizerBase,
     config: TokensConfig,
     end_ids: frozenset[int],
     bad_rows: str,
-) -> tuple[Iterator[TokenTree], TokenReport]:
+    report: TokenReport,
+) -> Iterator[TokenTree]:
     """As `tokenize`, one tree after the other; the report is whole when the last has been taken."""
     tools = _tools(tokenizer, config, end_ids)
-    report = TokenReport("chat" if tools.chat else "plain", trees=len(trees))
-    return _kept(trees, tools, config, bad_rows, report), report
-
-
-def _kept(
-    trees: Sequence[PromptTree], tools: _Tools, config: TokensConfig, bad_rows: str, report: TokenReport
-) -> Iterator[TokenTree]:
-    first = 0
+    report.template = "chat" if tools.chat else "plain"
+    source, first = "", 0
     for tree, result in _encoded(trees, tools, report):
+        source = source or tree.source
+        report.trees += 1
         if isinstance(result, RowError):
             row = tree.first_rows[result.place] if tree.first_rows else tree.rows[0]
             if bad_rows == "error":
-                raise DataError(
-                    f"{sources.where(tree.source, row)}: {result}; fix the row, or leave such rows out with "
-                    "data.bad_rows=drop"
-                )
+                raise refused(tree.source, row, result)
             others = [str(number) for number in tree.rows if number != row]
             also = f" (with it rows {', '.join(others[:20])} of the same prompt)" if others else ""
-            _drop(report, f"{result}{also}", row, result.kind)
+            # what cannot be rendered does not come through the template
+            report.drop(row, f"{result}{also}", "round_trip" if result.kind == "malformed" else result.kind)
             continue
         cut = _truncate(result, config, len(tools.bos), report)
-        _count_lost(report, result, cut)
+        report.see_truncated(result, cut)
         if cut is None:
-            _drop(report, f"longer than tokens.max_tokens = {config.max_tokens}", tree.rows[0], "truncation")
+            report.drop(tree.rows[0], f"longer than tokens.max_tokens = {config.max_tokens}", "truncation")
             continue
         yield replace(cut, first_response=first)
         first += len(cut.response_ids)
     if not first:
         reason = f"the first: row {report.dropped[0][0]}: {report.dropped[0][1]}" if report.dropped else "no rows"
         raise DataError(
-            f"{trees[0].source}: nothing is left after tokenising ({reason}); raise tokens.max_tokens or fix the rows"
+            f"{source}: nothing is left after tokenising ({reason}); raise tokens.max_tokens or fix the rows"
         )
 
 
@@ -169,11 +178,11 @@ def _tools(tokenizer: PreTrainedTokenizerBase, config: TokensConfig, end_ids: fr
 
 
 def _encoded(
-    trees: Sequence[PromptTree], tools: _Tools, report: TokenReport
+    trees: Iterable[PromptTree], tools: _Tools, report: TokenReport
 ) -> Iterator[tuple[PromptTree, TokenTree | RowError]]:
     """Each tree with its untruncated ids, or with why it cannot have them."""
-    for start in range(0, len(trees), _BATCH):
-        window = trees[start : start + _BATCH]
+    iterator = iter(trees)
+    while window := list(islice(iterator, _BATCH)):
         rendered = [_try_render(tree, tools) for tree in window]
         texts = [text for item in rendered if isinstance(item, Rendered) for text in (item.prompt, *item.full)]
         encoded = iter(tools.encoder.ids(texts))
@@ -324,18 +333,3 @@ def _mapped(comparisons: Sequence[Comparison], index: Sequence[int]) -> tuple[Co
     """Comparisons among merged responses; those whose members became equal are left out."""
     mapped = [comparison._replace(order=tuple(index[i] for i in comparison.order)) for comparison in comparisons]
     return tuple(comparison for comparison in mapped if len(set(comparison.order)) == len(comparison.order))
-
-
-def _count_lost(report: TokenReport, before: TokenTree, after: TokenTree | None) -> None:
-    """What truncation takes, in tokens and comparisons."""
-    report.tokens += before.num_tokens
-    report.pairs += len(before.comparisons)
-    report.tokens_lost += before.num_tokens - (after.num_tokens if after else 0)
-    report.pairs_lost += len(before.comparisons) - (len(after.comparisons) if after else 0)
-
-
-def _drop(report: TokenReport, reason: str, row: int, kind: Kind) -> None:
-    report.trees_dropped += 1
-    report.dropped.append((row, reason))
-    # what cannot be rendered does not come through the template
-    report.kinds.append("round_trip" if kind == "malformed" else kind)

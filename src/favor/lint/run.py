@@ -17,8 +17,8 @@ from rich.text import Text
 
 from favor import output
 from favor.data import sources
-from favor.data.formats import FORMATS, RowError, check_order, columns_of, recognise
-from favor.data.read import named
+from favor.data.formats import RowError, columns_of
+from favor.data.read import ReadReport, outcomes
 from favor.data.settings import SourceConfig
 from favor.data.types import Finding
 from favor.errors import CheckpointError, ConfigError, DataError
@@ -96,26 +96,19 @@ def _actions_of(fix: str) -> Path:
 
 def _rows(config: LintConfig, source: SourceConfig, part: str, known: dict[str, frozenset[str]]) -> Iterator[Row]:
     """Every row of a source; `known` gets the columns that favor reads of it."""
-    data = config.data
-    name = asked = data.format_of(source)
-    columns = data.columns if source.columns is None else source.columns
-    number = 0
-    found = sources.rows(source.path, source.split or data.split, streaming=data.streaming)
-    for number, raw in sources.limited(found, source.max_rows or data.max_rows):
-        try:
-            row = named(raw, source, data)
-            name = recognise(row) if name == "auto" else name
-            if asked == "auto":
-                check_order(row, name)
-            yield row_of(part, (source.path, number), sources.as_object(raw), FORMATS[name](row))
-        except RowError as error:
+    data, report, empty = config.data, ReadReport(source.path, config.data.format_of(source)), True
+    for number, raw, _, judgment in outcomes(source, data, report):
+        empty = False
+        if isinstance(judgment, RowError):
             whole = raw if isinstance(raw, dict) else {} if isinstance(raw, RowError) else {"row": raw}
-            yield row_of(part, (source.path, number), whole, error)
-    if not number:
+            yield row_of(part, (source.path, number), whole, judgment)
+        else:
+            yield row_of(part, (source.path, number), sources.as_object(raw), judgment)
+    if empty:
         raise DataError(f"{source.path}: it holds no rows; name a file with rows")
-    verdict = data.verdict_of(source)
+    columns, verdict = data.columns if source.columns is None else source.columns, data.verdict_of(source)
     mapped = [*columns.values(), *((verdict.first, verdict.second, *verdict.columns) if verdict else ())]
-    read = columns_of(name) if name != "auto" else frozenset[str]()
+    read = columns_of(report.format) if report.format != "auto" else frozenset[str]()
     known[source.path] = read | _ALWAYS_READ | {path.split(".")[0] for path in mapped}
 
 

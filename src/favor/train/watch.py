@@ -85,7 +85,7 @@ def probe(
     kl = kl_of_samples(policy, references.exact, prompts, ids, settings, world)
     found = {"kl": kl.mean} | ({} if kl.se is None else {"kl_se": kl.se})
     if references.scorer is not None:
-        texts = [splits.prompts[name][tree.source, tree.row] for tree in trees]
+        texts = splits.prompts_of(name, trees)
         found["reward"] = float(scores(references.scorer, texts, decode(policy.tokenizer, ids), world).mean())
     return found
 
