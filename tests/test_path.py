@@ -33,7 +33,8 @@ ELSEWHERE = (
     "train/watch.py",
     "data/store.py",
     "data/columns.py",
-    "data/formats/lists.py",
+    "data/formats/published.py",
+    "data/formats/hints.py",
 )
 # the one part of lint that training runs
 CHEAP_CHECK = "lint/cheap.py"

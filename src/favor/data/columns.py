@@ -1,6 +1,6 @@
 """Rows whose columns have other names: data.columns maps them, data.verdict says where a verdict stands and what it means.
 
-In: a row as the file has it. Out: the row under our names, or a RowError that names the column. Next: formats/table.py.
+In: a row as the file has it. Out: the row under our names, or a RowError that names the column. Next: formats/__init__.py.
 """
 
 from collections.abc import Mapping
