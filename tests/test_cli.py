@@ -224,8 +224,8 @@ def test_train_eval_report_sample(inputs, favor, tmp_path):
         "sample",
         "out=s.jsonl",
         f"prompts={inputs / 'good.jsonl'}",
-        "model.path=run/model",
-        "model.dtype=float32",
+        "engine.model.path=run/model",
+        "engine.model.dtype=float32",
         "sample.max_new_tokens=5",
         "samples_per_prompt=2",
         "seed=3",
@@ -237,12 +237,12 @@ def test_train_eval_report_sample(inputs, favor, tmp_path):
         "sample",
         "out=t.jsonl",
         f"prompts={inputs / 'good.jsonl'}",
-        "model.path=run/model",
-        "model.dtype=float32",
+        "engine.model.path=run/model",
+        "engine.model.dtype=float32",
         "sample.max_new_tokens=5",
         "samples_per_prompt=2",
         "seed=3",
-        "sample.batch=5",
+        "engine.batch=5",
     )
     assert (tmp_path / "t.jsonl").read_text() == first
 
