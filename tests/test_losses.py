@@ -1,6 +1,8 @@
 """Losses by closed form: values, derivatives, limits, and METHOD's worked examples."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,3 +172,14 @@ def test_unread_option_is_refused():
         assert found.keys() <= {"kind", "passes"} | loss.settings().keys()
         assert make_loss(**found).model_dump() == found
     assert make_loss(**make_loss("cdpo").model_dump()).label_smoothing == 0.1
+
+
+def test_the_page_of_losses_says_what_each_reads():
+    """docs/losses.md has a row for every loss, whose column of settings is the function's."""
+    page = (Path(__file__).parent.parent / "docs/losses.md").read_text("utf-8")
+    rows = {}
+    for line in page.splitlines():
+        cells = line.strip().strip("|").split(" | ")
+        if cells[0].strip(" `") in LOSSES:
+            rows[cells[0].strip(" `")] = re.findall(r"`(\w+)`", cells[-2])
+    assert rows == {kind: list(loss.settings()) for kind, loss in LOSSES.items()}

@@ -120,7 +120,7 @@ def _read_toml(recipe: Path) -> dict[str, Any]:
         with recipe.open("rb") as file:
             raw = file.read(_LARGEST + 1)
         if len(raw) > _LARGEST:
-            raise ConfigError(f"{shown}: larger than {_LARGEST} bytes, so it is no recipe; name a TOML file")
+            raise ConfigError(f"{shown}: larger than {_LARGEST} bytes, so it is not a recipe; name a TOML file")
         return tomllib.loads(raw.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{shown}: no such recipe file; check the path, or start from one in recipes/") from None
