@@ -4,7 +4,7 @@ In: log-probs, scores and values of sampled responses. Out: advantages and losse
 response here; mask_RT marks its real tokens. Next: ../train/ppo.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -97,8 +97,3 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, num_samples: int, 
     """Beta' = beta (1 + clip(KL/target - 1, -0.2, 0.2) n/horizon). Ziegler et al. 2019, arXiv 1909.08593, section 2.2."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * num_samples / horizon)
-
-
-def padded(flat: Sequence[Tensor]) -> Tensor:
-    """Rows of unequal length -> [R, T], zeros behind them."""
-    return torch.nn.utils.rnn.pad_sequence(list(flat), batch_first=True)
