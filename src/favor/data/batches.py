@@ -53,6 +53,7 @@ def plan(sizes: Sequence[int], budget: int, world: int = 1) -> list[list[int]]:
     belongs to rank i % world. Returns indices into `sizes`, ascending within a bin.
     """
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    # at least as many bins as the tokens need; more when they do not pack that well
     num_bins = world * max(1, -(-sum(sizes) // (budget * world)))
     while True:
         bins: list[list[int]] = [[] for _ in range(num_bins)]
@@ -82,6 +83,7 @@ def build(trees: Sequence[TokenTree], layout: Layout, pad_id: int = 0) -> Batch:
     paths = [tree.prompt_ids + response for tree in trees for response in tree.response_ids]
     starts = [len(tree.prompt_ids) for tree in trees for _ in tree.response_ids]
     if layout == "tree":
+        # every node depends on those above it, so one row holds all trees; no padding, no mask
         nodes, ids, position, where = radix(paths)
         ids_BT, position_BT, mask_BT = ids[None], position[None], None
     else:
@@ -115,6 +117,7 @@ def radix(paths: Sequence[Sequence[int]]) -> tuple[tuple[Node, ...], np.ndarray,
 
     9 tokens are computed instead of 18. A node attends to itself causally; its descendants [stop, end) see all of it.
     """
+    # sorted paths that share a prefix stand together, so one pass sees the whole forest
     order = sorted(range(len(paths)), key=lambda i: tuple(paths[i]))
     shared = [0] + [_common(paths[a], paths[b]) for a, b in pairwise(order)]
     nodes: list[list[int]] = []
@@ -133,6 +136,7 @@ def radix(paths: Sequence[Sequence[int]]) -> tuple[tuple[Node, ...], np.ndarray,
             nodes.append([start, len(ids), len(ids)])
             open_nodes.append((len(nodes) - 1, keep))
             trail = np.concatenate([trail[:keep], np.arange(start, len(ids))])
+        # a path that is a prefix of the last one adds no node: its trail is the beginning of the other's
         where[index] = trail[: len(path)]
     _close(nodes, open_nodes, 0, len(ids))
     return (
@@ -152,6 +156,7 @@ def _close(nodes: list[list[int]], open_nodes: list[tuple[int, int]], keep: int,
             return
         open_nodes.pop()
         nodes[node][2] = end
+        # only the part above `keep` is shared with what follows
         if depth < keep:
             start, stop, _ = nodes[node]
             cut = start + keep - depth
@@ -186,6 +191,7 @@ def _scored(
 ) -> dict[str, torch.Tensor]:
     """Which positions need logits, which tokens are scored there, and which response each belongs to."""
     token_M = np.concatenate([w[start:] for w, start in zip(where, starts, strict=True)])
+    # the logits that score a token stand at the position before it on its own path
     parent_M = np.concatenate([w[start - 1 : -1] for w, start in zip(where, starts, strict=True)])
     target_M = np.concatenate([np.asarray(p[start:], np.int64) for p, start in zip(paths, starts, strict=True)])
     length_R = np.array([len(p) - start for p, start in zip(paths, starts, strict=True)], np.int64)

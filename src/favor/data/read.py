@@ -46,6 +46,7 @@ def splits_of(config: DataConfig) -> list[SplitSpec]:
 
     With eval_share a prompt goes wholly to one split, by a hash of its text: more rows or another order change nothing.
     """
+    # the hub names held-out splits test or validation, files have none: eval_split is not split
     if config.eval is not None:
         held_out = SourceConfig(path=config.eval, split=config.eval_split)
         return [SplitSpec("train", config.parts, "all"), SplitSpec("eval", (held_out,), "all")]
@@ -75,6 +76,7 @@ def read_split(spec: SplitSpec, config: DataConfig) -> Trees:
     for source in spec.sources:
         report = ReadReport(source.path, config.format_of(source))
         by_prompt: dict[str, list[tuple[int, Judgment]]] = {}
+        # rows of one prompt need not stand together, so a tree is made when all are there
         for number, _, judgment in judged(source, config, spec.half, report):
             by_prompt.setdefault(tree_key(judgment), []).append((number, judgment))
         trees += [grow(rows, config.rules, source.path, report) for rows in by_prompt.values()]
@@ -94,6 +96,7 @@ def judged(
         if isinstance(judgment, RowError):
             if config.bad_rows == "error":
                 raise refused(source.path, number, judgment)
+            # a row whose prompt cannot be read is of no half; it is counted once, with the training half
             if half != "eval":
                 report.num_rows += 1
                 report.dropped.append((number, str(judgment)))
@@ -120,6 +123,7 @@ def outcomes(source: SourceConfig, config: DataConfig, report: ReadReport) -> It
 
                 row = named(row, columns, verdict)
             if report.format == "auto":
+                # the first row that can be read decides; a later row of another format is a bad row
                 report.format = recognise(row)
             if asked == "auto":
                 check_order(row, report.format)

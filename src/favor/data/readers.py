@@ -100,7 +100,7 @@ def _json_lines(path: Path, lines: Iterable[bytes]) -> Numbered:
         if not line.strip():
             continue
         try:
-            # the end of the line is no part of the row
+            # the end of the line is not part of the row
             text = line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
             value = strict.parse(text)
         except UnicodeDecodeError as error:
@@ -111,7 +111,7 @@ def _json_lines(path: Path, lines: Iterable[bytes]) -> Numbered:
 
 
 def _json(path: Path) -> Numbered:
-    """The values of one list; it is read to its end first, as where a value that is no JSON ends cannot be known."""
+    """The values of one list; it is read to its end first, as where a value that is not JSON ends cannot be known."""
     content = path.read_bytes()
     _refuse_other_kinds(path, content)
     try:
@@ -174,7 +174,7 @@ def _parquet(path: Path) -> Numbered:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if twice := [name for name in names if names.count(name) > 1]:
-                raise DataError(f"{path}: the column '{twice[0]}' stands in it twice; remove one")
+                raise DataError(f"{path}: the column '{twice[0]}' is there twice; remove one")
             yield from enumerate((row for batch in file.iter_batches(BATCH) for row in values_of(batch)), 1)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)}); write it again") from None

@@ -34,7 +34,7 @@ def read_objects(source: str, split: str) -> Iterator[tuple[int, dict[str, Any]]
 
 
 def as_object(row: Any) -> dict[str, Any]:
-    """The row without its empty columns. Raises RowError when it is no object, or none that can be read."""
+    """The row without its empty columns. Raises RowError when it is not an object, or cannot be read."""
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, dict):
@@ -56,7 +56,7 @@ def rows(source: str, split: str, *, streaming: bool = False) -> Numbered:
 
 
 def check(source: str) -> list[Path] | None:
-    """`files`, and DataError also for what is no file and cannot be a hub id; nothing is read and no network tried."""
+    """`files`, and DataError also for what is not a file and cannot be a hub id; nothing is read and no network tried."""
     found = files(source)
     if found is None and _kind(Path(source)) is None and not _looks_like_hub_id(source):
         raise DataError(f"{source}: no such file or folder; check the path")
@@ -79,7 +79,7 @@ def where(source: str, number: int) -> str:
 def files(source: str) -> list[Path] | None:
     """The local files that a source names, sorted; None for a saved data set or a hub id.
 
-    Raises DataError for a glob that matches nothing, a folder without data files, what is no regular file, and a file
+    Raises DataError for a glob that matches nothing, a folder without data files, what is not a regular file, and a file
     that is there under two names.
     """
     if not source.strip():
@@ -163,7 +163,7 @@ def _kind(path: Path) -> Literal["file", "folder"] | None:
         reason = reasons.get(error.errno or 0, f"cannot be opened ({error.strerror})")
         raise DataError(f"{str(path)[:200]}: {reason}; name another file") from None
     except ValueError as error:
-        raise DataError(f"{str(path)!a}: no name of a file ({error}); name another file") from None
+        raise DataError(f"{str(path)!a}: not the name of a file ({error}); name another file") from None
     if stat.S_ISDIR(mode):
         return "folder"
     if not stat.S_ISREG(mode):

@@ -20,7 +20,7 @@ _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]|[^\s,:\[\]{}"]++', re.DOTALL)
 def parse(text: str) -> Any:
     """The one JSON value that a text holds.
 
-    Raises ValueError for what is no JSON, and for JSON that could be misread: a field that stands twice, half a surrogate
+    Raises ValueError for what is not JSON, and for JSON that could be misread: a field that is there twice, half a surrogate
     pair, an integer beyond any float, nesting beyond 100 levels.
     """
     try:
@@ -73,7 +73,7 @@ def _check_pairs(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = ord(str(error.object)[error.start])
-        raise ValueError(f"it holds half a character (U+{half:04X}, a lone surrogate), which is no text") from None
+        raise ValueError(f"it holds half a character (U+{half:04X}, a lone surrogate), which is not text") from None
 
 
 def _is_deep(value: Any) -> bool:
@@ -94,7 +94,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {ascii(twice)[:80]} stands in it twice")
+        raise ValueError(f"the field {ascii(twice)[:80]} is there twice")
     return found
 
 

@@ -139,6 +139,7 @@ def tokenized(
         if cut is None:
             report.drop(tree.rows[0], f"longer than tokens.max_tokens = {config.max_tokens}", "truncation")
             continue
+        # dropped trees take no number, so the store of reference log-probs has no holes
         yield replace(cut, first_response=first)
         first += len(cut.response_ids)
     if not first:
@@ -171,6 +172,7 @@ def _tools(tokenizer: PreTrainedTokenizerBase, config: TokensConfig, end_ids: fr
             "this tokenizer has no end-of-sequence token, so plain responses could not end; use a chat template"
         )
     bos: tuple[int, ...] = ()
+    # a template writes its own beginning of sequence; in plain text the tokenizer's call shows whether it wants one
     if not chat and isinstance(first, int) and tokenizer("x").input_ids[:1] == [first]:
         bos = (first,)
     renderer = Renderer(tokenizer, chat, config.special_text == "refuse")
@@ -182,6 +184,7 @@ def _encoded(
 ) -> Iterator[tuple[PromptTree, TokenTree | RowError]]:
     """Each tree with its untruncated ids, or with why it cannot have them."""
     iterator = iter(trees)
+    # the tokenizer takes a whole window at once, so prompt and response of many trees go in together
     while window := list(islice(iterator, _BATCH)):
         rendered = [_try_render(tree, tools) for tree in window]
         texts = [text for item in rendered if isinstance(item, Rendered) for text in (item.prompt, *item.full)]
@@ -190,6 +193,7 @@ def _encoded(
             if isinstance(item, RowError):
                 yield tree, item
                 continue
+            # in the order in which the texts were handed over
             prompt_ids = next(encoded)
             full = [next(encoded) for _ in item.full]
             try:
@@ -223,6 +227,7 @@ def _assemble(
             raise RowError(str(error), error.kind, i) from None
         # a response that was cut must not learn to end where it was cut
         responses.append(tuple(closed[:-1] if i in tree.cut else closed))
+    # only now is it known that all of it can be used, so only now is it counted
     _refuse_equal(tree, responses)
     report.responses_trimmed += rendered.trimmed
     report.tools_unread += rendered.tools_unread
@@ -241,6 +246,7 @@ def _assemble(
 
 def _check_ids(text: str, ids: list[int], prompt: str, prompt_ids: list[int], tools: _Tools) -> None:
     """The prompt's ids must open those of the whole, which must say the same as the text."""
+    # a merge of the last letter of the prompt with the first of the response gives other ids than either alone
     if ids[: len(prompt_ids)] != prompt_ids:
         raise RowError("a token would straddle the boundary between prompt and response, so neither has exact ids")
     if len(ids) == len(prompt_ids) or not text[len(prompt) :].strip():
@@ -298,6 +304,7 @@ def _before_blanks(text: str, before: int, ids: list[int], tools: _Tools) -> int
 def _truncate(tree: TokenTree, config: TokensConfig, num_bos: int, report: TokenReport) -> TokenTree | None:
     """Make every response of the tree fit by the same rule; None when the tree must go."""
     longest = max(map(len, tree.response_ids))
+    # the longest response decides, so that chosen and rejected lose the same part of the prompt
     excess = len(tree.prompt_ids) + longest - config.max_tokens
     if excess <= 0:
         return tree
@@ -319,6 +326,7 @@ def _cut_responses(tree: TokenTree, room: int, report: TokenReport) -> TokenTree
     index = [unique.index(response) for response in cut]
     comparisons, ties = _mapped(tree.comparisons, index), _mapped(tree.ties, index)
     report.comparisons_dropped += len(tree.comparisons) + len(tree.ties) - len(comparisons) - len(ties)
+    # everything that told the responses apart was cut off
     if tree.comparisons and not comparisons:
         return None
     thumbs = tuple(thumb._replace(response=index[thumb.response]) for thumb in tree.thumbs)

@@ -27,6 +27,7 @@ class Comparison(NamedTuple):
     label: of a pair, the probability that this order is right (a soft label, such as a share of votes).
     """
 
+    # three responses, 2 best and 0 worst: order (2, 1, 0), gaps of 2 over 1 and of 1 over 0
     order: tuple[int, ...]
     weight: float = 1.0
     gaps: tuple[float, ...] = ()
@@ -76,6 +77,7 @@ class TokenTree:
     response_ids: tuple[tuple[int, ...], ...]
     complete: tuple[bool, ...]
     comparisons: tuple[Comparison, ...]
+    # with responses [0, 1] of the first tree and three of the second: 0, then 2
     first_response: int
     row: int
     ties: tuple[Comparison, ...] = ()
@@ -101,6 +103,7 @@ class Finding(NamedTuple):
 class Node(NamedTuple):
     """A run of tokens shared by everything below it, in pre-order: [start, stop), descendants [stop, end)."""
 
+    # a node without descendants has stop == end
     start: int
     stop: int
     end: int
@@ -125,14 +128,17 @@ class Batch:
     position_BT: Tensor
     mask_BT: Tensor | None
     nodes: tuple[Node, ...]
+    # logits are computed at N positions, tokens are scored at E (position, token) edges,
     head_N: Tensor
     edge_head_E: Tensor
     edge_target_E: Tensor
+    # and a response is the sum of its members: an edge that two responses share counts in both
     member_edge_M: Tensor
     member_response_M: Tensor
     length_R: Tensor
     last_R: Tensor
     index_R: Tensor
+    # every pair that a ranking implies; the rankings themselves follow
     chosen_P: Tensor
     rejected_P: Tensor
     weight_P: Tensor
