@@ -232,7 +232,7 @@ def _determines(config: SamplesConfig, prompts: NumberedPrompts) -> dict[str, st
 
 def _partial(out: Path) -> Path:
     """The unfinished part of a file: a line with the hash of everything that determines the texts, then one per sample."""
-    return out.with_name(f"{out.name}.partial")
+    return out.parent / f"{out.name}.partial"
 
 
 def _line(index: int, one: Reply) -> dict[str, Any]:
