@@ -26,6 +26,7 @@ from favor.generate.prefer import PreferConfig, prefer
 from favor.generate.samples import SamplesConfig, write_samples
 from favor.lint.run import lint
 from favor.lint.settings import LintConfig
+from favor.ranks import World
 from favor.report.collect import collect
 from favor.report.page import write_page
 from favor.run import RunFolder, append, read_jsonl, start, write_text
@@ -35,6 +36,7 @@ from favor.train.ppo import PpoConfig, train_ppo
 from favor.train.preference import TrainConfig, train
 from favor.train.session import StoppedError
 from favor.train.sft import SftConfig, sft
+from favor.train.step import Learner
 
 ROWS = [{"prompt": f"Film {i}?", "chosen": f"good {i} film", "rejected": f"bad {i}"} for i in range(6)]
 
@@ -137,7 +139,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused():
     weight = torch.nn.Parameter(torch.arange(4.0))
     moments = {"step.w": torch.tensor(1.0), "exp_avg.w": torch.zeros(4), "exp_avg_sq.w": torch.zeros(4)}
     good = checkpoint.Stored(Path("c"), TrainingState(step=1), {"w": torch.ones(4)}, moments, {})
-    optimizer = torch.optim.AdamW([weight])
+    learner = Learner({"w": weight}, torch.optim.AdamW([weight]), 1.0, torch.device("cpu"), World())
     wrong = [
         ({"policy": {"w": torch.ones(1)}}, "weights: not those"),
         ({"policy": {"w": torch.ones(4, dtype=torch.float64)}}, "weights: not those"),
@@ -147,14 +149,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused():
         ({"moments": moments | {"exp_avg.w": torch.zeros(1)}}, "'exp_avg.w' does not fit"),
         ({"moments": moments | {"exp_avg.v": torch.zeros(4)}}, "'exp_avg.v' does not fit"),
         ({"moments": moments | {"exp_avg_sq.w": torch.full((4,), torch.inf)}}, "does not fit"),
-        ({"beside": {"w": torch.ones(4)}}, "reference: not those"),
+        ({"reference": {"w": torch.ones(4)}}, "reference: not those"),
         ({"state": TrainingState(step=1, inputs={"reward": "a"})}, "began with another reward"),
     ]
     for change, message in wrong:
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.restore(good._replace(**change), {"w": weight}, optimizer, TrainingState(), {})
+            checkpoint.restore(good._replace(**change), learner, TrainingState())
         assert torch.equal(weight, torch.arange(4.0))
-    checkpoint.restore(good, {"w": weight}, optimizer, TrainingState(), {})
+    checkpoint.restore(good, learner, TrainingState())
     assert torch.equal(weight, torch.ones(4))
     for impossible in (
         {"step": -1},
