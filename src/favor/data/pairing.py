@@ -54,7 +54,7 @@ def _voted(judgment: Judgment, rules: Rules) -> tuple[Judgment, LeftOut]:
     votes = judgment.votes
     found, left_out = arrange(judgment._replace(scores=votes, votes=(), labels=()), rules)
     found = found._replace(scores=())
-    if len(votes) > 2 or not found.orders or rules.votes == "majority":
+    if len(votes) != 2 or not found.orders or rules.votes == "majority":
         return found, left_out
     if rules.votes == "soft":
         return found._replace(labels=judgment.labels), left_out
