@@ -205,7 +205,7 @@ def seeds():
     yield bad("train", "seed=" + "9" * 5000, names=["seed"], name="train seed of 5,000 digits")
     yield bad("train", "seed=true", names=["seed"])
     yield bad("train", "seed=1.5", names=["seed"])
-    yield bad("train", "data.eval_share=0.4", f"data.eval_seed={10**40}", names=["data.eval_seed"])
+    yield bad("train", "data.hold_out.share=0.4", f"data.hold_out.seed={10**40}", names=["data.hold_out.seed"])
 
 
 def numbers():

@@ -61,7 +61,7 @@ def commands(inputs):
         "train": Command(["train", *train, *watched], True, in_run),
         "train, LoRA": Command(["train", *train, "model.lora.rank=2"], True, in_run),
         "train, cache": Command(["train", *train, "data.cache=true"], True, in_run),
-        "train, TR-DPO": Command(["train", *train, "reference.mode=live", "reference.sync_every=2"], True, in_run),
+        "train, TR-DPO": Command(["train", *train, "reference.mode=live", "reference.sync.every=2"], True, in_run),
         "sft": Command(["sft", *train], True, in_run),
         "reward": Command(["reward", *train, f"data.eval={data}"], True, (*in_run, "run/eval.json")),
         "ppo": Command(["ppo", *rollouts, *reward, "sample.max_new_tokens=4", "train.max_steps=3"], True, in_run),

@@ -104,7 +104,7 @@ def test_a_new_name_is_never_an_old_one():
     [
         (["optim.kind=rmsprop", "optim.betas=[0.8, 0.9]"], "optim.betas is read by optim.kind=adamw alone"),
         (["watch.kl.tokens=9"], "'watch.kl.every' is not set"),
-        (["watch.eval.every=9"], "name data.eval or data.eval_share"),
+        (["watch.eval.every=9"], "name data.eval or data.hold_out.share"),
         (["loss.kind=simpo", "reference.displacement_threshold=0.5"], "reads no reference"),
         (["watch.kl_tokens=9"], "unknown key 'watch.kl_tokens'; it is called 'watch.kl.tokens' now"),
         (["train.save_every=9"], "it is called 'save.every' now"),

@@ -360,7 +360,7 @@ def test_grouping_through_files_equals_reading_in_memory(examples):
         with TemporaryDirectory() as folder:
             path = Path(folder) / "x.jsonl"
             path.write_text("\n".join(lines), "utf-8")
-            data = DataConfig(train=str(path), bad_rows=bad, pairing=pairing, min_gap=gap)
+            data = DataConfig(train=str(path), bad_rows=bad, compare={"pairing": pairing, "min_gap": gap})
 
             def through_files():
                 report = ReadReport(str(path), "auto")

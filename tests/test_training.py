@@ -297,22 +297,22 @@ def test_two_passes_take_the_steps_of_one(world_of_films, tmp_path):
 
 def test_moving_reference(world_of_films, tmp_path):
     """TR-DPO: after a hard update policy and reference are equal, after a soft one the margin has shrunk; resume is exact."""
-    live = ("reference.mode=live", "reference.sync_every=2")
+    live = ("reference.mode=live", "reference.sync.every=2")
     run_train(settings(world_of_films, tmp_path / "hard", *live))
     steps = curve(tmp_path / "hard")
     assert all(steps[s]["loss"] == pytest.approx(0.6931471805599453, abs=1e-6) for s in (1, 3, 5, 7))
     assert all(abs(steps[s]["loss"] - 0.6931471805599453) > 1e-4 for s in (4, 6, 8))
-    soft = [*live, "reference.sync_weight=0.5"]
+    soft = [*live, "reference.sync.weight=0.5"]
     run_train(settings(world_of_films, tmp_path / "soft", *soft))
     assert all(abs(curve(tmp_path / "soft")[s]["loss"] - 0.6931471805599453) > 1e-5 for s in (3, 5, 7))
     with pytest.raises(StoppedError):
         run_train(settings(world_of_films, tmp_path / "again", *soft), StopAt(5))
     run_train(settings(world_of_films, tmp_path / "again", *soft, "resume=true"))
     assert curve(tmp_path / "again") == curve(tmp_path / "soft")
-    with pytest.raises(ConfigError, match=r"reference\.sync_every moves a copy of the weights"):
+    with pytest.raises(ConfigError, match=r"\[reference\.sync\] moves a copy of the weights"):
         run_train(settings(world_of_films, tmp_path / "lora", *live, "model.lora.rank=2"))
     with pytest.raises(ConfigError, match=r"set reference\.mode=live"):
-        run_train(settings(world_of_films, tmp_path / "stored", "reference.sync_every=2"))
+        run_train(settings(world_of_films, tmp_path / "stored", "reference.sync.every=2"))
 
 
 def test_data_that_cannot_feed_the_loss(world_of_films, tmp_path):
@@ -364,13 +364,13 @@ def test_held_out_figures_and_kl_probe_while_training(world_of_films, tmp_path):
 
 
 def test_held_out_share_is_never_trained_on_and_evaluated(world_of_films, tmp_path):
-    """eval_share over two sources: training and `favor eval` agree on the prompts, which data.json counts."""
+    """hold_out over two sources: training and `favor eval` agree on the prompts, which data.json counts."""
     words = [word for word in settings(world_of_films, tmp_path / "a") if not word.startswith("data.")]
     paths = [world_of_films / "train.jsonl", tmp_path / "more.jsonl"]
     rows = [{"prompt": f"More {i}.", "chosen": "good film", "rejected": "bad film"} for i in range(12)]
     paths[1].write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     tables = ", ".join(f'{{path="{path}"}}' for path in paths)
-    run_train([*words, f"data.sources=[{tables}]", "data.eval_share=0.4", "train.epochs=1"])
+    run_train([*words, f"data.sources=[{tables}]", "data.hold_out.share=0.4", "train.epochs=1"])
     told = json.loads(RunFolder(tmp_path / "a").data_report.read_text())
     assert told["train"]["read"]["num_trees"] + told["eval"]["read"]["num_trees"] == 21
     assert not [finding for finding in told["lint"] if finding["kind"] == "leak"]

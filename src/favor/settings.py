@@ -5,6 +5,7 @@ Next: config.py.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import NoneType
@@ -110,7 +111,9 @@ def _default(field: FieldInfo) -> str:
 
 def _sentence(field: FieldInfo, section: type[BaseModel]) -> str:
     """The field's sentence, or the first of its section's docstring."""
-    return field.description or (section.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
+    said = (section.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
+    said = re.sub(r"^Section \[[^]]*\]: ", "", said)
+    return field.description or said[:1].upper() + said[1:]
 
 
 def table(found: Iterator[Setting]) -> "Table":
@@ -118,7 +121,10 @@ def table(found: Iterator[Setting]) -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    shown = Table("setting", "type", "default", "allowed", "what it does")
+    shown = Table("setting", "allowed (default)", "what it does")
+    # keys are typed again, so they are never cut
+    shown.columns[0].no_wrap = True
     for setting in found:
-        shown.add_row(*map(escape, (setting.key, setting.type, setting.default, setting.allowed, setting.sentence)))
+        allowed = f"{setting.allowed or setting.type} ({setting.default})"
+        shown.add_row(*map(escape, (setting.key, allowed, setting.sentence)))
     return shown

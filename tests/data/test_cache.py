@@ -121,7 +121,8 @@ def test_sources_weights_and_a_held_out_share_through_files(tmp_path, tok, pairi
         {"path": pairs, "weight": 2.0, "max_rows": 250},
         {"path": ranked, "weight": 0.5, "format": "ranked", "columns": {"prompt": "question"}},
     ]
-    more = {"train": None, "sources": sources, "eval_share": 0.2, "pairing": pairing, "min_gap": 0.05}
+    more = {"train": None, "sources": sources, "hold_out": {"share": 0.2}}
+    more["compare"] = {"pairing": pairing, "min_gap": 0.05}
     for part in (0, 1):
         memory, files = (get(None, tok, part=part, cache=on, **more) for on in (False, True))
         assert len(memory.read["sources"]) == 2

@@ -287,9 +287,9 @@ def test_a_format_added_to_the_table_is_recognised_read_and_missed_in_the_docs(m
         FORMATS["duel"](row | {"weight": -1})
     with pytest.raises(RowError, match=r"nearest is duel \(asked \+ won \+ lost\)"):
         recognise({"asked": "p", "winn": "a", "lost": "b"})
-    assert DataConfig(train="x", format="duel", columns={"won": "w"}, pairing="all").format == "duel"
-    with pytest.raises(ValueError, match="data.min_gap would be ignored: format duel has no scores"):
-        DataConfig(train="x", format="duel", min_gap=1)
+    assert DataConfig(train="x", format="duel", columns={"won": "w"}, compare={"pairing": "all"}).format == "duel"
+    with pytest.raises(ValueError, match="data.compare.min_gap would be ignored: format duel has no scores"):
+        DataConfig(train="x", format="duel", compare={"min_gap": 1})
     assert undocumented(FORMATS) == ["duel"]
 
 

@@ -61,7 +61,7 @@ def test_pairing_against_the_oracle(mode):
         gap = chance.choice([0.0, 1.0, 2.0, 3.5])
         responses = [f"r{i}" for i in range(len(scores))]
         judgment = FORMATS["ranked"]({"prompt": "p", "responses": responses, "scores": scores})
-        found, left_out = arrange(judgment, Rules(mode, gap))
+        found, left_out = arrange(judgment, Rules(pairing=mode, min_gap=gap))
         orders, ties = oracle(scores, mode, gap)
         assert (set(found.orders), set(found.ties)) == (orders, ties), (scores, gap)
         strict = [p for p in combinations(scores, 2) if p[0] != p[1]]
@@ -74,7 +74,7 @@ def test_pairing_against_the_oracle(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_rankings_without_scores_are_paired_too(mode):
     judgment = FORMATS["ranked"]({"prompt": "p", "responses": ["a", "b", "c"], "ranking": [2, 0, 1]})
-    found, left_out = arrange(judgment, Rules(mode, 1.0))
+    found, left_out = arrange(judgment, Rules(pairing=mode, min_gap=1.0))
     assert (
         set(found.orders)
         == {
@@ -94,14 +94,14 @@ def test_report_counts_what_is_left_out(tmp_path):
         {"prompt": "b", "chosen": "x", "rejected": "y", "margin": 0.5},
     ]
     path = write(tmp_path / "a.jsonl", rows[:1])
-    (tree,), report = read(path, DataConfig(train=path, min_gap=1.0), "train")
+    (tree,), report = read(path, DataConfig(train=path, compare={"min_gap": 1.0}), "train")
     assert [c.order for c in tree.comparisons] == [(0, 2), (1, 2)]
     assert (report.close_pairs, report.unasked_pairs) == (1, 0)
-    (tree,), report = read(path, DataConfig(train=path, min_gap=1.0, pairing="best_worst"), "train")
+    (tree,), report = read(path, DataConfig(train=path, compare={"min_gap": 1.0, "pairing": "best_worst"}), "train")
     assert [(c.order, c.gaps) for c in tree.comparisons] == [((0, 2), (4.0,))]
     assert (report.close_pairs, report.unasked_pairs) == (1, 1)
     path = write(tmp_path / "b.jsonl", rows[1:])
-    (tree,), report = read(path, DataConfig(train=path, min_gap=1.0), "train")
+    (tree,), report = read(path, DataConfig(train=path, compare={"min_gap": 1.0}), "train")
     assert (tree.comparisons, report.close_pairs, report.num_comparisons) == ((), 1, 0)
 
 
@@ -124,7 +124,7 @@ def test_votes_against_counting(votes):
             assert bool(close.orders) == (abs(a - b) >= 3)
             assert left_out.close == (abs(a - b) < 3)
     row = {"prompt": "p", "responses": ["x", "y", "z"], "votes": [1, 4, 2]}
-    assert arrange(FORMATS["votes"](row), Rules("best_rest", votes=votes))[0].orders == ((1, 2), (1, 0))
+    assert arrange(FORMATS["votes"](row), Rules(pairing="best_rest", votes=votes))[0].orders == ((1, 2), (1, 0))
 
 
 def test_responses_scored_in_rows_of_their_own(tmp_path):
@@ -135,7 +135,7 @@ def test_responses_scored_in_rows_of_their_own(tmp_path):
     assert p.comparisons == (Comparison((1, 0), gaps=(2.5,)), Comparison((2, 0), gaps=(2.5,)))
     assert p.ties == (Comparison((1, 2)),)
     assert (q.comparisons, report.lone_scores, report.merged_responses) == ((), 1, 1)
-    assert read(path, DataConfig(train=path, min_gap=3), "train")[1].close_pairs == 2
+    assert read(path, DataConfig(train=path, compare={"min_gap": 3}), "train")[1].close_pairs == 2
 
 
 def test_mixing_multiplies_weights_and_reports_each_source(tmp_path):
@@ -174,33 +174,33 @@ def held(path, **settings):
 def test_held_out_prompts_are_whole_and_stable(tmp_path):
     rows = [{"prompt": f"prompt {i % 1000}", "chosen": f"a{i}", "rejected": "b"} for i in range(2000)]
     path = write(tmp_path / "a.jsonl", rows)
-    train, out = held(path, eval_share=0.2)
+    train, out = held(path, hold_out={"share": 0.2})
     assert not train & out
     assert len(train | out) == 1000
     assert abs(len(out) - 200) < 50
     shuffled = random.Random(0).sample(rows, len(rows))
-    assert held(write(tmp_path / "b.jsonl", shuffled), eval_share=0.2) == [train, out]
+    assert held(write(tmp_path / "b.jsonl", shuffled), hold_out={"share": 0.2}) == [train, out]
     more = [*rows, *({"prompt": f"new {i}", "chosen": "a", "rejected": "b"} for i in range(100))]
-    new_train, new_out = held(write(tmp_path / "c.jsonl", more), eval_share=0.2)
+    new_train, new_out = held(write(tmp_path / "c.jsonl", more), hold_out={"share": 0.2})
     assert train <= new_train
     assert out <= new_out
-    assert held(path, eval_share=0.2, eval_seed=1)[1] != out
-    assert out < held(path, eval_share=0.3)[1]
+    assert held(path, hold_out={"share": 0.2, "seed": 1})[1] != out
+    assert out < held(path, hold_out={"share": 0.3})[1]
     chat = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    assert held(write(tmp_path / "d.jsonl", chat), eval_share=0.2) == [train, out]
+    assert held(write(tmp_path / "d.jsonl", chat), hold_out={"share": 0.2}) == [train, out]
 
 
 def test_held_out_rows_are_counted_once(tmp_path):
     rows = [{"prompt": f"p{i % 50}", "chosen": "a", "rejected": "b"} for i in range(100)] + [{"prompt": "bad"}]
     path = write(tmp_path / "a.jsonl", rows)
-    parts = read_splits(DataConfig(train=path, eval_share=0.5, bad_rows="drop"))
+    parts = read_splits(DataConfig(train=path, hold_out={"share": 0.5}, bad_rows="drop"))
     train, out = parts["train"][1], parts["eval"][1]
     assert train.num_rows + out.num_rows == 101
     assert train.repeated_comparisons + out.repeated_comparisons == 50
     assert (len(train.dropped), len(out.dropped)) == (1, 0)
     lone = write(tmp_path / "b.jsonl", rows[:1])
-    with pytest.raises(DataError, match=r"eval_share = 0.01 leaves no prompt for eval"):
-        read_splits(DataConfig(train=lone, eval_share=0.01))
+    with pytest.raises(DataError, match=r"hold_out.share leaves no prompt for eval"):
+        read_splits(DataConfig(train=lone, hold_out={"share": 0.01}))
 
 
 @pytest.mark.parametrize(
@@ -208,14 +208,14 @@ def test_held_out_rows_are_counted_once(tmp_path):
     [
         (["data.max_rows=3"], "either data.train=FILE or tables"),
         (["data.train=x", 'data.sources=[{path="y"}]'], "one of the two"),
-        (["data.train=x", "data.eval=y", "data.eval_share=0.1"], "data.eval_share would be ignored"),
-        (["data.train=x", "data.eval_seed=3"], "data.eval_seed needs data.eval_share"),
-        (["data.train=x", "data.eval_share=0.6"], "less than or equal to 0.5"),
-        (["data.train=x", "data.min_gap=-1"], "greater than or equal to 0"),
-        (["data.train=x", "data.format=thumbs", "data.pairing=all"], "data.pairing would be ignored"),
-        (["data.train=x", "data.format=nectar", "data.min_gap=1"], "data.min_gap would be ignored"),
-        (["data.train=x", "data.format=pairs", "data.votes=weight"], "data.votes would be ignored"),
-        (["data.train=x", "data.pairing=best"], "'data.pairing' is 'best'"),
+        (["data.train=x", "data.eval=y", "data.hold_out.share=0.1"], "hold_out\\] would be ignored"),
+        (["data.train=x", "data.hold_out.seed=3"], "'data.hold_out.share' is not set"),
+        (["data.train=x", "data.hold_out.share=0.6"], "less than or equal to 0.5"),
+        (["data.train=x", "data.compare.min_gap=-1"], "greater than or equal to 0"),
+        (["data.train=x", "data.format=thumbs", "data.compare.pairing=all"], "data.compare.pairing would be ignored"),
+        (["data.train=x", "data.format=nectar", "data.compare.min_gap=1"], "data.compare.min_gap would be ignored"),
+        (["data.train=x", "data.format=pairs", "data.compare.votes=weight"], "data.compare.votes would be ignored"),
+        (["data.train=x", "data.compare.pairing=best"], "'data.compare.pairing' is 'best'"),
         (['data.sources=[{path="y", weight=0}]'], "greater than 0"),
         (['data.sources=[{path="y", format="pair"}]'], "did you mean 'pairs'"),
         (['data.sources=[{path="y", wieght=2}]'], "unknown key 'data.sources.0.wieght'"),

@@ -79,7 +79,7 @@ def test_an_annotator_a_column(tmp_path):
     assert [tree.comparisons for tree in trees] == [(C((0, 1), label=pytest.approx(2 / 3)),), (C((1, 0)),)]
     with pytest.raises(DataError, match=r"row 1: none of the verdict's columns by.0, x, y has a value"):
         load_rows(tmp_path, [{"prompt": "p", "a": "one", "b": "two"}], columns=False, verdict=table)
-    (tree,), _ = load_rows(tmp_path, rows[:1], columns=False, verdict=table, votes="majority")
+    (tree,), _ = load_rows(tmp_path, rows[:1], columns=False, verdict=table, compare={"votes": "majority"})
     assert tree.comparisons == (C((0, 1)),)
 
 
@@ -131,7 +131,7 @@ def test_settings_that_contradict_each_other():
     for more, message in (
         ({"format": "pairs"}, "format says pairs; drop one"),
         ({"columns": {"first": "x"}}, "columns maps first, which verdict names already"),
-        ({"min_gap": 1.0}, "data.min_gap would be ignored"),
+        ({"compare": {"min_gap": 1.0}}, "data.compare.min_gap would be ignored"),
     ):
         with pytest.raises(ValueError, match=message):
             DataConfig(train="f", verdict=table, **more)

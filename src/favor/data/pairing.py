@@ -7,6 +7,9 @@ from collections.abc import Collection
 from itertools import combinations
 from typing import Literal, NamedTuple, TypeAlias
 
+from pydantic import BaseModel, Field
+
+from favor.config import STRICT
 from favor.data.formats import Judgment
 
 Pairing: TypeAlias = Literal["auto", "ranking", "all", "best_worst", "best_rest"]
@@ -14,12 +17,16 @@ Votes: TypeAlias = Literal["soft", "weight", "majority"]
 Pair: TypeAlias = tuple[int, int]
 
 
-class Rules(NamedTuple):
-    """How rows become comparisons (section [data] says what each value means)."""
+class Rules(BaseModel):
+    """Section [data.compare]: which comparisons scores, rankings and votes become."""
 
+    model_config = STRICT
     pairing: Pairing = "auto"
-    min_gap: float = 0.0
+    """What scores and rankings become; auto keeps rankings, and makes pairs where members are equal or too close."""
+    min_gap: float = Field(default=0.0, ge=0)
+    """Pairs whose scores differ by less are left out."""
     votes: Votes = "soft"
+    """What votes on two responses become: a soft label, a weight, or the majority alone."""
 
 
 class LeftOut(NamedTuple):

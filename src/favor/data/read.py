@@ -20,9 +20,9 @@ __all__ = ["LEFT_OUT", "DataConfig", "ReadReport", "SourceConfig", "read", "read
 
 # counts of a report that say what was left out, for people
 LEFT_OUT = {
-    "close_pairs": "pairs closer than data.min_gap left out",
-    "unasked_pairs": "pairs left out by data.pairing",
-    "unchecked_gaps": "comparisons without scores, to which data.min_gap does not apply",
+    "close_pairs": "pairs closer than data.compare.min_gap left out",
+    "unasked_pairs": "pairs left out by data.compare.pairing",
+    "unchecked_gaps": "comparisons without scores, to which data.compare.min_gap does not apply",
     "lone_scores": "scored responses without another to compare with",
     "both_bad": "rows that judge both responses bad: thumbs down, no comparison",
 }
@@ -44,13 +44,13 @@ class SplitSpec(NamedTuple):
 def splits_of(config: DataConfig) -> list[SplitSpec]:
     """The splits "train" and, where the recipe holds anything out, "eval".
 
-    With eval_share a prompt goes wholly to one split, by a hash of its text: more rows or another order change nothing.
+    With [data.hold_out] a prompt goes wholly to one split, by a hash of its text: more rows or another order change nothing.
     """
     # the hub names held-out splits test or validation, files have none: eval_split is not split
     if config.eval is not None:
         held_out = SourceConfig(path=config.eval, split=config.eval_split)
         return [SplitSpec("train", config.parts, "all"), SplitSpec("eval", (held_out,), "all")]
-    if config.eval_share:
+    if config.hold_out is not None:
         return [SplitSpec("train", config.parts, "train"), SplitSpec("eval", config.parts, "eval")]
     return [SplitSpec("train", config.parts, "all")]
 
@@ -153,18 +153,19 @@ def tree_key(judgment: Judgment) -> str:
 
 def _is_held_out(judgment: Judgment, config: DataConfig) -> bool:
     """Whether a prompt belongs to the held-out part: its hash, seen as a number from 0 to 1, is below the share."""
-    prompt = judgment.prompt
+    prompt, hold_out = judgment.prompt, config.hold_out
+    assert hold_out is not None, "only then is the data split"
     words = prompt if isinstance(prompt, str) else "\n".join(str(m.get("content") or "") for m in prompt)
-    digest = hashlib.sha256(f"{config.eval_seed}\n{words.strip()}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < config.eval_share * 2**64
+    digest = hashlib.sha256(f"{hold_out.seed}\n{words.strip()}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < hold_out.share * 2**64
 
 
 def need_prompts(reports: Sequence[ReadReport], spec: SplitSpec, config: DataConfig) -> None:
     """Raises DataError when a half holds no prompt."""
     if all(report.num_rows == len(report.dropped) for report in reports):
         raise DataError(
-            f"{config.training}: data.eval_share = {config.eval_share} leaves no prompt for {spec.name}; change the share or "
-            "data.eval_seed, or name data.eval"
+            f"{config.training}: data.hold_out.share leaves no prompt for {spec.name}; change the share or "
+            "data.hold_out.seed, or name data.eval"
         )
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from favor.config import STRICT, Seed
 from favor.data.formats import FORMATS, columns_of
-from favor.data.pairing import Pairing, Rules, Votes
+from favor.data.pairing import Rules
 
 Value = str | bool | int | float
 
@@ -94,6 +94,16 @@ class SourceConfig(BaseModel):
         return self
 
 
+class HoldOutConfig(BaseModel):
+    """Section [data.hold_out]: held-out prompts taken out of the training data, chosen by a hash of the prompt."""
+
+    model_config = STRICT
+    share: float = Field(gt=0, le=0.5)
+    """What share of the prompts is held out."""
+    seed: Seed = 0
+    """Another seed holds out other prompts."""
+
+
 class DataConfig(BaseModel):
     """Section [data]. A source is a .jsonl, .jsonl.gz, .json or .parquet file, a glob or folder, a saved data set, a hub id."""
 
@@ -104,21 +114,14 @@ class DataConfig(BaseModel):
     """Several sources to mix, in place of data.train."""
     eval: str | None = None
     """Held-out data: a source."""
-    eval_share: float = Field(default=0.0, ge=0, le=0.5)
-    """This share of the prompts is held out, chosen by a hash of the prompt."""
-    eval_seed: Seed = 0
+    hold_out: HoldOutConfig | None = None
     format: str = "auto"
     """The format of the rows (docs/formats.md); auto recognises it by the columns."""
     columns: dict[str, str] = {}
     """Our name of a column -> the file's (a.b for b inside a)."""
     verdict: VerdictConfig | None = None
     """Two answers, the column that says which is better, and what its values mean."""
-    pairing: Pairing = "auto"
-    """What scores and rankings become; auto keeps rankings, and makes pairs where members are equal or too close."""
-    min_gap: float = Field(default=0.0, ge=0)
-    """Pairs whose scores differ by less are left out."""
-    votes: Votes = "soft"
-    """What votes on two responses become: a soft label, a weight, or the majority alone."""
+    compare: Rules | None = None
     split: str = "train"
     """The split to train on, of a source that has several."""
     eval_split: str = "test"
@@ -141,10 +144,8 @@ class DataConfig(BaseModel):
     def _coherent(self) -> Self:
         if (self.train is None) == (not self.sources):
             raise ValueError("give either data.train=FILE or tables [[data.sources]], one of the two")
-        if self.eval is not None and self.eval_share:
-            raise ValueError("data.eval names held-out data already, so data.eval_share would be ignored; drop one")
-        if self.eval_seed and not self.eval_share:
-            raise ValueError("data.eval_seed needs data.eval_share: it says which prompts are held out")
+        if self.eval is not None and self.hold_out is not None:
+            raise ValueError("data.eval names held-out data already, so [data.hold_out] would be ignored; drop one")
         _check_columns(self.columns, self.format)
         _check_verdict(self.verdict, self.columns, self.format)
         self._check_used()
@@ -158,12 +159,13 @@ class DataConfig(BaseModel):
             return
         shown = ", ".join(sorted(names))
         known = [FORMATS[name] for name in names]
-        if self.pairing != "auto" and not any("order" in each.says for each in known):
-            raise ValueError(f"data.pairing would be ignored: format {shown} compares nothing")
-        if self.min_gap and not any("scores" in each.says for each in known):
-            raise ValueError(f"data.min_gap would be ignored: format {shown} has no scores")
-        if self.votes != "soft" and not any("votes" in each.says for each in known):
-            raise ValueError(f"data.votes would be ignored: format {shown} has no votes")
+        rules = self.rules
+        if rules.pairing != "auto" and not any("order" in each.says for each in known):
+            raise ValueError(f"data.compare.pairing would be ignored: format {shown} compares nothing")
+        if rules.min_gap and not any("scores" in each.says for each in known):
+            raise ValueError(f"data.compare.min_gap would be ignored: format {shown} has no scores")
+        if rules.votes != "soft" and not any("votes" in each.says for each in known):
+            raise ValueError(f"data.compare.votes would be ignored: format {shown} has no votes")
 
     def verdict_of(self, source: SourceConfig) -> VerdictConfig | None:
         """The verdict's table of a source: its own, or the section's where the source names no format of its own."""
@@ -188,7 +190,7 @@ class DataConfig(BaseModel):
     @property
     def rules(self) -> Rules:
         """How judgments become comparisons."""
-        return Rules(self.pairing, self.min_gap, self.votes)
+        return self.compare or Rules()
 
 
 def known_format(name: str) -> str:

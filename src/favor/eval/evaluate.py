@@ -109,9 +109,9 @@ def _evaluate(
 
 def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) -> Subject:
     # a share held out is a share of the rows that training read
-    limit = config.max_rows or (recipe.data.get("max_rows") if recipe.data.get("eval_share") else None)
+    limit = config.max_rows or (recipe.data.get("max_rows") if recipe.data.get("hold_out") else None)
     data = DataConfig.model_validate({**recipe.data, "max_rows": limit})
-    if config.data is None and data.eval is None and not data.eval_share:
+    if config.data is None and data.eval is None and data.hold_out is None:
         raise ConfigError(f"{config.run}: the run had no data.eval; name held-out preferences with data=FILE")
     texts, report = read(config.data, data, data.eval_split) if config.data else read_splits(data)["eval"]
     policy, reference = load_pair(config.run, config.reference)

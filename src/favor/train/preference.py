@@ -71,8 +71,8 @@ class TrainConfig(BaseModel):
     def _watched_is_there(self) -> "TrainConfig":
         if self.reward is not None and self.watch.kl is None:
             raise ValueError("[reward] scores the samples of the KL probe; set watch.kl.every, or remove it")
-        if self.watch.eval is not None and self.data.eval is None and not self.data.eval_share:
-            raise ValueError("[watch.eval] measures held-out data; name data.eval or data.eval_share, or remove it")
+        if self.watch.eval is not None and self.data.eval is None and self.data.hold_out is None:
+            raise ValueError("[watch.eval] measures held-out data; name data.eval or data.hold_out.share, or remove it")
         return self
 
     @model_validator(mode="after")
@@ -82,9 +82,9 @@ class TrainConfig(BaseModel):
             raise ValueError(f"loss '{losses.terms(self.loss)[0].kind}' reads no reference; remove section [reference]")
         if needed.tokens and self.reference.mode != "live":
             raise ValueError("loss.ld_alpha needs the reference's log-probs of every token; set reference.mode=live")
-        if self.reference.sync_every is not None and self.model.lora is not None:
+        if self.reference.sync is not None and self.model.lora is not None:
             raise ValueError(
-                "reference.sync_every moves a copy of the weights, but a LoRA policy's reference is its own base; "
+                "[reference.sync] moves a copy of the weights, but a LoRA policy's reference is its own base; "
                 "train all weights, or remove it"
             )
         return self
@@ -117,7 +117,7 @@ def _train(config: TrainConfig, session: Session) -> None:
         # what is measured later must be against this reference
         same_inputs(session.folder, inputs)
     # TR-DPO's reference moves with the policy, so checkpoints keep it
-    moving = ref.weights if config.reference.sync_every else {}
+    moving = ref.weights if config.reference.sync else {}
     learner = make_learner(config.optim, policy.trainable(), policy.device, session.world, moving)
     training = Training(config, policy, learner, len(used), session)
     _loop(config, training, (splits, used), references, TrainingState(inputs=inputs))
@@ -193,7 +193,7 @@ def _loop(
     """Optimizer steps from the newest checkpoint to the end, then the final model."""
     splits, used = data
     policy, session, budget = training.policy, training.session, config.train.max_tokens_per_pack
-    watch, sync_every = config.watch, config.reference.sync_every
+    watch, sync = config.watch, config.reference.sync
     with contextlib.closing(turns(training, "train", state)) as steps:
         for turn in steps:
             # the same on every rank; each computes its own share of the micro-batches
@@ -206,8 +206,8 @@ def _loop(
                 _check_first_loss(policy, expected, done)
             turn.done()
             now = turn.state.step
-            if sync_every and now % sync_every == 0:
-                reference.sync(references.of["train"], training.learner.parameters, config.reference.sync_weight)
+            if sync and now % sync.every == 0:
+                reference.sync(references.of["train"], training.learner.parameters, sync.weight)
             if watch.kl and now % watch.kl.every == 0:
                 turn.keep(kl=probe(watch.kl, config.seed, policy, references, splits, session.world))
             record = _step_record(turn, done, cut) | turn.state.kl

@@ -35,21 +35,25 @@ _CODE = "2"
 _HASH = "sha256"
 
 
-class ReferenceConfig(BaseModel):
-    """Section [reference]: what the policy is compared with, the model as it starts.
+class SyncConfig(BaseModel):
+    """Section [reference.sync]: TR-DPO's reference, which follows the policy. Gorbatovski et al. 2024, arXiv 2404.09656."""
 
-    sync: TR-DPO, Gorbatovski et al. 2024, arXiv 2404.09656.
-    """
+    model_config = STRICT
+    every: int = Field(ge=1)
+    """Steps after which the live reference moves to the policy."""
+    weight: float = Field(default=1.0, gt=0, le=1)
+    """By what share it moves; 1: it becomes the policy."""
+
+
+class ReferenceConfig(BaseModel):
+    """Section [reference]: what the policy is compared with, the model as it starts."""
 
     model_config = STRICT
     mode: Literal["stored", "live"] = "stored"
     """stored: log-probs computed once and kept in a file; live: computed beside every batch."""
     store: str | None = None
     """The file to build or reuse; by default it lies in the run folder."""
-    sync_every: int | None = Field(default=None, ge=1)
-    """Steps after which the live reference moves to the policy."""
-    sync_weight: float = Field(default=1.0, gt=0, le=1)
-    """By what share it moves; 1: it becomes the policy."""
+    sync: SyncConfig | None = None
     displacement_threshold: float = Field(default=0.75, gt=0, le=1)
     """Warn once so large a share of the last chosen responses has become less likely than under the reference."""
 
@@ -57,12 +61,8 @@ class ReferenceConfig(BaseModel):
     def _every_option_is_read(self) -> "ReferenceConfig":
         if self.store is not None and self.mode == "live":
             raise ValueError("reference.store is set but reference.mode is 'live', which stores nothing; remove one")
-        if self.sync_every is not None and self.mode != "live":
-            raise ValueError(
-                "reference.sync_every moves the reference, so it cannot be stored; set reference.mode=live"
-            )
-        if self.sync_every is None and self.sync_weight != 1.0:
-            raise ValueError("reference.sync_weight is read only with reference.sync_every; set that or remove it")
+        if self.sync is not None and self.mode != "live":
+            raise ValueError("[reference.sync] moves the reference, so it cannot be stored; set reference.mode=live")
         return self
 
 

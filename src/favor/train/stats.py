@@ -88,7 +88,7 @@ def _check_tree(found: Sequence[Term], tree: TokenTree, source: str) -> None:
         if soft and "label_P" not in reads:
             raise ConfigError(
                 f"{source}, row {tree.row}: it has a soft label, which loss '{term.kind}' does not read; "
-                "use loss.kind=dpo, or data.votes=weight or majority"
+                "use loss.kind=dpo, or data.compare.votes=weight or majority"
             )
         if unmarked and "margin_P" in reads:
             raise ConfigError(
