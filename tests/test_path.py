@@ -152,6 +152,8 @@ def trace(tmp_path_factory):
 def test_the_files_of_a_step_are_those_of_the_page(trace):
     story, others, _ = documented()
     assert set(story) <= set(trace.files), "the story tells of a file that a plain step does not run"
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert re.findall(r"`([\w/]+\.py)`", readme) == story
     assert sorted(story + others) == sorted(trace.files)
     assert len(trace.files) <= COMMAND_FILES
     assert sum(map(lines, trace.files)) <= COMMAND_LINES

@@ -76,7 +76,8 @@ def _union(
 ) -> Iterator[Setting]:
     default = kind_of(type(field.default)) if isinstance(field.default, BaseModel) else ""
     known = {kind_of(section): section for section in sections}
-    yield Setting(f"{key}.kind", "choice", default or _default(field), ", ".join(known), _sentence(field, sections[0]))
+    shown = json.dumps(default) if default else _default(field)
+    yield Setting(f"{key}.kind", "choice", shown, ", ".join(known), _sentence(field, sections[0]))
     if not every:
         chosen = given.get("kind", default)
         if chosen in known:
