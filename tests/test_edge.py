@@ -23,8 +23,7 @@ from test_server import Server
 
 from favor import errors, run
 from favor.cli import main
-from favor.errors import StorageError, writing
-from favor.hide import without_known_places, without_places, without_secrets
+from favor.errors import StorageError, without_known_places, without_places, without_secrets, writing
 from favor.lint.settings import ELSEWHERE, LintConfig
 from favor.train.preference import TrainConfig
 

@@ -19,7 +19,7 @@ from favor.data.types import Comparison
 from favor.errors import CheckpointError, ConfigError, DataError
 from favor.eval.figures import calibrate
 from favor.eval.score import ScoreConfig, score
-from favor.losses.reward import bradley_terry, centering, rao_kupper_tie
+from favor.losses.pairwise import bradley_terry, centering, rao_kupper_tie
 from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.load import ModelConfig, load_policy
 from favor.model.logprobs import response_logps

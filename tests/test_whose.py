@@ -8,10 +8,9 @@ import tomli_w
 from test_training import StopAt, curve, open_session
 
 from favor.config import load
-from favor.errors import CheckpointError, ConfigError, DataError
+from favor.errors import CheckpointError, ConfigError, DataError, without_secrets
 from favor.eval.score import ScoreConfig, score
 from favor.generate.samples import SamplesConfig, write_samples
-from favor.hide import without_secrets
 from favor.lint.run import lint
 from favor.lint.settings import LintConfig
 from favor.online import LoopRunConfig, loop

@@ -15,8 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model
 
-from favor.errors import ConfigError, clipped
-from favor.hide import without_secrets
+from favor.errors import ConfigError, clipped, without_secrets
 
 M = TypeVar("M", bound=BaseModel)
 STRICT = ConfigDict(

@@ -20,8 +20,7 @@ import httpx2
 from pydantic import BaseModel, Field, field_validator
 
 from favor.config import STRICT
-from favor.errors import ConfigError, FavorError, ServerError, clipped
-from favor.hide import without_secrets
+from favor.errors import ConfigError, FavorError, ServerError, clipped, without_secrets
 
 T = TypeVar("T")
 # Longest wait between two attempts, seconds: our own back-off, and what a server may ask for.

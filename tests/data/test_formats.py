@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from favor.data import batches
 from favor.data.formats import FORMATS, Format, Judgment, RowError, columns_of, recognise
-from favor.data.grow import ReadReport, grow
-from favor.data.pairing import Rules
+from favor.data.grow import ReadReport, Rules, grow
 from favor.data.read import DataConfig, read
 from favor.data.settings import SourceConfig
 from favor.data.tokenize import TokensConfig, tokenize

@@ -8,7 +8,7 @@ import pytest
 
 from favor.config import dump, load
 from favor.data.formats import FORMATS
-from favor.data.pairing import Rules, arrange
+from favor.data.grow import Rules, arrange
 from favor.data.read import DataConfig, read, read_splits
 from favor.data.types import Comparison
 from favor.errors import ConfigError, DataError

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from favor.config import STRICT, Seed
 from favor.data.formats import FORMATS, columns_of
-from favor.data.pairing import Rules
+from favor.data.grow import Rules
 
 Value = str | bool | int | float
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ftfy
 
 from favor.data.formats import Judgment, RowError
-from favor.hide import in_texts
+from favor.errors import in_texts
 from favor.lint.cheap import RESPONSE_CHECKS, Hit, Where, shown, words_of
 
 # only what changes the meaning of bytes: typographic quotes and ligatures are good text

@@ -21,8 +21,7 @@ from favor.data.formats import RowError, columns_of
 from favor.data.read import ReadReport, outcomes
 from favor.data.settings import SourceConfig
 from favor.data.types import Finding
-from favor.errors import CheckpointError, ConfigError, DataError
-from favor.hide import in_texts, places_in, without_known_places
+from favor.errors import CheckpointError, ConfigError, DataError, in_texts, places_in, without_known_places
 from favor.lint.cheap import Hit, Told, findings
 from favor.lint.models import model_gaps, noise_checks, reward_gaps, token_checks
 from favor.lint.rows import Row, repaired, row_checks, row_of

@@ -1,7 +1,7 @@
 """Scalar heads: a reward model's score of a response, and a value of every position for PPO.
 
 In: a Policy and a Batch. Out: score_R at each response's last token; value_E where each token was chosen.
-Next: ../losses/reward.py.
+Next: ../losses/pairwise.py.
 """
 
 from collections.abc import Iterable, Sequence

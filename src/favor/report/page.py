@@ -16,7 +16,7 @@ import plotly.offline
 from markupsafe import Markup
 from plotly.io import to_html
 
-from favor.hide import in_texts, places_in, without_places
+from favor.errors import in_texts, places_in, without_places
 from favor.report.collect import RunRecord
 from favor.report.table import figure_rows, rendered, winrate_rows
 from favor.run import write_text

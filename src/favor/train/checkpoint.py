@@ -18,9 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from favor.config import STRICT
 from favor.data.batches import LoaderState
-from favor.errors import CheckpointError
+from favor.errors import CheckpointError, without_places
 from favor.guard import file_hash, sha
-from favor.hide import without_places
 from favor.model.load import Policy
 from favor.run import atomic_folder, refuse_changed, remove_folder
 from favor.train.step import Learner

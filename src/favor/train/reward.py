@@ -22,7 +22,7 @@ from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import ConfigError
 from favor.eval.figures import Calibration, calibrate
-from favor.losses.reward import bradley_terry, centering, rao_kupper_tie
+from favor.losses.pairwise import bradley_terry, centering, rao_kupper_tie
 from favor.model.batched import measured, pairs
 from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.load import ModelConfig, Policy, precise

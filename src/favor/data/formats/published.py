@@ -1,6 +1,6 @@
 """Formats of published data sets, and of Alpaca and ShareGPT files as LLaMA-Factory reads them.
 
-In: a row. Out: what it says; weight and tools are read by Format. Next: ../pairing.py.
+In: a row. Out: what it says; weight and tools are read by Format. Next: ../grow.py.
 """
 
 import math
