@@ -174,7 +174,7 @@ def _prefer() -> Command:
 
 
 def _loop() -> Command:
-    """Online preference learning: in rounds, sample from the model, rank by a reward, train, go on from there."""
+    """Online preference learning: in rounds, sample from the model, rank by a reward, train, continue from there."""
     from favor.online import LoopRunConfig, loop
 
     def run(config: LoopRunConfig, terminal: Terminal) -> None:

@@ -27,7 +27,7 @@ Seed = Annotated[
 ]
 # settings that many commands have
 Run = Annotated[str, Field(description="The folder this run writes into.")]
-Resume = Annotated[bool, Field(description="Go on from the newest checkpoint of the run folder.")]
+Resume = Annotated[bool, Field(description="Continue from the newest checkpoint of the run folder.")]
 Overwrite = Annotated[bool, Field(description="Replace the output file if it is there.")]
 # settings of earlier versions, dotted -> the key of today, or a sentence that says what to do instead
 RENAMED: Mapping[str, str] = {

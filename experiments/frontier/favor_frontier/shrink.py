@@ -63,7 +63,7 @@ def _smaller_vocabulary(
 ) -> tuple[dict[str, Any], list[int]]:
     """The tokenizer's description cut to the tokens in use, what they are merged from, and the 256 bytes; and the ids kept."""
     if described["model"]["type"] != "BPE" or (described["pre_tokenizer"] or {}).get("type") != "ByteLevel":
-        raise ConfigError(f"{source}: its tokenizer is no byte-level BPE, so its vocabulary cannot be cut")
+        raise ConfigError(f"{source}: its tokenizer is not a byte-level BPE, so its vocabulary cannot be cut")
     vocabulary: dict[str, int] = described["model"]["vocab"]
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in described["model"]["merges"]]
     parents = {a + b: (a, b) for a, b in pairs}

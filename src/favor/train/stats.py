@@ -16,10 +16,10 @@ from favor.losses.table import LossConfig, Term, beta_of, needs, terms
 from favor.losses.view import Scored
 
 _WANTS = {
-    "pairs": "it wants pairs: chosen and rejected, a ranking or scores",
-    "pairs and ties": "it wants pairs or ties",
-    "rankings": "it wants pairs or rankings",
-    "thumbs": "it wants labels, or pairs",
+    "pairs": "it needs pairs: chosen and rejected, a ranking or scores",
+    "pairs and ties": "it needs pairs or ties",
+    "rankings": "it needs pairs or rankings",
+    "thumbs": "it needs labels, or pairs",
 }
 
 
