@@ -207,11 +207,11 @@ def test_divergences_are_f_primes(name):
 def test_rao_kupper_and_davidson_are_probabilities():
     """Win, loss and tie add up to 1."""
     h = torch.linspace(-5, 5, 11, dtype=D)
-    from favor.losses import reward
+    from favor.losses import pairwise
 
     beta, width, nu = 0.7, 0.4, 1.3
-    parts = [reward.bradley_terry(beta * x, torch.full_like(h, width)) for x in (h, -h)]
-    total = sum((-x).exp() for x in parts) + (-reward.rao_kupper_tie(beta * h, width)).exp()
+    parts = [pairwise.bradley_terry(beta * x, torch.full_like(h, width)) for x in (h, -h)]
+    total = sum((-x).exp() for x in parts) + (-pairwise.rao_kupper_tie(beta * h, width)).exp()
     assert torch.allclose(total, torch.ones_like(h))
     parts = [pairwise.davidson(x, t(), beta, nu) for x in (h, -h)] + [pairwise.davidson(t(), h, beta, nu)]
     assert torch.allclose(sum((-x).exp() for x in parts), torch.ones_like(h))
