@@ -316,20 +316,25 @@ def options(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def by_kind(default: str) -> Discriminator:
+    """Of a union of sections with a Tag each: the one that `kind` names, `default` where it names none."""
+
+    def chosen(given: Any) -> str | None:
+        if isinstance(given, BaseModel):
+            return kind_of(type(given))
+        return str(given.get("kind", default)) if isinstance(given, dict) else None
+
+    return Discriminator(chosen)
+
+
 def choice(sections: Mapping[str, Mapping[str, Any]], default: str, sentence: str, **more: Any) -> Any:
     """The union of sections that `kind` chooses among, `default` where it is not given; sentence: what is chosen.
 
     sections: kind -> its settings, name -> (annotation, default). more: settings and validators that all of them have.
     """
     made = {name: _section(name, {**own, **more}) for name, own in sections.items()}
-
-    def chosen(given: Any) -> Any:
-        if isinstance(given, BaseModel):
-            return kind_of(type(given))
-        return given.get("kind", default) if isinstance(given, dict) else None
-
     tagged = tuple(Annotated[section, Tag(name)] for name, section in made.items())
-    return Annotated[Union[tagged], Discriminator(chosen), Field(description=sentence)]  # noqa: UP007 (a union of computed types)
+    return Annotated[Union[tagged], by_kind(default), Field(description=sentence)]  # noqa: UP007 (a union of computed types)
 
 
 def _section(kind: str, settings: dict[str, Any]) -> type[BaseModel]:

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, Field, Tag
 
-from favor.config import STRICT
+from favor.config import STRICT, by_kind
 from favor.data.formats import RowError
 from favor.data.prompts import encode_prompts
 from favor.data.render import plain_prompt
@@ -102,17 +102,11 @@ class ServerEngine(BaseModel):
     template: Template = "auto"
 
 
-def _kind(given: Any) -> Any:
-    if isinstance(given, TransformersEngine | VllmEngine | ServerEngine):
-        return given.kind
-    return given.get("kind", "transformers") if isinstance(given, dict) else None
-
-
 Engine: TypeAlias = Annotated[
     Annotated[TransformersEngine, Tag("transformers")]
     | Annotated[VllmEngine, Tag("vllm")]
     | Annotated[ServerEngine, Tag("openai")],
-    Discriminator(_kind),
+    by_kind("transformers"),
 ]
 
 

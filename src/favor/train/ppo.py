@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Field, Tag, model_validator
 from torch import Tensor
 
-from favor.config import STRICT, Resume, Run, Seed, dump
+from favor.config import STRICT, Resume, Run, Seed, by_kind, dump
 from favor.data import sources
 from favor.data.prompts import encode_prompts, read_prompts
 from favor.data.tokenize import TokensConfig
@@ -131,21 +131,10 @@ class AdaptiveKl(BaseModel):
     """Samples over which the weight may change by a fifth of its value."""
 
 
-def _kind(default: str) -> Discriminator:
-    """The section that `kind` names, `default` where it names none."""
-
-    def chosen(given: Any) -> str | None:
-        if isinstance(given, dict):
-            return str(given.get("kind", default))
-        return given.kind if isinstance(given, Gae | Rloo | Grpo | FixedKl | AdaptiveKl) else None
-
-    return Discriminator(chosen)
-
-
 Advantage = Annotated[
-    Annotated[Gae, Tag("gae")] | Annotated[Rloo, Tag("rloo")] | Annotated[Grpo, Tag("grpo")], _kind("gae")
+    Annotated[Gae, Tag("gae")] | Annotated[Rloo, Tag("rloo")] | Annotated[Grpo, Tag("grpo")], by_kind("gae")
 ]
-KlControl = Annotated[Annotated[FixedKl, Tag("fixed")] | Annotated[AdaptiveKl, Tag("adaptive")], _kind("adaptive")]
+KlControl = Annotated[Annotated[FixedKl, Tag("fixed")] | Annotated[AdaptiveKl, Tag("adaptive")], by_kind("adaptive")]
 
 
 class PpoSettings(BaseModel):
