@@ -202,7 +202,7 @@ def count_writes(counter):
 
 def results(here, command):
     """What counts in the end: file -> bytes; of metrics the curves as the report reads them, without the clock."""
-    from favor.report.collect import collect
+    from favor.report.page import collect
 
     found = {}
     for pattern in command.results:

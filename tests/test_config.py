@@ -2,7 +2,7 @@
 
 import pytest
 
-import favor.config
+import favor.settings
 from favor.config import dump, load, split_arguments
 from favor.errors import ConfigError
 from favor.train.optim import OptimConfig, learning_rate
@@ -87,7 +87,7 @@ def test_a_value_where_a_section_belongs_names_its_keys():
 
 def test_a_renamed_key_says_its_new_name(monkeypatch, tmp_path):
     """In a recipe and in an override; a sentence stands for a setting that has no single successor."""
-    monkeypatch.setattr(favor.config, "RENAMED", {"optim.rate": "optim.lr", "seeds": "give seed once a run"})
+    monkeypatch.setattr(favor.settings, "RENAMED", {"optim.rate": "optim.lr", "seeds": "give seed once a run"})
     with pytest.raises(ConfigError, match=r"unknown key 'optim.rate'; it is called 'optim.lr' now"):
         load(TrainConfig, None, [*NEEDED, "optim.rate=1"])
     (tmp_path / "r.toml").write_text("seeds = 3\n")
@@ -96,7 +96,7 @@ def test_a_renamed_key_says_its_new_name(monkeypatch, tmp_path):
 
 
 def test_a_new_name_is_never_an_old_one():
-    assert not set(favor.config.RENAMED) & set(favor.config.RENAMED.values())
+    assert not set(favor.settings.RENAMED) & set(favor.settings.RENAMED.values())
 
 
 @pytest.mark.parametrize(
@@ -113,3 +113,19 @@ def test_a_new_name_is_never_an_old_one():
 def test_an_option_that_nothing_reads_is_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         load(TrainConfig, None, ["run=r", "model.path=m", "data.train=d", *words])
+
+
+def test_what_was_a_value_and_is_a_section_with_kinds_says_so():
+    from favor.demo import DemoConfig
+    from favor.generate.samples import SamplesConfig
+
+    needed = ["out=o", "prompts=p"]
+    with pytest.raises(
+        ConfigError, match=r"'engine' is a section, found 'vllm'; set engine.kind=..., one of transformers, vllm"
+    ):
+        load(SamplesConfig, None, [*needed, "engine=vllm"])
+    with pytest.raises(ConfigError, match=r"'engine' is a single value.* chosen by its kind is given as engine.kind="):
+        load(SamplesConfig, None, [*needed, "engine=vllm", "engine.model=m"])
+    # a key that the demo no longer has, and other commands have
+    with pytest.raises(ConfigError, match=r"unknown key 'prompts'; the demo samples 20 prompts; .*sample_prompts="):
+        load(DemoConfig, None, ["prompts=5"])

@@ -23,8 +23,9 @@ from test_server import Server
 
 from favor import errors, run
 from favor.cli import main
-from favor.errors import StorageError, without_known_places, without_places, without_secrets, writing
+from favor.errors import StorageError, without_known_places, without_places, without_secrets
 from favor.lint.settings import ELSEWHERE, LintConfig
+from favor.run import writing
 from favor.train.preference import TrainConfig
 
 KEY = "sk-very-secret-0123456789"

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from favor.config import load
 from favor.errors import ConfigError
 from favor.ranks import World
-from favor.report.collect import collect
-from favor.report.page import write_page
+from favor.report.page import collect, write_page
 from favor.run import RunFolder
 from favor.train.session import Session, StoppedError, StopRequest
 

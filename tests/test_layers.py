@@ -16,7 +16,8 @@ BASE = {"errors", "config", "run", "guard"}
 ALLOWED = {
     "errors": set(),
     "stop": {"errors"},
-    "config": {"errors"},
+    "settings": {"errors"},
+    "config": {"errors", "settings"},
     "guard": {"errors"},
     "run": {"errors", "guard"},
     "output": {"errors", "run", "guard"},
@@ -34,13 +35,12 @@ ALLOWED = {
     "report": {"errors", "run", "guard"},
     "demo": BASE | {"stop", "rewards", "eval", "train", "report"},
     "online": BASE | {"output", "stop", "data", "losses", "model", "rewards", "generate", "train"},
-    "settings": {"errors", "config"},
     "init": BASE | {"data", "settings", "train"},
-    "cli": BASE
-    | {"data", "model", "ranks", "rewards", "eval", "train", "report"}
-    | {"generate", "winrate", "demo", "online", "lint", "stop", "settings", "init"}
+    "commands": BASE
+    | {"model", "eval", "train", "report", "generate", "winrate", "demo", "online", "lint", "stop", "init"}
     # the paper's experiment stands on the library; nothing of the library may know it, but for its command
     | {"favor_frontier"},
+    "cli": BASE | {"commands", "train", "stop", "settings"},
 }
 # inside train/ a file imports earlier ones only
 TRAIN_ORDER = (
@@ -55,7 +55,7 @@ DATA_ORDER = (
 # prepare goes through files where a source is large
 LAZY = {"data/prepare": {"store"}}
 # what the package has come down to; only ever lowered, to 12,000 lines in 95 files
-MOST_LINES, MOST_FILES = 15_900, 96
+MOST_LINES, MOST_FILES = 15_870, 96
 # comment lines per 100 of code, on the files of the story (docs/path.md); those whose comments are still to be written
 LEAST_COMMENTS = 5
 TO_COMMENT = {

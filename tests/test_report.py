@@ -11,8 +11,7 @@ from favor_frontier.page import SECTIONS, frontier_figure, frontier_rows, widest
 from rich.console import Console
 
 from favor.errors import CheckpointError
-from favor.report.collect import collect
-from favor.report.page import flatten, write_page
+from favor.report.page import collect, flatten, write_page
 from favor.report.table import figures_table
 from favor.run import RunFolder, append, write_json
 

@@ -279,7 +279,7 @@ def test_other_settings_do_not_continue_a_partial_file(serve, tmp_path):
     with pytest.raises(ServerError):
         run_sample(sample_words(tmp_path, server))
     for other in ("seed=1", "sample.temperature=0.5", "engine.server.model=n", "samples_per_prompt=2", "max_prompts=1"):
-        with pytest.raises(ConfigError, match=r"out.jsonl.partial: was begun with other settings.*delete it"):
+        with pytest.raises(ConfigError, match=r"out.jsonl.partial: was started with other settings.*delete it"):
             run_sample(sample_words(tmp_path, server, other))
     (tmp_path / "out.jsonl.partial").write_text("{}\nx\n")
     with pytest.raises(ConfigError, match=r"out.jsonl.partial: damaged.*delete it"):

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from favor import cli
-from favor.config import load, models
+from favor.config import load
 from favor.errors import ConfigError, DataError
 from favor.init import write_recipe
-from favor.settings import settings
+from favor.settings import models, settings
 from favor.train.preference import TrainConfig
 from favor.train.sft import SftConfig
 

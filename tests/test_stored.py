@@ -27,8 +27,7 @@ from favor.generate.samples import SamplesConfig, write_samples
 from favor.lint.run import lint
 from favor.lint.settings import LintConfig
 from favor.ranks import World
-from favor.report.collect import collect
-from favor.report.page import write_page
+from favor.report.page import collect, write_page
 from favor.run import RunFolder, append, read_jsonl, start, write_text
 from favor.train import checkpoint, reference
 from favor.train.checkpoint import TrainingState, checkpoints
@@ -300,7 +299,7 @@ def test_out_is_no_input_and_nobody_elses(inputs):
             write_samples(drawn(inputs, f"out={inputs / name}", "overwrite=true"), quiet)
     out.unlink()
     out.write_text("mine")
-    with pytest.raises(ConfigError, match=r"not known to be made by this command.*overwrite=true"):
+    with pytest.raises(ConfigError, match=r"this command is not known to have made it.*overwrite=true"):
         write_samples(drawn(inputs), quiet)
     assert (out.read_text(), data.read_bytes()) == ("mine", before)
     assert write_samples(drawn(inputs, "overwrite=true"), quiet) == 6

@@ -3,27 +3,21 @@
 In: words. Out: one call per command; errors become one line and an exit code. Next: train/preference.py.
 """
 
+import contextlib
 import io
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from favor.commands import OTHERS, Command, Terminal, init, report
+
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from pydantic import BaseModel
     from rich.console import Console
-
-    from favor.stop import StopRequest
-    from favor.train.session import Session
-
-T = TypeVar("T")
 
 Words = Annotated[
     list[str] | None,
@@ -42,27 +36,11 @@ app = typer.Typer(
 )
 
 
-@dataclass(frozen=True)
-class Terminal:
-    """Where a command runs: the recipe file it was given, the console, lines of progress."""
-
-    recipe: Path | None
-    console: "Console"
-    progress: "Callable[[str, int, int], None]"
-
-
-@dataclass(frozen=True)
-class Command:
-    """What a command is: its settings, and what it does with them; True: exit code 1."""
-
-    config: "type[BaseModel]"
-    run: Callable[[Any, Terminal], object]
-
-
 def _train() -> Command:
     from favor.train.preference import TrainConfig, train
+    from favor.train.session import in_session
 
-    return Command(TrainConfig, lambda c, t: _in_session(lambda opened: train(c, opened)))
+    return Command(TrainConfig, lambda c, t: in_session(lambda opened: train(c, opened)))
 
 
 def _dry_run() -> Command:
@@ -72,163 +50,17 @@ def _dry_run() -> Command:
     return Command(TrainConfig, lambda c, t: print(describe(c)))
 
 
-def _sft() -> Command:
-    """Fine-tune on the preferred responses (or on plain SFT rows)."""
-    from favor.train.sft import SftConfig, sft
-
-    return Command(SftConfig, lambda c, t: _in_session(lambda opened: sft(c, opened)))
-
-
-def _reward() -> Command:
-    """Train a reward model on preferences (Bradley-Terry), with held-out accuracy and calibration."""
-    from favor.train.reward import RewardTrainConfig, train_reward
-
-    return Command(RewardTrainConfig, lambda c, t: _in_session(lambda opened: train_reward(c, opened)))
-
-
-def _ppo() -> Command:
-    """Train on a reward by PPO (or RLOO, GRPO): the system that DPO is compared with."""
-    from favor.train.ppo import PpoConfig, train_ppo
-
-    return Command(PpoConfig, lambda c, t: _in_session(lambda opened: train_ppo(c, opened)))
-
-
-def _score() -> Command:
-    """Score a file's responses by any reward; on preferences, its accuracy and calibration."""
-    from favor.eval.score import ScoreConfig, score
-    from favor.report.table import figures_table
-
-    def run(config: ScoreConfig, terminal: Terminal) -> None:
-        if config.reward.kind in ("model", "implicit"):
-            _say_precision("float32")
-        figures = score(config, terminal.progress, terminal.recipe)
-        if figures is not None:
-            terminal.console.print(figures_table(figures))
-        print(f"scores in {config.out}")
-
-    return Command(ScoreConfig, run)
-
-
-def _frontier() -> Command:
-    """Reward against KL of DPO, IPO, KTO, PPO and the baselines on one task: the paper's experiment."""
-    from favor_frontier.page import frontier_table
-    from favor_frontier.recipe import FrontierConfig
-    from favor_frontier.run import frontier
-
-    def run(config: FrontierConfig, terminal: Terminal) -> None:
-        _say_precision("float32")
-        terminal.console.print(frontier_table(_in_session(lambda open_session: frontier(config, open_session))))
-        report([Path(config.run)])
-
-    return Command(FrontierConfig, run)
-
-
-def _eval() -> Command:
-    """Held-out preference accuracy, margins, sampled KL and samples of a finished run."""
-    from favor.eval.evaluate import EvalConfig, evaluate
-    from favor.report.table import figures_table
-
-    return Command(EvalConfig, lambda c, t: t.console.print(figures_table(evaluate(c, t.console.print, t.progress))))
-
-
-def _winrate() -> Command:
-    """Two models, or files of responses, compared by a judge: win rates with position and length taken out."""
-    from favor.report.table import winrate_table
-    from favor.winrate.run import WinrateConfig, winrate
-
-    def run(config: WinrateConfig, terminal: Terminal) -> None:
-        console = terminal.console
-        _say_precision(*config.dtypes)
-        with _continued():
-            console.print(winrate_table(winrate(config, console.print, terminal.progress)))
-
-    return Command(WinrateConfig, run)
-
-
-def _sample() -> Command:
-    """Sample responses to the prompts of a file, as JSON lines; the same command again continues a stopped run."""
-    from favor.generate.engines import dtypes
-    from favor.generate.samples import SamplesConfig, write_samples
-
-    def run(config: SamplesConfig, terminal: Terminal) -> None:
-        _say_precision(*dtypes(config.engine))
-        with _continued():
-            count = write_samples(config, terminal.progress, terminal.recipe)
-        print(f"{count} samples in {config.out}")
-
-    return Command(SamplesConfig, run)
-
-
-def _prefer() -> Command:
-    """Make preferences: sample several responses per prompt and rank them by a reward."""
-    from favor.generate.engines import dtypes
-    from favor.generate.prefer import PreferConfig, prefer
-
-    def run(config: PreferConfig, terminal: Terminal) -> None:
-        _say_precision(*dtypes(config.engine))
-        with _continued():
-            report = prefer(config, terminal.progress, terminal.recipe)
-        print(f"{report}; preferences in {config.out}")
-
-    return Command(PreferConfig, run)
-
-
-def _loop() -> Command:
-    """Online preference learning: in rounds, sample from the model, rank by a reward, train, continue from there."""
-    from favor.online import LoopRunConfig, loop
-
-    def run(config: LoopRunConfig, terminal: Terminal) -> None:
-        _say_precision(config.model.dtype)
-        kept = "what was made so far is kept; run the same command again, with resume=true"
-        _in_session(lambda open_session: loop(config, open_session, terminal.progress), kept)
-
-    return Command(LoopRunConfig, run)
-
-
-def _lint() -> Command:
-    from favor.lint.run import fails, findings_table, lint
-    from favor.lint.settings import LintConfig
-
-    def run(config: LintConfig, terminal: Terminal) -> bool:
-        if config.reward is not None or config.lint.doubt:
-            _say_precision("float32")
-        findings = lint(config, terminal.recipe)
-        terminal.console.print(findings_table(findings))
-        return fails(config, findings)
-
-    return Command(LintConfig, run)
-
-
-def _demo() -> Command:
-    """The main job on the embedded model and data: SFT, DPO, evaluation, report."""
-    from favor.demo import DemoConfig, demo
-
-    return Command(DemoConfig, lambda c, t: _in_session(lambda opened: demo(c, opened, t.console, t.progress)))
-
-
 # every command that takes a recipe; what it needs is imported when it runs
-COMMANDS: Mapping[str, Callable[[], Command]] = {
-    "train": _train,
-    "sft": _sft,
-    "reward": _reward,
-    "ppo": _ppo,
-    "score": _score,
-    "frontier": _frontier,
-    "eval": _eval,
-    "winrate": _winrate,
-    "sample": _sample,
-    "prefer": _prefer,
-    "loop": _loop,
-    "lint": _lint,
-    "demo": _demo,
-}
+COMMANDS: Mapping[str, Callable[[], Command]] = {"train": _train, **OTHERS}
 
 
 def _call(make: Callable[[], Command], words: Sequence[str], *, listed: bool) -> None:
     """Run a command on its words, or list its settings."""
+    from rich.console import Console
+
     from favor.config import load, read, split_arguments
 
-    command, (recipe, overrides), console = make(), split_arguments(words), _console()
+    command, (recipe, overrides), console = make(), split_arguments(words), Console(highlight=False)
     if listed:
         from favor.settings import settings, table
 
@@ -251,41 +83,16 @@ def train(words: Words = None, settings: Listed = False, dry_run: DryRun = False
     _call(_dry_run if dry_run else _train, words or [], listed=settings)
 
 
-@app.command()
+@app.command(help=OTHERS["lint"].__doc__)
 def lint(words: Words = None, settings: Listed = False, fix: Fix = None) -> None:
-    """Look for faults in preference data; exit code 1 when a finding is as severe as lint.fail_on (error)."""
-    _call(_lint, [*(words or []), *([f"lint.fix={fix}"] if fix is not None else [])], listed=settings)
+    """Declare the command, which alone has an option --fix."""
+    _call(OTHERS["lint"], [*(words or []), *([f"lint.fix={fix}"] if fix is not None else [])], listed=settings)
 
 
-for _name in (name for name in COMMANDS if name not in ("train", "lint")):
+for _name in (name for name in OTHERS if name != "lint"):
     _plain(_name)
-
-
-@app.command()
-def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")]) -> None:
-    """Write report.html into the first run folder: curves, samples, numbers, settings."""
-    from favor_frontier.page import SECTIONS
-
-    from favor.report.collect import collect
-    from favor.report.page import write_page
-    from favor.run import RunFolder
-
-    path = RunFolder(runs[0]).report
-    write_page([collect(run, SECTIONS) for run in runs], path)
-    print(f"report: {path}")
-
-
-@app.command()
-def init(
-    model: Annotated[str, typer.Option(help="A model folder or a hub id.")],
-    data: Annotated[str, typer.Option(help="A file of preferences.")],
-    out: Annotated[Path, typer.Option(help="The recipe to write; it must not be there yet.")] = Path("recipe.toml"),
-) -> None:
-    """Write a commented recipe for your model and your file."""
-    from favor.init import write_recipe
-
-    command = write_recipe(model, data, out)
-    print(f"recipe: {out}; run it by: favor {command} {out}")
+for _own in (report, init):
+    app.command()(_own)
 
 
 @app.command()
@@ -312,40 +119,40 @@ def main() -> None:
         with stop_signals("nothing unfinished was kept; run the same command again"):
             app()
     except FavorError as error:
-        errors.end(str(error), error.exit_code)
+        _end(str(error), error.exit_code)
     except StoppedAtOnceError as error:
-        errors.end(str(error), error.exit_code, at_once=True)
+        _end(str(error), error.exit_code, at_once=True)
     except errors.EXPECTED as error:
         said = errors.explained(error)
         if said is None:
             raise
-        errors.end(said, FavorError.exit_code)
+        _end(said, FavorError.exit_code)
     finally:
-        errors.flush()
+        _flush()
 
 
-def _continued() -> "AbstractContextManager[StopRequest]":
-    """Signals in a command that keeps what it has made and takes it up again."""
-    from favor.stop import stop_signals
+def _end(message: str, code: int, *, at_once: bool = False) -> NoReturn:
+    """The one line, without what nobody may see, and the exit code."""
+    from favor.errors import clipped, without_secrets
 
-    return stop_signals("what was made so far is kept; run the same command again to continue")
+    with contextlib.suppress(OSError):
+        print(f"favor: {clipped(' '.join(without_secrets(message).splitlines()), 1400)}", file=sys.stderr)
+    _flush()
+    if at_once and threading.active_count() > 1:
+        # the interpreter would wait for threads that wait for a server
+        os._exit(code)
+    sys.exit(code)
 
 
-_NOTHING_KEPT = "no step was under way, so there was nothing to save; run the same command again"
-
-
-def _in_session(run: "Callable[[Callable[[Path], Session]], T]", kept: str = _NOTHING_KEPT) -> T:
-    """Call `run` with a way to open its session; kept: what is said when a signal comes while no step is under way."""
-    from favor.model.load import memory_settings
-    from favor.ranks import world
-    from favor.run import RunFolder
-    from favor.stop import stop_signals
-    from favor.train.session import Session
-
-    memory_settings()
-    console = _console()
-    with world() as members, stop_signals(kept) as stop:
-        return run(lambda root: Session(RunFolder(root), members, console, stop))
+def _flush() -> None:
+    """Write out what is left. A reader that has gone (`| head`) is no error, so nothing may be left for the exit either."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def _quiet() -> None:
@@ -360,20 +167,6 @@ def _quiet() -> None:
         # a terminal or locale that lacks a letter shows its number instead
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _say_precision(*dtypes: str) -> None:
-    """What the command's models are computed in; training commands and eval say it themselves."""
-    from favor.model.load import precision_of
-
-    for dtype in dict.fromkeys(dtypes):
-        print(f"precision: {precision_of(dtype)}")
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(highlight=False)
 
 
 def _progress(console: "Console") -> Callable[[str, int, int], None]:

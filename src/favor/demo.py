@@ -29,14 +29,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from favor.config import STRICT, Seed
 from favor.errors import DataError
 from favor.eval.evaluate import EvalConfig, evaluate
-from favor.report.collect import collect
-from favor.report.page import write_page
+from favor.report.page import collect, write_page
 from favor.report.table import figures_table
 from favor.rewards.classifier import train_judge
 from favor.run import RunFolder, atomic_folder, cache_folder, make_folder, write_jsonl
 from favor.stop import StoppedError
 from favor.train.preference import TrainConfig, train
-from favor.train.session import Session
+from favor.train.session import OpenSession
 from favor.train.sft import SftConfig, sft
 
 
@@ -96,7 +95,7 @@ class DemoConfig(BaseModel):
 
 def demo(
     config: DemoConfig,
-    open_session: Callable[[Path], Session],
+    open_session: OpenSession,
     console: Console,
     progress: Callable[[str, int, int], None],
 ) -> None:

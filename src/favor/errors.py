@@ -4,16 +4,14 @@ In: nothing, or an exception that no part of favor expected. Out: one base class
 Next: config.py.
 """
 
-import contextlib
 import errno
 import os
 import re
 import sys
-import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -26,15 +24,15 @@ _MEMORY = (
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place",
     errno.EDQUOT: "free some of your quota, or choose another place",
-    errno.EFBIG: "the file system takes no file of this size; choose another place",
-    errno.EROFS: "choose a place that can be written",
+    errno.EFBIG: "the file system does not allow a file of this size; choose another place",
+    errno.EROFS: "choose a place that can be written to",
     **dict.fromkeys((errno.EACCES, errno.EPERM), "check its rights, or choose another place"),
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.ENOTDIR: "a part of the path is a file; choose another path",
     errno.EISDIR: "name a file, not a folder",
-    errno.ELOOP: "the links lead in a circle; check the path",
+    errno.ELOOP: "the links form a circle; check the path",
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
-    errno.EIO: "the disk or its connection fails; choose another place",
+    errno.EIO: "the disk or its connection is failing; choose another place",
 }
 _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
@@ -113,20 +111,6 @@ def refused(error: OSError, path: Path | None = None) -> str:
     return f"{where}: cannot be {verb} ({error.strerror or error}); {remedy}"
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Generator[None]:
-    """Name the file in what the operating system, or safetensors for it, refuses. Raises StorageError."""
-    try:
-        yield
-    except OSError as error:
-        # what is written aside has a name that nobody knows
-        mine = not isinstance(error.filename, str) or error.filename.startswith(str(path.parent))
-        raise StorageError(refused(error, path if mine else Path(error.filename))) from None
-    except SafetensorError as error:
-        said = first_line(error)
-        raise StorageError(f"{path}: cannot be written ({said}); free some space, or choose another place") from None
-
-
 def first_line(error: BaseException) -> str:
     """What an exception says, in one short line; its kind where it says nothing."""
     said = " ".join(str(error).split())
@@ -137,28 +121,6 @@ def clipped(text: str, longest: int = 120) -> str:
     """A path or a value at a length that a message can hold: its beginning and its end."""
     half = longest // 2
     return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
-
-
-def end(message: str, code: int, *, at_once: bool = False) -> NoReturn:
-    """The one line, without what nobody may see, and the exit code."""
-    with contextlib.suppress(OSError):
-        print(f"favor: {clipped(' '.join(without_secrets(message).splitlines()), 1400)}", file=sys.stderr)
-    flush()
-    if at_once and threading.active_count() > 1:
-        # the interpreter would wait for threads that wait for a server
-        os._exit(code)
-    sys.exit(code)
-
-
-def flush() -> None:
-    """Write out what is left. A reader that has gone (`| head`) is no error, so nothing may be left for the exit either."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
 
 
 # What must not be shown: secrets in messages, and the places of this machine on pages that are handed on.

@@ -35,9 +35,9 @@ def write_recipe(model: str, data: str, out: Path) -> str:
         with out.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise ConfigError(f"{out}: it is there already, and stays as it is; name another file by --out") from None
+        raise ConfigError(f"{out}: it is there already, and was left unchanged; name another file with --out") from None
     except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another file by --out") from None
+        raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another file with --out") from None
     return command
 
 

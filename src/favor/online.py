@@ -5,7 +5,6 @@ the model of round N, which is its reference too. Next: generate/prefer.py.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,7 @@ from favor.train.checkpoint import checkpoints
 from favor.train.loop import LoopConfig, SaveConfig
 from favor.train.optim import OptimConfig
 from favor.train.preference import TrainConfig, train
-from favor.train.session import Session, recipe_hash, running
-
-OpenSession = Callable[[Path], Session]
+from favor.train.session import OpenSession, Session, recipe_hash, running
 
 
 class LoopRunConfig(BaseModel):
@@ -45,7 +42,7 @@ class LoopRunConfig(BaseModel):
     seed: Seed = 0
     resume: Resume = False
     rounds: int = Field(default=3, ge=1)
-    """How often to sample, rank and train."""
+    """Number of rounds; each samples, ranks and trains."""
     model: ModelConfig
     prompts: PromptsFile
     split: Split = "train"
@@ -65,7 +62,7 @@ class LoopRunConfig(BaseModel):
     def _adapters_do_not_add_up(self) -> "LoopRunConfig":
         if self.model.lora is not None:
             raise ValueError(
-                "model.lora: the adapters of a round fit the merged model of the round before; train in full"
+                "model.lora: the adapters of a round fit the merged model of the round before; train all weights"
             )
         return self
 

@@ -94,7 +94,7 @@ def known(output: Output) -> dict[str, Any] | None:
     for name, hashed in there.items():
         written = [found[when][name] for when in ("files", "before") if sound and name in found[when]]
         if hashed not in written:
-            unknown = "is there already, and not known to be made by this command"
+            unknown = "is there already, and this command is not known to have made it"
             raise _refusal(
                 output, output.path.with_name(name), "was changed since favor wrote it" if written else unknown
             )

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from favor import guard
-from favor.errors import CheckpointError, ConfigError, writing
+from favor.errors import CheckpointError, ConfigError, StorageError, first_line, refused
 
 _STEP = b'{"kind": "step", "step": '
 
@@ -220,6 +222,20 @@ def append_text(path: Path, text: str) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Name the file in what the operating system, or safetensors for it, refuses. Raises StorageError."""
+    try:
+        yield
+    except OSError as error:
+        # what is written aside has a name that nobody knows
+        mine = not isinstance(error.filename, str) or error.filename.startswith(str(path.parent))
+        raise StorageError(refused(error, path if mine else Path(error.filename))) from None
+    except SafetensorError as error:
+        said = first_line(error)
+        raise StorageError(f"{path}: cannot be written ({said}); free some space, or choose another place") from None
 
 
 def cut_torn_line(path: Path) -> None:

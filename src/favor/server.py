@@ -41,7 +41,7 @@ class ServerConfig(BaseModel):
     timeout_s: float = Field(default=60, gt=0)
     """Seconds without an answer after which an attempt has failed."""
     retries: int = Field(default=5, ge=0)
-    """A request is tried this many times more before the command gives up."""
+    """A failed request is tried again this many times before the command gives up."""
     concurrency: int = Field(default=4, ge=1)
     """Requests under way at a time."""
     backoff_s: float = Field(default=0.5, ge=0)
@@ -61,7 +61,7 @@ class ServerConfig(BaseModel):
                 "alone, put the key into an environment variable and name that in server.api_key_env"
             )
         if parsed.port is not None and not 0 < parsed.port < 1 << 16:
-            raise ValueError(f"port {parsed.port} cannot be; give one from 1 to 65535")
+            raise ValueError(f"port {parsed.port} is not possible; give one from 1 to 65535")
         if parsed.scheme not in ("http", "https") or not parsed.host or not parsed.path.rstrip("/").endswith("/v1"):
             raise ValueError(f"{clipped(url)!r}: expected http(s)://HOST/v1, the base url that ends in /v1")
         return url.rstrip("/")
@@ -160,7 +160,7 @@ def _ask(config: ServerConfig, path: str, body: Mapping[str, Any], seed: int | N
                 if attempt < config.retries:
                     time.sleep(max(reason.wait_s, _backoff(config, attempt, body)))
     raise ServerError(
-        f"{url}: no usable reply after {config.retries + 1} attempts, the last: {last}; see that the server is up, {_KEPT}"
+        f"{url}: no usable reply after {config.retries + 1} attempts, the last: {last}; check that the server is up, {_KEPT}"
     )
 
 

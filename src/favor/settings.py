@@ -1,21 +1,22 @@
-"""The list of settings: key, type, default, what is allowed, one sentence; read off the sections themselves.
+"""What settings there are, read off the sections themselves: the list, and what is said of one that is refused.
 
-In: a command's config class. Out: Setting records, a table for the terminal (docs/settings.py makes docs/settings.md of them).
-Next: config.py.
+In: a command's config class; an error of pydantic. Out: Setting records and a table of them for the terminal (docs/settings.py
+makes docs/settings.md of them); a line that says what to write instead. Next: config.py.
 """
 
+import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from favor.config import kind_of, models
+from favor.errors import clipped, without_secrets
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,6 +29,51 @@ _NAMES = {
     dict: "table",
     tuple: "list",
     list: "list",
+}
+
+
+# settings of earlier versions, dotted -> the key of today, or a sentence that says what to do instead
+RENAMED: Mapping[str, str] = {
+    "loss.name": 'it is loss.kind now (name = "sigmoid" is kind = "dpo")',
+    "loss.also": 'all losses of a sum stand together now: loss.kind = "sum", loss.terms = [{kind = ...}, {kind = ...}]',
+    "loss.weight": 'weights belong to a sum: loss.kind = "sum", loss.terms = [{kind = ..., weight = ...}]',
+    "loss.divergence_alpha": "loss.divergence.alpha",
+    "train.save_every": "save.every",
+    "train.keep_checkpoints": "save.keep",
+    "watch.kl_every": "watch.kl.every",
+    "watch.kl_prompts": "watch.kl.prompts",
+    "watch.kl_tokens": "watch.kl.tokens",
+    "watch.eval_every": "watch.eval.every",
+    "watch.displacement_threshold": "reference.displacement_threshold",
+    "reference.sync_every": "reference.sync.every",
+    "reference.sync_weight": "reference.sync.weight",
+    "data.eval_share": "data.hold_out.share",
+    "data.eval_seed": "data.hold_out.seed",
+    "data.pairing": "data.compare.pairing",
+    "data.min_gap": "data.compare.min_gap",
+    "data.votes": "data.compare.votes",
+    "optim.name": "optim.kind",
+    "ppo.gamma": "ppo.advantage.gamma",
+    "ppo.lam": "ppo.advantage.lam",
+    "ppo.value": "ppo.advantage.value",
+    "ppo.value_clip": "ppo.advantage.value_clip",
+    "ppo.value_coef": "ppo.advantage.value_coef",
+    "ppo.whiten_rewards": "ppo.advantage.whiten_rewards",
+    "ppo.whiten_advantages": "ppo.advantage.whiten",
+    "ppo.kl_coef": "ppo.kl.coef",
+    "ppo.target_kl": "ppo.kl.target",
+    "ppo.kl_horizon": "ppo.kl.horizon",
+    "ppo.kl_estimator": "ppo.kl.estimator",
+    "reward.ties": "set reward.tie_width to learn from ties; 0.5 is a good start",
+    "model": "the model that samples come from is engine.model now",
+    "server": "the server that samples come from is engine.server now, with engine.kind = openai",
+    "tokens": "prompts are rendered by engine.template and engine.special_text now (favor winrate: template, special_text)",
+    "sample.batch": "it is engine.batch now",
+    # a command's own
+    "DemoConfig.sft_lr": "the demo's SFT has a fixed learning rate; for one of your own: favor sft optim.lr=...",
+    "DemoConfig.test_pairs": "the demo reads 80 held-out rows; for another number: favor eval run=RUN/dpo max_rows=...",
+    "DemoConfig.prompts": "the demo samples 20 prompts; for another number: favor eval run=RUN/dpo sample_prompts=...",
+    "DemoConfig.samples_per_prompt": "the demo takes 4 samples; for another number: favor eval run=RUN/dpo samples_per_prompt=...",
 }
 
 
@@ -129,3 +175,101 @@ def table(found: Iterator[Setting]) -> "Table":
         allowed = f"{setting.allowed or setting.type} ({setting.default})"
         shown.add_row(*map(escape, (setting.key, allowed, setting.sentence)))
     return shown
+
+
+def explained(item: Any, schema: type[BaseModel], where: str) -> str:
+    """What pydantic refuses, as a line: where it stands in the recipe, what was found, what to write instead."""
+    key, here = place(item["loc"], schema)
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{clipped(key)}'; {_advice(key, schema, here)}"
+    if item["type"] == "missing":
+        return f"{where}: '{key}' is not set; add it to the recipe or give {key}=..."
+    given = clipped(without_secrets(repr(item["input"])))
+    if item["type"].startswith("union_tag"):
+        return f"{where}: {_kinds(key, here, item['input'], given)}"
+    if item["type"] == "model_type":
+        return f"{where}: '{key}' is a section, found {given}; set {key}.KEY=..., one of {', '.join(_below(key, here))}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        said = f"{key + ': ' if key else ''}{message}"
+    else:
+        said = f"'{key}' is {given}: {message[0].lower() + message[1:]}"
+    return f"{where}: {said}"
+
+
+def _kinds(key: str, here: Sequence[type[BaseModel]], section: Any, given: str) -> str:
+    """A union whose kind is not one of its kinds."""
+    known = ", ".join(map(kind_of, here))
+    if not isinstance(section, dict):
+        return f"'{key}' is a section, found {given}; set {key}.kind=..., one of {known}"
+    said = clipped(without_secrets(repr(section["kind"]))) if "kind" in section else "not set"
+    return f"'{key}.kind' is {said}; choose one of {known}"
+
+
+def place(loc: Sequence[str | int], schema: type[BaseModel]) -> tuple[str, list[type[BaseModel]]]:
+    """Where pydantic found an error, as the recipe writes it (without the kinds chosen on the way), and what may stand there."""
+    parts: list[str] = []
+    here = [schema]
+    for part in loc:
+        chosen = [model for model in here if kind_of(model) == part]
+        if len(here) > 1 and chosen:
+            here = chosen
+            continue
+        parts.append(str(part))
+        if isinstance(part, str):
+            field = next((model.model_fields[part] for model in here if part in model.model_fields), None)
+            here = list(models(field.annotation)) if field else here
+    return ".".join(parts), here
+
+
+def _advice(key: str, schema: type[BaseModel], here: Sequence[type[BaseModel]]) -> str:
+    """What to write instead of an unknown key: its new name, the kind that reads it, the nearest valid one, or all known there."""
+    if now := RENAMED.get(f"{schema.__name__}.{key}", RENAMED.get(key)):
+        return now if " " in now else f"it is called '{now}' now"
+    valid = list(dict.fromkeys(_keys(schema)))
+    if key in valid:
+        readers = clipped(", ".join(_readers(key, schema)))
+        return f"it is not read by kind '{kind_of(here[0])}'; remove it or choose a kind that reads it ({readers})"
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
+    if not close:
+        leaf = key.rsplit(".", 1)[-1]
+        close = [name for name in valid if name.rsplit(".", 1)[-1] == leaf][:1]
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"known here: {', '.join(_below(key.rpartition('.')[0], here))}"
+
+
+def _readers(key: str, schema: type[BaseModel]) -> Iterator[str]:
+    """The kinds of a section that have this setting."""
+    here, (*parents, leaf) = [schema], key.split(".")
+    for part in parents:
+        fields = [model.model_fields[part] for model in here if part in model.model_fields]
+        here = [model for field in fields for model in models(field.annotation)]
+    yield from (kind_of(model) for model in here if leaf in model.model_fields)
+
+
+def _below(key: str, here: Sequence[type[BaseModel]]) -> list[str]:
+    return [
+        f"{key}.{name}".lstrip(".") for name in dict.fromkeys(name for model in here for name in model.model_fields)
+    ]
+
+
+def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        for section in models(field.annotation, lists=False):
+            yield from _keys(section, f"{prefix}{name}.")
+
+
+def models(annotation: Any, *, lists: bool = True) -> Iterator[type[BaseModel]]:
+    """The sections an annotation can hold: one, those of a union, and with `lists` those of a list of sections."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif lists or get_origin(annotation) in (Union, UnionType, Annotated):
+        for inner in get_args(annotation):
+            yield from models(inner, lists=lists)
+
+
+def kind_of(model: type[BaseModel]) -> str:
+    """The `kind` that chooses this section of a union; empty where none does."""
+    return str(get_args(model.model_fields["kind"].annotation)[0]) if "kind" in model.model_fields else ""

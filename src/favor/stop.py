@@ -13,7 +13,7 @@ from types import FrameType
 
 from favor.errors import FavorError
 
-AFTER_THIS_STEP = "stopping after this step, with a checkpoint (once more: at once)"
+AFTER_THIS_STEP = "stopping after this step, with a checkpoint (again: at once)"
 
 
 class StoppedError(FavorError):

@@ -32,8 +32,9 @@ from favor.train.optim import OptimConfig
 from favor.train.ppo import AdaptiveKl, PpoConfig, PpoSettings, PromptsConfig, train_ppo
 from favor.train.preference import TrainConfig, train
 from favor.train.reference import ReferenceConfig
+from favor.train.session import OpenSession
 from favor.train.watch import KlConfig, WatchConfig
-from favor_frontier.prepare import OpenSession, Places, Task, learnt_reward, start_model, training_prompts
+from favor_frontier.prepare import Places, Task, learnt_reward, start_model, training_prompts
 from favor_frontier.recipe import FrontierConfig, Point
 
 

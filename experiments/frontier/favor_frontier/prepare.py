@@ -27,13 +27,11 @@ from favor.train import reference
 from favor.train.loop import LoopConfig, SaveConfig
 from favor.train.optim import OptimConfig
 from favor.train.reward import RewardTrainConfig, train_reward
-from favor.train.session import Session, load_splits
+from favor.train.session import OpenSession, load_splits
 from favor.train.sft import SftConfig, sft
 from favor_frontier.films import film_files
 from favor_frontier.recipe import FrontierConfig
 from favor_frontier.shrink import shrink
-
-OpenSession = Callable[[Path], Session]
 
 
 @dataclass(frozen=True)

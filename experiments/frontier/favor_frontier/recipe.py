@@ -46,7 +46,7 @@ class SftSizes(BaseModel):
     batch_prompts: int = Field(default=3, ge=1)
     """Prompts a step."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Use only the first so many rows."""
+    """Use only the first N rows."""
 
 
 class OfflineSizes(BaseModel):

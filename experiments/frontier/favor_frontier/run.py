@@ -6,7 +6,7 @@ In: FrontierConfig. Out: frontier.json in the run folder. Next: recipe.py.
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from favor.ranks import World
 from favor.rewards.source import identity
 from favor.run import RunFolder, append, same_inputs, write_json
 from favor.stop import StoppedAtOnceError, StoppedError, StopRequest
-from favor.train.session import Session, recipe_hash, running
+from favor.train.session import OpenSession, Session, recipe_hash, running
 from favor_frontier.point import make_bench, run_point
 from favor_frontier.prepare import (
     Places,
@@ -37,7 +37,7 @@ from favor_frontier.recipe import FrontierConfig, Point, points, threads
 from favor_frontier.summary import summarise
 
 
-def frontier(config: FrontierConfig, open_session: Callable[[Path], Session]) -> dict[str, Any]:
+def frontier(config: FrontierConfig, open_session: OpenSession) -> dict[str, Any]:
     """Run what is missing and return the content of frontier.json. Raises the errors of every part.
 
     The same command continues an unfinished picture; another recipe needs another run folder.
@@ -47,7 +47,7 @@ def frontier(config: FrontierConfig, open_session: Callable[[Path], Session]) ->
         return _frontier(config, session, open_session)
 
 
-def _frontier(config: FrontierConfig, session: Session, open_session: Callable[[Path], Session]) -> dict[str, Any]:
+def _frontier(config: FrontierConfig, session: Session, open_session: OpenSession) -> dict[str, Any]:
     folder = session.folder
     places, began = Places(folder.root), time.monotonic()
     task = settle_task(config, folder.root, session.say)
@@ -57,7 +57,7 @@ def _frontier(config: FrontierConfig, session: Session, open_session: Callable[[
     same_inputs(folder, recipe_hash(config) | found | {"reward": identity(task.reward)})
     fine_tune(config, task, places, open_session)
     starts = [Point("start", 0, seed) for seed in config.seeds]
-    told = "stopping when the points under way are done (once more: at once)"
+    told = "stopping when the points under way are done (again: at once)"
     with session.stop.looked_at(told), _Pool(config, task, session) as pool:
         # a reward model is measured on another seed's preferences, so these come first
         pool.run("label", starts)
@@ -125,4 +125,4 @@ class _Pool:
                 self._session.say(f"{kind} {len(jobs) - left}/{len(jobs)}  {job.result()}  {spent:.0f} s")
             if (number := self._session.stop.signal_number) is not None:
                 self._pool.shutdown(wait=True, cancel_futures=True)
-                raise StoppedError("stopped; the same command goes on with the points that are missing", number)
+                raise StoppedError("stopped; the same command continues with the missing points", number)

@@ -52,7 +52,7 @@ class EvalConfig(BaseModel):
     max_rows: int | None = Field(default=None, ge=1)
     """Read only this many rows."""
     sample_prompts: int = Field(default=20, ge=0)
-    """Sample the first so many held-out prompts; 0 leaves samples and KL out."""
+    """Sample the first N held-out prompts; 0 leaves out samples and KL."""
     samples_per_prompt: int = Field(default=2, ge=1, le=1000)
     """Samples of each model per prompt."""
 

@@ -38,7 +38,7 @@ class ScoreConfig(BaseModel):
     """Preferences, SFT rows, or samples (prompt + responses); of preferences `<out>.figures.json` gets the figures."""
     split: Split = "test"
     max_rows: int | None = Field(default=None, ge=1)
-    """Score only the first so many rows."""
+    """Score only the first N rows."""
     reward: RewardConfig
     overwrite: Overwrite = False
 

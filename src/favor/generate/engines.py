@@ -149,7 +149,7 @@ def _vllm(engine: VllmEngine, source: str, jobs: Sequence[Job], how: Decoding, k
     check_path(model.path)
     if (Path(model.path) / "adapter_config.json").exists():
         raise ConfigError(
-            f"{model.path}: holds adapters alone, which engine 'vllm' cannot load; use engine.kind=transformers"
+            f"{model.path}: holds only adapters, which engine 'vllm' cannot load; use engine.kind=transformers"
         )
     tokenizer = load_tokenizer(ModelConfig(**model.model_dump()))
     ids = _encode(engine, source, jobs, tokenizer)

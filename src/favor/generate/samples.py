@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 Out = Annotated[str, Field(description="The file that is written.")]
 PromptsFile = Annotated[str, Field(description="Any file favor reads; its prompt column (text or messages) counts.")]
 Split = Annotated[str, Field(description="The split, where the source has several.")]
-MaxPrompts = Annotated[int | None, Field(ge=1, description="Take only the first so many distinct prompts.")]
+MaxPrompts = Annotated[int | None, Field(ge=1, description="Use only the first N distinct prompts.")]
 SamplesPerPrompt = Annotated[int, Field(ge=1, le=1000, description="Responses per prompt.")]
 # What has no part in a sample's text: a run may continue with other values of these.
 _NO_PART: dict[str, Any] = {
@@ -52,7 +52,7 @@ class SamplesConfig(BaseModel):
     sample: Decoding = Decoding()
     samples_per_prompt: SamplesPerPrompt = 1
     best_of: int | None = Field(default=None, ge=1, le=1000)
-    """Each response kept is the one with the highest [reward] of so many."""
+    """Of every N samples, keep the one with the highest [reward]."""
     reward: RewardConfig | None = None
     max_prompts: MaxPrompts = None
     seed: Seed = 0
@@ -252,7 +252,7 @@ def _open_partial(path: Path, fingerprint: str, *, overwrite: bool) -> dict[int,
             found = {int(line["index"]): Reply(str(line["text"]), bool(line["ended"])) for line in lines}
             wrong = ""
         else:
-            wrong = "was begun with other settings, prompts or weights; run with those again to continue, or"
+            wrong = "was started with other settings, prompts or weights; run with those again to continue, or"
     except (CheckpointError, OSError, KeyError, TypeError):
         pass
     if wrong and not overwrite:

@@ -1,14 +1,16 @@
-"""Runs -> one static page: curves, figures, samples, data report, settings; works offline from a file.
+"""Run folders -> one static page: curves, figures, samples, data report, settings; works offline from a file.
 
-In: RunRecords, the first being the page's own run. Out: report.html. Its plots: CURVES, drawn by `curve`, and
-`calibration`; sections bring their own. Next: page.html.jinja.
+In: run folders, the first being the page's own; any part but the recipe may be missing. Out: report.html. Its plots: CURVES,
+drawn by `curve`, and `calibration`; sections bring their own. Next: page.html.jinja.
 """
 
+import json
 import math
 import tomllib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import plotly.graph_objects as go
@@ -16,11 +18,11 @@ import plotly.offline
 from markupsafe import Markup
 from plotly.io import to_html
 
-from favor.errors import in_texts, places_in, without_places
-from favor.report.collect import RunRecord
+from favor.errors import CheckpointError, in_texts, places_in, without_places
 from favor.report.table import figure_rows, rendered, winrate_rows
-from favor.run import write_text
+from favor.run import RunFolder, read_text, write_text
 
+Record = dict[str, Any]
 # title -> (unit, {key of a step's record: its label}); a curve that no run has figures for is left out
 CURVES: dict[str, tuple[str, dict[str, str]]] = {
     "Loss": ("nats", {"loss": "loss"}),
@@ -46,6 +48,23 @@ CURVES: dict[str, tuple[str, dict[str, str]]] = {
     "Speed": ("unique tokens a second", {"tokens_per_s": "tokens/s"}),
 }
 _COLOURS = ("#2f6f9f", "#c2603a", "#3f8f5f", "#8a5fa8", "#8c7a2f", "#555555")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run left behind: records by step, events, held-out figures, samples, data report, recipe; sections as HTML."""
+
+    name: str
+    config: str
+    steps: tuple[Record, ...]
+    evals: tuple[Record, ...]
+    events: tuple[Record, ...]
+    evaluation: Record
+    winrate: Record
+    data: Record
+    samples: tuple[Record, ...]
+    winrate_samples: tuple[Record, ...]
+    sections: tuple[str, ...]
 
 
 def write_page(runs: Sequence[RunRecord], path: Path) -> None:
@@ -165,3 +184,81 @@ def _styled(figure: go.Figure, title: str, height: int, x: str, y: str) -> go.Fi
         xaxis_title=x,
         yaxis_title=y,
     )
+
+
+def collect(root: Path, sections: Mapping[str, Callable[[Record], str]] = MappingProxyType({})) -> RunRecord:
+    """Read a run folder; what of it is damaged is left out and told among the events. Raises CheckpointError when it is none.
+
+    sections: a file of the folder that only the caller knows -> the function that shows its content as HTML.
+    """
+    folder, notes = RunFolder(root), list[str]()
+    if not folder.config.exists():
+        raise CheckpointError(f"{root}: no run here (no config.toml); name a run folder that favor wrote")
+    metrics = _lines(folder.metrics, {"kind"}, notes)
+    told = [record for record in metrics if record["kind"] == "event" and isinstance(record.get("message"), str)]
+    sampled = _lines(folder.samples, {"prompt", "reference", "policy"}, notes)
+    shown = ((root / name, render) for name, render in sections.items())
+    return RunRecord(
+        name=root.name or str(root),
+        config=read_text(folder.config),
+        steps=_last_of_each_step(metrics, "step"),
+        evals=_last_of_each_step(metrics, "eval"),
+        evaluation=_json(folder.evaluation, _shows_figures, notes),
+        winrate=_json(folder.winrate, winrate_rows, notes),
+        data=_json(folder.data_report, dict, notes),
+        samples=tuple(r for r in sampled if isinstance(r["reference"], list) and isinstance(r["policy"], list)),
+        winrate_samples=tuple(_lines(folder.winrate_samples, {"prompt", "a", "b", "verdict"}, notes)),
+        sections=tuple(render(found) for path, render in shown if (found := _json(path, render, notes))),
+        events=(*told, *({"message": f"warning: {note}"} for note in notes)),
+    )
+
+
+def _last_of_each_step(metrics: Iterable[Record], kind: str) -> tuple[Record, ...]:
+    """A resumed run writes the steps after its checkpoint again: what it wrote of them before does not count."""
+    by_step: dict[int, Record] = {}
+    for record in metrics:
+        step = record.get("step")
+        if isinstance(step, int) and record["kind"] == kind:
+            by_step[step] = {key: value for key, value in record.items() if isinstance(value, int | float)}
+        elif isinstance(step, int) and record.get("name") == "resume":
+            by_step = {before: old for before, old in by_step.items() if before <= step}
+    return tuple(by_step[step] for step in sorted(by_step))
+
+
+def _shows_figures(evaluation: Record) -> object:
+    """Everything that the page shows of eval.json; the calibration curve, too."""
+    curve = (evaluation.get("calibration") or {}).get("curve", ())
+    return figure_rows(evaluation), [(part["predicted"] + part["observed"], part["num_pairs"]) for part in curve]
+
+
+def _lines(path: Path, needed: set[str], notes: list[str]) -> list[Record]:
+    """The JSON lines that can be read and have the keys that are needed."""
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n") if path.exists() else []
+    found: list[Record] = []
+    damaged = 0
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        damaged += not isinstance(record, dict)
+        if isinstance(record, dict) and needed <= record.keys():
+            found.append(record)
+    if damaged and any(lines):
+        notes.append(f"{path.name}: {damaged} of {len(lines)} lines are damaged and left out")
+    return found
+
+
+def _json(path: Path, show: Callable[[Record], object], notes: list[str]) -> Record:
+    """A record that what shows it can read; {} when it is not there or damaged."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if isinstance(found, dict):
+            show(found)
+            return found
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError):
+        pass
+    notes.append(f"{path.name}: damaged, left out; run the command that writes it again")
+    return {}

@@ -31,7 +31,7 @@ def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         f = {"prompts": calibration["pairs"]} | calibration
         rows += [
             (f"reward accuracy ({f['pairs']} held-out pairs)", _known(f, "accuracy", ".3f"), ""),
-            ("Bradley-Terry loss (nats a pair; guessing has ln 2)", f"{f['loss']:.4f}", "0.6931"),
+            ("Bradley-Terry loss (nats a pair; guessing gives ln 2)", f"{f['loss']:.4f}", "0.6931"),
             ("calibration error (ECE)", f"{f['ece']:.3f}", ""),
         ]
     if kl := figures.get("kl"):

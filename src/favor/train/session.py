@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 from pydantic import BaseModel
 from rich.console import Console
@@ -20,12 +21,14 @@ from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.guard import sha
 from favor.lint.cheap import CHECKS
-from favor.model.load import Policy, precision_of
-from favor.ranks import World, current, on_main
+from favor.model.load import Policy, memory_settings, precision_of
+from favor.ranks import World, current, on_main, world
 from favor.run import RunFolder, append, start, write_json
-from favor.stop import StoppedError, StopRequest
+from favor.stop import StoppedError, StopRequest, stop_signals
 
 __all__ = ["Bar", "Session", "StopRequest", "StoppedError"]
+T = TypeVar("T")
+_NOTHING_KEPT = "no step was under way, so there was nothing to save; run the same command again"
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,24 @@ class Session:
         self.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}; layout: {layout}")
 
 
+OpenSession: TypeAlias = Callable[[Path], Session]
+
+
+def in_session(run: Callable[[OpenSession], T], kept: str = _NOTHING_KEPT) -> T:
+    """Call `run` with a way to open its session; kept: what is said when a signal comes while no step is under way."""
+    memory_settings()
+    console = Console(highlight=False)
+    with world() as members, stop_signals(kept) as stop:
+        return run(lambda root: Session(RunFolder(root), members, console, stop))
+
+
 def recipe_hash(config: BaseModel) -> dict[str, str]:
     """The resolved recipe as one of the things that enter a run, by name: all of it but the run's place and `resume`."""
     return {"recipe": sha(dump(config.model_copy(update={"run": "", "resume": False})))}
 
 
 @contextlib.contextmanager
-def running(run: str, recipe: str, *, resume: bool, open_session: Callable[[Path], Session]) -> Generator[Session]:
+def running(run: str, recipe: str, *, resume: bool, open_session: OpenSession) -> Generator[Session]:
     """The session of a run whose folder this process holds. Raises what `run.start` raises."""
     with start(Path(run), recipe, resume=resume, main=current().is_main) as folder:
         yield open_session(folder.root)

@@ -132,9 +132,9 @@ class ServerJudge(BaseModel):
     max_reply_tokens: int = Field(default=256, ge=1)
     """A reply is cut after this many tokens."""
     temperature: float = Field(default=0.0, ge=0)
-    """That of the first attempt."""
+    """Temperature of the first attempt."""
     attempts: int = Field(default=3, ge=1)
-    """An unreadable reply is asked for again, so often in all, at temperature 1 with seeds of their own; then it is "invalid"."""
+    """Attempts in all: an unreadable reply is asked for again at temperature 1, each time with a new seed; then it is "invalid"."""
     prompt: JudgePrompt = PROMPT
 
 

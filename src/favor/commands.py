@@ -1,0 +1,235 @@
+"""Every command that takes a recipe, but for `favor train`: its settings, and what it does with them.
+
+In: a validated recipe, the terminal. Out: files and lines for the user. What a command needs is imported when it runs.
+Next: cli.py.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from pydantic import BaseModel
+    from rich.console import Console
+
+    from favor.stop import StopRequest
+
+KEPT = "what was made so far is kept; run the same command again"
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """Where a command runs: the recipe file it was given, the console, lines of progress."""
+
+    recipe: Path | None
+    console: "Console"
+    progress: "Callable[[str, int, int], None]"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command is: its settings, and what it does with them; True: exit code 1."""
+
+    config: "type[BaseModel]"
+    run: Callable[[Any, Terminal], object]
+
+
+def _sft() -> Command:
+    """Fine-tune on the preferred responses (or on plain SFT rows)."""
+    from favor.train.session import in_session
+    from favor.train.sft import SftConfig, sft
+
+    return Command(SftConfig, lambda c, t: in_session(lambda opened: sft(c, opened)))
+
+
+def _reward() -> Command:
+    """Train a reward model on preferences (Bradley-Terry), with held-out accuracy and calibration."""
+    from favor.train.reward import RewardTrainConfig, train_reward
+    from favor.train.session import in_session
+
+    return Command(RewardTrainConfig, lambda c, t: in_session(lambda opened: train_reward(c, opened)))
+
+
+def _ppo() -> Command:
+    """Train on a reward by PPO (or RLOO, GRPO): the system that DPO is compared with."""
+    from favor.train.ppo import PpoConfig, train_ppo
+    from favor.train.session import in_session
+
+    return Command(PpoConfig, lambda c, t: in_session(lambda opened: train_ppo(c, opened)))
+
+
+def _score() -> Command:
+    """Score a file's responses by any reward; on preferences, its accuracy and calibration."""
+    from favor.eval.score import ScoreConfig, score
+    from favor.report.table import figures_table
+
+    def run(config: ScoreConfig, terminal: Terminal) -> None:
+        if config.reward.kind in ("model", "implicit"):
+            _say_precision("float32")
+        figures = score(config, terminal.progress, terminal.recipe)
+        if figures is not None:
+            terminal.console.print(figures_table(figures))
+        print(f"scores in {config.out}")
+
+    return Command(ScoreConfig, run)
+
+
+def _frontier() -> Command:
+    """Reward against KL of DPO, IPO, KTO, PPO and the baselines on one task: the paper's experiment."""
+    from favor_frontier.page import frontier_table
+    from favor_frontier.recipe import FrontierConfig
+    from favor_frontier.run import frontier
+
+    from favor.train.session import in_session
+
+    def run(config: FrontierConfig, terminal: Terminal) -> None:
+        _say_precision("float32")
+        terminal.console.print(frontier_table(in_session(lambda opened: frontier(config, opened))))
+        report([Path(config.run)])
+
+    return Command(FrontierConfig, run)
+
+
+def _eval() -> Command:
+    """Held-out preference accuracy, margins, sampled KL and samples of a finished run."""
+    from favor.eval.evaluate import EvalConfig, evaluate
+    from favor.report.table import figures_table
+
+    return Command(EvalConfig, lambda c, t: t.console.print(figures_table(evaluate(c, t.console.print, t.progress))))
+
+
+def _winrate() -> Command:
+    """Two models, or files of responses, compared by a judge: win rates with position and length taken out."""
+    from favor.report.table import winrate_table
+    from favor.winrate.run import WinrateConfig, winrate
+
+    def run(config: WinrateConfig, terminal: Terminal) -> None:
+        console = terminal.console
+        _say_precision(*config.dtypes)
+        with _continued():
+            console.print(winrate_table(winrate(config, console.print, terminal.progress)))
+
+    return Command(WinrateConfig, run)
+
+
+def _sample() -> Command:
+    """Sample responses to the prompts of a file, as JSON lines; the same command again continues a stopped run."""
+    from favor.generate.engines import dtypes
+    from favor.generate.samples import SamplesConfig, write_samples
+
+    def run(config: SamplesConfig, terminal: Terminal) -> None:
+        _say_precision(*dtypes(config.engine))
+        with _continued():
+            count = write_samples(config, terminal.progress, terminal.recipe)
+        print(f"{count} samples in {config.out}")
+
+    return Command(SamplesConfig, run)
+
+
+def _prefer() -> Command:
+    """Make preferences: sample several responses per prompt and rank them by a reward."""
+    from favor.generate.engines import dtypes
+    from favor.generate.prefer import PreferConfig, prefer
+
+    def run(config: PreferConfig, terminal: Terminal) -> None:
+        _say_precision(*dtypes(config.engine))
+        with _continued():
+            made = prefer(config, terminal.progress, terminal.recipe)
+        print(f"{made}; preferences in {config.out}")
+
+    return Command(PreferConfig, run)
+
+
+def _loop() -> Command:
+    """Online preference learning: in rounds, sample from the model, rank by a reward, train, continue from there."""
+    from favor.online import LoopRunConfig, loop
+    from favor.train.session import in_session
+
+    def run(config: LoopRunConfig, terminal: Terminal) -> None:
+        _say_precision(config.model.dtype)
+        in_session(lambda opened: loop(config, opened, terminal.progress), f"{KEPT}, with resume=true")
+
+    return Command(LoopRunConfig, run)
+
+
+def _lint() -> Command:
+    """Look for faults in preference data; exit code 1 when a finding is as severe as lint.fail_on (error)."""
+    from favor.lint.run import fails, findings_table, lint
+    from favor.lint.settings import LintConfig
+
+    def run(config: LintConfig, terminal: Terminal) -> bool:
+        if config.reward is not None or config.lint.doubt:
+            _say_precision("float32")
+        findings = lint(config, terminal.recipe)
+        terminal.console.print(findings_table(findings))
+        return fails(config, findings)
+
+    return Command(LintConfig, run)
+
+
+def _demo() -> Command:
+    """The main job on the embedded model and data: SFT, DPO, evaluation, report."""
+    from favor.demo import DemoConfig, demo
+    from favor.train.session import in_session
+
+    return Command(DemoConfig, lambda c, t: in_session(lambda opened: demo(c, opened, t.console, t.progress)))
+
+
+OTHERS: Mapping[str, Callable[[], Command]] = {
+    "sft": _sft,
+    "reward": _reward,
+    "ppo": _ppo,
+    "score": _score,
+    "frontier": _frontier,
+    "eval": _eval,
+    "winrate": _winrate,
+    "sample": _sample,
+    "prefer": _prefer,
+    "loop": _loop,
+    "lint": _lint,
+    "demo": _demo,
+}
+
+
+def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")]) -> None:
+    """Write report.html into the first run folder: curves, samples, numbers, settings."""
+    from favor_frontier.page import SECTIONS
+
+    from favor.report.page import collect, write_page
+    from favor.run import RunFolder
+
+    path = RunFolder(runs[0]).report
+    write_page([collect(run, SECTIONS) for run in runs], path)
+    print(f"report: {path}")
+
+
+def init(
+    model: Annotated[str, typer.Option(help="A model folder or a hub id.")],
+    data: Annotated[str, typer.Option(help="A file of preferences.")],
+    out: Annotated[Path, typer.Option(help="The recipe to write; it must not be there yet.")] = Path("recipe.toml"),
+) -> None:
+    """Write a commented recipe for your model and your file."""
+    from favor.init import write_recipe
+
+    command = write_recipe(model, data, out)
+    print(f"recipe: {out}; run it by: favor {command} {out}")
+
+
+def _continued() -> "AbstractContextManager[StopRequest]":
+    """Signals in a command that keeps what it has made and takes it up again."""
+    from favor.stop import stop_signals
+
+    return stop_signals(f"{KEPT} to continue")
+
+
+def _say_precision(*dtypes: str) -> None:
+    """What the command's models are computed in; training commands and eval say it themselves."""
+    from favor.model.load import precision_of
+
+    for dtype in dict.fromkeys(dtypes):
+        print(f"precision: {precision_of(dtype)}")
