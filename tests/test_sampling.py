@@ -15,7 +15,7 @@ from favor.eval.evaluate import EvalConfig, evaluate
 from favor.generate import engines
 from favor.generate.prefer import PreferConfig, prefer
 from favor.generate.samples import SamplesConfig, write_samples
-from favor.online import LoopRunConfig, loop
+from favor.online import OnlineConfig, loop
 from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
 from favor.server import Reply
@@ -281,7 +281,7 @@ def run_loop(words, progress=quiet, stop_at=None):
         stop = StopRequest(15 if stop_at is not None and root.name == "train" and stop_at in str(root) else None)
         return Session(RunFolder(root), World(), Console(quiet=True), stop)
 
-    loop(load(LoopRunConfig, None, words), open_session, progress)
+    loop(load(OnlineConfig, None, words), open_session, progress)
 
 
 @pytest.fixture(scope="module")
@@ -304,8 +304,8 @@ def test_each_round_starts_from_the_last(inputs, unbroken):
     assert f'path = "{unbroken / "round-1/train/model"}"' in second.read_text()
     asked = [[row["prompt"] for row in rows_of(unbroken / f"round-{n}/prompts.jsonl")] for n in (1, 2)]
     assert asked == [PROMPTS[:3], [*PROMPTS[3:], PROMPTS[0]]]
-    resolved = load(LoopRunConfig, unbroken / "config.toml")
-    assert resolved == load(LoopRunConfig, None, loop_words(inputs, unbroken))
+    resolved = load(OnlineConfig, unbroken / "config.toml")
+    assert resolved == load(OnlineConfig, None, loop_words(inputs, unbroken))
     with pytest.raises(ConfigError, match="already holds a run; continue it with resume=true"):
         run_loop(loop_words(inputs, unbroken))
 
@@ -337,7 +337,7 @@ def test_a_killed_loop_continues_to_the_same_model(inputs, unbroken, tmp_path):
 
 def test_a_signal_while_sampling_stops_the_loop(inputs, tmp_path):
     stop = StopRequest(2)
-    config = load(LoopRunConfig, None, loop_words(inputs, tmp_path / "run"))
+    config = load(OnlineConfig, None, loop_words(inputs, tmp_path / "run"))
     with pytest.raises(StoppedError, match="while sampling round 1"):
         loop(config, lambda root: Session(RunFolder(root), World(), Console(quiet=True), stop), quiet)
     assert (tmp_path / "run/round-1/preferences.jsonl.partial").exists()
@@ -345,7 +345,7 @@ def test_a_signal_while_sampling_stops_the_loop(inputs, tmp_path):
 
 def test_adapters_are_refused(inputs, tmp_path):
     with pytest.raises(ConfigError, match=r"model.lora"):
-        load(LoopRunConfig, None, loop_words(inputs, tmp_path / "run", "model.lora.rank=4"))
+        load(OnlineConfig, None, loop_words(inputs, tmp_path / "run", "model.lora.rank=4"))
 
 
 def test_everybody_reads_the_same_samples(inputs, tmp_path, monkeypatch):

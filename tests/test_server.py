@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_serve_available
 from favor.config import load
 from favor.errors import ConfigError, ServerError
 from favor.generate.samples import SamplesConfig, write_samples
-from favor.server import ServerConfig, chat, complete, parallel
+from favor.server import ServerConfig, answer, parallel
 
 
 def reply(text):
@@ -93,7 +93,7 @@ def settings(server, **more):
 
 
 def ask(config, **more):
-    return chat(config, [{"role": "user", "content": "hello"}], max_tokens=9, temperature=0.5, seed=4, **more).text
+    return answer(config, [{"role": "user", "content": "hello"}], max_tokens=9, temperature=0.5, seed=4, **more).text
 
 
 def test_a_good_answer_and_what_was_asked(serve, monkeypatch):
@@ -106,7 +106,7 @@ def test_a_good_answer_and_what_was_asked(serve, monkeypatch):
     ]
     assert server.headers[0]["Authorization"] == "Bearer secret"
     plain = serve((200, {}, json.dumps({"choices": [{"text": " on"}]})))
-    assert complete(settings(plain), "go", max_tokens=9, temperature=0.5, seed=None).text == " on"
+    assert answer(settings(plain), "go", max_tokens=9, temperature=0.5, seed=None).text == " on"
     assert plain.requests == [("/v1/completions", {"model": "m", "max_tokens": 9, "temperature": 0.5, "prompt": "go"})]
     assert "Authorization" not in plain.headers[0]
 

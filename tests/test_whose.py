@@ -13,7 +13,7 @@ from favor.eval.score import ScoreConfig, score
 from favor.generate.samples import SamplesConfig, write_samples
 from favor.lint.run import lint
 from favor.lint.settings import LintConfig
-from favor.online import LoopRunConfig, loop
+from favor.online import OnlineConfig, loop
 from favor.rewards.source import CallableReward, make_scorer
 from favor.run import RunFolder, opened, read_json, start
 from favor.train.ppo import PpoConfig, train_ppo
@@ -63,7 +63,7 @@ def test_a_recipe_in_our_style_makes_no_run_folder(here, model, broken):
     rounds["reward"] = {"kind": "callable", "path": "length.py:score"}
     (here / "config.toml").write_text(tomli_w.dumps(rounds))
     with pytest.raises(ConfigError, match="holds files, but no run of favor"):
-        loop(load(LoopRunConfig, here / "config.toml"), open_session, quiet)
+        loop(load(OnlineConfig, here / "config.toml"), open_session, quiet)
     (here / "config.toml").write_text(tomli_w.dumps(recipe))
     assert content(here) == before
 
@@ -248,16 +248,16 @@ def test_a_damaged_round_is_not_trained_on(here, model, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("favor.online.train", lambda *given: (_ for _ in ()).throw(StoppedError("x", 15)))
         with pytest.raises(StoppedError):
-            loop(load(LoopRunConfig, None, words), open_session, quiet)
+            loop(load(OnlineConfig, None, words), open_session, quiet)
     words += ["resume=true"]
     place = here / "l/round-1"
     for name in ("preferences.jsonl", "figures.json", "made.json"):
         sound = (place / name).read_bytes()
         (place / name).write_bytes(b"{}" if name == "made.json" else sound + b"{}\n")
         with pytest.raises(CheckpointError, match="round-1: its .* not what was written"):
-            loop(load(LoopRunConfig, None, words), open_session, quiet)
+            loop(load(OnlineConfig, None, words), open_session, quiet)
         (place / name).write_bytes(sound)
     for text in ("[]", "null"):
         (here / "l/inputs.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"inputs\.json: damaged"):
-            loop(load(LoopRunConfig, None, words), open_session, quiet)
+            loop(load(OnlineConfig, None, words), open_session, quiet)

@@ -147,14 +147,14 @@ def _prefer() -> Command:
 
 def _loop() -> Command:
     """Online preference learning: in rounds, sample from the model, rank by a reward, train, continue from there."""
-    from favor.online import LoopRunConfig, loop
+    from favor.online import OnlineConfig, loop
     from favor.train.session import in_session
 
-    def run(config: LoopRunConfig, terminal: Terminal) -> None:
+    def run(config: OnlineConfig, terminal: Terminal) -> None:
         _say_precision(config.model.dtype)
         in_session(lambda opened: loop(config, opened, terminal.progress), f"{KEPT}, with resume=true")
 
-    return Command(LoopRunConfig, run)
+    return Command(OnlineConfig, run)
 
 
 def _lint() -> Command:

@@ -1,6 +1,6 @@
 """`favor loop`: online preference learning: each round samples from the current model, ranks by a reward and trains.
 
-In: LoopRunConfig. Out: run/round-N with prompts, preferences and training run, and rounds.jsonl; round N+1 starts from
+In: OnlineConfig. Out: run/round-N with prompts, preferences and training run, and rounds.jsonl; round N+1 starts from
 the model of round N, which is its reference too. Next: generate/prefer.py.
 """
 
@@ -34,7 +34,7 @@ from favor.train.preference import TrainConfig, train
 from favor.train.session import OpenSession, Session, recipe_hash, running
 
 
-class LoopRunConfig(BaseModel):
+class OnlineConfig(BaseModel):
     """A recipe for `favor loop`. Round r takes the r-th `prompts_per_round` prompts, from the first again after the last."""
 
     model_config = STRICT
@@ -59,7 +59,7 @@ class LoopRunConfig(BaseModel):
     save: SaveConfig = SaveConfig()
 
     @model_validator(mode="after")
-    def _adapters_do_not_add_up(self) -> "LoopRunConfig":
+    def _adapters_do_not_add_up(self) -> "OnlineConfig":
         if self.model.lora is not None:
             raise ValueError(
                 "model.lora: the adapters of a round fit the merged model of the round before; train all weights"
@@ -76,7 +76,7 @@ class Round:
     """
 
     number: int
-    config: LoopRunConfig
+    config: OnlineConfig
 
     @property
     def root(self) -> Path:
@@ -102,7 +102,7 @@ class Round:
         return (self.config.seed + self.number) % (1 << 32)
 
 
-def loop(config: LoopRunConfig, open_session: OpenSession, progress: Progress) -> None:
+def loop(config: OnlineConfig, open_session: OpenSession, progress: Progress) -> None:
     """All rounds; with resume=true finished ones are skipped and an unfinished one continues.
 
     Raises ConfigError for a folder that holds a run, and what sampling, scoring and training raise.

@@ -93,20 +93,36 @@ class _FailedError(Exception):
         self.wait_s = wait_s
 
 
-def chat(
-    config: ServerConfig, messages: list[dict[str, str]], *, max_tokens: int, temperature: float, seed: int | None
+def answer(
+    config: ServerConfig,
+    asked: str | Sequence[Mapping[str, Any]],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int | None,
 ) -> Reply:
-    """The reply to a conversation.
+    """The continuation of a plain text, or the reply to a conversation: attempts until one succeeds.
 
     Raises ServerError when the server refuses the request or no attempt succeeds, ConfigError without the key.
     """
-    body = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
-    return _ask(config, "/chat/completions", body, seed)
-
-
-def complete(config: ServerConfig, prompt: str, *, max_tokens: int, temperature: float, seed: int | None) -> Reply:
-    """The continuation of a plain text. Raises what `chat` raises."""
-    return _ask(config, "/completions", {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature}, seed)
+    path, name = ("/completions", "prompt") if isinstance(asked, str) else ("/chat/completions", "messages")
+    body = {name: asked, "max_tokens": max_tokens, "temperature": temperature}
+    url, key = config.url + path, _key(config)
+    request = {"model": config.model, **body} | ({} if seed is None else {"seed": seed})
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    last = "nothing was tried"
+    # plain http needs no certificates, and loading them costs more than a request
+    with httpx2.Client(headers=headers, timeout=config.timeout_s, verify=config.url.startswith("https:")) as client:
+        for attempt in range(config.retries + 1):
+            try:
+                return _attempt(client, url, request, key)
+            except _FailedError as reason:
+                last = str(reason)
+                if attempt < config.retries:
+                    time.sleep(max(reason.wait_s, _backoff(config, attempt, body)))
+    raise ServerError(
+        f"{url}: no usable reply after {config.retries + 1} attempts, the last: {last}; check that the server is up, {_KEPT}"
+    )
 
 
 def parallel(config: ServerConfig, jobs: Sequence[Callable[[], T]], done: Callable[[int, T], None]) -> None:
@@ -142,26 +158,6 @@ def parallel(config: ServerConfig, jobs: Sequence[Callable[[], T]], done: Callab
         pool.shutdown(wait=False, cancel_futures=True)
     if failure is not None:
         raise failure
-
-
-def _ask(config: ServerConfig, path: str, body: Mapping[str, Any], seed: int | None) -> Reply:
-    """Attempts until one succeeds."""
-    url, key = config.url + path, _key(config)
-    asked = {"model": config.model, **body} | ({} if seed is None else {"seed": seed})
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    last = "nothing was tried"
-    # plain http needs no certificates, and loading them costs more than a request
-    with httpx2.Client(headers=headers, timeout=config.timeout_s, verify=config.url.startswith("https:")) as client:
-        for attempt in range(config.retries + 1):
-            try:
-                return _attempt(client, url, asked, key)
-            except _FailedError as reason:
-                last = str(reason)
-                if attempt < config.retries:
-                    time.sleep(max(reason.wait_s, _backoff(config, attempt, body)))
-    raise ServerError(
-        f"{url}: no usable reply after {config.retries + 1} attempts, the last: {last}; check that the server is up, {_KEPT}"
-    )
 
 
 def _attempt(client: httpx2.Client, url: str, body: Mapping[str, Any], key: str) -> Reply:

@@ -3,21 +3,17 @@
 In: a Point and the shared parts. Out: point.json, and the run's metrics; the model is not kept. Next: summary.py.
 """
 
-import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from favor.data.prompts import NumberedPrompts, encode_prompts, read_prompts, sample_seeds
 from favor.data.read import DataConfig
-from favor.data.types import Batch, TokenTree
+from favor.data.types import TokenTree
 from favor.errors import NumericsError
 from favor.eval.figures import log_ratios
 from favor.losses.table import make_loss
@@ -26,7 +22,7 @@ from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
 from favor.rewards.source import Scorer, make_scorer
-from favor.run import RunFolder, make_folder, read_jsonl, write_json, write_text
+from favor.run import RunFolder, make_folder, read_json, read_jsonl, write_json, write_jsonl
 from favor.train.loop import LoopConfig, SaveConfig
 from favor.train.optim import OptimConfig
 from favor.train.ppo import AdaptiveKl, PpoConfig, PpoSettings, PromptsConfig, train_ppo
@@ -50,7 +46,7 @@ class Bench:
 
 def make_bench(config: FrontierConfig, task: Task, places: Places) -> Bench:
     """Load what every point is judged by."""
-    reference = load_policy(ModelConfig(path=str(start_model(task, places)), dtype="float32"))
+    reference = load_policy(start_model(task, places))
     prompts = read_prompts(task.eval_prompts, "train", config.evaluate.prompts)
     ids = encode_prompts(task.eval_prompts, prompts, reference.tokenizer, task.tokens)
     return Bench(reference, make_scorer(task.reward), prompts, ids)
@@ -95,12 +91,7 @@ def measure(config: FrontierConfig, policy: Policy, bench: Bench, seed: int) -> 
     ]
     settled, _ = settle(policy, "auto", trees)
     base, _ = settle(bench.reference, settled.layout, trees)
-
-    def reference(batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return response_logps(base, batch)
-
-    kl = log_ratios(settled, reference, trees).tolist()
+    kl = log_ratios(settled, lambda batch: response_logps(base, batch), trees).tolist()
     return _scored(bench, out, kl, each, policy)
 
 
@@ -138,13 +129,11 @@ def _train(
     config: FrontierConfig, task: Task, places: Places, point: Point, root: Path, open_session: OpenSession
 ) -> str:
     """Train the point's policy; "ok", or what stopped it."""
-    recipes: dict[str, Callable[[], None]] = {
-        "ppo": lambda: train_ppo(_ppo_recipe(config, task, places, point, root), open_session),
-        "ppo_true": lambda: train_ppo(_ppo_recipe(config, task, places, point, root), open_session),
-    }
-    run = recipes.get(point.method, lambda: train(_preference_recipe(config, task, places, point, root), open_session))
     try:
-        run()
+        if point.method in ("ppo", "ppo_true"):
+            train_ppo(_ppo_recipe(config, task, places, point, root), open_session)
+        else:
+            train(_preference_recipe(config, task, places, point, root), open_session)
     except NumericsError as error:
         return str(error)
     return "ok"
@@ -160,7 +149,7 @@ def _preference_recipe(config: FrontierConfig, task: Task, places: Places, point
     return TrainConfig(
         run=str(root),
         seed=point.seed,
-        model=ModelConfig(path=str(start_model(task, places)), dtype="float32"),
+        model=start_model(task, places),
         data=DataConfig(train=str(places.preferences(point.seed))),
         tokens=task.tokens,
         loss=make_loss(kind, **options),
@@ -178,11 +167,11 @@ def _ppo_recipe(config: FrontierConfig, task: Task, places: Places, point: Point
     # beside the run: its folder is not there before it starts. Both PPO methods of a seed write the same
     prompts = places.preferences(point.seed).with_name("prompts.jsonl")
     chosen = training_prompts(config, task, point.seed)
-    write_text(prompts, "".join(json.dumps({"prompt": text}) + "\n" for _, text in chosen))
+    write_jsonl(prompts, [{"prompt": text} for _, text in chosen])
     return PpoConfig(
         run=str(root),
         seed=point.seed,
-        model=ModelConfig(path=str(start_model(task, places)), dtype="float32"),
+        model=start_model(task, places),
         data=PromptsConfig(train=str(prompts)),
         tokens=task.tokens,
         reward=learnt_reward(task, places, point.seed) if point.method == "ppo" else task.reward,
@@ -190,7 +179,7 @@ def _ppo_recipe(config: FrontierConfig, task: Task, places: Places, point: Point
             samples_per_prompt=sizes.answers,
             updates=sizes.updates,
             kl=AdaptiveKl(target=point.strength, coef=sizes.kl_coef, horizon=sizes.kl_horizon),
-            reward_scale=json.loads(places.scales(point.seed).read_text("utf-8"))[point.method],
+            reward_scale=read_json(places.scales(point.seed))[point.method],
             explosion_kl=sizes.explosion_kl,
         ),
         sample=SampleConfig(max_new_tokens=config.evaluate.max_new_tokens, batch=128),
@@ -208,9 +197,8 @@ def _ppo_recipe(config: FrontierConfig, task: Task, places: Places, point: Point
 def curve(root: Path) -> list[dict[str, float]]:
     """KL and reward over a point's training: one record per probe (DPO) or rollout (PPO)."""
     path = RunFolder(root).metrics
-    records = read_jsonl(path) if path.exists() else []
     found: list[dict[str, float]] = []
-    for record in records:
+    for record in read_jsonl(path) if path.exists() else []:
         if record.get("kind") == "step" and "kl" in record and "reward" in record:
             value = {name: record[name] for name in ("step", "kl", "reward", "seconds")}
             if not found or value["kl"] != found[-1]["kl"]:

@@ -3,12 +3,13 @@
 In: FrontierConfig. Out: files and folders below the run; what is there already is kept. Next: point.py.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import pstdev
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from favor.data.prompts import NumberedPrompts, encode_prompts, read_prompts, sample_seeds
@@ -22,7 +23,7 @@ from favor.model.load import ModelConfig, load_policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
 from favor.rewards.source import ClassifierReward, ModelReward, RewardConfig, make_scorer
-from favor.run import RunFolder, cache_folder, make_folder, write_json, write_text
+from favor.run import RunFolder, cache_folder, make_folder, read_jsonl, write_json, write_jsonl
 from favor.train import reference
 from favor.train.loop import LoopConfig, SaveConfig
 from favor.train.optim import OptimConfig
@@ -86,7 +87,7 @@ def settle_task(config: FrontierConfig, root: Path, say: Callable[[str], None]) 
     full, reviews, files = model_folder(cache, say), review_files(cache, say), film_files(cache, say)
     small = root / "base"
     if not small.exists():
-        rows = [json.loads(line) for name in ("sft", "eval") for line in _lines(files / f"{name}.jsonl")]
+        rows = [row for name in ("sft", "eval") for row in read_jsonl(files / f"{name}.jsonl")]
         texts = [row["prompt"] + row.get("completion", "") for row in rows]
         size = shrink(full, texts, config.layers, small)
         say(f"start: layers {list(config.layers)} of SmolLM2-135M-Instruct, {size} tokens of its vocabulary")
@@ -100,9 +101,9 @@ def settle_task(config: FrontierConfig, root: Path, say: Callable[[str], None]) 
     )
 
 
-def start_model(task: Task, places: Places) -> Path:
-    """The folder of the policy that everything starts from."""
-    return task.model if task.sft is None else RunFolder(places.start).model
+def start_model(task: Task, places: Places) -> ModelConfig:
+    """The policy that everything starts from."""
+    return ModelConfig(path=str(task.model if task.sft is None else RunFolder(places.start).model), dtype="float32")
 
 
 def fine_tune(config: FrontierConfig, task: Task, places: Places, open_session: OpenSession) -> None:
@@ -132,7 +133,7 @@ def label(config: FrontierConfig, task: Task, places: Places, seed: int) -> None
     if path.exists():
         return
     make_folder(path.parent)
-    policy = load_policy(ModelConfig(path=str(start_model(task, places)), dtype="float32"))
+    policy = load_policy(start_model(task, places))
     prompts = training_prompts(config, task, seed)
     each = config.offline.answers
     ids = encode_prompts(task.prompts, prompts, policy.tokenizer, task.tokens)
@@ -141,15 +142,15 @@ def label(config: FrontierConfig, task: Task, places: Places, seed: int) -> None
     out = sample(policy, [i for i in ids for _ in range(each)], seeds, settings)
     texts = decode(policy.tokenizer, out)
     scores = make_scorer(task.reward)([text for _, text in prompts for _ in range(each)], texts)
-    lines: list[str] = []
+    rows: list[dict[str, Any]] = []
     for i, (_, prompt) in enumerate(prompts):
         mine = range(i * each, (i + 1) * each)
         kept = {texts[k]: k for k in mine if texts[k].strip()}
         if len({scores[k] for k in kept.values()}) > 1:
             ended = [out[k][-1] in policy.end_ids for k in kept.values()]
             values = [scores[k] for k in kept.values()]
-            lines.append(json.dumps({"prompt": prompt, "responses": list(kept), "scores": values, "ended": ended}))
-    write_text(path, "\n".join(lines) + "\n")
+            rows.append({"prompt": prompt, "responses": list(kept), "scores": values, "ended": ended})
+    write_jsonl(path, rows)
 
 
 def store_reference(task: Task, places: Places, seed: int, open_session: OpenSession) -> None:
@@ -158,7 +159,7 @@ def store_reference(task: Task, places: Places, seed: int, open_session: OpenSes
     if path.exists():
         return
     session = open_session(path.parent)
-    policy = load_policy(ModelConfig(path=str(start_model(task, places)), dtype="float32"))
+    policy = load_policy(start_model(task, places))
     data = DataConfig(train=str(places.preferences(seed)))
     splits = load_splits(data, task.tokens, policy, session)
     splits.need_comparisons()
@@ -180,7 +181,7 @@ def learn_reward(config: FrontierConfig, task: Task, places: Places, seed: int, 
     recipe = RewardTrainConfig(
         run=str(root),
         seed=seed,
-        model=ModelConfig(path=str(start_model(task, places)), dtype="float32"),
+        model=start_model(task, places),
         # another seed's answers are new to it: they measure accuracy and calibration
         data=DataConfig(
             train=str(places.preferences(seed)), eval=str(places.preferences(others[0])) if others else None
@@ -202,7 +203,7 @@ def scale_rewards(task: Task, places: Places, seed: int) -> None:
     path = places.scales(seed)
     if path.exists():
         return
-    rows = [json.loads(line) for line in _lines(places.preferences(seed))]
+    rows = read_jsonl(places.preferences(seed))
     learnt = make_scorer(learnt_reward(task, places, seed))
     prompts = [row["prompt"] for row in rows for _ in row["responses"]]
     scores = learnt(prompts, [text for row in rows for text in row["responses"]])
@@ -218,12 +219,6 @@ def learnt_reward(task: Task, places: Places, seed: int) -> RewardConfig:
 
 def training_prompts(config: FrontierConfig, task: Task, seed: int) -> NumberedPrompts:
     """`offline.prompts` prompts of the training file; every seed draws its own."""
-    import numpy as np
-
     found = read_prompts(task.prompts, "train")
     order = np.random.default_rng([seed, 7]).permutation(len(found))
     return [found[i] for i in order[: config.offline.prompts]]
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text("utf-8").splitlines()

@@ -1,6 +1,6 @@
 """All points -> one picture: reward and KL of every method and strength with intervals, and who dominates whom.
 
-In: point.json files. Out: frontier.json. Next: ../report/frontier.py.
+In: point.json files. Out: frontier.json. Next: page.py.
 """
 
 import json

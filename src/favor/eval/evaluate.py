@@ -150,8 +150,7 @@ def _samples(
     ]
     kl = None
     if config.sample.temperature == 1.0:
-        found = kl_of_samples(subject.policy, subject.reference_logps, prompts, ids["policy"], config.sample)
-        kl = asdict(found)
+        kl = asdict(kl_of_samples(subject.policy, subject.reference_logps, prompts, ids["policy"], config.sample))
     return records, kl, {name: sum(map(len, ids[name])) / len(prompts) for name in _SIDES}
 
 
@@ -170,10 +169,8 @@ def score_samples(records: list[dict[str, Any]], scorer: Scorer) -> dict[str, An
     difference = mean_interval((scores["policy"] - scores["reference"]).ravel(), clusters=place, bounds=both)
     return {
         "name": name,
-        "reference": reference.mean,
-        "reference_interval": reference.ends,
-        "policy": policy.mean,
-        "policy_interval": policy.ends,
+        **reference.named("reference"),
+        **policy.named("policy"),
         "difference": difference.mean,
         "interval": difference.ends,
         "num_prompts": prompts,

@@ -43,12 +43,9 @@ class PairFigures:
         return {
             "pairs": len(self.margin_P),
             "prompts": len(np.unique(self.prompt_P)),
-            "accuracy": accuracy.mean,
-            "accuracy_interval": accuracy.ends,
-            "reference_accuracy": reference.mean,
-            "reference_accuracy_interval": reference.ends,
-            "margin": margin.mean,
-            "margin_interval": margin.ends,
+            **accuracy.named("accuracy"),
+            **reference.named("reference_accuracy"),
+            **margin.named("margin"),
             "loss": self.loss,
         }
 

@@ -28,6 +28,10 @@ class Interval(NamedTuple):
         """(low, high) for JSON, None when there is no interval."""
         return None if np.isnan(self.low) else (self.low, self.high)
 
+    def named(self, name: str) -> dict[str, object]:
+        """The mean and the ends as figures of a JSON file."""
+        return {name: self.mean, f"{name}_interval": self.ends}
+
 
 def mean_interval(
     values: Array, *, clusters: NDArray[np.int64] | None = None, bounds: tuple[float, float] | None = None

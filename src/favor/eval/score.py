@@ -1,6 +1,6 @@
 """`favor score`: any reward on a file of responses; on preferences also its accuracy and calibration.
 
-In: ScoreConfig. Out: JSON lines {"prompt", "responses", "scores"}, and figures. Next: calibration.py.
+In: ScoreConfig. Out: JSON lines {"prompt", "responses", "scores"}, and figures. Next: figures.py.
 """
 
 import json

@@ -22,7 +22,7 @@ from favor.errors import ConfigError, DataError
 from favor.model.load import ModelConfig, load_policy, load_tokenizer
 from favor.model.sample import SampleConfig, decode, sample
 from favor.model.weights import check_path, readable
-from favor.server import Reply, ServerConfig, chat, complete, parallel
+from favor.server import Reply, ServerConfig, answer, parallel
 
 Template = Annotated[
     Literal["auto", "chat", "plain"],
@@ -59,7 +59,6 @@ class TransformersEngine(BaseModel):
 
     model_config = STRICT
     kind: Literal["transformers"] = "transformers"
-    """Which engine."""
     model: ModelAt
     template: Template = "auto"
     special_text: SpecialText = "refuse"
@@ -86,7 +85,6 @@ class VllmEngine(BaseModel):
 
     model_config = STRICT
     kind: Literal["vllm"]
-    """Which engine."""
     model: Annotated[VllmModel, _PathAlone]
     template: Template = "auto"
     special_text: SpecialText = "refuse"
@@ -97,7 +95,6 @@ class ServerEngine(BaseModel):
 
     model_config = STRICT
     kind: Literal["openai"]
-    """Which engine."""
     server: ServerConfig
     template: Template = "auto"
 
@@ -123,7 +120,7 @@ class Job:
     seed: int
 
 
-def draw(engine: Engine, source: str, jobs: Sequence[Job], how: Decoding, keep: Keep) -> None:
+def draw(engine: Engine, source: str, jobs: Sequence[Job], how: Decoding | SampleConfig, keep: Keep) -> None:
     """Draw every job's sample and hand it over. `source` names the prompts' file in messages.
 
     Raises what its engine raises; what was handed over stays so.
@@ -134,7 +131,7 @@ def draw(engine: Engine, source: str, jobs: Sequence[Job], how: Decoding, keep: 
 def _transformers(engine: TransformersEngine, source: str, jobs: Sequence[Job], how: Decoding, keep: Keep) -> None:
     policy = load_policy(engine.model)
     ids = _encode(engine, source, jobs, policy.tokenizer)
-    settings = SampleConfig(**how.model_dump(), batch=engine.batch)
+    settings = SampleConfig(max_new_tokens=how.max_new_tokens, temperature=how.temperature, batch=engine.batch)
     # the order of the whole job, so that a resumed one forms the same batches as an unbroken one
     order = sorted(jobs, key=lambda job: len(ids[job.row]))
     for chunk in _chunks(order, engine.batch):
@@ -183,20 +180,15 @@ def _openai(engine: ServerEngine, source: str, jobs: Sequence[Job], how: Decodin
 
 
 def _request(engine: ServerEngine, source: str, job: Job, how: Decoding) -> Reply:
-    asked: dict[str, Any] = {
-        "max_tokens": how.max_new_tokens,
-        "temperature": how.temperature,
-        "seed": job.seed % _SEEDS,
-    }
+    limits = {"max_tokens": how.max_new_tokens, "temperature": how.temperature, "seed": job.seed % _SEEDS}
     if engine.template == "plain":
         try:
-            return complete(engine.server, plain_prompt(job.prompt), **asked)
+            return answer(engine.server, plain_prompt(job.prompt), **limits)
         except RowError as error:
             raise DataError(f"{source}, row {job.row}: {error}; fix the row") from None
     prompt = job.prompt
-    return chat(
-        engine.server, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt), **asked
-    )
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return answer(engine.server, turns, **limits)
 
 
 def dtypes(engine: Engine) -> list[str]:

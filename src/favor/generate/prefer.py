@@ -25,7 +25,7 @@ from favor.generate.samples import (
     SamplesConfig,
     Split,
     make_file,
-    score,
+    scored,
 )
 from favor.rewards.source import RewardConfig
 
@@ -87,7 +87,7 @@ def _rankings(config: PreferConfig, found: list[Responses]) -> tuple[list[dict[s
     told = [_not_blank(each) for each in found]
     if not any(each.texts for each in told):
         raise DataError(f"{config.prompts}: every sample is blank; look at the model and the chat template")
-    scores = score(told, config.reward)
+    scores = scored(told, config.reward)
     kept = [_distinct(each.texts) for each in told]
     values = [[mine[i] for i in places] for mine, places in zip(scores, kept, strict=True)]
     rows = [

@@ -123,7 +123,7 @@ def write_samples(config: SamplesConfig, progress: Progress, recipe: Path | None
         if config.reward is None or config.best_of is None:
             rows = [each.row(range(len(each.texts))) for each in found]
         else:
-            scores = score(found, config.reward)
+            scores = scored(found, config.reward)
             rows = [each.row(_best(mine, config.best_of), mine) for each, mine in zip(found, scores, strict=True)]
         return rows, len(rows) * config.samples_per_prompt
 
@@ -203,7 +203,7 @@ def draw_all(config: SamplesConfig, prompts: NumberedPrompts, progress: Progress
     ]
 
 
-def score(found: Sequence[Responses], reward: RewardConfig) -> list[list[float]]:
+def scored(found: Sequence[Responses], reward: RewardConfig) -> list[list[float]]:
     """The score of every sample, prompt by prompt."""
     prompts = [each.prompt for each in found for _ in each.texts]
     scores = iter(make_scorer(reward)(prompts, [text for each in found for text in each.texts]))

@@ -29,7 +29,7 @@ from favor.rewards.model import encode
 from favor.rewards.source import RewardConfig, check_scorer, make_scorer, reads
 from favor.rewards.user import check_function, find_function
 from favor.run import append, cut_torn_line
-from favor.server import ServerConfig, chat, parallel
+from favor.server import ServerConfig, answer, parallel
 from favor.winrate.stats import Verdict
 
 S = TypeVar("S")
@@ -94,7 +94,6 @@ class RewardJudge(BaseModel):
 
     model_config = STRICT
     kind: Literal["reward"]
-    """Which judge."""
     reward: RewardConfig
     tie_margin: float = Field(default=0.0, ge=0)
     """Scores that differ by this or less are a tie."""
@@ -105,7 +104,6 @@ class CallableJudge(BaseModel):
 
     model_config = STRICT
     kind: Literal["callable"]
-    """Which judge."""
     path: str
     """file.py:function, called with (prompt, a, b); it returns "A", "B", "tie" or "invalid"."""
 
@@ -115,7 +113,6 @@ class ModelJudge(BaseModel):
 
     model_config = STRICT
     kind: Literal["hf"]
-    """Which judge."""
     model: ModelAt
     max_prompt_tokens: int = Field(default=4096, ge=1)
     """A longer comparison is an error."""
@@ -127,7 +124,6 @@ class ServerJudge(BaseModel):
 
     model_config = STRICT
     kind: Literal["openai"]
-    """Which judge."""
     server: ServerConfig
     max_reply_tokens: int = Field(default=256, ge=1)
     """A reply is cut after this many tokens."""
@@ -184,7 +180,7 @@ def identity(config: JudgeConfig) -> dict[str, Any]:
 
 def ask(template: str, duel: Duel) -> str:
     """The judge prompt of a duel, filled in at one go, so that braces in a response stay what they are."""
-    parts = {"{prompt}": as_text(duel.prompt), "{first}": duel.first, "{second}": duel.second}
+    parts = {"{prompt}": as_one_text(duel.prompt), "{first}": duel.first, "{second}": duel.second}
     return re.sub(r"\{(?:prompt|first|second)\}", lambda found: parts[found[0]], template)
 
 
@@ -194,7 +190,7 @@ def read_verdict(reply: str, template: str) -> Verdict:
     return _MARKS[found.pop()] if len(found) == 1 else "invalid"
 
 
-def as_text(prompt: Text) -> str:
+def as_one_text(prompt: Text) -> str:
     """A prompt as a judge reads it: text, a single user turn's content, or the turns one after another."""
     if isinstance(prompt, str):
         return prompt
@@ -217,10 +213,10 @@ def _reward(config: RewardJudge) -> Judge:
 
     def decide(duels: Sequence[Duel]) -> list[Verdict]:
         # each response is scored once, although it is shown in both places
-        asked = {(as_text(d.prompt), text): (d.prompt, text) for d in duels for text in (d.first, d.second)}
+        asked = {(as_one_text(d.prompt), text): (d.prompt, text) for d in duels for text in (d.first, d.second)}
         prompts, responses = zip(*asked.values(), strict=True)
         score = dict(zip(asked, scorer(prompts, responses), strict=True))
-        gaps = [score[as_text(d.prompt), d.first] - score[as_text(d.prompt), d.second] for d in duels]
+        gaps = [score[as_one_text(d.prompt), d.first] - score[as_one_text(d.prompt), d.second] for d in duels]
         return ["tie" if abs(gap) <= config.tie_margin else "A" if gap > 0 else "B" for gap in gaps]
 
     return _in_batches(decide, _BATCH)
@@ -253,7 +249,7 @@ def _hf(config: ModelJudge) -> Judge:
 
     def forges(duel: Duel) -> bool:
         """Whether a text contains the judge's turns, and could give the verdict itself."""
-        return any(s in text for s in special for text in (as_text(duel.prompt), duel.first, duel.second))
+        return any(s in text for s in special for text in (as_one_text(duel.prompt), duel.first, duel.second))
 
     def decide(duels: Sequence[Duel]) -> list[Verdict]:
         verdicts: list[Verdict] = ["invalid"] * len(duels)
@@ -285,7 +281,7 @@ def _openai(config: ServerJudge) -> Judge:
         for attempt in range(config.attempts):
             # the same question at temperature 0 would get the same unreadable reply again
             temperature, seed = (1.0, attempt) if attempt else (config.temperature, 0)
-            reply = chat(config.server, messages, max_tokens=limit, temperature=temperature, seed=seed)
+            reply = answer(config.server, messages, max_tokens=limit, temperature=temperature, seed=seed)
             verdict = read_verdict(reply.text, config.prompt)
             if verdict != "invalid":
                 return verdict

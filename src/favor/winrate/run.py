@@ -18,7 +18,7 @@ from favor.data.prompts import prompt_of, read_prompts, sample_seeds
 from favor.data.sources import read_objects
 from favor.data.types import Text
 from favor.errors import ConfigError, DataError
-from favor.generate.engines import Decoding, Job, ModelAt, SpecialText, Template, TransformersEngine, draw
+from favor.generate.engines import Job, ModelAt, SpecialText, Template, TransformersEngine, draw
 from favor.generate.samples import MaxPrompts, Progress, SamplesPerPrompt, Split, read_sealed, responses_of
 from favor.guard import content, seal
 from favor.model.sample import SampleConfig
@@ -139,7 +139,13 @@ def winrate(config: WinrateConfig, say: Callable[[str], None], progress: Progres
         for name in config.sides:
             if name not in files:
                 responses[name] = sampled_responses(config, name, asked, folder.responses(name), progress)
-        pairs = _pairs(config, asked, responses)
+        pairs = [
+            (item.place, Duel(item.prompt, *texts))
+            for item in asked
+            for texts in zip(
+                responses["a"][item.key][: config.samples_per_prompt], responses["b"][item.key], strict=False
+            )
+        ]
         for name in config.sides:
             left_out[f"responses_of_{name}"] = sum(len(responses[name][item.key]) for item in asked) - len(pairs)
         return _judge(config, folder, pairs, left_out, say, progress)
@@ -181,34 +187,19 @@ def sampled_responses(
                 append(kept_in, seal({"prompt": missing[item].prompt, "responses": mine}))
         progress(f"samples of {side}", len(new), len(jobs))
 
-    how = Decoding(max_new_tokens=config.sample.max_new_tokens, temperature=config.sample.temperature)
-    draw(_engine(config, side), str(config.prompts), jobs, how, keep)
-    return known
-
-
-def _engine(config: WinrateConfig, side: str) -> TransformersEngine:
     model = config.sides[side].model
     assert model is not None
-    return TransformersEngine(
+    engine = TransformersEngine(
         model=model, template=config.template, special_text=config.special_text, batch=config.sample.batch
     )
+    draw(engine, str(config.prompts), jobs, config.sample, keep)
+    return known
 
 
 def text_key(prompt: Text) -> str:
     """Equal for equal prompts, be they text or a single user turn."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     return json.dumps(turns, sort_keys=True)
-
-
-def _pairs(
-    config: WinrateConfig, asked: Sequence[Asked], responses: Mapping[str, Mapping[str, list[str]]]
-) -> list[tuple[int, Duel]]:
-    """The place of a prompt and the k-th responses of both sides to it."""
-    return [
-        (item.place, Duel(item.prompt, *texts))
-        for item in asked
-        for texts in zip(responses["a"][item.key][: config.samples_per_prompt], responses["b"][item.key], strict=False)
-    ]
 
 
 def _judge(
