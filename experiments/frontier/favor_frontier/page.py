@@ -95,7 +95,7 @@ def frontier_rows(found: Mapping[str, Any]) -> FrontierRows:
 def _brackets(found: Mapping[str, Any]) -> str:
     """What the intervals are and what they leave out."""
     if found.get("intervals") != "crossed":
-        return "Brackets are of an earlier favor and too narrow; the same `favor frontier` command makes them anew without training"
+        return "Brackets are of an earlier favor and too narrow; the same `favor frontier` command computes them again"
     seeds = len(found["seeds"])
     if seeds == 1:
         return "Brackets are 95 % intervals over prompts of this one seed: they say nothing of another seed, so no method dominates"
