@@ -107,6 +107,8 @@ Engine: TypeAlias = Annotated[
 ]
 
 
+# of a SampleConfig its batch is not read
+How: TypeAlias = Decoding | SampleConfig
 Keep: TypeAlias = Callable[[Mapping[int, Reply]], None]
 
 
@@ -120,7 +122,7 @@ class Job:
     seed: int
 
 
-def draw(engine: Engine, source: str, jobs: Sequence[Job], how: Decoding | SampleConfig, keep: Keep) -> None:
+def draw(engine: Engine, source: str, jobs: Sequence[Job], how: How, keep: Keep) -> None:
     """Draw every job's sample and hand it over. `source` names the prompts' file in messages.
 
     Raises what its engine raises; what was handed over stays so.
@@ -128,7 +130,7 @@ def draw(engine: Engine, source: str, jobs: Sequence[Job], how: Decoding | Sampl
     ENGINES[engine.kind](engine, source, jobs, how, keep)
 
 
-def _transformers(engine: TransformersEngine, source: str, jobs: Sequence[Job], how: Decoding, keep: Keep) -> None:
+def _transformers(engine: TransformersEngine, source: str, jobs: Sequence[Job], how: How, keep: Keep) -> None:
     policy = load_policy(engine.model)
     ids = _encode(engine, source, jobs, policy.tokenizer)
     settings = SampleConfig(max_new_tokens=how.max_new_tokens, temperature=how.temperature, batch=engine.batch)
@@ -141,7 +143,7 @@ def _transformers(engine: TransformersEngine, source: str, jobs: Sequence[Job], 
         keep({job.index: Reply(text, done) for job, text, done in samples})
 
 
-def _vllm(engine: VllmEngine, source: str, jobs: Sequence[Job], how: Decoding, keep: Keep) -> None:
+def _vllm(engine: VllmEngine, source: str, jobs: Sequence[Job], how: How, keep: Keep) -> None:
     vllm, model = _import_vllm(), engine.model
     check_path(model.path)
     if (Path(model.path) / "adapter_config.json").exists():
@@ -174,13 +176,17 @@ def _import_vllm() -> Any:
     return vllm
 
 
-def _openai(engine: ServerEngine, source: str, jobs: Sequence[Job], how: Decoding, keep: Keep) -> None:
+def _openai(engine: ServerEngine, source: str, jobs: Sequence[Job], how: How, keep: Keep) -> None:
     requests = [partial(_request, engine, source, job, how) for job in jobs]
     parallel(engine.server, requests, lambda i, reply: keep({jobs[i].index: reply}))
 
 
-def _request(engine: ServerEngine, source: str, job: Job, how: Decoding) -> Reply:
-    limits = {"max_tokens": how.max_new_tokens, "temperature": how.temperature, "seed": job.seed % _SEEDS}
+def _request(engine: ServerEngine, source: str, job: Job, how: How) -> Reply:
+    limits: dict[str, Any] = {
+        "max_tokens": how.max_new_tokens,
+        "temperature": how.temperature,
+        "seed": job.seed % _SEEDS,
+    }
     if engine.template == "plain":
         try:
             return answer(engine.server, plain_prompt(job.prompt), **limits)
@@ -196,7 +202,7 @@ def dtypes(engine: Engine) -> list[str]:
     return [] if isinstance(engine, ServerEngine) else [engine.model.dtype]
 
 
-ENGINES: dict[str, Callable[[Any, str, Sequence[Job], Decoding, Keep], None]] = {
+ENGINES: dict[str, Callable[[Any, str, Sequence[Job], How, Keep], None]] = {
     "transformers": _transformers,
     "vllm": _vllm,
     "openai": _openai,
