@@ -106,7 +106,7 @@ def _position(rows: Sequence[Row]) -> Iterator[Finding]:
         share = best.count(0) / len(best)
         biased = len(best) >= ENOUGH and not 1 - _ONE_SIDED <= share <= _ONE_SIDED
         text = f"the first response is preferred in {share:.0%} of {len(best)} comparisons"
-        text += ": check whether the verdict's column is read as it is meant" if biased else ""
+        text += ": check whether the verdict's column means what the recipe says" if biased else ""
         yield Finding("warning" if biased else "note", "position", text)
 
 

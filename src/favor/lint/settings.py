@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[Severity, str, bool]] = {
     "leak": ("error", "held-out rows have a prompt of the training part", False),
     "near_duplicate": ("warning", "rows nearly repeat another", True),
     "near_leak": ("warning", "held-out rows have nearly a prompt of the training part", False),
-    "language": ("warning", "rows are in another language than most", True),
+    "language": ("warning", "rows are in a different language from most", True),
     "special_text": ("error", "rows hold the text of a special token", True),
     "round_trip": ("error", "rows do not come through the template and the tokenizer as they are", True),
     "equal_ids": ("error", "rows compare responses that become the same tokens", True),
@@ -56,7 +56,7 @@ KINDS: dict[str, tuple[Severity, str, bool]] = {
     ),
     "trimmed": ("note", "responses lose the blanks around their text in the chat template", False),
     "tools": ("note", "prompts have tools that the chat template leaves out", False),
-    "label_noise": ("warning", "rows have a label that a reward or model is strongly against", False),
+    "label_noise": ("warning", "rows have a label that a reward or model strongly disagrees with", False),
 }
 
 
@@ -71,7 +71,7 @@ class LintSettings(BaseModel):
     fix: str | None = None
     """Write a cleaned copy of the training rows to this JSONL file."""
     overwrite: bool = False
-    """Replace files there that favor lint did not write, too."""
+    """Also replace files that favor lint did not write."""
     fail_on: Literal["error", "warning", "never"] = "error"
     """The least severe finding that makes the exit code 1."""
     near: float = Field(default=0.8, ge=0, le=1)
@@ -89,7 +89,7 @@ class LintSettings(BaseModel):
     doubt: bool = False
     """Ask [model] about the labels, by the mean log-prob of a token, or by its log-ratio to lint.reference."""
     reference: str | None = None
-    """Model folder of the reference for lint.doubt."""
+    """Folder of the reference model for lint.doubt."""
     examples: int = Field(default=5, ge=0)
     """Rows of each finding that are shown with their text."""
 

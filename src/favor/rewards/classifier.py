@@ -1,4 +1,4 @@
-"""A classifier of texts: TF-IDF and logistic regression, fitted on the spot.
+"""A classifier of texts: TF-IDF and logistic regression, fitted when it is loaded.
 
 In: texts with their labels. Out: P(positive) of any text. Next: source.py.
 """
