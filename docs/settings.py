@@ -19,7 +19,8 @@ def page(commands: Mapping[str, type[BaseModel]]) -> str:
         "Made from the code by `make settings-doc`. `favor COMMAND --settings` shows those of a plain run and of what you choose",
         "(`favor train loss.kind=kto --settings`); `favor schema COMMAND` prints a JSON schema for editors.",
     ]
-    seen: dict[Setting, str] = {}
+    # of a key, what stands first and in which command; another command may have another default
+    seen: dict[tuple[object, ...], tuple[Setting, str]] = {}
     for command, schema in commands.items():
         lines += [
             "",
@@ -30,10 +31,10 @@ def page(commands: Mapping[str, type[BaseModel]]) -> str:
         ]
         elsewhere: dict[str, list[str]] = {}
         for setting in settings(schema, every=True):
-            if setting in seen and "." in setting.key:
-                elsewhere.setdefault(seen[setting], []).append(setting.key.split(".")[0])
+            first, other = seen.setdefault((setting.key, setting.kinds), (setting, command))
+            if other != command and first == setting and "." in setting.key:
+                elsewhere.setdefault(other, []).append(setting.key.split(".")[0])
                 continue
-            seen[setting] = command
             cells = (
                 f"`{setting.key}`",
                 setting.type,

@@ -249,7 +249,7 @@ def numbers():
     yield bad("ppo", f"ppo.samples_per_prompt={10**18}", names=["ppo.samples_per_prompt"])
     yield bad("eval", f"samples_per_prompt={10**18}", names=["samples_per_prompt"])
     yield bad("eval", f"sample_prompts={10**30}", names=["sample_prompts"])
-    yield bad("reward", "reward.margin_scale=inf", names=["reward.margin_scale"])
+    yield bad("reward", "bradley_terry.margin_scale=inf", names=["bradley_terry.margin_scale"])
     yield bad("lint", "lint.near=2", names=["lint.near"])
     yield bad("lint", f"lint.examples={10**30}", names=["lint.examples"])
     for method, strength in (

@@ -17,13 +17,15 @@ from oracles import tree
 from favor.data.types import Comparison, Thumb
 from favor.errors import ConfigError
 from favor.losses.table import LOSSES, needs
+from favor.model.adapters import LoraSettings
 from favor.model.batched import measured
 from favor.model.layout import settle
-from favor.model.load import LoraSettings, ModelConfig, as_reference, frozen_copy, make_policy
+from favor.model.load import ModelConfig, frozen_copy, make_policy
 from favor.model.logprobs import response_logps
 from favor.ranks import World
 from favor.train import preference, reference
 from favor.train.preference import TrainConfig
+from favor.train.reference import frozen
 from favor.train.step import Learner, step
 from favor.train.watch import References
 
@@ -132,7 +134,7 @@ def references(cell, ref, trees):
     if cell.reference == "live":
         return alive, alive.logps
     if cell.weights == "lora":
-        with as_reference(ref) as base:
+        with frozen(ref) as base:
             table = measured(base, trees, lambda batch: response_logps(base, batch), 10_000)
     else:
         table = measured(ref, trees, lambda batch: response_logps(ref, batch), 10_000)

@@ -11,7 +11,8 @@ import torch
 from oracles import tree
 
 from favor.data import batches
-from favor.model.batched import measured, pairs
+from favor.eval.figures import pairs
+from favor.model.batched import measured
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, make_policy
 from favor.model.logprobs import response_logps, scored_logps

@@ -5,8 +5,11 @@ import pytest
 import favor.settings
 from favor.config import dump, load, split_arguments
 from favor.errors import ConfigError
-from favor.train.optim import OptimConfig, learning_rate
+from favor.settings import settings
+from favor.train.loop import AdamW, learning_rate
+from favor.train.ppo import PpoConfig
 from favor.train.preference import TrainConfig
+from favor.train.sft import SftConfig
 
 NEEDED = ["run=r", "model.path=m", "data.train=d.jsonl"]
 
@@ -72,9 +75,9 @@ def test_arguments():
 
 def test_learning_rates():
     """Warm-up reaches the full rate at its end; linear and cosine end at zero and are half way in the middle."""
-    constant = OptimConfig(lr=1.0, schedule="constant", warmup_steps=4)
+    constant = AdamW(lr=1.0, schedule="constant", warmup_steps=4)
     assert [learning_rate(constant, s, 10) for s in (0, 3, 4, 9)] == [0.2, 0.8, 1.0, 1.0]
-    linear, cosine = OptimConfig(lr=1.0, schedule="linear"), OptimConfig(lr=1.0, schedule="cosine")
+    linear, cosine = AdamW(lr=1.0, schedule="linear"), AdamW(lr=1.0, schedule="cosine")
     assert learning_rate(linear, 5, 10) == pytest.approx(0.5)
     assert learning_rate(cosine, 5, 10) == pytest.approx(0.5)
     assert learning_rate(linear, 10, 10) == learning_rate(cosine, 10, 10) == 0.0
@@ -102,7 +105,10 @@ def test_a_new_name_is_never_an_old_one():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["optim.kind=rmsprop", "optim.betas=[0.8, 0.9]"], "optim.betas is read by optim.kind=adamw alone"),
+        (
+            ["optim.kind=rmsprop", "optim.betas=[0.8, 0.9]"],
+            "unknown key .optim.betas.; it is not read by kind .rmsprop.; remove it or choose a kind that reads it .adamw.",
+        ),
         (["watch.kl.tokens=9"], "'watch.kl.every' is not set"),
         (["watch.eval.every=9"], "name data.eval or data.hold_out.share"),
         (["loss.kind=simpo", "reference.displacement_threshold=0.5"], "reads no reference"),
@@ -129,3 +135,18 @@ def test_what_was_a_value_and_is_a_section_with_kinds_says_so():
     # a key that the demo no longer has, and other commands have
     with pytest.raises(ConfigError, match=r"unknown key 'prompts'; the demo samples 20 prompts; .*sample_prompts="):
         load(DemoConfig, None, ["prompts=5"])
+
+
+@pytest.mark.parametrize(
+    ("schema", "words", "key", "value"),
+    [
+        (SftConfig, ["optim.clip=0.5"], "lr", 2e-5),
+        (SftConfig, ["optim.kind=rmsprop"], "lr", 2e-5),
+        (SftConfig, ["optim.lr=1.0"], "lr", 1.0),
+        (PpoConfig, ["reward.kind=model", "reward.path=r", "optim.lr=1.0"], "schedule", "constant"),
+    ],
+)
+def test_a_section_given_in_part_keeps_what_the_command_sets_in_it(schema, words, key, value):
+    config = load(schema, None, ["run=r", "model.path=m", "data.train=d", *words])
+    assert dict(config.optim)[key] == value
+    assert {s.key: s.default for s in settings(SftConfig)}["optim.lr"] == "2e-05"

@@ -10,8 +10,9 @@ from rich.console import Console
 from favor.config import load
 from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
+from favor.stop import StopRequest
 from favor.train.preference import TrainConfig, train
-from favor.train.session import Session, StopRequest
+from favor.train.session import Session
 from favor.train.sft import SftConfig, sft
 
 FIXTURES = sorted((Path(__file__).parent / "data/formats").glob("*.jsonl"))

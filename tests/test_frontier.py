@@ -19,7 +19,8 @@ from favor.errors import ConfigError
 from favor.ranks import World
 from favor.report.page import collect, write_page
 from favor.run import RunFolder
-from favor.train.session import Session, StoppedError, StopRequest
+from favor.stop import StoppedError, StopRequest
+from favor.train.session import Session
 
 
 def open_session(root, stop=None):

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from favor_frontier.summary import crossed_reach
 from interval_coverage import SETTINGS, measure
 from scipy.stats import binom
 from scipy.stats import t as student
 
 from favor.eval import intervals
-from favor.eval.intervals import SHARE, crossed_reach, mean_interval, standard_error, t_quantile
+from favor.eval.intervals import SHARE, mean_interval, standard_error, t_quantile
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name.replace(" ", "-"))

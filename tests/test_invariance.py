@@ -18,14 +18,14 @@ from favor.data import batches
 from favor.losses import table as losses
 from favor.losses.table import make_loss
 from favor.model import attention
+from favor.model.adapters import LoraSettings
 from favor.model.layout import config_obstacle, settle
-from favor.model.load import LoraSettings, ModelConfig, as_reference, frozen_copy, make_policy
+from favor.model.load import ModelConfig, frozen_copy, make_policy
 from favor.model.logprobs import response_logps
 from favor.ranks import World
-from favor.train.loop import micro_batches
-from favor.train.optim import OptimConfig, make_optimizer
+from favor.train.loop import AdamW, make_optimizer, micro_batches
 from favor.train.preference import make_objective
-from favor.train.reference import Reference
+from favor.train.reference import Reference, frozen
 from favor.train.step import Learner, step
 
 
@@ -114,7 +114,7 @@ def test_lora_tree_equals_plain_and_adapter_off_is_the_base(family, checkpointin
     found = response_logps(policy, batch)
     assert_close(found, plain, rtol=1e-5, atol=1e-5)
     assert_same_gradients(gradients(found, policy.model), expected)
-    with torch.no_grad(), as_reference(policy) as reference:
+    with torch.no_grad(), frozen(policy) as reference:
         assert_close(response_logps(reference, batch), base, rtol=1e-5, atol=1e-5)
     assert (found.detach() - base).abs().max() > 0.01
 
@@ -231,7 +231,7 @@ def test_first_loss_is_ln_2_and_margins_are_zero():
 
 def test_optimizer_groups_decay_matrices_only():
     policy = policy_of(tiny.model("llama"))
-    groups = make_optimizer(OptimConfig(weight_decay=0.1), policy.trainable()).param_groups
+    groups = make_optimizer(AdamW(weight_decay=0.1), policy.trainable()).param_groups
     assert [(g["weight_decay"], {p.dim() for p in g["params"]}) for g in groups] == [(0.1, {2}), (0.0, {1})]
 
 

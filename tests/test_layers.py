@@ -44,7 +44,7 @@ ALLOWED = {
 }
 # inside train/ a file imports earlier ones only
 TRAIN_ORDER = (
-    *("step", "optim", "checkpoint", "session", "loop", "reference", "stats", "rollout", "coupled", "watch"),
+    *("step", "session", "checkpoint", "loop", "reference", "stats", "rollout", "coupled", "watch"),
     *("sft", "reward", "ppo", "preference", "dryrun"),
 )
 # inside data/ too; the package formats is one
@@ -55,13 +55,9 @@ DATA_ORDER = (
 # prepare goes through files where a source is large
 LAZY = {"data/prepare": {"store"}}
 # what the package has come down to; only ever lowered, to 12,000 lines in 95 files
-MOST_LINES, MOST_FILES = 15_870, 96
-# comment lines per 100 of code, on the files of the story (docs/path.md); those whose comments are still to be written
+MOST_LINES, MOST_FILES = 15_801, 96
+# comment lines per 100 of code, on the files of the story (docs/path.md)
 LEAST_COMMENTS = 5
-TO_COMMENT = {
-    "losses/table.py",
-    "losses/pairwise.py",
-}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -132,9 +128,7 @@ def test_functions_are_short():
 def test_the_story_has_comments_where_a_reader_stops():
     from test_path import documented
 
-    story = set(documented()[0])
-    assert story >= TO_COMMENT
-    for name in story - TO_COMMENT:
+    for name in documented()[0]:
         source = (PACKAGE / name).read_text("utf-8")
         comments = sum(
             token.type == tokenize.COMMENT for token in tokenize.generate_tokens(io.StringIO(source).readline)

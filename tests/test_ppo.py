@@ -19,10 +19,11 @@ from favor.model.logprobs import scored_logps
 from favor.model.sample import SampleConfig
 from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
+from favor.stop import StoppedError, StopRequest
 from favor.train.ppo import FixedKl, PpoConfig, PpoSettings, Rloo, make_objective, make_targets, train_ppo
 from favor.train.preference import TrainConfig, train
 from favor.train.rollout import Models, Prompt, collect
-from favor.train.session import Session, StoppedError, StopRequest
+from favor.train.session import Session
 
 
 def open_session(root, stop=None):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_training import StopAt, curve, run_train, world_of_films  # noqa: F401 (a fixture)
 from test_training import settings as recipe
 
-from favor.train.session import StoppedError
+from favor.stop import StoppedError
 
 RECIPES = strategies.fixed_dictionaries(
     {

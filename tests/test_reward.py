@@ -27,9 +27,10 @@ from favor.ranks import World
 from favor.rewards.model import encode, implicit_scorer
 from favor.rewards.source import CallableReward, ClassifierReward, ImplicitReward, ModelReward, make_scorer
 from favor.run import RunFolder, read_jsonl
+from favor.stop import StopRequest
 from favor.train.preference import TrainConfig, train
 from favor.train.reward import BradleyTerryConfig, RewardTrainConfig, make_objective, train_reward
-from favor.train.session import Session, StopRequest
+from favor.train.session import Session
 
 
 def open_session(root):
@@ -211,26 +212,28 @@ def test_a_planted_preference_is_learnt_from_ln_2(trained):
 
 def test_options_that_the_data_cannot_feed_are_refused(inputs, tmp_path):
     for option, message in (
-        ("reward.margin_scale=1", "no row has a margin"),
-        ("reward.tie_width=0.5", "holds no ties"),
+        ("bradley_terry.margin_scale=1", "no row has a margin"),
+        ("bradley_terry.tie_width=0.5", "holds no ties"),
     ):
         with pytest.raises(ConfigError, match=message):
             train_reward(load(RewardTrainConfig, None, words_of(inputs, tmp_path / "r", option)), open_session)
 
 
-def test_the_switch_that_tie_width_replaces_is_named():
+@pytest.mark.parametrize("old", ["reward.ties=true", "reward.tie_width=0.5", "reward.margin_scale=1"])
+def test_where_the_settings_of_earlier_versions_are_is_said(old):
     with pytest.raises(
-        ConfigError, match=r"unknown key 'reward.ties'; ties are learnt from where reward.tie_width is set"
+        ConfigError,
+        match=r"unknown key 'reward'; its settings are in \[bradley_terry\] now: .* tie_width \(ties count if set",
     ):
-        load(RewardTrainConfig, None, ["run=r", "model.path=m", "data.train=t", "reward.ties=true"])
+        load(RewardTrainConfig, None, ["run=r", "model.path=m", "data.train=t", old])
 
 
 def test_ties_and_margins_reach_the_loss(inputs, tmp_path):
     rows = [{"prompt": f"p {i}", "responses": ["one", "two", "three"], "scores": [1.0, 1.0, i + 2.0]} for i in range(4)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     options = [
-        "reward.tie_width=0.4",
-        "reward.margin_scale=0.1",
+        "bradley_terry.tie_width=0.4",
+        "bradley_terry.margin_scale=0.1",
         "train.batch_prompts=4",
         "train.max_steps=1",
     ]

@@ -19,8 +19,9 @@ from favor.online import OnlineConfig, loop
 from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
 from favor.server import Reply
+from favor.stop import StoppedError, StopRequest
 from favor.train.preference import TrainConfig, train
-from favor.train.session import Session, StoppedError, StopRequest
+from favor.train.session import Session
 from favor.winrate.run import WinrateConfig, winrate
 
 PROMPTS = ["Write about a film.", "A film", "Never?", [{"role": "user", "content": "Good or bad?"}], "Maybe the end."]

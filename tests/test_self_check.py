@@ -13,9 +13,10 @@ from transformers import AutoModelForSequenceClassification, Gemma2Config, Gemma
 from favor.data.batches import build
 from favor.errors import CheckpointError, NumericsError
 from favor.model import attention, layout
+from favor.model.adapters import LoraSettings
 from favor.model.heads import load_scalar_model, settle_scores
 from favor.model.layout import settle
-from favor.model.load import LoraSettings, ModelConfig, frozen_copy, load_policy, make_policy
+from favor.model.load import ModelConfig, frozen_copy, load_policy, make_policy
 from favor.model.logprobs import response_logps
 
 CONFIG = ModelConfig(path="tiny", device="cpu")
@@ -302,7 +303,7 @@ def test_a_start_from_an_adapter_is_the_adapted_model_and_is_saved_as_one(tmp_pa
     from peft import PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from favor.train.checkpoint import save_model
+    from favor.train.loop import save_model
 
     tiny.save(tmp_path / "base")
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter_kinds()[kind])
@@ -352,6 +353,7 @@ def quiet_session(root):
 
     from favor.ranks import World
     from favor.run import RunFolder
-    from favor.train.session import Session, StopRequest
+    from favor.stop import StopRequest
+    from favor.train.session import Session
 
     return Session(RunFolder(root), World(), Console(quiet=True), StopRequest())

@@ -29,11 +29,12 @@ from favor.lint.settings import LintConfig
 from favor.ranks import World
 from favor.report.page import collect, write_page
 from favor.run import RunFolder, append, read_jsonl, start, write_text
+from favor.stop import StoppedError
 from favor.train import checkpoint, reference
-from favor.train.checkpoint import TrainingState, checkpoints
+from favor.train.checkpoint import checkpoints
 from favor.train.ppo import PpoConfig, train_ppo
 from favor.train.preference import TrainConfig, train
-from favor.train.session import StoppedError
+from favor.train.session import TrainingState
 from favor.train.sft import SftConfig, sft
 from favor.train.step import Learner
 

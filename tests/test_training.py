@@ -26,9 +26,10 @@ from favor.model.load import ModelConfig, load_policy
 from favor.model.sample import SampleConfig
 from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
+from favor.stop import StoppedError, StopRequest
 from favor.train.checkpoint import checkpoints
 from favor.train.preference import TrainConfig, train
-from favor.train.session import Session, StoppedError, StopRequest
+from favor.train.session import Session
 from favor.train.sft import SftConfig, sft
 
 

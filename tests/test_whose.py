@@ -16,10 +16,10 @@ from favor.lint.settings import LintConfig
 from favor.online import OnlineConfig, loop
 from favor.rewards.source import CallableReward, make_scorer
 from favor.run import RunFolder, opened, read_json, start
+from favor.stop import StoppedError
 from favor.train.ppo import PpoConfig, train_ppo
 from favor.train.preference import TrainConfig, train
 from favor.train.reward import RewardTrainConfig, train_reward
-from favor.train.session import StoppedError
 from favor.train.sft import SftConfig, sft
 
 ROWS = [{"prompt": f"Film {i}?", "chosen": f"good {i} film", "rejected": f"bad {i}"} for i in range(6)]

@@ -43,19 +43,32 @@ def load(schema: type[M], recipe: Path | None, overrides: Sequence[str] = ()) ->
     where = str(recipe) if recipe else "settings"
     try:
         try:
-            found = schema.model_validate(tree)
+            found = schema.model_validate(_with_own(schema, tree))
         except ValidationError as error:
             # run=2024-11-24 and run=7 are TOML of other types, and meant as text
             asked = [settings.place(e["loc"], schema)[0] for e in error.errors() if e["type"] == "string_type"]
             if not _take_as_text(tree, words, asked):
                 raise
-            found = schema.model_validate(tree)
+            found = schema.model_validate(_with_own(schema, tree))
     except ValidationError as error:
         raise ConfigError("; ".join(settings.explained(item, schema, where) for item in error.errors())) from None
     except RecursionError:
         raise ConfigError(f"{where}: a value is nested too deeply to be read; flatten it") from None
     _check_values(tree, found, where)
     return found
+
+
+def _with_own(schema: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
+    """A section given in part keeps what the command sets in it: after `favor sft optim.clip=1` the rate is still sft's own."""
+    filled = dict(tree)
+    for name, field in schema.model_fields.items():
+        given, default = tree.get(name), field.default
+        if isinstance(given, dict) and isinstance(default, BaseModel) and (own := default.model_fields_set - {"kind"}):
+            kind = given.get("kind", settings.kind_of(type(default)))
+            sections = [each for each in settings.models(field.annotation) if settings.kind_of(each) == kind]
+            own &= {key for section in sections for key in section.model_fields}
+            filled[name] = {key: getattr(default, key) for key in own} | given
+    return filled
 
 
 def read(recipe: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:

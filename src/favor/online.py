@@ -28,8 +28,7 @@ from favor.rewards.source import RewardConfig, check_scorer, identity
 from favor.run import RunFolder, make_folder, read_json, remove_folder, same_inputs, write_json, write_jsonl, write_text
 from favor.stop import StoppedError
 from favor.train.checkpoint import checkpoints
-from favor.train.loop import LoopConfig, SaveConfig
-from favor.train.optim import OptimConfig
+from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig
 from favor.train.preference import TrainConfig, train
 from favor.train.session import OpenSession, Session, recipe_hash, running
 
@@ -54,7 +53,7 @@ class OnlineConfig(BaseModel):
     sample: SampleConfig = SampleConfig()
     reward: RewardConfig
     loss: LossConfig = make_loss()
-    optim: OptimConfig = OptimConfig()
+    optim: OptimConfig = AdamW()
     train: LoopConfig = LoopConfig()
     save: SaveConfig = SaveConfig()
 

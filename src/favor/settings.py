@@ -64,7 +64,7 @@ RENAMED: Mapping[str, str] = {
     "ppo.target_kl": "ppo.kl.target",
     "ppo.kl_horizon": "ppo.kl.horizon",
     "ppo.kl_estimator": "ppo.kl.estimator",
-    "reward.ties": "set reward.tie_width to learn from ties; 0.5 is a good start",
+    "RewardTrainConfig.reward": "its settings are in [bradley_terry] now: margin_scale, centering, tie_width (ties count if set)",
     "model": "the model that samples come from is engine.model now",
     "server": "the server that samples come from is engine.server now, with engine.kind = openai",
     "tokens": "prompts are rendered by engine.template and engine.special_text now (favor winrate: template, special_text)",
@@ -90,12 +90,18 @@ class Setting:
 
 
 def settings(
-    schema: type[BaseModel], given: Mapping[str, Any] | None = None, prefix: str = "", *, every: bool = False
+    schema: type[BaseModel],
+    given: Mapping[str, Any] | None = None,
+    prefix: str = "",
+    *,
+    every: bool = False,
+    own: Any = None,
 ) -> Iterator[Setting]:
     """Every setting of a config class.
 
     Of a section that is chosen by `kind`, those of the kind in `given` (a recipe as nested dicts), else of the default; of a
     section that is off unless it is written, its own line unless it stands in `given`. every: all kinds and all sections.
+    own: values that the command sets in the section, its defaults.
     """
     here = given or {}
     for name, field in schema.model_fields.items():
@@ -103,16 +109,16 @@ def settings(
         inner = here.get(name)
         inner = inner if isinstance(inner, Mapping) else {}
         if not sections and any(models(field.annotation)):
-            yield Setting(key, "section", _default(field), "a list of tables", field.description or "")
+            yield Setting(key, "section", _shown(field.default), "a list of tables", field.description or "")
         elif not sections:
             if name != "kind" or not kind_of(schema) or len(get_args(field.annotation)) > 1:
-                yield _leaf(key, field)
+                yield _leaf(key, field, getattr(own, name) if own and name in own.model_fields_set else field.default)
         elif field.default is None and name not in here and not every:
             yield Setting(
                 f"{key}.*", "section", "off", "", f"{_sentence(field, sections[0])} Off unless one of its keys is set."
             )
         elif len(sections) == 1:
-            yield from settings(sections[0], inner, f"{key}.", every=every)
+            yield from settings(sections[0], inner, f"{key}.", every=every, own=_own(field))
         else:
             yield from _union(key, field, sections, inner, every=every)
 
@@ -122,21 +128,25 @@ def _union(
 ) -> Iterator[Setting]:
     default = kind_of(type(field.default)) if isinstance(field.default, BaseModel) else ""
     known = {kind_of(section): section for section in sections}
-    shown = json.dumps(default) if default else _default(field)
+    shown = json.dumps(default) if default else _shown(field.default)
     yield Setting(f"{key}.kind", "choice", shown, ", ".join(known), _sentence(field, sections[0]))
     if not every:
         chosen = given.get("kind", default)
         if chosen in known:
-            yield from settings(known[chosen], given, f"{key}.")
+            yield from settings(known[chosen], given, f"{key}.", own=_own(field))
         return
     found: dict[Setting, tuple[str, ...]] = {}
     for kind, section in known.items():
-        for setting in settings(section, given, f"{key}.", every=True):
+        for setting in settings(section, given, f"{key}.", every=True, own=_own(field)):
             found[setting] = (*found.get(setting, ()), kind)
     yield from (replace(setting, kinds=setting.kinds or kinds) for setting, kinds in found.items())
 
 
-def _leaf(key: str, field: FieldInfo) -> Setting:
+def _own(field: FieldInfo) -> BaseModel | None:
+    return field.default if isinstance(field.default, BaseModel) else None
+
+
+def _leaf(key: str, field: FieldInfo, default: Any) -> Setting:
     inside = [part for part in get_args(field.annotation) if part is not NoneType]
     bare: Any = inside[0] if NoneType in get_args(field.annotation) else field.annotation
     literal = get_origin(bare) is Literal
@@ -144,11 +154,10 @@ def _leaf(key: str, field: FieldInfo) -> Setting:
     bounds = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in signs if hasattr(m, name)]
     shape = "choice" if literal else _NAMES.get(get_origin(bare) or bare, "value")
     allowed = ", ".join(map(str, get_args(bare))) if literal else " and ".join(bounds)
-    return Setting(key, shape, _default(field), allowed, field.description or "")
+    return Setting(key, shape, _shown(default), allowed, field.description or "")
 
 
-def _default(field: FieldInfo) -> str:
-    value = field.get_default(call_default_factory=False)
+def _shown(value: Any) -> str:
     if value is PydanticUndefined:
         return "must be given"
     if isinstance(value, BaseModel) or value is None:

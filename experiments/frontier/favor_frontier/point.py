@@ -23,8 +23,7 @@ from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
 from favor.rewards.source import Scorer, make_scorer
 from favor.run import RunFolder, make_folder, read_json, read_jsonl, write_json, write_jsonl
-from favor.train.loop import LoopConfig, SaveConfig
-from favor.train.optim import OptimConfig
+from favor.train.loop import AdamW, LoopConfig, SaveConfig
 from favor.train.ppo import AdaptiveKl, PpoConfig, PpoSettings, PromptsConfig, train_ppo
 from favor.train.preference import TrainConfig, train
 from favor.train.reference import ReferenceConfig
@@ -153,7 +152,7 @@ def _preference_recipe(config: FrontierConfig, task: Task, places: Places, point
         data=DataConfig(train=str(places.preferences(point.seed))),
         tokens=task.tokens,
         loss=make_loss(kind, **options),
-        optim=OptimConfig(lr=sizes.lr, warmup_steps=2),
+        optim=AdamW(lr=sizes.lr, warmup_steps=2),
         reference=ReferenceConfig(store=str(places.reference(point.seed))),
         train=LoopConfig(batch_prompts=sizes.batch_prompts, epochs=epochs, max_tokens_per_pack=2048),
         save=SaveConfig(every=0),
@@ -183,7 +182,7 @@ def _ppo_recipe(config: FrontierConfig, task: Task, places: Places, point: Point
             explosion_kl=sizes.explosion_kl,
         ),
         sample=SampleConfig(max_new_tokens=config.evaluate.max_new_tokens, batch=128),
-        optim=OptimConfig(lr=sizes.lr, schedule="constant"),
+        optim=AdamW(lr=sizes.lr, schedule="constant"),
         train=LoopConfig(
             batch_prompts=sizes.batch_prompts,
             epochs=1_000,

@@ -25,8 +25,7 @@ from favor.model.sample import SampleConfig, decode, sample
 from favor.rewards.source import ClassifierReward, ModelReward, RewardConfig, make_scorer
 from favor.run import RunFolder, cache_folder, make_folder, read_jsonl, write_json, write_jsonl
 from favor.train import reference
-from favor.train.loop import LoopConfig, SaveConfig
-from favor.train.optim import OptimConfig
+from favor.train.loop import AdamW, LoopConfig, SaveConfig
 from favor.train.reward import RewardTrainConfig, train_reward
 from favor.train.session import OpenSession, load_splits
 from favor.train.sft import SftConfig, sft
@@ -116,7 +115,7 @@ def fine_tune(config: FrontierConfig, task: Task, places: Places, open_session: 
         model=ModelConfig(path=str(task.model), dtype="float32"),
         data=DataConfig(train=task.sft, max_rows=config.sft.max_rows),
         tokens=task.tokens,
-        optim=OptimConfig(lr=config.sft.lr, schedule="cosine", warmup_steps=5),
+        optim=AdamW(lr=config.sft.lr, schedule="cosine", warmup_steps=5),
         train=LoopConfig(
             batch_prompts=config.sft.batch_prompts,
             epochs=config.sft.epochs,
@@ -168,7 +167,7 @@ def store_reference(task: Task, places: Places, seed: int, open_session: OpenSes
     def build(trees: Sequence[TokenTree]) -> Tensor:
         return measured(policy, trees, lambda batch: response_logps(policy, batch), 2048, session.world)
 
-    identity = reference.fingerprint(reference.identity(policy, task.tokens), {"train": splits.train})
+    identity = reference.identity(policy, task.tokens)
     reference.stored(policy, {"train": splits.train}, identity, path, build, session.world)
 
 
@@ -187,7 +186,7 @@ def learn_reward(config: FrontierConfig, task: Task, places: Places, seed: int, 
             train=str(places.preferences(seed)), eval=str(places.preferences(others[0])) if others else None
         ),
         tokens=task.tokens,
-        optim=OptimConfig(lr=config.offline.reward_lr, warmup_steps=2),
+        optim=AdamW(lr=config.offline.reward_lr, warmup_steps=2),
         train=LoopConfig(
             batch_prompts=config.offline.batch_prompts,
             epochs=config.offline.reward_epochs,

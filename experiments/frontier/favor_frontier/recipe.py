@@ -13,7 +13,7 @@ from favor.config import STRICT, Seed
 from favor.data.tokenize import TokensConfig
 from favor.rewards.source import RewardConfig
 
-# what the settings that a strength becomes take: loss.beta and ppo.target_kl, loss.alpha, train.epochs, N
+# what the settings that a strength becomes take: loss.beta and ppo.kl.target, loss.alpha, train.epochs, N
 Strengths = tuple[Annotated[float, Field(gt=0, le=1e6)], ...]
 Shares = tuple[Annotated[float, Field(ge=0, le=1)], ...]
 Counts = tuple[Annotated[float, Field(le=1000)], ...]

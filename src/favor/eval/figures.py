@@ -6,6 +6,7 @@ Divergence. A further figure is one function here and one line where `eval.json`
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from favor.data.types import Batch, TokenTree
 from favor.eval.intervals import SHARE, Array, mean_interval, sign_share, standard_error
 from favor.losses.pairwise import sigmoid
-from favor.model.batched import measured, pairs
+from favor.model.batched import measured
 from favor.model.load import Policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig
@@ -102,6 +103,21 @@ def pair_figures(
     margin_P = reward_R[chosen_P] - reward_R[rejected_P]
     gap_P = ref_R[chosen_P] - ref_R[rejected_P]
     return PairFigures(margin_P.numpy(), gap_P.numpy(), prompt_P, float(sigmoid(margin_P, 1.0).mean()))
+
+
+def pairs(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every pair the trees' comparisons imply, as a Batch lists them: (chosen, rejected, tree), int64 [P] each.
+
+    chosen and rejected are places among the responses as `measured` orders them.
+    """
+    found: list[tuple[int, int, int]] = []
+    begin = 0
+    for index, tree in enumerate(trees):
+        for order in (comparison.order for comparison in tree.comparisons):
+            found += [(begin + a, begin + b, index) for a, b in combinations(order, 2)]
+        begin += len(tree.response_ids)
+    chosen_P, rejected_P, tree_P = np.array(found, np.int64).reshape(-1, 3).T
+    return chosen_P, rejected_P, tree_P
 
 
 def calibrate(gap_P: Array, prompt_P: NDArray[np.int64], *, num_bins: int = 10) -> Calibration:

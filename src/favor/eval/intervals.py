@@ -1,4 +1,4 @@
-"""How sure a mean is: 95 % intervals over prompts, and over training seeds crossed with prompts.
+"""How sure a mean is: 95 % intervals over prompts.
 
 In: values, and which prompt each belongs to. Out: Interval, standard errors. Next: figures.py.
 """
@@ -73,27 +73,6 @@ def jackknife(change: Array) -> float:
     Efron and Stein 1981, Annals of Statistics 9.
     """
     return float(np.sqrt((len(change) - 1) / len(change) * (change**2).sum()))
-
-
-def crossed_reach(values_SP: Array) -> float:
-    """Half the 95 % interval of the mean of `values_SP` [seeds, prompts], every seed having the same prompts.
-
-    reach^2 = t(S-1)^2 V_S + t(P-1)^2 max(V_P - V_SP, 0), with V_S = var(seed means)/S, V_P = var(prompt means)/P and V_SP
-    that of seed x prompt noise, which V_S and V_P both hold. Each part has its own t (Howe 1974, JASA 69), which keeps
-    95 % with 2 seeds too. It is never less than t(P-1) sqrt(V_P), the reach when the seeds are taken as given; one seed
-    says nothing of other seeds, and the reach is then that.
-    """
-    seeds, prompts = values_SP.shape
-    over_prompts = values_SP.mean(0).var(ddof=1) / prompts if prompts > 1 else 0.0
-    t_prompts = stdtrit(max(prompts - 1, 1), _UPPER)
-    given = float(t_prompts * np.sqrt(over_prompts))
-    if seeds == 1:
-        return given
-    over_seeds = values_SP.mean(1).var(ddof=1) / seeds
-    rest_SP = values_SP - values_SP.mean(1, keepdims=True) - values_SP.mean(0) + values_SP.mean()
-    noise = (rest_SP**2).sum() / ((seeds - 1) * max(prompts - 1, 1) * seeds * prompts)
-    both = stdtrit(seeds - 1, _UPPER) ** 2 * over_seeds + t_prompts**2 * max(over_prompts - noise, 0.0)
-    return max(given, float(np.sqrt(both)))
 
 
 def t_quantile(counts: Array) -> float:

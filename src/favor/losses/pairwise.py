@@ -38,6 +38,7 @@ def sigmoid(h_P: Tensor, beta: Beta = 0.1, label_P: Tensor | float = 1.0) -> Ten
     label_P, a soft label: the probability p that the order is right, -p log sigmoid(beta h) - (1-p) log sigmoid(-beta h).
     Worked number: beta 0.1, h 0.2 -> 0.683197; h 0 -> ln 2 = 0.693147; p 0.75, h 2 -> 0.648139.
     """
+    # logsigmoid, not log of sigmoid: at beta h = -200 the latter is -inf and has no gradient
     return -label_P * logsigmoid(beta * h_P) - (1 - label_P) * logsigmoid(-beta * h_P)
 
 
@@ -56,6 +57,7 @@ def robust(h_P: Tensor, beta: Beta = 0.1, label_smoothing: Flipped = 0.1) -> Ten
     Unbiased for the clean loss when a share e of the labels is flipped. Worked number: beta 0.1, h 0.2, e 0.1 -> 0.680697.
     """
     right, flipped = logsigmoid(beta * h_P), logsigmoid(-beta * h_P)
+    # the mean of this over labels flipped with probability e is -right: what the flips add is taken off again
     return -((1 - label_smoothing) * right - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
@@ -82,6 +84,7 @@ def exo(h_P: Tensor, beta: Beta = 0.1, label_smoothing: SomeFlipped = 0.1) -> Te
     The reverse of cDPO's cross-entropy: mode-seeking. Worked number: beta 0.1, h 0, e 0.1 -> ln(5/3) = 0.510826.
     """
     p_P = (beta * h_P).sigmoid()
+    # p log(p/q) of either side
     chosen_P = p_P * (logsigmoid(beta * h_P) - math.log1p(-label_smoothing))
     return chosen_P + (1 - p_P) * (logsigmoid(-beta * h_P) - math.log(label_smoothing))
 
@@ -154,6 +157,7 @@ def davidson(h_P: Tensor, h_U: Tensor, beta: Beta = 0.1, tie_nu: TieNu = 1.0) ->
     -log P(win) = log(1 + e^-d + nu e^(-d/2)), d = beta h; -log P(tie) = the same + d/2 - log nu. Nu 0 is DPO.
     Worked number: nu 1, d 0 -> ln 3 for both.
     """
+    # three outcomes with weights e^(d/2), e^(-d/2) and nu, here over the first: 1, e^-d and nu e^(-d/2)
     d = beta * torch.cat([h_P, h_U])
     win = torch.stack([torch.zeros_like(d), -d, math.log(tie_nu) - d / 2]).logsumexp(0)
     is_tie = torch.arange(len(d), device=d.device) >= len(h_P)

@@ -50,6 +50,8 @@ class Loss:
         return options(self.function) | {name: seen[name] for name in self.sees}
 
 
+# what the losses of one family can be told about how they see a batch (fields of View): ratios of any kind can be means over
+# tokens; what is a gap of two ratios can use another divergence and weigh pairs; tokens can be cut where there are no ties
 _RATIO = ("length_normalized",)
 _TIES = (*_RATIO, "divergence", "wpo")
 _GAP = (*_TIES, "ld_alpha")
@@ -63,6 +65,7 @@ LOSSES: Mapping[str, Loss] = {
     "odpo": Loss(pairwise.odpo, _GAP),
     "rao_kupper": Loss(pairwise.rao_kupper, _TIES, "pairs and ties"),
     "davidson": Loss(pairwise.davidson, _TIES, "pairs and ties"),
+    # its target 1/(2 beta) is derived for the reverse KL alone
     "ipo": Loss(pairwise.ipo, (*_RATIO, "wpo")),
     "dpop": Loss(pairwise.dpop, ("wpo",)),
     "sppo_hard": Loss(pairwise.sppo_hard, _RATIO),
@@ -72,6 +75,7 @@ LOSSES: Mapping[str, Loss] = {
     "aot_unpaired": Loss(unpaired.aot_unpaired, _RATIO, "thumbs", coupled=True),
     "nca": Loss(unpaired.nca, _RATIO, "rankings"),
     "plackett_luce": Loss(unpaired.plackett_luce, _RATIO, "rankings"),
+    # KTO compares with a z0 that is measured beforehand, BCO with the batch itself: only the latter is coupled
     "kto": Loss(unpaired.kto, items="thumbs"),
     "bco": Loss(unpaired.bco, items="thumbs", coupled=True),
     "simpo": Loss(pairwise.simpo, ("wpo",)),
@@ -99,6 +103,7 @@ class Term:
             name: self.settings[name] for name in signature(self.loss.function).parameters if name in self.settings
         }
         item = self.loss.function(**{name: READINGS[name](view) for name in self.loss.reads()}, **given)
+        # transport splits items into parts, whose weights only the loss itself knows
         if isinstance(item, tuple):
             return item
         if "wpo" in self.loss.sees:
@@ -154,6 +159,7 @@ def term_losses(config: "LossConfig", scored: Scored, batch: Batch) -> list[tupl
 def term_sums(config: "LossConfig", scored: Scored, batch: Batch) -> Tensor:
     """Every term's loss summed over its items, times the term's weight: float64 [terms]."""
     found = zip(terms(config), term_losses(config, scored, batch), strict=True)
+    # summed, not averaged: step.py divides by the items of all micro-batches and ranks
     return torch.stack([term.weight * (item * weight).sum() for term, (item, weight) in found])
 
 

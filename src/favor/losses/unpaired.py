@@ -101,14 +101,21 @@ class Coupling(NamedTuple):
 
 
 def coupling(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor) -> Coupling:
-    """The monotone coupling: quantile with quantile. Weights of equal sum; with equal weights it pairs the sorted values."""
+    """The monotone coupling: quantile with quantile. With equal weights it pairs the sorted values.
+
+    Weights of other sums are scaled to that of `weight_a`. Example: a (4, 0) of weights (1, 2) and b (-2, 2) of weights
+    (1, 2). Sorted, a is 0 up to mass 2 and 4 up to 3; b is -2 up to 1 and 2 up to 3. Cut at 1, 2 and 3: pairs (0, -2),
+    (0, 2) and (4, 2), each of mass 1.
+    """
     order_a, order_b = a.detach().argsort(stable=True), b.detach().argsort(stable=True)
     end_a, end_b = weight_a[order_a].double().cumsum(0), weight_b[order_b].double().cumsum(0)
     total = end_a[-1]
     end_b = end_b * (total / end_b[-1])
+    # a pair for every stretch of mass between two ends; its middle lies within one entry of a and one of b
     cuts = torch.cat([end_a, end_b]).sort().values
     mass = cuts.diff(prepend=cuts.new_zeros(1))
     middle = cuts - mass / 2
+    # ends that coincide leave stretches of no mass
     keep = mass > 1e-9 * total
     at_a = torch.searchsorted(end_a, middle[keep]).clamp_max(a.shape[0] - 1)
     at_b = torch.searchsorted(end_b, middle[keep]).clamp_max(b.shape[0] - 1)

@@ -5,9 +5,8 @@ equal on all ranks. Next: ../train/reference.py.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, combinations
+from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,18 +62,3 @@ def measured(
                 progress(sum(map(len, together)))
         found.append(sum_(total, world))
     return torch.cat(found, -1).cpu()
-
-
-def pairs(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every pair the trees' comparisons imply, as a Batch lists them: (chosen, rejected, tree), int64 [P] each.
-
-    chosen and rejected are places among the responses as `measured` orders them.
-    """
-    found: list[tuple[int, int, int]] = []
-    begin = 0
-    for index, tree in enumerate(trees):
-        for order in (comparison.order for comparison in tree.comparisons):
-            found += [(begin + a, begin + b, index) for a, b in combinations(order, 2)]
-        begin += len(tree.response_ids)
-    chosen_P, rejected_P, tree_P = np.array(found, np.int64).reshape(-1, 3).T
-    return chosen_P, rejected_P, tree_P

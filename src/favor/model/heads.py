@@ -125,7 +125,9 @@ def make_critic(policy: Policy, mode: Literal["shared", "detached", "separate"])
     if mode != "separate":
         return Critic(head, mode, None)
     if policy.lora:
-        raise ConfigError("ppo.value = 'separate' would train a second full model beside LoRA; use shared or detached")
+        raise ConfigError(
+            "ppo.advantage.value = 'separate' would train a second full model beside LoRA; use shared or detached"
+        )
     model = deepcopy(policy.causal_lm)
     return Critic(head, mode, replace(policy, model=model, backbone=model.base_model, fast_head=None))
 

@@ -4,40 +4,28 @@ In: ModelConfig. Out: Policy. LoRA through peft; the policy stays in eval mode, 
 Rotary frequencies that depend on the longest row of a batch are made to depend on each row alone. Next: attention.py.
 """
 
-import contextlib
 import ctypes
 import hashlib
 import platform
-import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from pydantic import BaseModel, Field, model_validator
+from peft import PeftModel
+from pydantic import BaseModel, model_validator
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import find_adapter_config_file
 
 from favor.config import STRICT
 from favor.data.types import Layout
 from favor.errors import CheckpointError, ConfigError
+from favor.model.adapters import LoraSettings, load_adapted, with_lora
 from favor.model.weights import Unmatched, check_path, load_weights, readable
-
-
-class LoraSettings(BaseModel):
-    """Section [model.lora]: train low-rank adapters; the model without them is the reference."""
-
-    model_config = STRICT
-    rank: int = Field(default=16, ge=1, le=1 << 16)
-    """Rank of every adapter."""
-    alpha: int = Field(default=32, ge=1)
-    """An adapter's product is multiplied by alpha / rank."""
-    targets: str | tuple[str, ...] = "all-linear"
-    """Which layers get one, as peft names them."""
 
 
 class ModelConfig(BaseModel):
@@ -144,13 +132,16 @@ def load_parts(loader: Any, config: ModelConfig, **more: Any) -> tuple[Any, PreT
     """Model, tokenizer, and the weights that files and model do not share. Raises also for new adapters on an adapter."""
     check_path(config.path)
     tokenizer = load_tokenizer(config)
-    model, found = load_weights(loader, config.path, config.revision, config.trust_remote_code, **more)
-    if config.lora is not None and found.adapter:
+    with readable(config.path):
+        adapter = find_adapter_config_file(config.path, revision=config.revision)
+    where = (config.path, config.revision, config.trust_remote_code)
+    if config.lora is not None and adapter is not None:
         # peft would save the new adapter as one on the hub or base model, without the adapter in between
         raise ConfigError(
             f"{config.path}: holds an adapter, and new adapters on it could not be loaded without it; "
             "remove [model.lora] to train in full, or merge it into its model first (peft's merge_and_unload)"
         )
+    model, found = load_adapted(loader, *where, adapter, **more) if adapter else load_weights(loader, *where, **more)
     return model, tokenizer, found
 
 
@@ -178,8 +169,8 @@ def make_policy(
     row_by_row(model)
     head = model.get_output_embeddings()
     policy = Policy(
-        plain_attention=_attention_name(model),
-        model=_with_lora(model, config.lora, seed) if config.lora else model,
+        plain_attention=attention_name(model),
+        model=with_lora(model, config.lora, seed) if config.lora else model,
         backbone=model.base_model,
         fast_head=head if type(head) is nn.Linear else None,
         tokenizer=tokenizer,
@@ -223,29 +214,10 @@ def weights_hash(policy: Policy) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def as_reference(policy: Policy) -> Generator[Policy]:
-    """The same model with its adapters switched off: the reference of a LoRA policy."""
-    assert policy.lora, "only adapters can be switched off"
-    with policy.model.disable_adapter():
-        yield policy
-
-
-@contextlib.contextmanager
-def plain_attention(policy: Policy) -> Generator[None]:
-    """The model's own attention for the time of the block (generation, the self-check's plain path)."""
-    before = _attention_name(policy.causal_lm)
-    use_attention(policy, policy.plain_attention)
-    try:
-        yield
-    finally:
-        use_attention(policy, before)
-
-
 def use_attention(policy: Policy, name: str) -> None:
     """Let the model compute attention by the function of this name. Raises what transformers raises when it cannot."""
     # models of several parts refuse the very name they came with, as one part does not know it
-    if _attention_name(policy.causal_lm) != name:
+    if attention_name(policy.causal_lm) != name:
         policy.causal_lm.set_attn_implementation(name)
 
 
@@ -259,24 +231,10 @@ def memory_settings() -> None:
     libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-def _attention_name(model: PreTrainedModel) -> str:
+def attention_name(model: PreTrainedModel) -> str:
+    """The name of the function that computes its attention."""
     # the only place where transformers keeps the name in force
     return model.config._attn_implementation or "eager"  # pyright: ignore[reportPrivateUsage]
-
-
-def _with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
-    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
-    # SEQ_CLS also trains and saves the scalar head
-    task = "SEQ_CLS" if "ForSequenceClassification" in type(model).__name__ else "CAUSAL_LM"
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0, task_type=task
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return get_peft_model(model, config).eval()
-        except (ValueError, re.error) as error:
-            raise ConfigError(f"model.lora.targets = {settings.targets!r}: {error}") from None
 
 
 def _checkpoint_layers(policy: Policy) -> None:

@@ -4,7 +4,8 @@ In: a Policy and prompts as token ids. Out: sampled token ids, the same for the 
 the batch; their text. Next: ../generate/engines.py.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from pydantic import BaseModel, Field
@@ -13,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from favor.config import STRICT
 from favor.errors import ConfigError, NumericsError
-from favor.model.load import Policy, check_ids, plain_attention
+from favor.model.load import Policy, attention_name, check_ids, use_attention
 from favor.model.logprobs import precision
 
 
@@ -43,7 +44,7 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[tuple[int, ...]] = [()] * len(prompts)
     check_ids(policy, max(map(max, prompts)))
-    with plain_attention(policy), torch.no_grad(), precision(policy):
+    with _plain_attention(policy), torch.no_grad(), precision(policy):
         for start in range(0, len(order), config.batch):
             members = order[start : start + config.batch]
             try:
@@ -64,6 +65,17 @@ def sample(
 def decode(tokenizer: PreTrainedTokenizerBase, responses: Sequence[Sequence[int]]) -> list[str]:
     """Sampled ids as text without special tokens; white space around it stays, because it was sampled too."""
     return tokenizer.batch_decode([list(ids) for ids in responses], skip_special_tokens=True)
+
+
+@contextlib.contextmanager
+def _plain_attention(policy: Policy) -> Generator[None]:
+    """The model's own attention for the time of the block."""
+    before = attention_name(policy.causal_lm)
+    use_attention(policy, policy.plain_attention)
+    try:
+        yield
+    finally:
+        use_attention(policy, before)
 
 
 def _sample_batch(

@@ -6,7 +6,6 @@ are read. Next: load.py.
 
 import contextlib
 import json
-import warnings
 from collections.abc import Generator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
+from transformers.utils import CONFIG_NAME, cached_file
 
 from favor.errors import CheckpointError
 
@@ -38,13 +36,12 @@ _KINDS = {"I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "i
 class Unmatched:
     """Names of tensors that model and files do not have in common, tied weights left out.
 
-    mismatched: those of another shape, with the shape in the files and in the model. adapter: whether one was merged.
+    mismatched: those of another shape, with the shape in the files and in the model.
     """
 
     missing: frozenset[str]
     unexpected: frozenset[str]
     mismatched: Mapping[str, tuple[Any, Any]]
-    adapter: bool = False
 
     def refuse(self, path: str) -> None:
         """Raise CheckpointError when there are any: what is missing would be random, what is left over ignored."""
@@ -66,57 +63,6 @@ class Unmatched:
         return replace(self, missing=self.missing - names, unexpected=self.unexpected - names)
 
 
-def load_weights(loader: Any, path: str, revision: str | None, trust: bool, **more: Any) -> tuple[Any, Unmatched]:
-    """A model by one of transformers' Auto classes, float32, from safetensors only; an adapter's base first.
-
-    Raises CheckpointError for what cannot be loaded, for numbers that are no floats, and for quantized weights.
-    """
-    with readable(path):
-        adapter = find_adapter_config_file(path, revision=revision)
-    if adapter is None:
-        return _whole(loader, path, revision, trust, **more)
-    _check_objects(Path(adapter).parent)
-    base = str(json.loads(Path(adapter).read_text("utf-8")).get("base_model_name_or_path"))
-    try:
-        check_path(base)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: an adapter whose base model cannot be loaded: {error}") from None
-    model, found = _whole(loader, base, None, trust, **more)
-    with readable(path, "adapter"):
-        adapted = PeftModel.from_pretrained(model, path, revision=revision)
-        wanted = frozenset(get_peft_model_state_dict(adapted))
-    here = frozenset(_tensors(Path(adapter).parent))
-    # what the adapter brings whole, such as a reward model's head, its base need not have
-    brought = frozenset(name.removeprefix("base_model.model.") for name in here)
-    mismatched = {name: shapes for name, shapes in found.mismatched.items() if name not in brought}
-    missing, unexpected = (found.missing - brought) | (wanted - here), found.unexpected | (here - wanted)
-    return _merged(adapted, path), Unmatched(missing, unexpected, mismatched, adapter=True)
-
-
-def _merged(adapted: PeftModel, path: str) -> Any:
-    """The base with its adapter folded in. Raises CheckpointError where that changes what the model says."""
-    ids = torch.arange(1, 9)[None]
-    with readable(path, "adapter"), warnings.catch_warnings(), torch.no_grad():
-        # peft warns of tied weights; whether they matter is seen below
-        warnings.simplefilter("ignore")
-        before = adapted.eval()(input_ids=ids, use_cache=False).logits
-        merged: Any = adapted.merge_and_unload()
-        after = merged(input_ids=ids, use_cache=False).logits
-    if not bool(torch.isfinite(after).all()):
-        raise CheckpointError(f"{path}: its outputs are not finite; the adapter is damaged, fetch it again")
-    worst = float((after - before).abs().max())
-    if not worst <= 1e-3 * (1 + float(before.abs().max())):
-        raise CheckpointError(
-            f"{path}: its adapter cannot be merged into the base exactly (outputs change by {worst:.2g}; tied weights?); "
-            "name a model that it has been merged into"
-        )
-    head, table = merged.get_output_embeddings(), merged.get_input_embeddings()
-    if head is not None and merged.config.tie_word_embeddings and head.weight is not table.weight:
-        # else saving would leave the head out
-        merged.config.tie_word_embeddings = False
-    return merged.requires_grad_(True)
-
-
 def check_path(path: str) -> None:
     """Raises CheckpointError when `path` is a folder without a sound model, or no folder and no hub id."""
     folder = Path(path)
@@ -129,7 +75,7 @@ def check_path(path: str) -> None:
     if adapter and not (folder / "adapter_model.safetensors").exists():
         # peft would fall back to adapter_model.bin
         raise CheckpointError(f"{path}: no adapter_model.safetensors in this folder; save the adapter as safetensors")
-    _check_objects(folder)
+    check_objects(folder)
 
 
 @contextlib.contextmanager
@@ -147,7 +93,11 @@ def readable(path: str, what: str = "language model") -> Generator[None]:
         ) from None
 
 
-def _whole(loader: Any, path: str, revision: str | None, trust: bool, **more: Any) -> tuple[Any, Unmatched]:
+def load_weights(loader: Any, path: str, revision: str | None, trust: bool, **more: Any) -> tuple[Any, Unmatched]:
+    """A model by one of transformers' Auto classes, float32, from safetensors only.
+
+    Raises CheckpointError for what cannot be loaded, for numbers that are no floats, and for quantized weights.
+    """
     with readable(path):
         model, info = loader.from_pretrained(
             path,
@@ -159,7 +109,7 @@ def _whole(loader: Any, path: str, revision: str | None, trust: bool, **more: An
             ignore_mismatched_sizes=True,
             **more,
         )
-        tensors = _tensors(Path(str(cached_file(path, CONFIG_NAME, revision=revision))).parent)
+        tensors = tensors_of(Path(str(cached_file(path, CONFIG_NAME, revision=revision))).parent)
     _check_kinds(path, model, tensors)
     missing, unexpected = frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"])
     leftover = frozenset(name for name in unexpected if _is_mask(name, tensors))
@@ -167,7 +117,7 @@ def _whole(loader: Any, path: str, revision: str | None, trust: bool, **more: An
     return model, Unmatched(missing, unexpected - leftover, mismatched)
 
 
-def _tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
+def tensors_of(folder: Path) -> dict[str, tuple[str, list[int]]]:
     """Name -> (number format, shape) of every tensor in the folder's safetensors files."""
     found: dict[str, tuple[str, list[int]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -208,7 +158,7 @@ def _is_mask(name: str, tensors: Mapping[str, tuple[str, list[int]]]) -> bool:
     return kind in ("BOOL", "U8") or square or (name.endswith("masked_bias") and shape in ([], [1]))
 
 
-def _check_objects(folder: Path) -> None:
+def check_objects(folder: Path) -> None:
     """Raises CheckpointError for a JSON file of a model folder that is damaged: transformers passes over some of them."""
     for path in (folder / name for name in _OBJECTS if (folder / name).exists()):
         try:

@@ -31,7 +31,6 @@ class ModelReward(BaseModel):
 
     model_config = STRICT
     kind: Literal["model"] = "model"
-    """Which one; every kind has its own settings."""
     path: str
     """A folder of `favor reward`, or any sequence classifier with one output."""
     tokens: TokensConfig | None = None
@@ -43,7 +42,6 @@ class ImplicitReward(BaseModel):
 
     model_config = STRICT
     kind: Literal["implicit"] = "implicit"
-    """Which one; every kind has its own settings."""
     path: str
     """The run folder."""
     reference: str | None = None
@@ -59,7 +57,6 @@ class ClassifierReward(BaseModel):
 
     model_config = STRICT
     kind: Literal["classifier"] = "classifier"
-    """Which one; every kind has its own settings."""
     path: str
     """Labelled texts, JSON lines with text and label (true or false)."""
 
@@ -69,13 +66,13 @@ class CallableReward(BaseModel):
 
     model_config = STRICT
     kind: Literal["callable"] = "callable"
-    """Which one; every kind has its own settings."""
     path: str
     """`file.py:function` or `package.module:function`."""
 
 
 RewardConfig: TypeAlias = Annotated[
-    ModelReward | ImplicitReward | ClassifierReward | CallableReward, Field(discriminator="kind")
+    ModelReward | ImplicitReward | ClassifierReward | CallableReward,
+    Field(discriminator="kind", description="What gives a response its score."),
 ]
 
 

@@ -7,53 +7,23 @@ for bit, or a refusal. Next: preference.py.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 
 from favor.config import STRICT
-from favor.data.batches import LoaderState
-from favor.errors import CheckpointError, without_places
-from favor.guard import file_hash, sha
-from favor.model.load import Policy
-from favor.run import atomic_folder, refuse_changed, remove_folder
+from favor.errors import CheckpointError
+from favor.guard import file_hash, length_and_hash, sha
+from favor.ranks import barrier
+from favor.run import atomic_folder, fsync, refuse_changed, remove_folder
+from favor.train.session import Session, TrainingState
 from favor.train.step import Learner
 
 _POLICY, _OPTIMIZER, _REFERENCE, _STATE = "policy", "optimizer", "reference", "state.json"
-Share = Annotated[float, Field(ge=0)]
-
-
-class TrainingState(BaseModel):
-    """Where training stands after `step` optimizer steps, and what it came from.
-
-    inputs: name -> hash of everything that enters. kl, below: the last KL probe and the displacement window. metrics:
-    how long metrics.jsonl was, and its hash.
-    """
-
-    model_config = STRICT
-    step: int = Field(default=0, ge=0)
-    epoch: int = Field(default=0, ge=0)
-    position: int = Field(default=0, ge=0)
-    seconds: float = Field(default=0.0, ge=0)
-    inputs: dict[str, str] = {}
-    kl_coef: float | None = Field(default=None, ge=0)
-    kl: dict[str, float] = {}
-    below: tuple[tuple[Share, Share], ...] = ()
-    metrics: tuple[int, str] = (0, "")
-
-    def after_step(self, place: LoaderState, seconds: float) -> "TrainingState":
-        """The state one step later; `place` is where the loader then stands."""
-        update = {"step": self.step + 1, "epoch": place.epoch, "position": place.position, "seconds": seconds}
-        return self.model_copy(update=update)
-
-    def epochs(self, num_trees: int) -> float:
-        """Epochs done, with their fraction."""
-        return self.epoch + self.position / num_trees
 
 
 class _Sealed(BaseModel):
@@ -79,16 +49,30 @@ class Stored(NamedTuple):
     reference: dict[str, Tensor]
 
 
-def save(folder: Path, learner: Learner, state: TrainingState, keep: int) -> Path:
-    """Write `folder/step-NNNNNN` aside, fsync, rename; then remove all but the newest `keep` checkpoints up to this one."""
-    path = folder / f"step-{state.step:06d}"
+def save(session: Session, learner: Learner, state: TrainingState, keep: int) -> None:
+    """The main rank writes `step-NNNNNN` aside, fsyncs, renames; then removes all but the newest `keep` up to this one."""
+    if session.world.is_main:
+        # what a checkpoint comes after must not be lost with the power
+        fsync(session.folder.metrics)
+        now = state.model_copy(update={"metrics": length_and_hash(session.folder.metrics)})
+        _write(session.folder.checkpoints, learner, now)
+        found = checkpoints(session.folder.checkpoints)
+        kept = [old for old in found if _step(old) <= state.step][-keep:]
+        # later ones were damaged, or this run would stand where they are
+        for old in found:
+            if old not in kept:
+                remove_folder(old)
+    barrier(session.world)
+
+
+def _write(folder: Path, learner: Learner, state: TrainingState) -> None:
     moments = {
         f"{key}.{name}": value
         for name, parameter in learner.parameters.items()
         for key, value in learner.optimizer.state[parameter].items()
     }
     parts = {_POLICY: learner.parameters, _OPTIMIZER: moments, _REFERENCE: learner.moving}
-    with atomic_folder(path) as aside:
+    with atomic_folder(folder / f"step-{state.step:06d}") as aside:
         files: dict[str, str] = {}
         for name, tensors in parts.items():
             if tensors or name != _REFERENCE:
@@ -98,13 +82,6 @@ def save(folder: Path, learner: Learner, state: TrainingState, keep: int) -> Pat
         sealed = _Sealed(state=state, files=files)
         sealed = sealed.model_copy(update={"sha256": sealed.seal()})
         (aside / _STATE).write_text(sealed.model_dump_json(indent=2) + "\n", "utf-8")
-    found = checkpoints(folder)
-    kept = [old for old in found if _step(old) <= state.step][-keep:]
-    # later ones were damaged, or this run would stand where they are
-    for old in found:
-        if old not in kept:
-            remove_folder(old)
-    return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -187,16 +164,40 @@ def _moments(stored: Stored, parameters: Mapping[str, nn.Parameter]) -> dict[str
     return found
 
 
-def save_model(policy: Policy, folder: Path) -> None:
-    """The final model folder, as transformers (or PEFT, for adapters) loads it, with its tokenizer."""
-    with atomic_folder(folder) as aside:
-        policy.model.save_pretrained(aside)
-        # of a full disk the tokenizers library says so by a bare Exception: our own write of the same bytes meets it first
-        probe = aside / "tokenizer.json"
-        probe.write_text(cast(PreTrainedTokenizerFast, policy.tokenizer).backend_tokenizer.to_str(pretty=True), "utf-8")
-        probe.unlink()
-        policy.tokenizer.save_pretrained(aside)
-        card = aside / "README.md"
-        if card.exists():
-            # PEFT's names the base model by its path on this machine; adapter_config.json needs it, readers do not
-            card.write_text(without_places(card.read_text("utf-8"), [policy.source]), "utf-8")
+def resume(session: Session, learner: Learner, expected: TrainingState, num_trees: int) -> TrainingState:
+    """Continue from the newest sound checkpoint, or from the start when a run stopped before its first one.
+
+    Raises CheckpointError when there are checkpoints and none is sound, or when it belongs to other inputs.
+    """
+    stored = newest_sound(session)
+    if stored is None:
+        session.event(0, "resume", "resume: no checkpoint yet, starting from the first step")
+        return expected
+    if stored.state.position >= num_trees:
+        raise CheckpointError(
+            f"{stored.path}: stands at prompt {stored.state.position} of {num_trees}; resume with the data it began with"
+        )
+    state = restore(stored, learner, expected)
+    if session.world.is_main and length_and_hash(session.folder.metrics, state.metrics[0]) != state.metrics:
+        said = f"warning: {session.folder.metrics} is not what was written until step {state.step}: its curves may be wrong"
+        session.event(state.step, "damaged", f"{said} or have holes; weights and optimizer are as they were")
+    session.event(state.step, "resume", f"resumed after step {state.step} from {stored.path}")
+    return state
+
+
+def newest_sound(session: Session) -> Stored | None:
+    """The newest checkpoint that holds what was written; a damaged one is passed over, and that is said.
+
+    Raises CheckpointError when there are some and all are damaged.
+    """
+    found = checkpoints(session.folder.checkpoints)
+    for path in reversed(found):
+        try:
+            return read(path)
+        except CheckpointError as error:
+            if path == found[0]:
+                raise CheckpointError(
+                    f"{error}; no sound checkpoint is left: delete {session.folder.checkpoints} to resume from the first step"
+                ) from None
+            session.event(0, "damaged", f"warning: {error}; going back to the checkpoint before")
+    return None

@@ -13,7 +13,7 @@ from favor.data.prepare import Recipe, prepare_split, summary
 from favor.data.read import splits_of
 from favor.data.types import TokenTree
 from favor.lint.cheap import CHECKS
-from favor.model.layout import config_obstacle
+from favor.model.layout import config_obstacle, longest_path
 from favor.model.load import ModelConfig, end_ids, load_tokenizer, precision_of
 from favor.model.weights import readable
 from favor.train.loop import num_steps
@@ -31,7 +31,7 @@ def describe(config: TrainConfig) -> str:
     # as training, on the trees that hold items of the loss
     trees = [part.trees[i] for i in usable(config.loss, part.trees, config.data.training)]
     architecture = _architecture(config.model)
-    longest = max(len(tree.prompt_ids) + max(map(len, tree.response_ids)) for tree in part.trees)
+    longest = max(map(longest_path, part.trees))
     obstacle = config_obstacle(architecture.get_text_config().to_dict(), longest)
     layout = "rows" if obstacle or config.model.layout == "rows" else "tree"
     naive = sum(

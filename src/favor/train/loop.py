@@ -1,29 +1,78 @@
 """The shell of every training loop: the steps still to take, their rate, records, checkpoints, a clean stop, the end.
 
-In: a recipe, what learns and how many trees there are. Out: one Turn per optimizer step. Next: step.py.
+In: a recipe, what learns, and from what. Out: one Turn per optimizer step. Next: step.py.
 """
 
+import math
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Literal, Protocol, TypeAlias, cast
 
-from pydantic import BaseModel, Field
+import torch
+from pydantic import BaseModel, Field, Tag
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
-from favor.config import STRICT
+from favor.config import STRICT, by_kind
 from favor.data.batches import LoaderState, Order, build, computed_tokens, plan
 from favor.data.types import Batch, TokenTree
-from favor.errors import CheckpointError
-from favor.guard import length_and_hash
+from favor.errors import without_places
 from favor.model.load import Policy
 from favor.ranks import World, barrier, largest
-from favor.run import fsync
+from favor.run import atomic_folder
 from favor.stop import StoppedError
 from favor.train import checkpoint
-from favor.train.checkpoint import TrainingState
-from favor.train.optim import OptimConfig, learning_rate, set_learning_rate
-from favor.train.session import Bar, Session
+from favor.train.session import Bar, Session, TrainingState
 from favor.train.step import Learner, Stepped
+
+# a share that a running mean keeps: at 1 it would never learn anything, and AdamW divides by 1 - beta^step
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, le=1e3, description="Learning rate after the warm-up.")]
+Schedule = Annotated[
+    Literal["constant", "linear", "cosine"], Field(description="How the rate falls to zero over the run, if it does.")
+]
+Warmup = Annotated[int, Field(ge=0, description="Steps over which the rate rises from zero.")]
+Decay = Annotated[float, Field(ge=0, description="Pull of matrices to zero, times the rate.")]
+Eps = Annotated[float, Field(gt=0, description="Added to the divisor.")]
+Clip = Annotated[float, Field(gt=0, description="Largest norm of the gradient; a larger one is scaled down.")]
+
+
+class AdamW(BaseModel):
+    """Section [optim], kind "adamw"."""
+
+    model_config = STRICT
+    kind: Literal["adamw"] = "adamw"
+    lr: Rate = 5e-6
+    schedule: Schedule = "linear"
+    warmup_steps: Warmup = 0
+    weight_decay: Decay = 0.0
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """What the running means of gradient and square keep of a step."""
+    eps: Eps = 1e-8
+    clip: Clip = 1.0
+
+
+class Rmsprop(BaseModel):
+    """Section [optim], kind "rmsprop": the paper's, with lr 1e-6, 150 warm-up steps and batches of 64."""
+
+    model_config = STRICT
+    kind: Literal["rmsprop"] = "rmsprop"
+    lr: Rate = 5e-6
+    schedule: Schedule = "linear"
+    warmup_steps: Warmup = 0
+    weight_decay: Decay = 0.0
+    eps: Eps = 1e-8
+    clip: Clip = 1.0
+
+
+OptimConfig: TypeAlias = Annotated[
+    Annotated[AdamW, Tag("adamw")] | Annotated[Rmsprop, Tag("rmsprop")],
+    by_kind("adamw"),
+    Field(description="The optimizer."),
+]
 
 
 class LoopConfig(BaseModel):
@@ -64,27 +113,43 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """What a loop works with: its recipe, the policy, what learns of it, how many trees there are, the surroundings."""
+    """What a loop works with: its recipe, the policy, what learns of it, the indices of what trains, the surroundings."""
 
     recipe: Recipe
     policy: Policy
     learner: Learner
-    num_trees: int
+    used: Sequence[int]
     session: Session
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return num_steps(self.recipe.train, self.num_trees)
+        return num_steps(self.recipe.train, len(self.used))
 
     def micro_batches(self, trees: Sequence[TokenTree]) -> list[Batch]:
         """This rank's share of an optimizer batch, cut to the token budget."""
         return micro_batches(trees, self.policy, self.recipe.train.max_tokens_per_pack, self.session.world)
 
 
+def make_training(
+    recipe: Recipe,
+    policy: Policy,
+    used: Sequence[int],
+    session: Session,
+    *,
+    beside: Mapping[str, nn.Parameter] = MappingProxyType({}),
+    moving: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Training:
+    """What [optim] teaches: the policy's weights and those `beside` it. moving: as in Learner."""
+    parameters = {**policy.trainable(), **beside}
+    optimizer = make_optimizer(recipe.optim, parameters)
+    learner = Learner(parameters, optimizer, recipe.optim.clip, policy.device, session.world, moving)
+    return Training(recipe, policy, learner, used, session)
+
+
 @dataclass
 class Turn:
-    """An optimizer step under way: which trees it takes. `state` is where training stands, `seconds` what the step took."""
+    """An optimizer step under way: the indices of what it takes. `state` is where training stands, `seconds` what the step took."""
 
     indices: list[int]
     rate: float
@@ -98,9 +163,9 @@ class Turn:
 
     def done(self) -> None:
         """The weights have moved."""
-        now = time.monotonic()
-        self.state = self.state.after_step(self.place, now - self.run_began)
+        now, place = time.monotonic(), self.place
         self.seconds = now - self.began
+        self.keep(step=self.state.step + 1, epoch=place.epoch, position=place.position, seconds=now - self.run_began)
 
     def keep(self, **moved: object) -> None:
         """Remember what a resumed run needs to continue from here: fields of the state."""
@@ -109,8 +174,9 @@ class Turn:
     def record(self, figures: Mapping[str, object], shown: str) -> None:
         """A line of metrics.jsonl, and of the progress."""
         state = self.state
-        record = {"kind": "step", "step": state.step, "epoch": state.epochs(self.training.num_trees), "lr": self.rate}
-        self.training.session.record(record | {"seconds": state.seconds} | dict(figures))
+        epoch = state.epoch + state.position / len(self.training.used)
+        record = {"kind": "step", "step": state.step, "epoch": epoch, "lr": self.rate, "seconds": state.seconds}
+        self.training.session.record(record | dict(figures))
         self.bar.advance(1, shown)
 
     def figures(self, done: Stepped, cut: Sequence[Batch]) -> dict[str, float]:
@@ -121,7 +187,13 @@ class Turn:
 
     def save_or_stop(self) -> None:
         """Save when it is due; on a stop signal save and raise StoppedError."""
-        save_or_stop(self.training, self.state)
+        training, state = self.training, self.state
+        session, save, total = training.session, training.recipe.save, training.num_steps
+        number = largest(session.stop.signal_number or 0, session.world, training.learner.device)
+        if number or (save.every > 0 and state.step % save.every == 0 and state.step < total):
+            checkpoint.save(session, training.learner, state, save.keep)
+        if number:
+            raise StoppedError(f"stopped after step {state.step} of {total}; continue with resume=true", number)
 
 
 def turns(training: Training, label: str, state: TrainingState) -> Generator[Turn]:
@@ -129,18 +201,19 @@ def turns(training: Training, label: str, state: TrainingState) -> Generator[Tur
 
     The caller computes a step, calls `done`, `record` and `save_or_stop`, and closes the generator whatever happens.
     """
-    recipe, session = training.recipe, training.session
+    recipe, session, used = training.recipe, training.session, training.used
     if recipe.resume:
-        state = resume(training, state)
-    order = Order(training.num_trees, recipe.train.batch_prompts, recipe.seed, recipe.train.shuffle)
+        state = checkpoint.resume(session, training.learner, state, len(used))
+    order = Order(len(used), recipe.train.batch_prompts, recipe.seed, recipe.train.shuffle)
     run_began = time.monotonic() - state.seconds
     with session.stop.looked_at(), Bar(session, label, training.num_steps, state.step) as bar:
         for indices, place in order.batches(LoaderState(state.epoch, state.position)):
             if state.step >= training.num_steps:
                 break
             rate = learning_rate(recipe.optim, state.step, training.num_steps)
-            set_learning_rate(training.learner.optimizer, rate)
-            turn = Turn(indices, rate, state, place, bar, training, run_began, time.monotonic())
+            for group in training.learner.optimizer.param_groups:
+                group["lr"] = rate
+            turn = Turn([used[i] for i in indices], rate, state, place, bar, training, run_began, time.monotonic())
             yield turn
             state = turn.state
     finish(training.policy, state, session)
@@ -159,65 +232,50 @@ def micro_batches(trees: Sequence[TokenTree], policy: Policy, budget: int, world
     return [build([trees[i] for i in members], policy.layout) for members in bins if members]
 
 
-def resume(training: Training, expected: TrainingState) -> TrainingState:
-    """Continue from the newest sound checkpoint, or from the start when a run stopped before its first one.
-
-    Raises CheckpointError when there are checkpoints and none is sound, or when it belongs to other inputs.
-    """
-    session = training.session
-    stored = newest_sound(session)
-    if stored is None:
-        session.event(0, "resume", "resume: no checkpoint yet, starting from the first step")
-        return expected
-    if stored.state.position >= training.num_trees:
-        raise CheckpointError(
-            f"{stored.path}: stands at prompt {stored.state.position} of {training.num_trees}; resume with the data it began with"
-        )
-    state = checkpoint.restore(stored, training.learner, expected)
-    if session.world.is_main and length_and_hash(session.folder.metrics, state.metrics[0]) != state.metrics:
-        said = f"warning: {session.folder.metrics} is not what was written until step {state.step}: its curves may be wrong"
-        session.event(state.step, "damaged", f"{said} or have holes; weights and optimizer are as they were")
-    session.event(state.step, "resume", f"resumed after step {state.step} from {stored.path}")
-    return state
-
-
-def newest_sound(session: Session) -> checkpoint.Stored | None:
-    """The newest checkpoint that holds what was written; a damaged one is passed over, and that is said.
-
-    Raises CheckpointError when there are some and all are damaged.
-    """
-    found = checkpoint.checkpoints(session.folder.checkpoints)
-    for path in reversed(found):
-        try:
-            return checkpoint.read(path)
-        except CheckpointError as error:
-            if path == found[0]:
-                raise CheckpointError(
-                    f"{error}; no sound checkpoint is left: delete {session.folder.checkpoints} to resume from the first step"
-                ) from None
-            session.event(0, "damaged", f"warning: {error}; going back to the checkpoint before")
-    return None
-
-
-def save_or_stop(training: Training, state: TrainingState) -> None:
-    """Save when it is due; on a stop signal save and raise StoppedError."""
-    session, save, total = training.session, training.recipe.save, training.num_steps
-    number = largest(session.stop.signal_number or 0, session.world, training.learner.device)
-    due = save.every > 0 and state.step % save.every == 0 and state.step < total
-    if due or number:
-        if session.world.is_main:
-            # what a checkpoint comes after must not be lost with the power
-            fsync(session.folder.metrics)
-            now = state.model_copy(update={"metrics": length_and_hash(session.folder.metrics)})
-            checkpoint.save(session.folder.checkpoints, training.learner, now, save.keep)
-        barrier(session.world)
-    if number:
-        raise StoppedError(f"stopped after step {state.step} of {total}; continue with resume=true", number)
-
-
 def finish(policy: Policy, state: TrainingState, session: Session) -> None:
     """Write the final model."""
     if session.world.is_main:
-        checkpoint.save_model(policy, session.folder.model)
+        save_model(policy, session.folder.model)
     session.event(state.step, "finished", f"trained {state.step} steps; model in {session.folder.model}")
     barrier(session.world)
+
+
+def save_model(policy: Policy, folder: Path) -> None:
+    """The final model folder, as transformers (or PEFT, for adapters) loads it, with its tokenizer."""
+    with atomic_folder(folder) as aside:
+        policy.model.save_pretrained(aside)
+        # of a full disk the tokenizers library says so by a bare Exception: our own write of the same bytes meets it first
+        probe = aside / "tokenizer.json"
+        probe.write_text(cast(PreTrainedTokenizerFast, policy.tokenizer).backend_tokenizer.to_str(pretty=True), "utf-8")
+        probe.unlink()
+        policy.tokenizer.save_pretrained(aside)
+        card = aside / "README.md"
+        if card.exists():
+            # PEFT's names the base model by its path on this machine; adapter_config.json needs it, readers do not
+            card.write_text(without_places(card.read_text("utf-8"), [policy.source]), "utf-8")
+
+
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """Rate of optimizer step `step` (0-based): linear warm-up, then constant, linear or cosine to zero.
+
+    The first step after the warm-up has the full rate; the step after the last would have zero.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    if config.schedule == "linear":
+        return config.lr * (1 - done)
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * done)) / 2
+    return config.lr
+
+
+def make_optimizer(config: OptimConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW (fused) or RMSprop; weight decay reaches matrices only."""
+    matrices = [p for p in parameters.values() if p.dim() >= 2]
+    vectors = [p for p in parameters.values() if p.dim() < 2]
+    decays = ((matrices, config.weight_decay), (vectors, 0.0))
+    groups = [{"params": some, "weight_decay": decay} for some, decay in decays if some]
+    if config.kind == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=config.lr, alpha=0.99, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

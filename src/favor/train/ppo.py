@@ -7,10 +7,9 @@ training. Equations: ../losses/ppo.py; rollouts: rollout.py. Next: step.py.
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, Field, Tag, model_validator
@@ -26,29 +25,23 @@ from favor.guard import sha
 from favor.losses import ppo
 from favor.model.heads import Critic, logps_and_values, make_critic
 from favor.model.layout import sampled_tree, settle
-from favor.model.load import ModelConfig, Policy, frozen_copy, load_policy
+from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import position_M
 from favor.model.sample import SampleConfig
 from favor.rewards.source import RewardConfig, check_scorer, make_scorer
 from favor.rewards.source import identity as reward_identity
 from favor.train import checkpoint
-from favor.train.checkpoint import TrainingState
-from favor.train.loop import LoopConfig, SaveConfig, Training, finish, newest_sound, turns
-from favor.train.optim import OptimConfig, make_learner
-from favor.train.reference import identity
+from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, Training, finish, make_training, turns
+from favor.train.reference import base_of, identity
 from favor.train.rollout import Models, Prompt, Rollout, collect
-from favor.train.session import Session, recipe_hash, running
+from favor.train.session import OpenSession, Session, TrainingState, recipe_hash, running
 from favor.train.step import Objective, step
 
+# sums over the response tokens of a batch
+_STATS = ("tokens", "policy_loss", "value_loss", "clipped", "update_kl")
 
-class Sums(NamedTuple):
-    """Sums over the response tokens of a batch."""
 
-    tokens: Tensor
-    policy_loss: Tensor
-    value_loss: Tensor
-    clipped: Tensor
-    update_kl: Tensor
+Estimator = Annotated[Literal["k1", "k2", "k3"], Field(description="How the KL of a token is estimated.")]
 
 
 class PromptsConfig(BaseModel):
@@ -68,7 +61,6 @@ class Gae(BaseModel):
 
     model_config = STRICT
     kind: Literal["gae"] = "gae"
-    """Which estimator."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount of later rewards."""
     lam: float = Field(default=0.95, ge=0, le=1)
@@ -90,7 +82,6 @@ class Rloo(BaseModel):
 
     model_config = STRICT
     kind: Literal["rloo"] = "rloo"
-    """Which estimator."""
     whiten: bool = True
     """Give advantages standard deviation 1."""
 
@@ -100,7 +91,6 @@ class Grpo(BaseModel):
 
     model_config = STRICT
     kind: Literal["grpo"] = "grpo"
-    """Which estimator."""
 
 
 class FixedKl(BaseModel):
@@ -108,11 +98,9 @@ class FixedKl(BaseModel):
 
     model_config = STRICT
     kind: Literal["fixed"] = "fixed"
-    """How the weight is controlled."""
     coef: float = Field(default=0.05, ge=0)
     """Weight of the KL in the reward."""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    """How the KL of a token is estimated."""
+    estimator: Estimator = "k1"
 
 
 class AdaptiveKl(BaseModel):
@@ -120,11 +108,9 @@ class AdaptiveKl(BaseModel):
 
     model_config = STRICT
     kind: Literal["adaptive"] = "adaptive"
-    """How the weight is controlled."""
     coef: float = Field(default=0.05, ge=0)
     """Weight of the KL in the reward at the start."""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    """How the KL of a token is estimated."""
+    estimator: Estimator = "k1"
     target: float = Field(default=6.0, gt=0)
     """KL to steer to, nats a response."""
     horizon: int = Field(default=1000, ge=1)
@@ -132,9 +118,15 @@ class AdaptiveKl(BaseModel):
 
 
 Advantage = Annotated[
-    Annotated[Gae, Tag("gae")] | Annotated[Rloo, Tag("rloo")] | Annotated[Grpo, Tag("grpo")], by_kind("gae")
+    Annotated[Gae, Tag("gae")] | Annotated[Rloo, Tag("rloo")] | Annotated[Grpo, Tag("grpo")],
+    by_kind("gae"),
+    Field(description="How advantages are estimated."),
 ]
-KlControl = Annotated[Annotated[FixedKl, Tag("fixed")] | Annotated[AdaptiveKl, Tag("adaptive")], by_kind("adaptive")]
+KlControl = Annotated[
+    Annotated[FixedKl, Tag("fixed")] | Annotated[AdaptiveKl, Tag("adaptive")],
+    by_kind("adaptive"),
+    Field(description="How the weight of the KL penalty is controlled."),
+]
 
 
 class PpoSettings(BaseModel):
@@ -182,7 +174,7 @@ class PpoConfig(BaseModel):
     reward: RewardConfig
     ppo: PpoSettings = PpoSettings()
     sample: SampleConfig = SampleConfig()
-    optim: OptimConfig = OptimConfig(lr=1e-5, schedule="constant")
+    optim: OptimConfig = AdamW(lr=1e-5, schedule="constant")
     train: LoopConfig = LoopConfig()
     save: SaveConfig = SaveConfig(every=10)
 
@@ -193,7 +185,7 @@ class PpoConfig(BaseModel):
         return self
 
 
-def train_ppo(config: PpoConfig, open_session: Callable[[Path], Session]) -> None:
+def train_ppo(config: PpoConfig, open_session: OpenSession) -> None:
     """Train a policy on a reward. Raises the errors of every part; NumericsError when the KL explodes."""
     sources.check(config.data.train)
     check_scorer(config.reward)
@@ -211,8 +203,7 @@ def _improve(config: PpoConfig, session: Session) -> None:
     policy, why = settle(policy, config.model.layout, probe, train=True)
     session.self_check(policy, why)
     critic = make_critic(policy, gae.value) if isinstance(gae := config.ppo.advantage, Gae) else None
-    reference = policy if policy.lora else frozen_copy(policy)
-    _loop(config, prompts, Models(policy, critic, reference, make_scorer(config.reward)), session)
+    _loop(config, prompts, Models(policy, critic, base_of(policy), make_scorer(config.reward)), session)
 
 
 @dataclass(frozen=True)
@@ -279,27 +270,25 @@ def make_objective(
             value_sum = ppo.value_loss(value_M, value_RT[place], return_RT[place], gae.value_clip).sum()
             total = total + gae.value_coef * value_sum
         moved_M = logp_M.detach() - old_RT[place]
-        sums = Sums(
-            tokens=torch.ones_like(moved_M).sum(),
-            policy_loss=policy_M.detach().sum(),
-            value_loss=value_sum.detach(),
-            clipped=((moved_M.exp() - 1).abs() > settings.clip).double().sum(),
-            update_kl=ppo.k3(-moved_M).sum(),
-        )
-        return total, sums._asdict()
+        return total, {
+            "tokens": torch.ones_like(moved_M).sum(),
+            "policy_loss": policy_M.detach().sum(),
+            "value_loss": value_sum.detach(),
+            "clipped": ((moved_M.exp() - 1).abs() > settings.clip).double().sum(),
+            "update_kl": ppo.k3(-moved_M).sum(),
+        }
 
-    return Objective(loss, lambda batch: (float(batch.length_R.sum()),), Sums._fields)
+    return Objective(loss, lambda batch: (float(batch.length_R.sum()),), _STATS)
 
 
 def _loop(config: PpoConfig, prompts: Sequence[Prompt], models: Models, session: Session) -> None:
     """Rollout, targets, updates, until the last rollout; checkpoints are of states whose KL has been seen to be sound."""
     settings, policy, budget = config.ppo, models.policy, config.train.max_tokens_per_pack
-    parameters = policy.trainable() | (models.critic.trainable() if models.critic else {})
-    learner = make_learner(config.optim, parameters, policy.device, session.world)
     inputs = recipe_hash(config) | identity(models.reference, config.tokens)
     inputs["prompts"] = sha(json.dumps([(prompt.text, prompt.ids) for prompt in prompts]))
     inputs["reward"] = reward_identity(config.reward)
-    training = Training(config, policy, learner, len(prompts), session)
+    beside = models.critic.trainable() if models.critic else {}
+    training = make_training(config, policy, range(len(prompts)), session, beside=beside)
     start = TrainingState(inputs=inputs, kl_coef=settings.kl.coef)
     with contextlib.closing(turns(training, "ppo", start)) as steps:
         for turn in steps:
@@ -332,7 +321,7 @@ def _update(training: Training, settings: PpoSettings, objective: Objective, rol
     updates = [trees[i : i + size] for _ in range(settings.updates) for i in range(0, len(trees), size)]
     for number, minibatch in enumerate(updates, 1):
         done = step(training.learner, training.micro_batches(minibatch), objective)
-        figures = {name: done.sums[name] / done.sums["tokens"] for name in Sums._fields if name != "tokens"}
+        figures = {name: done.sums[name] / done.sums["tokens"] for name in _STATS[1:]}
         figures |= {"grad_norm": done.grad_norm, "loss": done.sums["loss"], "num_updates": number}
         if settings.stop_update_kl is not None and figures["update_kl"] > settings.stop_update_kl:
             break
@@ -344,7 +333,7 @@ def _stop_on_explosion(training: Training, state: TrainingState, kl: float, limi
     session = training.session
     what = f"KL explosion: {kl:.0f} nats a response after rollout {state.step} (ppo.explosion_kl = {limit:.0f})"
     remedy = "lower optim.lr, raise ppo.kl.coef or lower ppo.kl.target"
-    found = newest_sound(session)
+    found = checkpoint.newest_sound(session)
     if found is None:
         session.event(state.step, "kl_explosion", f"warning: {what}; there is no checkpoint yet")
         raise NumericsError(f"{what} before the first checkpoint; {remedy}, or save sooner (save.every)")

@@ -1,12 +1,12 @@
 """The main loop of the DPO family: from preferences to a better model. Newcomers start here.
 
 In: TrainConfig (a recipe). Out: a run folder with the trained model. The path of one preference from here:
-data/read -> data/tokenize -> data/pack -> data/loader -> model/logprobs -> losses/pairwise -> train/step.
+data/read -> data/tokenize -> data/batches -> model/logprobs -> losses/pairwise -> train/step.
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, model_validator
 from torch import Tensor
 
-from favor.config import STRICT, Seed, dump
+from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data.batches import build
 from favor.data.prepare import Splits, check_sources
 from favor.data.read import DataConfig
@@ -33,11 +33,19 @@ from favor.rewards.source import RewardConfig, check_scorer, make_scorer
 from favor.rewards.source import identity as reward_identity
 from favor.run import same_inputs
 from favor.train import coupled, reference
-from favor.train.checkpoint import TrainingState
-from favor.train.loop import LoopConfig, SaveConfig, Training, Turn, micro_batches, turns
-from favor.train.optim import OptimConfig, make_learner
+from favor.train.loop import (
+    AdamW,
+    LoopConfig,
+    OptimConfig,
+    SaveConfig,
+    Training,
+    Turn,
+    make_training,
+    micro_batches,
+    turns,
+)
 from favor.train.reference import Reference, ReferenceConfig
-from favor.train.session import Bar, Session, load_splits, recipe_hash, running
+from favor.train.session import Bar, OpenSession, Session, TrainingState, load_splits, recipe_hash, running
 from favor.train.stats import STATS, batch_sums, displacement, means, shown, usable
 from favor.train.step import Objective, Stepped, step
 from favor.train.watch import References, WatchConfig, evaluate, probe
@@ -50,17 +58,14 @@ class TrainConfig(BaseModel):
     """A recipe for `favor train`. [reward], if there, scores the samples of the KL probe; it trains nothing."""
 
     model_config = STRICT
-    run: str
-    """Folder of the run."""
+    run: Run
     seed: Seed = 0
-    """Seed of the order of training, of adapters and of probes."""
-    resume: bool = False
-    """Continue the run that stopped in this folder."""
+    resume: Resume = False
     model: ModelConfig
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
     loss: LossConfig = make_loss()
-    optim: OptimConfig = OptimConfig()
+    optim: OptimConfig = AdamW()
     reference: ReferenceConfig = ReferenceConfig()
     train: LoopConfig = LoopConfig()
     save: SaveConfig = SaveConfig()
@@ -90,7 +95,7 @@ class TrainConfig(BaseModel):
         return self
 
 
-def train(config: TrainConfig, open_session: Callable[[Path], Session]) -> None:
+def train(config: TrainConfig, open_session: OpenSession) -> None:
     """Train a policy on preferences. Raises the errors of every part; nothing half-written is left behind."""
     check_sources(config.data)
     if config.reward is not None:
@@ -118,9 +123,8 @@ def _train(config: TrainConfig, session: Session) -> None:
         same_inputs(session.folder, inputs)
     # TR-DPO's reference moves with the policy, so checkpoints keep it
     moving = ref.weights if config.reference.sync else {}
-    learner = make_learner(config.optim, policy.trainable(), policy.device, session.world, moving)
-    training = Training(config, policy, learner, len(used), session)
-    _loop(config, training, (splits, used), references, TrainingState(inputs=inputs))
+    training = make_training(config, policy, used, session, moving=moving)
+    _loop(config, training, splits, references, TrainingState(inputs=inputs))
 
 
 def _beyond(config: TrainConfig, splits: Splits) -> Iterator[TokenTree]:
@@ -176,7 +180,7 @@ def _stored(
         with Bar(session, "reference", len(trees)) as bar, reference.frozen(computed) as ref:
             return measured(ref, trees, lambda batch: response_logps(ref, batch), budget, session.world, bar.advance)
 
-    stored = reference.stored(policy, parts, reference.fingerprint(identity, parts), path, build, session.world)
+    stored = reference.stored(policy, parts, identity, path, build, session.world)
     seconds = time.monotonic() - began
     message = f"reference: {'reused' if reused else 'stored in'} {path} ({seconds:.1f} s)"
     session.event(0, "reference", message, seconds=seconds)
@@ -184,25 +188,19 @@ def _stored(
 
 
 def _loop(
-    config: TrainConfig,
-    training: Training,
-    data: tuple[Splits, Sequence[int]],
-    references: References,
-    state: TrainingState,
+    config: TrainConfig, training: Training, splits: Splits, references: References, state: TrainingState
 ) -> None:
     """Optimizer steps from the newest checkpoint to the end, then the final model."""
-    splits, used = data
     policy, session, budget = training.policy, training.session, config.train.max_tokens_per_pack
     watch, sync = config.watch, config.reference.sync
     with contextlib.closing(turns(training, "train", state)) as steps:
         for turn in steps:
             # the same on every rank; each computes its own share of the micro-batches
-            trees = [splits.train[used[i]] for i in turn.indices]
+            trees = [splits.train[i] for i in turn.indices]
             cut, objective = plan_step(config, policy, references, trees, session.world)
-            # before the first update policy and reference are one model, so the loss is known: ln 2 for DPO
-            expected = at_reference(config.loss, trees) if turn.state.step == 0 else None
             done = step(training.learner, cut, objective)
-            if expected is not None:
+            # before the first update policy and reference were one model, so the loss is known: ln 2 for DPO
+            if turn.state.step == 0 and (expected := at_reference(config.loss, trees)) is not None:
                 _check_first_loss(policy, expected, done)
             turn.done()
             now = turn.state.step

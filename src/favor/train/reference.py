@@ -6,8 +6,8 @@ reused only when its fingerprint holds, and refused with what differs. Next: che
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import CheckpointError, NumericsError
 from favor.guard import sha
-from favor.model.load import Policy, as_reference, frozen_copy, weights_hash
+from favor.model.load import Policy, frozen_copy, weights_hash
 from favor.model.logprobs import response_logps, scored_logps
 from favor.ranks import World, barrier
 from favor.run import whole_file
@@ -79,11 +79,6 @@ class Reference:
     weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
-def fingerprint(identity: Mapping[str, str], splits: Mapping[str, Sequence[TokenTree]]) -> dict[str, str]:
-    """Everything the reference's log-probs depend on, each under a name a message can use."""
-    return {**identity, "token ids": hash_ids(splits)}
-
-
 def identity(policy: Policy, tokens: TokensConfig) -> dict[str, str]:
     """What a policy is before it trains, and how text becomes its tokens."""
     chat = policy.tokenizer.chat_template
@@ -101,23 +96,24 @@ def identity(policy: Policy, tokens: TokensConfig) -> dict[str, str]:
 def stored(
     policy: Policy,
     splits: Mapping[str, Sequence[TokenTree]],
-    expected: Mapping[str, str],
+    identity: Mapping[str, str],
     path: Path,
     build: Callable[[Sequence[TokenTree]], Tensor],
     world: World,
 ) -> dict[str, Reference]:
     """One Reference per split from the store at `path`; built with `build` if there is none.
 
-    Raises CheckpointError when the store was made from something else, naming what differs, or is damaged;
-    NumericsError when a log-prob is not finite.
+    identity: of the policy as it starts. Raises CheckpointError when the store was made from something else, naming what
+    differs, or is damaged; NumericsError when a log-prob is not finite.
     """
+    expected = {**identity, "token ids": hash_ids(splits)}
     if not path.exists():
         tensors = {name: build(trees) for name, trees in splits.items()}
         if world.is_main:
             _write(path, tensors, expected)
         barrier(world)
     tensors = _read(path, expected, {name: sum(len(t.response_ids) for t in trees) for name, trees in splits.items()})
-    whole = sha(json.dumps(dict(expected), sort_keys=True))
+    whole = sha(json.dumps(expected, sort_keys=True))
     return {name: Reference(_lookup(tensors[name].to(policy.device)), whole) for name in splits}
 
 
@@ -155,9 +151,11 @@ def sync(reference: Reference, parameters: Mapping[str, Tensor], weight: float) 
                 mine.lerp_(parameters[name].to(mine.dtype), weight)
 
 
-def frozen(policy: Policy) -> AbstractContextManager[Policy]:
+@contextmanager
+def frozen(policy: Policy) -> Generator[Policy]:
     """The policy as its own reference, before it has trained: its adapters are switched off, if it has any."""
-    return as_reference(policy) if policy.lora else nullcontext(policy)
+    with policy.model.disable_adapter() if policy.lora else nullcontext():
+        yield policy
 
 
 def _lookup(logps: Tensor) -> Callable[[Batch], Tensor]:

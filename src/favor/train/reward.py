@@ -5,50 +5,38 @@ held-out accuracy and calibration. Next: ppo.py.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from favor.config import STRICT, Seed, dump
+from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data.prepare import Splits, check_sources
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import ConfigError
-from favor.eval.figures import Calibration, calibrate
+from favor.eval.figures import Calibration, calibrate, pairs
 from favor.losses.pairwise import bradley_terry, centering, rao_kupper_tie
-from favor.model.batched import measured, pairs
+from favor.model.batched import measured
 from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.load import ModelConfig, Policy, precise
 from favor.ranks import World
 from favor.run import write_json
-from favor.train.checkpoint import TrainingState
-from favor.train.loop import LoopConfig, SaveConfig, Training, turns
-from favor.train.optim import OptimConfig, make_learner
+from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, make_training, turns
 from favor.train.reference import identity
-from favor.train.session import Session, load_splits, recipe_hash, running
+from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, running
 from favor.train.step import Objective, step
 
-
-class Sums(NamedTuple):
-    """Sums over the pairs of a batch, and its number of ties."""
-
-    pairs: Tensor
-    correct: Tensor
-    gap: Tensor
-    score_chosen: Tensor
-    score_rejected: Tensor
-    ties: Tensor
+# sums over the pairs of a batch, and its number of ties
+_STATS = ("pairs", "correct", "gap", "score_chosen", "score_rejected", "ties")
 
 
 class BradleyTerryConfig(BaseModel):
-    """Section [reward] of `favor reward`."""
+    """Section [bradley_terry]: what a pair, and a tie, teaches a reward model."""
 
     model_config = STRICT
     margin_scale: float = Field(default=0.0, ge=0)
@@ -63,22 +51,19 @@ class RewardTrainConfig(BaseModel):
     """A recipe for `favor reward`."""
 
     model_config = STRICT
-    run: str
-    """Folder of the run."""
+    run: Run
     seed: Seed = 0
-    """Seed of the order of training, of adapters and of the head."""
-    resume: bool = False
-    """Continue the run that stopped in this folder."""
+    resume: Resume = False
     model: ModelConfig
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
-    reward: BradleyTerryConfig = BradleyTerryConfig()
-    optim: OptimConfig = OptimConfig(lr=1e-5)
+    bradley_terry: BradleyTerryConfig = BradleyTerryConfig()
+    optim: OptimConfig = AdamW(lr=1e-5)
     train: LoopConfig = LoopConfig()
     save: SaveConfig = SaveConfig()
 
 
-def train_reward(config: RewardTrainConfig, open_session: Callable[[Path], Session]) -> Calibration | None:
+def train_reward(config: RewardTrainConfig, open_session: OpenSession) -> Calibration | None:
     """Train a reward model; held-out figures go to eval.json. Raises the errors of every part."""
     check_sources(config.data)
     with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
@@ -89,7 +74,7 @@ def _learn(config: RewardTrainConfig, session: Session) -> Calibration | None:
     policy = load_scalar_model(config.model, config.seed, fresh=True)
     splits = load_splits(config.data, config.tokens, policy, session)
     splits.need_comparisons()
-    _check_options(config.reward, splits)
+    _check_options(config.bradley_terry, splits)
     policy, why = settle_scores(policy, config.model.layout, splits.train, also=splits.eval, train=True)
     session.self_check(policy, why)
     _loop(config, policy, splits, session)
@@ -104,16 +89,15 @@ def _learn(config: RewardTrainConfig, session: Session) -> Calibration | None:
 
 
 def _loop(config: RewardTrainConfig, policy: Policy, splits: Splits, session: Session) -> None:
-    width = config.reward.tie_width
+    width = config.bradley_terry.tie_width
     used = [i for i, tree in enumerate(splits.train) if tree.comparisons or (width is not None and tree.ties)]
     inputs = recipe_hash(config) | identity(policy, config.tokens) | {"data": splits.identity}
-    learner = make_learner(config.optim, policy.trainable(), policy.device, session.world)
-    training = Training(config, policy, learner, len(used), session)
-    objective = make_objective(config.reward, policy)
+    training = make_training(config, policy, used, session)
+    objective = make_objective(config.bradley_terry, policy)
     with contextlib.closing(turns(training, "reward", TrainingState(inputs=inputs))) as steps:
         for turn in steps:
-            cut = training.micro_batches([splits.train[used[i]] for i in turn.indices])
-            done = step(learner, cut, objective)
+            cut = training.micro_batches([splits.train[i] for i in turn.indices])
+            done = step(training.learner, cut, objective)
             turn.done()
             record = turn.figures(done, cut) | _means(done.sums)
             turn.record(record, f"loss {record['loss']:.4f}  acc {record['accuracy']:.2f}  gap {record['gap']:+.3f}")
@@ -140,7 +124,7 @@ def make_objective(config: BradleyTerryConfig, policy: Policy) -> Objective:
         ties = 0.0 if width is None else float(batch.weight_U.double().sum())
         return (float(batch.weight_P.double().sum()) + ties,)
 
-    return Objective(loss, count, Sums._fields)
+    return Objective(loss, count, _STATS)
 
 
 def gaps(policy: Policy, trees: Sequence[TokenTree], budget: int, world: World) -> tuple[np.ndarray, np.ndarray]:
@@ -153,23 +137,23 @@ def gaps(policy: Policy, trees: Sequence[TokenTree], budget: int, world: World) 
 def _check_options(config: BradleyTerryConfig, splits: Splits) -> None:
     """An option that the data cannot feed is an error, not a silence."""
     if config.margin_scale and not any(c.gaps for tree in splits.train for c in tree.comparisons):
-        raise ConfigError("reward.margin_scale is set, but no row has a margin or scores; remove it")
+        raise ConfigError("bradley_terry.margin_scale is set, but no row has a margin or scores; remove it")
     if config.tie_width is not None and not any(tree.ties for tree in splits.train):
         raise ConfigError(
-            "reward.tie_width is set, but the data holds no ties (tie = true, or equal scores); remove it"
+            "bradley_terry.tie_width is set, but the data holds no ties (tie = true, or equal scores); remove it"
         )
 
 
 def _sums(chosen_P: Tensor, rejected_P: Tensor, batch: Batch) -> dict[str, Tensor]:
     gap_P = chosen_P - rejected_P
-    return Sums(
-        pairs=torch.ones_like(gap_P).sum(),
-        correct=((gap_P.sign() + 1) / 2).sum(),
-        gap=gap_P.sum(),
-        score_chosen=chosen_P.sum(),
-        score_rejected=rejected_P.sum(),
-        ties=torch.ones_like(batch.weight_U).sum(),
-    )._asdict()
+    return {
+        "pairs": torch.ones_like(gap_P).sum(),
+        "correct": ((gap_P.sign() + 1) / 2).sum(),
+        "gap": gap_P.sum(),
+        "score_chosen": chosen_P.sum(),
+        "score_rejected": rejected_P.sum(),
+        "ties": torch.ones_like(batch.weight_U).sum(),
+    }
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, float]:

@@ -73,14 +73,14 @@ def collect(
     texts = decode(models.policy.tokenizer, responses)
     length_R = torch.tensor([len(r) for r in responses])
     mask_RT = torch.arange(int(length_R.max()))[None] < length_R[:, None]
-    arrays = _measured(models, trees, mask_RT, budget, world)
+    logp_RT, ref_RT, value_RT = _measured(models, trees, mask_RT, budget, world)
     return Rollout(
         trees=trees,
         texts=texts,
         mask_RT=mask_RT,
-        logp_RT=arrays[0],
-        ref_RT=arrays[1],
-        value_RT=arrays[2],
+        logp_RT=logp_RT,
+        ref_RT=ref_RT,
+        value_RT=value_RT,
         score_R=scores(models.scorer, [prompt.text for prompt in repeated], texts, world),
         ended_R=torch.tensor([r[-1] in models.policy.end_ids for r in responses]),
         group_R=torch.arange(len(prompts)).repeat_interleave(each),
@@ -110,10 +110,8 @@ def scores(scorer: Scorer, prompts: Sequence[Text], responses: Sequence[str], wo
     return sum_(score_R, world)
 
 
-def _measured(
-    models: Models, trees: Sequence[TokenTree], mask_RT: Tensor, budget: int, world: World
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs of policy and reference, and values, of every sampled token: float32 [R, T], equal on all ranks."""
+def _measured(models: Models, trees: Sequence[TokenTree], mask_RT: Tensor, budget: int, world: World) -> Tensor:
+    """Log-probs of policy and reference, and values, of every sampled token: float32 [3, R, T], equal on all ranks."""
 
     def three(batch: Batch) -> Tensor:
         logp_E, value_E = logps_and_values(models.policy, models.critic, batch)
@@ -124,5 +122,4 @@ def _measured(
 
     arrays = torch.zeros(3, *mask_RT.shape)
     arrays[:, mask_RT] = measured(models.policy, trees, three, budget, world, tokens=True).float()
-    logp_RT, ref_RT, value_RT = arrays.unbind()
-    return logp_RT, ref_RT, value_RT
+    return arrays

@@ -1,4 +1,4 @@
-"""What every training loop needs around it: progress line, stop request, metrics.
+"""What every training loop needs around it: progress line, stop request, metrics, and where it stands.
 
 In: a run folder and a World. Out: a Session whose parts the loops call. Next: preference.py.
 """
@@ -9,13 +9,13 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Annotated, TypeAlias, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from favor.config import dump
+from favor.config import STRICT, dump
 from favor.data.prepare import Splits, prepare
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
@@ -24,11 +24,30 @@ from favor.lint.cheap import CHECKS
 from favor.model.load import Policy, memory_settings, precision_of
 from favor.ranks import World, current, on_main, world
 from favor.run import RunFolder, append, start, write_json
-from favor.stop import StoppedError, StopRequest, stop_signals
+from favor.stop import StopRequest, stop_signals
 
-__all__ = ["Bar", "Session", "StopRequest", "StoppedError"]
 T = TypeVar("T")
 _NOTHING_KEPT = "no step was under way, so there was nothing to save; run the same command again"
+Share = Annotated[float, Field(ge=0)]
+
+
+class TrainingState(BaseModel):
+    """Where training stands after `step` optimizer steps, and what it came from.
+
+    inputs: name -> hash of everything that enters. kl, below: the last KL probe and the displacement window. metrics:
+    how long metrics.jsonl was, and its hash.
+    """
+
+    model_config = STRICT
+    step: int = Field(default=0, ge=0)
+    epoch: int = Field(default=0, ge=0)
+    position: int = Field(default=0, ge=0)
+    seconds: float = Field(default=0.0, ge=0)
+    inputs: dict[str, str] = {}
+    kl_coef: float | None = Field(default=None, ge=0)
+    kl: dict[str, float] = {}
+    below: tuple[tuple[Share, Share], ...] = ()
+    metrics: tuple[int, str] = (0, "")
 
 
 @dataclass(frozen=True)

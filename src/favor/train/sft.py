@@ -5,13 +5,12 @@ Next: preference.py.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel
 from torch import Tensor
 
-from favor.config import STRICT, Seed, dump
+from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data.prepare import check_sources
 from favor.data.read import DataConfig
 from favor.data.tokenize import TokensConfig
@@ -20,11 +19,9 @@ from favor.errors import DataError
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
-from favor.train.checkpoint import TrainingState
-from favor.train.loop import LoopConfig, SaveConfig, Training, turns
-from favor.train.optim import OptimConfig, make_learner
+from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, make_training, turns
 from favor.train.reference import identity
-from favor.train.session import Session, load_splits, recipe_hash, running
+from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, running
 from favor.train.step import Objective, step
 
 
@@ -32,21 +29,18 @@ class SftConfig(BaseModel):
     """A recipe for `favor sft`."""
 
     model_config = STRICT
-    run: str
-    """Folder of the run."""
+    run: Run
     seed: Seed = 0
-    """Seed of the order of training and of adapters."""
-    resume: bool = False
-    """Continue the run that stopped in this folder."""
+    resume: Resume = False
     model: ModelConfig
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
-    optim: OptimConfig = OptimConfig(lr=2e-5)
+    optim: OptimConfig = AdamW(lr=2e-5)
     train: LoopConfig = LoopConfig()
     save: SaveConfig = SaveConfig()
 
 
-def sft(config: SftConfig, open_session: Callable[[Path], Session]) -> None:
+def sft(config: SftConfig, open_session: OpenSession) -> None:
     """Maximise the likelihood of preferred responses: loss = -(sum of token log-probs) / (number of tokens), nats a token."""
     check_sources(config.data)
     with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
@@ -66,13 +60,12 @@ def _tune(config: SftConfig, session: Session) -> None:
     policy, why = settle(policy, config.model.layout, first, also=every, train=True)
     session.self_check(policy, why)
     inputs = recipe_hash(config) | identity(policy, config.tokens) | {"data": splits.identity}
-    learner = make_learner(config.optim, policy.trainable(), policy.device, session.world)
-    training = Training(config, policy, learner, len(used), session)
+    training = make_training(config, policy, used, session)
     objective = make_objective(policy)
     with contextlib.closing(turns(training, "sft", TrainingState(inputs=inputs))) as steps:
         for turn in steps:
-            cut = training.micro_batches([preferred_only(splits.train[used[i]]) for i in turn.indices])
-            done = step(learner, cut, objective)
+            cut = training.micro_batches([preferred_only(splits.train[i]) for i in turn.indices])
+            done = step(training.learner, cut, objective)
             turn.done()
             record = turn.figures(done, cut)
             turn.record(record, f"loss {record['loss']:.4f}  unique tok/s {record['tokens_per_s']:.0f}")

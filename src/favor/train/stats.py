@@ -5,7 +5,6 @@ Next: step.py.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,25 +22,12 @@ _WANTS = {
 }
 
 
-class Sums(NamedTuple):
-    """Sums over the pairs and thumbs of a batch, each a scalar on its device; docs/metrics.md defines the means."""
-
-    pairs: Tensor
-    correct: Tensor
-    margin: Tensor
-    reward_chosen: Tensor
-    reward_rejected: Tensor
-    logp_chosen_per_token: Tensor
-    logp_rejected_per_token: Tensor
-    chosen_below_reference: Tensor
-    referenced: Tensor
-    good: Tensor
-    bad: Tensor
-    reward_good: Tensor
-    reward_bad: Tensor
-
-
-STATS = Sums._fields
+# sums over the pairs and thumbs of a batch; docs/metrics.md defines their means
+STATS = (
+    *("pairs", "correct", "margin", "reward_chosen", "reward_rejected"),
+    *("logp_chosen_per_token", "logp_rejected_per_token", "chosen_below_reference", "referenced"),
+    *("good", "bad", "reward_good", "reward_bad"),
+)
 # the items that each mean is over
 _PER = {
     **dict.fromkeys(("margin", "reward_chosen", "reward_rejected"), "pairs"),
@@ -102,7 +88,7 @@ def _has_margins(gaps: Sequence[float]) -> bool:
 
 
 def batch_sums(config: LossConfig, scored: Scored, batch: Batch) -> dict[str, Tensor]:
-    """The Sums of a batch, by name. A margin of exactly 0 counts as half right."""
+    """STATS of a batch, each a scalar on its device. A margin of exactly 0 counts as half right."""
     pi_R = scored.pi_R.detach()
     per_token_R = pi_R / batch.length_R
     free = not needs(config).reference
@@ -110,25 +96,25 @@ def batch_sums(config: LossConfig, scored: Scored, batch: Batch) -> dict[str, Te
     chosen_P, rejected_P = reward_R[batch.chosen_P], reward_R[batch.rejected_P]
     margin_P, thumb_I = chosen_P - rejected_P, reward_R[batch.thumb_I]
     ones_P, none = torch.ones_like(margin_P), margin_P.new_zeros(())
-    return Sums(
-        pairs=ones_P.sum(),
-        correct=((margin_P.sign() + 1) / 2).sum(),
-        margin=margin_P.sum(),
-        reward_chosen=chosen_P.sum(),
-        reward_rejected=rejected_P.sum(),
-        logp_chosen_per_token=per_token_R[batch.chosen_P].sum(),
-        logp_rejected_per_token=per_token_R[batch.rejected_P].sum(),
-        chosen_below_reference=none if free else (chosen_P < 0).double().sum(),
-        referenced=none if free else ones_P.sum(),
-        good=batch.good_I.double().sum(),
-        bad=(~batch.good_I).double().sum(),
-        reward_good=thumb_I[batch.good_I].sum(),
-        reward_bad=thumb_I[~batch.good_I].sum(),
-    )._asdict()
+    return {
+        "pairs": ones_P.sum(),
+        "correct": ((margin_P.sign() + 1) / 2).sum(),
+        "margin": margin_P.sum(),
+        "reward_chosen": chosen_P.sum(),
+        "reward_rejected": rejected_P.sum(),
+        "logp_chosen_per_token": per_token_R[batch.chosen_P].sum(),
+        "logp_rejected_per_token": per_token_R[batch.rejected_P].sum(),
+        "chosen_below_reference": none if free else (chosen_P < 0).double().sum(),
+        "referenced": none if free else ones_P.sum(),
+        "good": batch.good_I.double().sum(),
+        "bad": (~batch.good_I).double().sum(),
+        "reward_good": thumb_I[batch.good_I].sum(),
+        "reward_bad": thumb_I[~batch.good_I].sum(),
+    }
 
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:
-    """The step record's figures from its Sums; those without items are left out."""
+    """The step record's figures from its STATS; those without items are left out."""
     found = {"accuracy": sums["correct"] / sums["pairs"]} if sums["pairs"] else {}
     found |= {name: sums[name] / sums[items] for name, items in _PER.items() if sums[items]}
     thumbs = round(sums["good"] + sums["bad"])

@@ -1,0 +1,94 @@
+"""Low-rank adapters: new ones on a model, and those of a folder folded into the model they were trained on.
+
+In: [model.lora], or an adapter's folder. Out: a model, and what the files of a folder do not share with it. Next: load.py.
+"""
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from pydantic import BaseModel, Field
+from transformers import PreTrainedModel
+
+from favor.config import STRICT
+from favor.errors import CheckpointError, ConfigError
+from favor.model.weights import Unmatched, check_objects, check_path, load_weights, readable, tensors_of
+
+
+class LoraSettings(BaseModel):
+    """Section [model.lora]: train low-rank adapters; the model without them is the reference."""
+
+    model_config = STRICT
+    rank: int = Field(default=16, ge=1, le=1 << 16)
+    """Rank of every adapter."""
+    alpha: int = Field(default=32, ge=1)
+    """An adapter's product is multiplied by alpha / rank."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Which layers get one, as peft names them."""
+
+
+def with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
+    """The model with new adapters, whose start depends on `seed`. Raises ConfigError for targets that it does not have."""
+    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+    # SEQ_CLS also trains and saves the scalar head
+    task = "SEQ_CLS" if "ForSequenceClassification" in type(model).__name__ else "CAUSAL_LM"
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0, task_type=task
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config).eval()
+        except (ValueError, re.error) as error:
+            raise ConfigError(f"model.lora.targets = {settings.targets!r}: {error}") from None
+
+
+def load_adapted(
+    loader: Any, path: str, revision: str | None, trust: bool, file: str, **more: Any
+) -> tuple[Any, Unmatched]:
+    """`load_weights` of the base that the adapter_config.json `file` names, with the adapter folded in."""
+    folder = Path(file).parent
+    check_objects(folder)
+    base = str(json.loads(Path(file).read_text("utf-8")).get("base_model_name_or_path"))
+    try:
+        check_path(base)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: an adapter whose base model cannot be loaded: {error}") from None
+    model, found = load_weights(loader, base, None, trust, **more)
+    with readable(path, "adapter"):
+        adapted = PeftModel.from_pretrained(model, path, revision=revision)
+        wanted = frozenset(get_peft_model_state_dict(adapted))
+    here = frozenset(tensors_of(folder))
+    # what the adapter brings whole, such as a reward model's head, its base need not have
+    brought = frozenset(name.removeprefix("base_model.model.") for name in here)
+    mismatched = {name: shapes for name, shapes in found.mismatched.items() if name not in brought}
+    missing, unexpected = (found.missing - brought) | (wanted - here), found.unexpected | (here - wanted)
+    return _merged(adapted, path), Unmatched(missing, unexpected, mismatched)
+
+
+def _merged(adapted: PeftModel, path: str) -> Any:
+    """The base with its adapter folded in. Raises CheckpointError where that changes what the model says."""
+    ids = torch.arange(1, 9)[None]
+    with readable(path, "adapter"), warnings.catch_warnings(), torch.no_grad():
+        # peft warns of tied weights; whether they matter is seen below
+        warnings.simplefilter("ignore")
+        before = adapted.eval()(input_ids=ids, use_cache=False).logits
+        merged: Any = adapted.merge_and_unload()
+        after = merged(input_ids=ids, use_cache=False).logits
+    if not bool(torch.isfinite(after).all()):
+        raise CheckpointError(f"{path}: its outputs are not finite; the adapter is damaged, fetch it again")
+    worst = float((after - before).abs().max())
+    if not worst <= 1e-3 * (1 + float(before.abs().max())):
+        raise CheckpointError(
+            f"{path}: its adapter cannot be merged into the base exactly (outputs change by {worst:.2g}; tied weights?); "
+            "name a model that it has been merged into"
+        )
+    head, table = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if head is not None and merged.config.tie_word_embeddings and head.weight is not table.weight:
+        # else saving would leave the head out
+        merged.config.tie_word_embeddings = False
+    return merged.requires_grad_(True)
