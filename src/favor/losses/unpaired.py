@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from favor.losses.pairwise import Beta, sigmoid
 
-TopK = Annotated[int | None, Field(ge=1, description="Only the first so many places count; absent: all.")]
+TopK = Annotated[int | None, Field(ge=1, description="Only the first N places count; absent: all.")]
 Temperature = Annotated[float, Field(gt=0, description="Temperature of the softmax over the data's scores.")]
 GoodWeight = Annotated[float, Field(gt=0, description="Weight of responses rated good.")]
 BadWeight = Annotated[float, Field(gt=0, description="Weight of responses rated bad.")]

@@ -34,13 +34,13 @@ def load_scalar_model(config: ModelConfig, seed: int = 0, *, fresh: bool = False
     headless = "score.weight" in found.missing
     if headless and not fresh:
         raise CheckpointError(
-            f"{config.path}: a language model without a trained score (score.weight), no reward model: it would score "
+            f"{config.path}: a language model without a trained score (score.weight), not a reward model: it would score "
             "everything 0; train one from it with favor reward"
         )
     if "score.weight" in found.mismatched:
         labels = found.mismatched["score.weight"][0][0]
         raise CheckpointError(
-            f"{config.path}: a classifier of {labels} labels; a reward model gives one number, name another"
+            f"{config.path}: a classifier of {labels} labels; a reward model gives one number; name another model"
         )
     # the head of the plain LM it was made from has no place here
     found.without(_LM_HEAD | ({"score.weight"} if headless else frozenset())).refuse(config.path)

@@ -45,7 +45,7 @@ class ModelConfig(BaseModel):
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass: less memory, more time."""
     trust_remote_code: bool = False
-    """Run the code that the model's folder brings."""
+    """Run the code that comes with the model."""
     lora: LoraSettings | None = None
     """Train adapters rather than all weights."""
 

@@ -53,7 +53,7 @@ class ImplicitReward(BaseModel):
 
 
 class ClassifierReward(BaseModel):
-    """Section [reward], kind "classifier": P(positive) by TF-IDF and logistic regression, fitted on the spot."""
+    """Section [reward], kind "classifier": P(positive) by TF-IDF and logistic regression, fitted when it is loaded."""
 
     model_config = STRICT
     kind: Literal["classifier"] = "classifier"

@@ -179,7 +179,7 @@ def resume(session: Session, learner: Learner, expected: TrainingState, num_tree
         )
     state = restore(stored, learner, expected)
     if session.world.is_main and length_and_hash(session.folder.metrics, state.metrics[0]) != state.metrics:
-        said = f"warning: {session.folder.metrics} is not what was written until step {state.step}: its curves may be wrong"
+        said = f"warning: {session.folder.metrics} is not what was written up to step {state.step}: its curves may be wrong"
         session.event(state.step, "damaged", f"{said} or have holes; weights and optimizer are as they were")
     session.event(state.step, "resume", f"resumed after step {state.step} from {stored.path}")
     return state

@@ -35,8 +35,8 @@ Schedule = Annotated[
     Literal["constant", "linear", "cosine"], Field(description="How the rate falls to zero over the run, if it does.")
 ]
 Warmup = Annotated[int, Field(ge=0, description="Steps over which the rate rises from zero.")]
-Decay = Annotated[float, Field(ge=0, description="Pull of matrices to zero, times the rate.")]
-Eps = Annotated[float, Field(gt=0, description="Added to the divisor.")]
+Decay = Annotated[float, Field(ge=0, description="Decay of weight matrices, times the learning rate.")]
+Eps = Annotated[float, Field(gt=0, description="Added to the denominator of the update (epsilon).")]
 Clip = Annotated[float, Field(gt=0, description="Largest norm of the gradient; a larger one is scaled down.")]
 
 
@@ -86,7 +86,7 @@ class LoopConfig(BaseModel):
     epochs: int = Field(default=1, ge=1)
     """Passes over the prompts."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Stop after so many optimizer steps, even within an epoch."""
+    """Stop after this many optimizer steps, even within an epoch."""
     shuffle: bool = True
     """Whether every epoch has an order of its own, drawn from the seed."""
 

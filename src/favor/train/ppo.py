@@ -53,7 +53,7 @@ class PromptsConfig(BaseModel):
     split: str = "train"
     """The split to read, of a source that has several."""
     max_prompts: int | None = Field(default=None, ge=1)
-    """Use only the first so many prompts."""
+    """Use only the first N prompts."""
 
 
 class Gae(BaseModel):
@@ -336,7 +336,7 @@ def _stop_on_explosion(training: Training, state: TrainingState, kl: float, limi
     found = checkpoint.newest_sound(session)
     if found is None:
         session.event(state.step, "kl_explosion", f"warning: {what}; there is no checkpoint yet")
-        raise NumericsError(f"{what} before the first checkpoint; {remedy}, or save sooner (save.every)")
+        raise NumericsError(f"{what} before the first checkpoint; {remedy}, or save earlier (save.every)")
     good = checkpoint.restore(found, training.learner, state)
     session.event(state.step, "kl_explosion", f"warning: {what}; back to rollout {good.step}")
     finish(training.policy, good, session)

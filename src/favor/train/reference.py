@@ -55,7 +55,7 @@ class ReferenceConfig(BaseModel):
     """The file to build or reuse; by default it lies in the run folder."""
     sync: SyncConfig | None = None
     displacement_threshold: float = Field(default=0.75, gt=0, le=1)
-    """Warn once so large a share of the last chosen responses has become less likely than under the reference."""
+    """Warn when this share of the last chosen responses has become less likely than under the reference."""
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "ReferenceConfig":

@@ -42,7 +42,7 @@ class BradleyTerryConfig(BaseModel):
     margin_scale: float = Field(default=0.0, ge=0)
     """How much of the data's margins (or score differences) a winner must win by."""
     tie_width: float | None = Field(default=None, gt=0)
-    """Learn from ties too, by Rao & Kupper with theta = exp(tie_width); 0.5 is a fair start."""
+    """Learn from ties too, by Rao & Kupper with theta = exp(tie_width); 0.5 is a good start."""
     centering: float = Field(default=0.0, ge=0)
     """Weight of (r_w + r_l)^2, which holds scores around zero."""
 

@@ -146,7 +146,7 @@ def displacement(
         return now, None
     return now, (
         f"warning: {share:.0%} of the last pairs have a chosen response less likely than under the reference "
-        f"(threshold {threshold:.0%}); a larger loss.beta, a smaller optim.lr or SFT on the chosen first holds it up"
+        f"(threshold {threshold:.0%}); a larger loss.beta, a smaller optim.lr or SFT on the chosen first helps"
     )
 
 
