@@ -83,8 +83,9 @@ def prepare_here(source: str, model: str, *, cached: bool) -> Figures:
     """favor's preparation in this process."""
     from transformers import AutoTokenizer
 
-    from favor.data.prepare import Recipe, prepare_split
+    from favor.data.prepare import prepare_split
     from favor.data.read import DataConfig, splits_of
+    from favor.data.splits import Recipe
     from favor.data.tokenize import TokensConfig
     from favor.lint.cheap import CHECKS
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from favor.config import dump, load
-from favor.data import batches, digest, sources, store, strict
+from favor.data import batches, readers, sources, splits, store
 from favor.data.formats import FORMATS, Judgment, RowError, recognise
 from favor.data.grow import ReadReport
 from favor.data.read import DataConfig, judge, read
@@ -183,8 +183,8 @@ def hard_equal(a, b):
 def test_what_json_writes_is_read_back(examples):
     def check(value):
         text = json.dumps(value)
-        assert hard_equal(strict.parse(text), value)
-        assert hard_equal(strict.parse(f" {text}\r\n"), value)
+        assert hard_equal(readers.parse(text), value)
+        assert hard_equal(readers.parse(f" {text}\r\n"), value)
 
     hold(examples, check, VALUES)
 
@@ -319,7 +319,7 @@ TREES = st.builds(
 @tried(60, 5000)
 def test_columns_give_their_trees_back(examples):
     def check(trees):
-        all_ids, all_lengths, paths, texts = digest.encode(trees)
+        all_ids, all_lengths, paths, texts = splits.encode(trees)
         token = path = 0
         for tree, count, judgments in zip(trees, paths, texts, strict=True):
             lengths = all_lengths[path : path + count].tolist()

@@ -18,11 +18,11 @@ from filelock import FileLock
 
 from favor.data import prepare as preparing
 from favor.data import store
-from favor.data.digest import WINDOW, Streams, hash_all, hash_ids
 from favor.data.grow import ReadReport
-from favor.data.prepare import Recipe, prepare_split
+from favor.data.prepare import prepare_split
 from favor.data.read import DataConfig, read, splits_of
 from favor.data.settings import SourceConfig
+from favor.data.splits import WINDOW, Recipe, Streams, hash_all, hash_ids
 from favor.data.store import describe, group
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Comparison, Thumb, TokenTree
@@ -177,7 +177,7 @@ def test_sequence(tmp_path):
         found[len(trees)]
     names = "prompt_ids response_ids complete comparisons first_response row ties thumbs source"
     assert [field.name for field in fields(TokenTree)] == names.split(), (
-        "digest.encode and store.decode must learn the new field"
+        "splits.encode and store.decode must learn the new field"
     )
     assert hash_all({"a": found}) == hash_all({"a": trees})
     assert hash_all({"a": found}) != hash_all({"a": trees[:-1]})
@@ -339,7 +339,7 @@ def test_several_processes_build_one_cache(tmp_path):
     source = write(tmp_path / "rows.jsonl", make_rows(3000, 2000))
     program = (
         "import sys; sys.path.insert(0, 'tests'); import tiny; from pathlib import Path; from tests.data import test_cache as t;"
-        "from favor.data.digest import hash_all; from favor.lint.cheap import CHECKS; from favor.data.prepare import prepare_split\n"
+        "from favor.data.splits import hash_all; from favor.lint.cheap import CHECKS; from favor.data.prepare import prepare_split\n"
         "said = []\nfound = prepare_split(t.wanted(sys.argv[1], tiny.tokenizer(), cache=True), CHECKS, said.append)\n"
         "print(hash_all({'a': found.trees}), sum('(once' in text for text in said))"
     )
@@ -397,7 +397,7 @@ def test_errors_are_the_same_through_files(tmp_path, tok):
 
 def test_memory_stays_flat(tmp_path, tok, monkeypatch):
     """Four times the rows, hardly more memory, where the path in memory needs several times as much."""
-    for place in ("tokenize._BATCH", "digest.WINDOW", "store.WINDOW", "encode._MEMORY"):
+    for place in ("tokenize._BATCH", "splits.WINDOW", "store.WINDOW", "encode._MEMORY"):
         monkeypatch.setattr(f"favor.data.{place}", 32)
     get(write(tmp_path / "warm.jsonl", make_rows(5, 5)), tok, cache=True)
     peaks = {}

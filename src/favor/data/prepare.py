@@ -4,102 +4,19 @@ In: sections [data] and [tokens], a tokenizer. Out: Splits. Small sources are re
 (data.cache) go through files, with the same result. Next: read.py.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from favor.data import sources
-from favor.data.digest import hash_all
-from favor.data.read import LEFT_OUT, DataConfig, SplitSpec, read_split, splits_of
-from favor.data.tokenize import TokenReport, TokensConfig, tokenize
-from favor.data.types import Finding, PromptTree, Text, TokenTree
-from favor.errors import DataError
+from favor.data.read import LEFT_OUT, DataConfig, read_split, splits_of
+from favor.data.splits import Checks, OnMain, Prepared, Recipe, Splits, refuse_changed, stamps_of
+from favor.data.tokenize import TokensConfig, tokenize
+from favor.data.types import PromptTree
 
 # From here on data.cache = "auto" keeps token ids in a file.
 _LARGE = 50 * 1024**2
-# runs a function in the main process while the others wait
-OnMain: TypeAlias = Callable[[Callable[[], object]], None]
-
-
-class Checks(NamedTuple):
-    """What looks for faults in the data: of a split, and of the prompts of two splits.
-
-    The trees of a split can be gone through once; its token report is whole only then.
-    """
-
-    split: Callable[[Iterable[PromptTree], TokenReport], Sequence[Finding]]
-    leaks: Callable[[Iterable[PromptTree], Iterable[PromptTree]], Sequence[Finding]]
-
-
-class Recipe(NamedTuple):
-    """What a split is made from."""
-
-    split: SplitSpec
-    data: DataConfig
-    tokens: TokensConfig
-    tokenizer: PreTrainedTokenizerBase
-    end_ids: frozenset[int]
-
-    @property
-    def names(self) -> str:
-        """The sources, for messages."""
-        return ", ".join(source.path for source in self.split.sources)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """One split: token trees; what they came from, as trees of nothing but their prompts; reports, findings."""
-
-    trees: Sequence[TokenTree]
-    prompts: Sequence[PromptTree]
-    read: Mapping[str, Any]
-    tokens: Mapping[str, Any]
-    findings: Sequence[Finding]
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Token trees of the training split and of the held-out one (empty when the recipe names none).
-
-    prompts: of each split the prompts as text, in the order of its trees. report: what became of the rows, for data.json.
-    """
-
-    train: Sequence[TokenTree]
-    eval: Sequence[TokenTree]
-    prompts: Mapping[str, Sequence[PromptTree]]
-    report: Mapping[str, Any]
-
-    @property
-    def by_name(self) -> dict[str, Sequence[TokenTree]]:
-        """The splits that hold anything."""
-        splits = {"train": self.train, "eval": self.eval}
-        return {name: trees for name, trees in splits.items() if trees}
-
-    @cached_property
-    def identity(self) -> str:
-        """A hash of every token id and comparison."""
-        return hash_all({"train": self.train, "eval": self.eval})
-
-    def prompts_of(self, name: str, trees: Sequence[TokenTree]) -> list[Text]:
-        """The prompts of some trees of a split, as text."""
-        wanted = {(tree.source, tree.row) for tree in trees}
-        keyed = (((text.source, text.rows[0]), text.prompt) for text in self.prompts[name])
-        # no further than the last of them
-        found = dict(islice(((key, prompt) for key, prompt in keyed if key in wanted), len(wanted)))
-        return [found[tree.source, tree.row] for tree in trees]
-
-    def need_comparisons(self) -> None:
-        """Raises DataError when a split holds no comparison."""
-        for name, trees in {"train": self.train, "eval": self.eval}.items():
-            if name in self.report and not any(tree.comparisons for tree in trees):
-                names = self.report[name]["read"]["source"]
-                raise DataError(
-                    f"{names}: no comparison left to train on; give chosen and rejected, a ranking or scores"
-                )
 
 
 def check_sources(data: DataConfig) -> None:
@@ -170,17 +87,6 @@ def _large(recipe: Recipe) -> bool:
     if recipe.data.cache != "auto":
         return recipe.data.cache
     return recipe.data.streaming or sum(sources.size(source.path) or 0 for source in recipe.split.sources) > _LARGE
-
-
-def stamps_of(splits: Sequence[SplitSpec]) -> list[list[sources.Stamp]]:
-    """What the file system says of every local file of the splits; a write changes it, also one that is taken back."""
-    return [sources.stamps(sources.local_files(source.path) or ()) for split in splits for source in split.sources]
-
-
-def refuse_changed(splits: Sequence[SplitSpec], before: list[list[sources.Stamp]]) -> None:
-    """Raises DataError when the files of the splits are not what they were at `before`."""
-    if stamps_of(splits) != before:
-        raise sources.changed(", ".join(dict.fromkeys(source.path for split in splits for source in split.sources)))
 
 
 def summary(read_report: Mapping[str, Any], token_report: Mapping[str, Any]) -> str:

@@ -1,29 +1,29 @@
-"""One file of rows, whatever its kind: its rows with their numbers, bad ones among them.
+"""Text of a data file -> rows: JSON that is taken as it was written or not at all, and files with a row a line.
 
-In: a path. Out: (1-based row number, value); a RowError in place of a row that cannot be read. A file that is damaged
-as a whole is a DataError. Next: strict.py.
+In: a path, or JSON text. Out: (1-based row number, value), a RowError in place of a row that cannot be read; a DataError for
+a file that is damaged as a whole. Next: formats/fields.py; files that are not lines: tables.py.
 """
 
-import datetime
-import decimal
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from favor.data import strict
-from favor.data.formats import RowError
 from favor.errors import DataError
 
 # A row that cannot be read is a RowError: whether that stops the work is for the reader of the rows to say.
-Numbered = Iterator[tuple[int, Any]]
-# pyarrow has no types
-_Table: TypeAlias = Any
+Numbered: TypeAlias = Iterator[tuple[int, Any]]
+Kind: TypeAlias = Literal["malformed", "empty", "identical", "special_text", "equal_ids", "round_trip", "truncation"]
 
-# Rows of a table held at once.
-BATCH = 1024
+# More brackets than a chat with tool schemas has, and less than Python's stack bears.
+DEEPEST = 100
+TOO_DEEP = f"it is nested more than {DEEPEST} levels deep"
+# An integer of more digits is beyond the largest float.
+_DIGITS = 300
+_BLANKS = re.compile(r"[ \t\n\r]*")
 # first bytes of what is often taken for UTF-8 text
 _TELLTALES = {
     b"\xff\xfe": "is UTF-16 text; convert the file to UTF-8",
@@ -33,76 +33,47 @@ _TELLTALES = {
 }
 
 
-def reader_of(path: Path) -> Callable[[Path], Numbered] | None:
-    """How a file is read, by the ending of its name; None for other endings."""
-    endings = {".jsonl": _jsonl, ".jsonl.gz": _jsonl_gz, ".json": _json, ".parquet": _parquet}
-    return next((reader for ending, reader in endings.items() if path.name.endswith(ending)), None)
+class RowError(Exception):
+    """Why a row cannot be used, in one printable line; read.py adds file and row number.
 
-
-def values_of(table: _Table) -> Iterator[Any]:
-    """The rows of a piece of an Arrow table as dicts; a RowError where one holds what Python has no value for.
-
-    Dates and times become text and decimals numbers, as they are in JSON.
+    kind: reading gives malformed, empty (a side or a column is missing or says nothing), identical (two responses are
+    the same); tokenising gives special_text (text of a control token), equal_ids (responses become the same tokens),
+    round_trip (text that template or tokenizer change), truncation. place: the response it is about, or 0.
     """
-    import pyarrow
 
-    # text that is not UTF-8, dates beyond the year 9999
-    errors = (ValueError, OverflowError, pyarrow.ArrowException)
-    try:
-        found = table.to_pylist()
-    except errors as error:
-        if table.num_rows == 1:
-            found = [RowError(f"a column cannot be read: {_unread(table, errors) or error}")]
-        else:
-            found = [row for i in range(table.num_rows) for row in values_of(table.slice(i, 1))]
-    odd = any(name in str(table.schema) for name in ("date", "time", "duration", "decimal"))
-    yield from map(_plain, found) if odd else found
+    def __init__(self, reason: str, kind: Kind = "malformed", place: int = 0) -> None:
+        line = " ".join(reason.split())
+        # a file's own names may hold what a terminal would obey
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+        self.kind: Kind = kind
+        self.place = place
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, decimal.Decimal):
-        return float(value)
-    return str(value) if isinstance(value, datetime.date | datetime.time | datetime.timedelta) else value
-
-
-def _unread(row: _Table, errors: tuple[type[Exception], ...]) -> str:
-    for name in row.schema.names:
-        try:
-            row.column(name).to_pylist()
-        except UnicodeDecodeError:
-            return f"'{name}' is not UTF-8 text"
-        except errors as error:
-            return f"'{name}' ({error})"
-    return ""
-
-
-def _jsonl(path: Path) -> Numbered:
+def json_lines(path: Path) -> Numbered:
+    """The rows of a file with a JSON value a line."""
     with path.open("rb") as file:
-        yield from _json_lines(path, file)
+        yield from _values(path, file)
 
 
-def _jsonl_gz(path: Path) -> Numbered:
+def gzip_lines(path: Path) -> Numbered:
+    """As `json_lines`, of a packed file."""
     try:
         with gzip.open(path, "rb") as file:
-            yield from _json_lines(path, file)
+            yield from _values(path, file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged gzip file ({error}); fetch or write it again") from None
 
 
-def _json_lines(path: Path, lines: Iterable[bytes]) -> Numbered:
+def _values(path: Path, lines: Iterable[bytes]) -> Numbered:
     for number, line in enumerate(lines, 1):
         if number == 1:
-            _refuse_other_kinds(path, line)
+            refuse_other_kinds(path, line)
         if not line.strip():
             continue
         try:
             # the end of the line is not part of the row
             text = line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
-            value = strict.parse(text)
+            value = parse(text)
         except UnicodeDecodeError as error:
             value = RowError(f"not UTF-8 text ({error.reason} at byte {error.start + 1})")
         except ValueError as error:
@@ -110,81 +81,86 @@ def _json_lines(path: Path, lines: Iterable[bytes]) -> Numbered:
         yield number, value
 
 
-def _json(path: Path) -> Numbered:
-    """The values of one list; it is read to its end first, as where a value that is not JSON ends cannot be known."""
-    content = path.read_bytes()
-    _refuse_other_kinds(path, content)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
-    yield from enumerate(_elements(path, text), 1)
-
-
-def _elements(path: Path, text: str) -> list[Any]:
-    found: list[Any] = []
-    at = _open_list(path, text)
-    last = text.startswith("]", at)
-    while not last:
-        value, at = _element(path, len(found) + 1, text, at)
-        found.append(value)
-        at = strict.blanks(text, at)
-        last = text.startswith("]", at)
-        if not last and not text.startswith(",", at):
-            raise DataError(f"{path}, row {len(found)}: not JSON (',' or ']' must follow); write a list of objects")
-        at = at if last else strict.blanks(text, at + 1)
-    if strict.blanks(text, at + 1) < len(text):
-        raise DataError(f"{path}: not JSON (more text behind the list); write one list of objects")
-    return found
-
-
-def _open_list(path: Path, text: str) -> int:
-    """Where the first value of the list may begin."""
-    at = strict.blanks(text, 0)
-    if text.startswith("[", at):
-        return strict.blanks(text, at + 1)
-    if text.startswith("{", at):
-        raise DataError(
-            f"{path}: holds an object, expected a list of objects; if it is one object a line, let its name end in .jsonl"
-        )
-    try:
-        found = type(strict.value_at(text, at)[0]).__name__
-    except ValueError:
-        raise DataError(f"{path}: not JSON; write a list of objects") from None
-    raise DataError(f"{path}: holds one {found}, expected a list of objects; write one")
-
-
-def _element(path: Path, number: int, text: str, at: int) -> tuple[Any, int]:
-    try:
-        return strict.value_at(text, at)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, row {number}: not JSON ({strict.fault(error)}); write a list of objects") from None
-    except ValueError as error:
-        end = strict.end_at(text, at)
-        if end is None:
-            raise DataError(f"{path}, row {number}: {error}, and does not end; fix the file") from None
-        return RowError(str(error)), end
-
-
-def _parquet(path: Path) -> Numbered:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise DataError(f"{path}: the column '{twice[0]}' is there twice; remove one")
-            yield from enumerate((row for batch in file.iter_batches(BATCH) for row in values_of(batch)), 1)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)}); write it again") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _refuse_other_kinds(path: Path, start: bytes) -> None:
+def refuse_other_kinds(path: Path, start: bytes) -> None:
+    """Raises DataError for a file whose first bytes are not those of UTF-8 text."""
     kind = next((said for mark, said in _TELLTALES.items() if start.startswith(mark)), None)
     if kind is not None:
         raise DataError(f"{path}: {kind}")
+
+
+def parse(text: str) -> Any:
+    """The one JSON value that a text holds.
+
+    Raises ValueError for what is not JSON, and for JSON that could be misread: a field that is there twice, half a surrogate
+    pair, an integer beyond any float, nesting beyond 100 levels.
+    """
+    try:
+        value, end = value_at(text, blanks(text, 0))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({fault(error)})") from None
+    if (rest := blanks(text, end)) < len(text):
+        raise ValueError(f"not JSON (more text behind the value, from column {rest + 1} on)")
+    return value
+
+
+def value_at(text: str, start: int) -> tuple[Any, int]:
+    """(value that begins at `start`, where it ends). Raises JSONDecodeError, and ValueError as `parse` does."""
+    try:
+        value, end = _STRICT.raw_decode(text, start)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    written = text[start:end]
+    if written.count("[") + written.count("{") > DEEPEST and _is_deep(value):
+        raise ValueError(TOO_DEEP)
+    escaped = "\\ud" in written or "\\uD" in written
+    if escaped and (half := half_character(json.dumps(value, ensure_ascii=False))):
+        raise ValueError(half)
+    return value, end
+
+
+def blanks(text: str, start: int) -> int:
+    """Where the blanks that begin at `start` end."""
+    found = _BLANKS.match(text, start)
+    return found.end() if found else start
+
+
+def fault(error: json.JSONDecodeError) -> str:
+    """What is wrong with JSON text, and at which line and column."""
+    line = f"line {error.lineno}, " if "\n" in error.doc else ""
+    return f"{error.msg.removesuffix(' at')} at {line}column {error.colno}"
+
+
+def half_character(text: str) -> str | None:
+    """What is wrong with a text that holds half a character (a lone surrogate), which no tokenizer or file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        return f"it holds half a character (U+{half:04X}, a lone surrogate), which is not text"
+    return None
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        nested = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [inner for items in nested for inner in items]
+    return bool(level)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {ascii(twice)[:80]} is there twice")
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"it holds an integer of {len(digits):,} digits")
+    return int(digits)
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)

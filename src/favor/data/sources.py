@@ -1,7 +1,7 @@
 """Where rows come from: local files, globs and folders of them, saved data sets, hub ids.
 
 In: the name of a source. Out: numbered rows, each an object with named fields. Rows of several files are numbered
-through; `where` says which row of which file a number is. Next: readers.py.
+through; `where` says which row of which file a number is. Next: formats/__init__.py.
 """
 
 import contextlib
@@ -9,12 +9,12 @@ import errno
 import glob
 import os
 import stat
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from favor.data.formats import RowError
-from favor.data.readers import BATCH, Numbered, reader_of, values_of
+from favor.data import readers, tables
+from favor.data.readers import Numbered, RowError
 from favor.errors import DataError
 from favor.guard import file_hash
 
@@ -22,6 +22,12 @@ Stamp = tuple[str, int, int, int, int, int]
 
 # Files that say that a folder is a data set saved by `datasets`.
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
+_READERS = {
+    ".jsonl": readers.json_lines,
+    ".jsonl.gz": readers.gzip_lines,
+    ".json": tables.json_list,
+    ".parquet": tables.parquet,
+}
 
 
 def read_objects(source: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -52,7 +58,12 @@ def rows(source: str, split: str, *, streaming: bool = False) -> Numbered:
         for _, _, number, row in _numbered_through(found):
             yield number, row
         return
-    yield from enumerate(_of_data_set(source, split, streaming=streaming), 1)
+    yield from enumerate(tables.data_set_rows(source, split, streaming=streaming), 1)
+
+
+def _reader_of(path: Path) -> Callable[[Path], Numbered] | None:
+    """How a file is read, by the ending of its name; None for other endings."""
+    return next((reader for ending, reader in _READERS.items() if path.name.endswith(ending)), None)
 
 
 def check(source: str) -> list[Path] | None:
@@ -109,10 +120,10 @@ def size(source: str) -> int | None:
 def identity(source: str, split: str, *, streaming: bool) -> list[list[str]]:
     """What the rows of a source depend on: name and SHA-256 of every file, or the revision of a streamed hub id."""
     if streaming and files(source) is None and not Path(source).exists():
-        return [[source, _revision(source)]]
+        return [[source, tables.revision(source)]]
     found = local_files(source)
     if found is None:
-        found = [Path(item["filename"]) for item in _load_dataset(source, split, streaming=False).cache_files]
+        found = [Path(item["filename"]) for item in tables.load(source, split, streaming=False).cache_files]
     return [[str(path), _file_hash(path)] for path in found]
 
 
@@ -174,7 +185,7 @@ def _kind(path: Path) -> Literal["file", "folder"] | None:
 def _in_folder(folder: Path) -> list[Path]:
     with _readable(folder):
         inside = sorted(folder.iterdir())
-    found = [path for path in inside if reader_of(path) is not None and _kind(path) == "file"]
+    found = [path for path in inside if _reader_of(path) is not None and _kind(path) == "file"]
     if not found:
         names = ", ".join(path.name for path in inside[:3]) or "nothing"
         raise DataError(
@@ -197,7 +208,7 @@ def _numbered_through(found: Sequence[Path]) -> Iterator[tuple[Path, int, int, A
     """(file, row in it, row of the whole source, value) of every row of the files, one after the other."""
     before = 0
     for path in found:
-        reader, last = reader_of(path), 0
+        reader, last = _reader_of(path), 0
         if reader is None:
             raise DataError(f"{path}: unknown kind of file; name a .jsonl, .jsonl.gz, .json or .parquet file")
         stamp = stamps([path])
@@ -215,72 +226,6 @@ def _looks_like_hub_id(source: str) -> bool:
     return source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not known_ending
 
 
-def _revision(source: str) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return str(HfApi().dataset_info(source).sha)
-    except (OSError, HfHubHTTPError) as error:
-        raise DataError(f"{source}: the hub does not say which revision it is ({error}); check the network") from None
-
-
 def _file_hash(path: Path) -> str:
     with _readable(path):
         return file_hash(path)
-
-
-def _of_data_set(source: str, split: str, *, streaming: bool) -> Iterator[Any]:
-    """The rows of a saved data set or a hub id."""
-    import datasets
-
-    found = _load_dataset(source, split, streaming=streaming)
-    if not isinstance(found, datasets.Dataset):
-        yield from found
-        return
-    if not len(found):
-        return  # which `datasets` itself cannot go through
-    with _loading(source):
-        # as Arrow holds them, so that one row that Python cannot hold spoils no other
-        for table in found.with_format("arrow").iter(BATCH):
-            yield from values_of(table)
-
-
-def _load_dataset(source: str, split: str, *, streaming: bool) -> Any:
-    import datasets
-
-    with _loading(source):
-        if not Path(source).exists():
-            return datasets.load_dataset(source, split=split, streaming=streaming)
-        found = datasets.load_from_disk(source)
-    if not isinstance(found, datasets.DatasetDict):
-        return found
-    if split not in found:
-        raise DataError(
-            f"{source}: has no split '{split}' but {', '.join(map(str, found))}; name one with data.split or data.eval_split"
-        )
-    return found[split]
-
-
-@contextlib.contextmanager
-def _loading(source: str) -> Generator[None]:
-    """Errors of `datasets`, as what they mean here."""
-    import pyarrow
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    known = (OSError, ValueError, pyarrow.ArrowException, DatasetsError, HfHubHTTPError)
-    # in a folder that was spoiled any of its JSON may have another shape, and one saved without rows has no table
-    known += (KeyError, IndexError, TypeError, AttributeError) if Path(source).exists() else ()
-    try:
-        yield
-    except known as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if Path(source).exists():
-            raise DataError(
-                f"{source}: not a readable saved data set ({first}); save it again with save_to_disk"
-            ) from None
-        raise DataError(
-            f"{source}: no such file, and not found as a hub data set ({first}); check the name, "
-            "the split and the network, or give a local file"
-        ) from None

@@ -1,7 +1,7 @@
 """A split of the data in files, for sources larger than memory: made once, reused while nothing it came from has changed.
 
 In: a Recipe. Out: Prepared, equal to what is made in memory: rows go into a SQLite table, the rows of each prompt become
-a tree, trees are tokenised, checked and written in one pass. Next: digest.py.
+a tree, trees are tokenised, checked and written in one pass. Next: prepare.py.
 """
 
 import contextlib
@@ -26,12 +26,21 @@ from transformers import PreTrainedTokenizerFast
 
 from favor import data as data_package
 from favor.data import sources
-from favor.data.digest import WINDOW, Streams, encode
 from favor.data.formats import Judgment
 from favor.data.grow import ReadReport, grow
-from favor.data.prepare import Checks, OnMain, Prepared, Recipe, refuse_changed, stamps_of
 from favor.data.read import Half, joined, judge, judged, need_prompts, tree_key
 from favor.data.settings import DataConfig, SourceConfig
+from favor.data.splits import (
+    WINDOW,
+    Checks,
+    OnMain,
+    Prepared,
+    Recipe,
+    Streams,
+    encode,
+    refuse_changed,
+    stamps_of,
+)
 from favor.data.tokenize import TokenReport, tokenized
 from favor.data.types import Comparison, Finding, PromptTree, Text, Thumb, TokenTree
 from favor.errors import DataError

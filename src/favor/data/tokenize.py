@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from favor.config import STRICT
 from favor.data.encode import Encoder
-from favor.data.formats import RowError
-from favor.data.formats.fields import Kind, brief
+from favor.data.formats.fields import brief
 from favor.data.read import refused
+from favor.data.readers import Kind, RowError
 from favor.data.render import Rendered, Renderer
 from favor.data.types import Comparison, PromptTree, Text, TokenTree
 from favor.errors import ConfigError, DataError

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from favor.data.prepare import Checks
+from favor.data.splits import Checks
 from favor.data.tokenize import TokenReport
 from favor.data.types import Finding, PromptTree, Text
 from favor.lint.settings import CUT_SHARE, KINDS, LENGTH_SHARE

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from favor.data import batches
-from favor.data.prepare import Recipe, prepare_split, summary
+from favor.data.prepare import prepare_split, summary
 from favor.data.read import splits_of
+from favor.data.splits import Recipe
 from favor.data.types import TokenTree
 from favor.lint.cheap import CHECKS
 from favor.model.layout import config_obstacle, longest_path

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data.batches import build
-from favor.data.prepare import Splits, check_sources
+from favor.data.prepare import check_sources
 from favor.data.read import DataConfig
+from favor.data.splits import Splits
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import NumericsError

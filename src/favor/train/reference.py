@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from favor.config import STRICT
-from favor.data.digest import hash_ids
+from favor.data.splits import hash_ids
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import CheckpointError, NumericsError

@@ -14,8 +14,9 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from favor.config import STRICT, Resume, Run, Seed, dump
-from favor.data.prepare import Splits, check_sources
+from favor.data.prepare import check_sources
 from favor.data.read import DataConfig
+from favor.data.splits import Splits
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import ConfigError

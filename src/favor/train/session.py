@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from favor.config import STRICT, dump
-from favor.data.prepare import Splits, prepare
+from favor.data.prepare import prepare
 from favor.data.read import DataConfig
+from favor.data.splits import Splits
 from favor.data.tokenize import TokensConfig
 from favor.guard import sha
 from favor.lint.cheap import CHECKS

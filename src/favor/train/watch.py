@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from favor.config import STRICT
-from favor.data.prepare import Splits
+from favor.data.splits import Splits
 from favor.data.types import Batch, TokenTree
 from favor.eval.figures import kl_of_samples
 from favor.losses.table import LossConfig, item_weight, needs, term_sums, terms

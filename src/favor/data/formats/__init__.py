@@ -7,7 +7,7 @@ and a section with an example in docs/formats.md. In: a row. Out: its format, wh
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from favor.data.formats import plain, published
+from favor.data.formats import fields, plain, published
 from favor.data.formats.fields import Format, Judgment, Row, RowError
 
 
@@ -58,7 +58,7 @@ FORMATS: dict[str, Format] = {
     "ranked": _row(
         plain.ranked, "responses ranking | responses scores", "prompt ended tools weight", "order scores sides"
     ),
-    "pairs": _row(plain.pairs, "chosen rejected", "prompt margin tie tools weight", "order scores"),
+    "pairs": _row(fields.pairs, "chosen rejected", "prompt margin tie tools weight", "order scores"),
     "thumbs": _row(plain.thumbs, "label completion | label response | label messages", "prompt tools weight", "thumbs"),
     "sft": _row(plain.sft, "messages | prompt completion | prompt response", "tools", ""),
 }

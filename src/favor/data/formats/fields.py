@@ -1,43 +1,25 @@
-"""What every reader of a format shares: the record it makes, and text, messages and numbers taken out of a row.
+"""What every reader of a format shares: the record it makes, and text, messages and numbers taken out of a row; and pairs.
 
-In: values of a row. Out: checked values, or a RowError that names the column. Next: plain.py.
+In: a row, or values of it. Out: checked values, or a RowError that names the column. Next: plain.py.
 """
 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from itertools import takewhile
+from typing import Any, NamedTuple, TypeAlias
 
-from favor.data.strict import parse
+from favor.data.readers import DEEPEST, TOO_DEEP, RowError, half_character, parse
 from favor.data.types import Message, Text
 
 Row: TypeAlias = dict[str, Any]
-Kind: TypeAlias = Literal["malformed", "empty", "identical", "special_text", "equal_ids", "round_trip", "truncation"]
 
 # fields of a message that hold what its author says; others are data about it
 SAID = ("content", "reasoning_content", "reasoning", "thinking", "thought", "tool_calls", "function_call", "refusal")
 # kinds of content parts that are text
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_DEEPEST = 100
-_TOO_DEEP = f"it is nested more than {_DEEPEST} levels deep"
 # beyond this a float32 or a difference of two numbers overflows
 _LARGEST = 1e30
-
-
-class RowError(Exception):
-    """Why a row cannot be used, in one printable line; read.py adds file and row number.
-
-    kind: reading gives malformed, empty (a side or a column is missing or says nothing), identical (two responses are
-    the same); tokenising gives special_text (text of a control token), equal_ids (responses become the same tokens),
-    round_trip (text that template or tokenizer change), truncation. place: the response it is about, or 0.
-    """
-
-    def __init__(self, reason: str, kind: Kind = "malformed", place: int = 0) -> None:
-        line = " ".join(reason.split())
-        # a file's own names may hold what a terminal would obey
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
-        self.kind: Kind = kind
-        self.place = place
 
 
 class Judgment(NamedTuple):
@@ -85,7 +67,7 @@ class Format(NamedTuple):
             said = self.reader(row)
             tools = tools_of(row) if "tools" in self.also else said.tools
         except RecursionError:
-            raise RowError(_TOO_DEEP) from None
+            raise RowError(TOO_DEEP) from None
         weight = row["weight"] if "weight" in self.also and "weight" in row else 1.0
         weight = number(weight, "weight", "a positive number", 1 / _LARGEST)
         checked_texts((said.prompt, said.responses, tools))
@@ -118,7 +100,7 @@ def checked_texts(value: Any) -> list[str]:
     """Every text inside a value, names of fields too. Raises RowError for deep nesting and for what JSON cannot hold."""
     found: list[str] = []
     level = [value]
-    for _ in range(_DEEPEST):
+    for _ in range(DEEPEST):
         deeper: list[Any] = []
         for item in level:
             if isinstance(item, dict):
@@ -126,7 +108,8 @@ def checked_texts(value: Any) -> list[str]:
             elif isinstance(item, list | tuple):
                 deeper += item
             elif isinstance(item, str):
-                _check_unicode(item)
+                if half := half_character(item):
+                    raise RowError(half)
                 found.append(item)
             elif item is not None and not isinstance(item, int | float):
                 # a Parquet file can hold bytes in a turn
@@ -134,16 +117,7 @@ def checked_texts(value: Any) -> list[str]:
         if not deeper:
             return found
         level = deeper
-    raise RowError(_TOO_DEEP)
-
-
-def _check_unicode(text: str) -> None:
-    """Refuses half a character (a lone surrogate), which no tokenizer or file can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = ord(text[error.start])
-        raise RowError(f"it holds half a character (U+{half:04X}, a lone surrogate), which is not text") from None
+    raise RowError(TOO_DEEP)
 
 
 def need(row: Row, name: str) -> Any:
@@ -312,3 +286,64 @@ def by_scores(numbers: Sequence[float]) -> tuple[tuple[tuple[int, ...], ...], tu
     better = tuple((i, j) for i in by_score for j in by_score if numbers[i] > numbers[j])
     ties = tuple((i, j) for i in range(count) for j in range(i + 1, count) if numbers[i] == numbers[j])
     return better, ties
+
+
+def pairs(row: Row) -> Judgment:
+    """`prompt, chosen, rejected` as text or messages; without prompt: full message lists or HH transcripts.
+
+    `margin` says by how much chosen is better (a score difference); `tie = true` that neither is.
+    """
+    said = Judgment(*sides(row, ("chosen", "rejected"), "chosen and rejected"), orders=((0, 1),))
+    if flag(row.get("tie", False), "tie", "true or false"):
+        return said._replace(orders=(), ties=((0, 1),))
+    if "margin" not in row:
+        return said
+    margin = number(row["margin"], "margin", "a number from 0 up: by how much chosen is better", 0)
+    return said._replace(scores=(margin, 0.0))
+
+
+def sides(row: Row, names: tuple[str, str], both: str) -> tuple[Text, tuple[Text, ...]]:
+    """The prompt and the two different responses of these columns, which messages call `both`.
+
+    Where they hold whole conversations (messages or transcripts), the turns they share are the prompt.
+    """
+    named = {name: joined_parts(need(row, name), name) for name in names}
+    texts = all(isinstance(value, str) for value in named.values())
+    if "prompt" not in row:
+        read = transcript if texts else as_messages
+        return _common_prompt([read(value, name) for name, value in named.items()], both)
+    prompt = text(row, "prompt")
+    if all(map(_is_whole, named.values())):
+        shared, answers = _common_prompt([as_messages(value, name) for name, value in named.items()], both)
+        _check_within(prompt, shared)
+        return shared, answers
+    if isinstance(prompt, str) and not texts:
+        prompt = ({"role": "user", "content": prompt},)
+    return prompt, responses(named, prompt, both)
+
+
+def _is_whole(side: Any) -> bool:
+    """Whether it is a conversation, not an answer: messages that do not begin with the assistant's."""
+    return isinstance(side, list) and len(side) > 1 and isinstance(side[0], dict) and side[0].get("role") != "assistant"
+
+
+def _common_prompt(conversations: list[tuple[Message, ...]], both: str) -> tuple[tuple[Message, ...], tuple[Text, ...]]:
+    """The turns two conversations share are the prompt; what follows are the responses, one assistant turn each."""
+    first, second = conversations
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
+    if shared == len(first) == len(second):
+        raise RowError(f"{both} are the same", "identical")
+    if shared < max(len(first), len(second)) - 1:
+        where = f"turn {shared + 1} of {len(first)} and {len(second)}"
+        raise RowError(f"{both} part ways before the last turn ({where})")
+    if shared == 0:
+        raise RowError(f"{both} share no prompt")
+    return first[:shared], (first[shared:], second[shared:])
+
+
+def _check_within(prompt: Text, shared: tuple[Message, ...]) -> None:
+    """Refuses a row whose prompt has a turn that is not among those that both sides share."""
+    said = [prompt] if isinstance(prompt, str) else [str(message.get("content")) for message in prompt]
+    there = [str(message.get("content")).strip() for message in shared]
+    if any(text.strip() not in there for text in said):
+        raise RowError("prompt is not among the turns that both sides share; drop the column if they hold it all")

@@ -1,78 +1,16 @@
-"""Formats of no single data set: pairs, SFT data, thumbs, rankings, votes, verdicts.
+"""Formats of no single data set but pairs (fields.py): SFT data, thumbs, rankings, votes, verdicts.
 
 In: a row. Out: what it says; weight and tools are read by Format. Next: published.py.
 """
 
-from itertools import takewhile
 from typing import Any
 
 from favor.data.formats import fields
 from favor.data.formats.fields import Judgment, Row, RowError
-from favor.data.types import Message, Text
+from favor.data.types import Text
 
 # what an annotator may say of two responses, as a choice between them
 _VERDICTS: dict[str, int | str] = {"first": 0, "second": 1, "tie": "tie", "both_bad": "tie"}
-
-
-def pairs(row: Row) -> Judgment:
-    """`prompt, chosen, rejected` as text or messages; without prompt: full message lists or HH transcripts.
-
-    `margin` says by how much chosen is better (a score difference); `tie = true` that neither is.
-    """
-    prompt, responses = sides(row, ("chosen", "rejected"), "chosen and rejected")
-    if fields.flag(row.get("tie", False), "tie", "true or false"):
-        return Judgment(prompt, responses, ties=((0, 1),))
-    if "margin" not in row:
-        return Judgment(prompt, responses, ((0, 1),))
-    margin = fields.number(row["margin"], "margin", "a number from 0 up: by how much chosen is better", 0)
-    return Judgment(prompt, responses, ((0, 1),), scores=(margin, 0.0))
-
-
-def sides(row: Row, names: tuple[str, str], both: str) -> tuple[Text, tuple[Text, ...]]:
-    """The prompt and the two different responses of these columns, which messages call `both`.
-
-    Where they hold whole conversations (messages or transcripts), the turns they share are the prompt.
-    """
-    named = {name: fields.joined_parts(fields.need(row, name), name) for name in names}
-    texts = all(isinstance(value, str) for value in named.values())
-    if "prompt" not in row:
-        read = fields.transcript if texts else fields.as_messages
-        return _common_prompt([read(value, name) for name, value in named.items()], both)
-    prompt = fields.text(row, "prompt")
-    if all(map(_is_whole, named.values())):
-        shared, responses = _common_prompt([fields.as_messages(value, name) for name, value in named.items()], both)
-        _check_within(prompt, shared)
-        return shared, responses
-    if isinstance(prompt, str) and not texts:
-        prompt = ({"role": "user", "content": prompt},)
-    return prompt, fields.responses(named, prompt, both)
-
-
-def _is_whole(side: Any) -> bool:
-    """Whether it is a conversation, not an answer: messages that do not begin with the assistant's."""
-    return isinstance(side, list) and len(side) > 1 and isinstance(side[0], dict) and side[0].get("role") != "assistant"
-
-
-def _common_prompt(conversations: list[tuple[Message, ...]], both: str) -> tuple[tuple[Message, ...], tuple[Text, ...]]:
-    """The turns two conversations share are the prompt; what follows are the responses, one assistant turn each."""
-    first, second = conversations
-    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
-    if shared == len(first) == len(second):
-        raise RowError(f"{both} are the same", "identical")
-    if shared < max(len(first), len(second)) - 1:
-        where = f"turn {shared + 1} of {len(first)} and {len(second)}"
-        raise RowError(f"{both} part ways before the last turn ({where})")
-    if shared == 0:
-        raise RowError(f"{both} share no prompt")
-    return first[:shared], (first[shared:], second[shared:])
-
-
-def _check_within(prompt: Text, shared: tuple[Message, ...]) -> None:
-    """Refuses a row whose prompt has a turn that is not among those that both sides share."""
-    said = [prompt] if isinstance(prompt, str) else [str(message.get("content")) for message in prompt]
-    there = [str(message.get("content")).strip() for message in shared]
-    if any(text.strip() not in there for text in said):
-        raise RowError("prompt is not among the turns that both sides share; drop the column if they hold it all")
 
 
 def sft(row: Row) -> Judgment:
@@ -149,7 +87,7 @@ def verdict(row: Row) -> Judgment:
     Read as votes on two responses. "both_bad" of one annotator among others is a tie; of more than half of them it is no
     comparison, but a thumb down for both. Without `prompt` it is what the two conversations share.
     """
-    prompt, responses = sides(row, ("first", "second"), "two of its responses")
+    prompt, responses = fields.sides(row, ("first", "second"), "two of its responses")
     said = fields.need(row, "verdict")
     said = said if isinstance(said, list) else [said]
     for value in said:

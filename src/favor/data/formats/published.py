@@ -9,8 +9,7 @@ from typing import Any
 
 from favor.data.formats import fields
 from favor.data.formats.fields import Judgment, Row, RowError
-from favor.data.formats.plain import sides
-from favor.data.strict import parse
+from favor.data.readers import parse
 from favor.data.types import Message, Text
 
 # HelpSteer2's mark of a turn; ShareGPT's names of roles
@@ -21,7 +20,7 @@ _ROLES = _SAME | {"human": "user", "gpt": "assistant", "observation": "tool", "f
 
 def binarized(row: Row) -> Judgment:
     """UltraFeedback's pairs: `prompt, chosen, rejected` and their scores, `score_chosen, score_rejected`."""
-    prompt, responses = sides(row, ("chosen", "rejected"), "chosen and rejected")
+    prompt, responses = fields.sides(row, ("chosen", "rejected"), "chosen and rejected")
     best, worst = (fields.number(fields.need(row, name), name) for name in ("score_chosen", "score_rejected"))
     if best < worst:
         raise RowError(f"score_chosen is {best:g} and score_rejected {worst:g}, but chosen should be the better one")

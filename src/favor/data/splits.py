@@ -1,0 +1,178 @@
+"""A split of the data: what it is made from, what becomes of it, and one identity for what it holds.
+
+In: sections [data] and [tokens], a tokenizer; token trees. Out: Splits; hashes of trees as flat columns, the same in memory
+and in a cache, for which memory does not grow with the data. Next: store.py.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from favor.data import sources
+from favor.data.read import DataConfig, SplitSpec
+from favor.data.tokenize import TokenReport, TokensConfig
+from favor.data.types import Finding, PromptTree, Text, TokenTree
+from favor.errors import DataError
+
+# Trees turned into columns at once.
+WINDOW = 1024
+# of some trees: all their ids int32 [tokens], the lengths of prompt and responses int32 [paths], paths of each tree
+# int32 [trees] (1 + responses), and what is said of the responses as JSON [trees]
+Columns: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]
+# runs a function in the main process while the others wait
+OnMain: TypeAlias = Callable[[Callable[[], object]], None]
+
+
+class Checks(NamedTuple):
+    """What looks for faults in the data: of a split, and of the prompts of two splits.
+
+    The trees of a split can be gone through once; its token report is whole only then.
+    """
+
+    split: Callable[[Iterable[PromptTree], TokenReport], Sequence[Finding]]
+    leaks: Callable[[Iterable[PromptTree], Iterable[PromptTree]], Sequence[Finding]]
+
+
+class Recipe(NamedTuple):
+    """What a split is made from."""
+
+    split: SplitSpec
+    data: DataConfig
+    tokens: TokensConfig
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: frozenset[int]
+
+    @property
+    def names(self) -> str:
+        """The sources, for messages."""
+        return ", ".join(source.path for source in self.split.sources)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One split: token trees; what they came from, as trees of nothing but their prompts; reports, findings."""
+
+    trees: Sequence[TokenTree]
+    prompts: Sequence[PromptTree]
+    read: Mapping[str, Any]
+    tokens: Mapping[str, Any]
+    findings: Sequence[Finding]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Token trees of the training split and of the held-out one (empty when the recipe names none).
+
+    prompts: of each split the prompts as text, in the order of its trees. report: what became of the rows, for data.json.
+    """
+
+    train: Sequence[TokenTree]
+    eval: Sequence[TokenTree]
+    prompts: Mapping[str, Sequence[PromptTree]]
+    report: Mapping[str, Any]
+
+    @property
+    def by_name(self) -> dict[str, Sequence[TokenTree]]:
+        """The splits that hold anything."""
+        splits = {"train": self.train, "eval": self.eval}
+        return {name: trees for name, trees in splits.items() if trees}
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of every token id and comparison."""
+        return hash_all({"train": self.train, "eval": self.eval})
+
+    def prompts_of(self, name: str, trees: Sequence[TokenTree]) -> list[Text]:
+        """The prompts of some trees of a split, as text."""
+        wanted = {(tree.source, tree.row) for tree in trees}
+        keyed = (((text.source, text.rows[0]), text.prompt) for text in self.prompts[name])
+        # no further than the last of them
+        found = dict(islice(((key, prompt) for key, prompt in keyed if key in wanted), len(wanted)))
+        return [found[tree.source, tree.row] for tree in trees]
+
+    def need_comparisons(self) -> None:
+        """Raises DataError when a split holds no comparison."""
+        for name, trees in {"train": self.train, "eval": self.eval}.items():
+            if name in self.report and not any(tree.comparisons for tree in trees):
+                names = self.report[name]["read"]["source"]
+                raise DataError(
+                    f"{names}: no comparison left to train on; give chosen and rejected, a ranking or scores"
+                )
+
+
+def stamps_of(splits: Sequence[SplitSpec]) -> list[list[sources.Stamp]]:
+    """What the file system says of every local file of the splits; a write changes it, also one that is taken back."""
+    return [sources.stamps(sources.local_files(source.path) or ()) for split in splits for source in split.sources]
+
+
+def refuse_changed(splits: Sequence[SplitSpec], before: list[list[sources.Stamp]]) -> None:
+    """Raises DataError when the files of the splits are not what they were at `before`."""
+    if stamps_of(splits) != before:
+        raise sources.changed(", ".join(dict.fromkeys(source.path for split in splits for source in split.sources)))
+
+
+@runtime_checkable
+class Digested(Protocol):
+    """Trees whose digests were taken when they were written."""
+
+    digests: list[str]
+
+
+class Streams:
+    """A running hash of each column, so that it does not matter where windows are cut."""
+
+    def __init__(self) -> None:
+        self._hashes = [hashlib.sha256() for _ in range(4)]
+
+    def add(self, columns: Columns) -> None:
+        """Take in some trees."""
+        for stream, column in zip(self._hashes, columns[:3], strict=False):
+            stream.update(np.ascontiguousarray(column).tobytes())
+        self._hashes[3].update("".join(text + "\n" for text in columns[3]).encode())
+
+    def digests(self) -> list[str]:
+        """Of ids, lengths, paths and comparisons."""
+        return [stream.hexdigest() for stream in self._hashes]
+
+
+def hash_ids(splits: Mapping[str, Sequence[TokenTree]]) -> str:
+    """A hash of every token id of every split."""
+    nothing = hashlib.sha256().hexdigest()
+    return _whole({name: [*_digests(trees)[:3], nothing] for name, trees in splits.items()})
+
+
+def hash_all(splits: Mapping[str, Sequence[TokenTree]]) -> str:
+    """A hash of every token id and comparison of every split."""
+    return _whole({name: _digests(trees) for name, trees in splits.items()})
+
+
+def _whole(digests: Mapping[str, list[str]]) -> str:
+    lines = "".join("\n".join([name, *found, ""]) for name, found in digests.items())
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _digests(trees: Sequence[TokenTree]) -> list[str]:
+    if isinstance(trees, Digested):
+        return trees.digests
+    streams = Streams()
+    for start in range(0, len(trees), WINDOW):
+        streams.add(encode(trees[start : start + WINDOW]))
+    return streams.digests()
+
+
+def encode(trees: Sequence[TokenTree]) -> Columns:
+    """Trees -> columns."""
+    paths = [path for tree in trees for path in (tree.prompt_ids, *tree.response_ids)]
+    return (
+        np.fromiter((i for path in paths for i in path), np.int32, sum(map(len, paths))),
+        np.fromiter(map(len, paths), np.int32, len(paths)),
+        np.fromiter((1 + len(tree.response_ids) for tree in trees), np.int32, len(trees)),
+        [json.dumps([tree.complete, tree.comparisons, tree.ties, tree.thumbs]) for tree in trees],
+    )
