@@ -2,13 +2,14 @@
 
 import json
 import random
+from dataclasses import asdict
 from itertools import combinations
 
 import pytest
 
 from favor.config import dump, load
 from favor.data.formats import FORMATS
-from favor.data.grow import Rules, arrange
+from favor.data.grow import ReadReport, Rules, arrange
 from favor.data.read import DataConfig, read, read_splits
 from favor.data.types import Comparison
 from favor.errors import ConfigError, DataError
@@ -61,20 +62,25 @@ def test_pairing_against_the_oracle(mode):
         gap = chance.choice([0.0, 1.0, 2.0, 3.5])
         responses = [f"r{i}" for i in range(len(scores))]
         judgment = FORMATS["ranked"]({"prompt": "p", "responses": responses, "scores": scores})
-        found, left_out = arrange(judgment, Rules(pairing=mode, min_gap=gap))
+        found, left_out = arranged(judgment, pairing=mode, min_gap=gap)
         orders, ties = oracle(scores, mode, gap)
         assert (set(found.orders), set(found.ties)) == (orders, ties), (scores, gap)
         strict = [p for p in combinations(scores, 2) if p[0] != p[1]]
-        assert left_out.close == sum(abs(a - b) < gap for a, b in strict)
+        assert left_out.close_pairs == sum(abs(a - b) < gap for a, b in strict)
         said = {pair for order in orders for pair in combinations(order, 2)}
         all_ties = len(scores) * (len(scores) - 1) // 2 - len(strict)
-        assert len(said) + left_out.close + left_out.unasked == len(strict) + all_ties - len(ties)
+        assert len(said) + left_out.close_pairs + left_out.unasked_pairs == len(strict) + all_ties - len(ties)
+
+
+def arranged(judgment, **rules):
+    report = ReadReport("", "")
+    return arrange(judgment, Rules(**rules), report), report
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_rankings_without_scores_are_paired_too(mode):
     judgment = FORMATS["ranked"]({"prompt": "p", "responses": ["a", "b", "c"], "ranking": [2, 0, 1]})
-    found, left_out = arrange(judgment, Rules(pairing=mode, min_gap=1.0))
+    found, left_out = arranged(judgment, pairing=mode, min_gap=1.0)
     assert (
         set(found.orders)
         == {
@@ -85,7 +91,7 @@ def test_rankings_without_scores_are_paired_too(mode):
             "best_rest": {(2, 0), (2, 1)},
         }[mode]
     )
-    assert left_out.unknown == len(found.orders)
+    assert left_out.unchecked_gaps == len(found.orders)
 
 
 def test_report_counts_what_is_left_out(tmp_path):
@@ -112,7 +118,7 @@ def test_votes_against_counting(votes):
             if a + b == 0:
                 continue
             row = {"prompt": "p", "responses": ["x", "y"], "votes": [a, b], "weight": 2}
-            found, _ = arrange(FORMATS["votes"](row), Rules(votes=votes))
+            found, _ = arranged(FORMATS["votes"](row), votes=votes)
             if a == b:
                 assert (found.orders, found.ties, found.weight) == ((), ((0, 1),), 2)
                 continue
@@ -120,11 +126,11 @@ def test_votes_against_counting(votes):
             assert found.weight == (2 * abs(a - b) if votes == "weight" else 2)
             assert found.labels == ((max(a, b) / (a + b),) if votes == "soft" else ())
             assert found.scores == ()
-            close, left_out = arrange(FORMATS["votes"](row), Rules(min_gap=3.0, votes=votes))
+            close, left_out = arranged(FORMATS["votes"](row), min_gap=3.0, votes=votes)
             assert bool(close.orders) == (abs(a - b) >= 3)
-            assert left_out.close == (abs(a - b) < 3)
+            assert left_out.close_pairs == (abs(a - b) < 3)
     row = {"prompt": "p", "responses": ["x", "y", "z"], "votes": [1, 4, 2]}
-    assert arrange(FORMATS["votes"](row), Rules(pairing="best_rest", votes=votes))[0].orders == ((1, 2), (1, 0))
+    assert arranged(FORMATS["votes"](row), pairing="best_rest", votes=votes)[0].orders == ((1, 2), (1, 0))
 
 
 def test_responses_scored_in_rows_of_their_own(tmp_path):
@@ -160,7 +166,7 @@ def test_mixing_multiplies_weights_and_reports_each_source(tmp_path):
     ]
     assert (report.num_rows, report.num_trees, report.num_thumbs) == (5, 4, 2)
     assert report.dropped[0][1].startswith(f"{c}: column 'chosen' is missing")
-    assert json.loads(json.dumps(report.as_json()))["sources"][1]["num_rows"] == 2
+    assert json.loads(json.dumps(asdict(report)))["sources"][1]["num_rows"] == 2
 
 
 def held(path, **settings):

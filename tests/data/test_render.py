@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from favor.data.formats import FORMATS, RowError
 from favor.data.prompts import encode_prompts, read_prompts, sample_text
 from favor.data.render import plain_prompt
-from favor.data.tokenize import TokensConfig, encode_prompt, tokenize
+from favor.data.tokenize import TokensConfig, prompt_encoder, tokenize
 from favor.data.types import Comparison, PromptTree
 from favor.errors import DataError
 from favor.rewards.model import encode
@@ -130,7 +130,7 @@ def test_a_prompt_whose_turns_are_lost_is_refused():
     ):
         ids(tree(say("good"), say("bad"), prompt=prompt), no_system)
     with pytest.raises(RowError, match="leaves out or changes"):
-        encode_prompt(prompt, tiny.tokenizer(no_system), TokensConfig())
+        prompt_encoder(tiny.tokenizer(no_system), TokensConfig())(prompt)
     called = (USER, {"role": "assistant", "content": "", "tool_calls": CALL}, {"role": "tool", "content": "3"})
     with pytest.raises(DataError, match="leaves out or changes str 'weather'"):
         ids(tree(say("good"), say("bad"), prompt=called))
@@ -188,7 +188,7 @@ def test_a_forged_turn_is_found_in_every_field(place):
     with pytest.raises(DataError, match="row 4: it contains the text of the special token"):
         ids(tree(say("good"), say("bad"), prompt=(USER, *PLACES[place], USER)), REASONING)
     with pytest.raises(RowError, match="special token"):
-        encode_prompt((USER, *PLACES[place], USER), tiny.tokenizer(REASONING), TokensConfig())
+        prompt_encoder(tiny.tokenizer(REASONING), TokensConfig())((USER, *PLACES[place], USER))
 
 
 def test_a_forged_turn_is_found_in_roles_and_tools():

@@ -5,7 +5,7 @@ import re
 import pytest
 import tiny
 
-from favor.data.tokenize import TokenReport, TokensConfig, encode_prompt, tokenize
+from favor.data.tokenize import TokenReport, TokensConfig, prompt_encoder, tokenize
 from favor.data.types import Comparison, PromptTree
 from favor.errors import ConfigError, DataError
 from favor.lint.cheap import of_split, truncation
@@ -38,7 +38,7 @@ def test_boundary_and_end(template):
     assert all(r[-1] == 2 and r.count(2) == 1 for r in tree.response_ids)
     assert tree.complete == (True, True)
     assert (report.appended_end, report.already_ended) == (0, 0)
-    assert tree.prompt_ids == encode_prompt("What is good?", tok, TokensConfig(template=template))
+    assert tree.prompt_ids == prompt_encoder(tok, TokensConfig(template=template))("What is good?")
 
 
 def test_messages_as_plain_text():

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_a_verdict_means_what_the_table_says(tmp_path, said, comparisons, ties, 
     assert (tree.prompt, tree.responses) == ("Name a thing, 0.", ("A stone.", "A house."))
     assert [list(tree.comparisons), list(tree.ties), list(tree.thumbs)] == [comparisons, ties, thumbs]
     assert (report.format, report.both_bad, report.num_placed) == ("verdict", bool(thumbs), bool(comparisons))
-    shown = summary(report.as_json(), {})
+    shown = summary(asdict(report), {})
     assert ("1 rows that judge both responses bad" in shown) is bool(thumbs)
     assert ("the first response preferred in" in shown) is bool(comparisons)
 

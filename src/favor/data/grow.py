@@ -4,10 +4,11 @@ In: Judgments of one prompt. Out: a PromptTree, counted in a ReadReport. Next: t
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Field
 
@@ -19,6 +20,7 @@ from favor.data.types import Comparison, PromptTree, Text, Thumb
 Pairing: TypeAlias = Literal["auto", "ranking", "all", "best_worst", "best_rest"]
 Votes: TypeAlias = Literal["soft", "weight", "majority"]
 Pair: TypeAlias = tuple[int, int]
+Order: TypeAlias = tuple[int, ...]
 
 
 class Rules(BaseModel):
@@ -33,43 +35,32 @@ class Rules(BaseModel):
     """What votes on two responses become: a soft label, a weight, or the majority alone."""
 
 
-class LeftOut(NamedTuple):
-    """Pairs that a row implies and no comparison says: closer than min_gap, or not asked for by the pairing.
-
-    unknown: comparisons kept although min_gap could not be checked, as the data gives no scores.
-    """
-
-    close: int = 0
-    unasked: int = 0
-    unknown: int = 0
-
-
-def arrange(judgment: Judgment, rules: Rules) -> tuple[Judgment, LeftOut]:
-    """The judgment as the rules want it. Single responses and plain SFT data pass as they are."""
+def arrange(judgment: Judgment, rules: Rules, report: "ReadReport") -> Judgment:
+    """The judgment as the rules want it; the pairs left out are counted. Single responses and plain SFT data pass as they are."""
     if judgment.votes:
-        return _voted(judgment, rules)
+        return _voted(judgment, rules, report)
     if not judgment.orders and not judgment.ties:
-        return judgment, LeftOut()
+        return judgment
     scores = judgment.scores
     better = sorted({pair for order in judgment.orders for pair in combinations(order, 2)})
     far = {(a, b) for a, b in better if not scores or scores[a] - scores[b] >= rules.min_gap}
     orders, ties = _asked(judgment, better, far, rules.pairing)
     said = {pair for order in orders for pair in combinations(order, 2)}
-    unknown = len(orders) if rules.min_gap > 0 and not scores else 0
-    left_out = LeftOut(len(better) - len(far), len(far - said) + len(judgment.ties) - len(ties), unknown)
-    return judgment._replace(orders=tuple(orders), ties=tuple(ties)), left_out
+    report.close_pairs += len(better) - len(far)
+    report.unasked_pairs += len(far - said) + len(judgment.ties) - len(ties)
+    report.unchecked_gaps += len(orders) if rules.min_gap > 0 and not scores else 0
+    return judgment._replace(orders=tuple(orders), ties=tuple(ties))
 
 
-def _voted(judgment: Judgment, rules: Rules) -> tuple[Judgment, LeftOut]:
+def _voted(judgment: Judgment, rules: Rules, report: "ReadReport") -> Judgment:
     """Votes are compared as scores are; how many more one got is not a score difference, so the scores go again."""
     votes = judgment.votes
-    found, left_out = arrange(judgment._replace(scores=votes, votes=(), labels=()), rules)
-    found = found._replace(scores=())
+    found = arrange(judgment._replace(scores=votes, votes=(), labels=()), rules, report)._replace(scores=())
     if len(votes) != 2 or not found.orders or rules.votes == "majority":
-        return found, left_out
+        return found
     if rules.votes == "soft":
-        return found._replace(labels=judgment.labels), left_out
-    return found._replace(weight=found.weight * abs(votes[0] - votes[1])), left_out
+        return found._replace(labels=judgment.labels)
+    return found._replace(weight=found.weight * abs(votes[0] - votes[1]))
 
 
 def _asked(
@@ -93,9 +84,6 @@ def _asked(
     wanted = others[-1:] if pairing == "best_worst" else others
     met = [{best, other} for other in wanted]
     return [(best, other) for other in wanted if (best, other) in far], [tie for tie in ties if set(tie) in met]
-
-
-Order: TypeAlias = tuple[int, ...]
 
 
 @dataclass
@@ -135,10 +123,6 @@ class ReadReport:
         """The report of every source."""
         return self.sources or [self]
 
-    def as_json(self) -> dict[str, Any]:
-        """For data.json."""
-        return asdict(self)
-
     def see(self, judgment: Judgment) -> None:
         """Count a usable row, and where its preferred response stands, if that says something."""
         self.num_rows += 1
@@ -146,12 +130,6 @@ class ReadReport:
             self.num_placed += 1
             self.first_preferred += judgment.orders[0][0] == 0
         self.both_bad += len(judgment.thumbs) == 2
-
-    def see_left_out(self, left_out: LeftOut) -> None:
-        """Count the pairs that arranging a judgment left out."""
-        self.close_pairs += left_out.close
-        self.unasked_pairs += left_out.unasked
-        self.unchecked_gaps += left_out.unknown
 
     def see_tree(self, tree: PromptTree) -> None:
         """Count a tree whose rows are all there."""
@@ -166,26 +144,19 @@ class ReadReport:
 def grow(rows: Sequence[tuple[int, Judgment]], rules: Rules, source: str, report: ReadReport) -> PromptTree:
     """The tree of all (row number, judgment) of one prompt: equal responses become one, equal comparisons add up."""
     prompt, tools = rows[0][1].prompt, rows[0][1].tools
-    arranged: list[tuple[int, Judgment]] = []
-    for number, judgment in rows:
-        judgment, left_out = arrange(judgment, rules)
-        report.see_left_out(left_out)
-        arranged.append((number, judgment))
+    arranged = [(number, arrange(judgment, rules, report)) for number, judgment in rows]
     responses, indices, first_rows = _responses(arranged, report)
     compared = [(judgment, index) for (_, judgment), index in zip(arranged, indices, strict=True)]
     alone = [(judgment, index[0]) for judgment, index in compared if judgment.scores and len(index) == 1]
     if whole := _scored_alone(alone, responses, report):
-        judgment, left_out = arrange(whole[0], rules)
-        report.see_left_out(left_out)
-        compared.append((judgment, whole[1]))
-    thumbs: dict[tuple[int, bool], float] = {}
-    ties: dict[Order, float] = {}
+        compared.append((arrange(whole[0], rules, report), whole[1]))
+    thumbs: dict[tuple[int, bool], float] = defaultdict(float)
+    ties: dict[Order, float] = defaultdict(float)
     for judgment, index in compared:
         for i, good in judgment.thumbs:
-            thumbs[index[i], good] = thumbs.get((index[i], good), 0.0) + judgment.weight
+            thumbs[index[i], good] += judgment.weight
         for tie in judgment.ties:
-            tied = tuple(sorted(index[i] for i in tie))
-            ties[tied] = ties.get(tied, 0.0) + judgment.weight
+            ties[tuple(sorted(index[i] for i in tie))] += judgment.weight
     tree = PromptTree(
         prompt=prompt,
         responses=responses,
@@ -246,9 +217,9 @@ def _scored_alone(
     given: Sequence[tuple[Judgment, int]], responses: Sequence[Text], report: ReadReport
 ) -> tuple[Judgment, list[int]] | None:
     """One judgment of the responses that rows scored one at a time, by their mean scores and with their rows' mean weight."""
-    by_response: dict[int, list[Judgment]] = {}
+    by_response: dict[int, list[Judgment]] = defaultdict(list)
     for judgment, place in given:
-        by_response.setdefault(place, []).append(judgment)
+        by_response[place].append(judgment)
     if len(by_response) < 2:
         report.lone_scores += len(by_response)
         return None

@@ -5,6 +5,7 @@ In: sections [data] and [tokens], a tokenizer. Out: Splits. Small sources are re
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -80,7 +81,7 @@ def prepare_split(
     texts, read_report = read_split(recipe.split, recipe.data)
     trees, report = tokenize(texts, recipe.tokenizer, recipe.tokens, recipe.end_ids, recipe.data.bad_rows)
     prompts = [PromptTree(tree.prompt, (), (), tree.rows[:1], tree.source) for tree in texts]
-    return Prepared(trees, prompts, read_report.as_json(), report.as_json(), checks.split(texts, report))
+    return Prepared(trees, prompts, asdict(read_report), asdict(report), checks.split(texts, report))
 
 
 def _large(recipe: Recipe) -> bool:

@@ -4,6 +4,7 @@ In: a recipe. Out: DataConfig. Next: read.py.
 """
 
 import difflib
+from collections.abc import Iterable
 from typing import Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -196,10 +197,13 @@ class DataConfig(BaseModel):
 def known_format(name: str) -> str:
     """The name of a format, or auto. Raises ValueError with the nearest name."""
     if name != "auto" and name not in FORMATS:
-        near = difflib.get_close_matches(name, FORMATS, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise ValueError(f"format '{name}' is unknown; {hint}known: auto, {', '.join(FORMATS)}")
+        raise ValueError(f"format '{name}' is unknown; {_nearest(name, FORMATS)}known: auto, {', '.join(FORMATS)}")
     return name
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{near[0]}'? " if near else ""
 
 
 def _check_columns(columns: dict[str, str], name: str) -> None:
@@ -207,10 +211,9 @@ def _check_columns(columns: dict[str, str], name: str) -> None:
     known = columns_of(name)
     for column in columns:
         if column not in known:
-            near = difflib.get_close_matches(column, known, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
             raise ValueError(
-                f"columns maps '{column}', which format {name} does not read; {hint}it reads: {_list(known)}"
+                f"columns maps '{column}', which format {name} does not read; {_nearest(column, known)}it reads: "
+                + ", ".join(sorted(known))
             )
 
 
@@ -225,7 +228,3 @@ def _check_verdict(verdict: VerdictConfig | None, columns: dict[str, str], name:
     both = sorted({"first", "second", "verdict"} & columns.keys())
     if both:
         raise ValueError(f"columns maps {', '.join(both)}, which verdict names already; name it in one place")
-
-
-def _list(names: frozenset[str]) -> str:
-    return ", ".join(sorted(names))

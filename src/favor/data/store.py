@@ -5,13 +5,13 @@ a tree, trees are tokenised, checked and written in one pass. Next: prepare.py.
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
 import sqlite3
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import groupby, islice
@@ -26,7 +26,6 @@ from transformers import PreTrainedTokenizerFast
 
 from favor import data as data_package
 from favor.data import sources
-from favor.data.formats import Judgment
 from favor.data.grow import ReadReport, grow
 from favor.data.read import Half, joined, judge, judged, need_prompts, tree_key
 from favor.data.settings import DataConfig, SourceConfig
@@ -44,14 +43,14 @@ from favor.data.splits import (
 from favor.data.tokenize import TokenReport, tokenized
 from favor.data.types import Comparison, Finding, PromptTree, Text, Thumb, TokenTree
 from favor.errors import DataError
-from favor.guard import file_hash
+from favor.guard import file_hash, sha
 from favor.run import atomic_folder, cache_folder
 
 # rows by number, and the first row of every prompt
 _TABLES = """
-create table rows (number integer primary key, prompt blob, row text);
+create table rows (number integer primary key, prompt text, row text);
 create index by_prompt on rows (prompt);
-create table prompts (first integer primary key, prompt blob);
+create table prompts (first integer primary key, prompt text);
 """
 # settings that the token ids do not depend on
 _MEANINGLESS = {"train", "sources", "eval", "eval_split", "cache"}
@@ -75,7 +74,7 @@ Item = TypeVar("Item")
 def prepare_split(recipe: Recipe, checks: Checks, say: Callable[[str], None], on_main: OnMain) -> Prepared:
     """The split, from its cache. Raises DataError as reading and tokenising do, and when the cache cannot be written."""
     described, before = describe(recipe), stamps_of([recipe.split])
-    folder = cache_folder() / "tokens" / _sha(json.dumps(described, sort_keys=True))
+    folder = cache_folder() / "tokens" / sha(json.dumps(described, sort_keys=True))
     try:
         found = open_cache(folder)
         if found is None:
@@ -108,11 +107,11 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "content": _content(recipe),
         "data": recipe.data.model_dump(mode="json", exclude=_MEANINGLESS),
         "tokens": recipe.tokens.model_dump(mode="json"),
-        "tokenizer": _sha(json.dumps(backend, sort_keys=True)),
+        "tokenizer": sha(json.dumps(backend, sort_keys=True)),
         "special tokens": {key: str(value) for key, value in recipe.tokenizer.special_tokens_map.items()},
-        "template": _sha(json.dumps(recipe.tokenizer.chat_template)),
+        "template": sha(json.dumps(recipe.tokenizer.chat_template)),
         "end ids": sorted(recipe.end_ids),
-        "code": _sha(code),
+        "code": sha(code),
         "versions": {name: version(name) for name in ("tokenizers", "transformers")},
     }
 
@@ -194,7 +193,7 @@ def _fill(folder: Path, recipe: Recipe, checks: Checks, work: Path) -> dict[str,
         yield from waiting
 
     findings = [finding._asdict() for finding in checks.split(written(), token_report)]
-    read, tokens = joined(reports).as_json(), token_report.as_json()
+    read, tokens = asdict(joined(reports)), asdict(token_report)
     return {"read": read, "tokens": tokens, "findings": findings, "digests": streams.digests()}
 
 
@@ -209,7 +208,10 @@ def group(
     # nothing of it outlives this process
     database.executescript("pragma journal_mode = off; pragma synchronous = off; " + _TABLES)
     database.execute("begin")
-    found = ((n, _key(said), json.dumps(row, default=str)) for n, row, said in judged(source, config, half, report))
+    found = (
+        (n, sha(tree_key(said))[:32], json.dumps(row, default=str))
+        for n, row, said in judged(source, config, half, report)
+    )
     database.executemany("insert into rows values (?, ?, ?)", found)
     database.execute("insert into prompts select min(number), prompt from rows group by prompt")
     database.execute("commit")
@@ -224,10 +226,6 @@ def group(
                 yield grow(said, config.rules, source.path, report)
 
     return trees()
-
-
-def _key(judgment: Judgment) -> bytes:
-    return hashlib.sha256(tree_key(judgment).encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 class Stored(Sequence[Item], Generic[Item]):
@@ -360,7 +358,3 @@ def _judged(
         for each in (comparisons, ties)
     ]
     return tuple(complete), compared[0], compared[1], tuple(Thumb(*thumb) for thumb in thumbs)
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -5,9 +5,9 @@ ends with its end-of-turn token unless it was cut. Next: render.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerBase
@@ -64,10 +64,6 @@ class TokenReport:
     pairs_lost: int = 0
     dropped: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
     kinds: list[Kind] = field(default_factory=list[Kind])
-
-    def as_json(self) -> dict[str, Any]:
-        """For data.json."""
-        return asdict(self)
 
     def drop(self, row: int, reason: str, kind: Kind) -> None:
         """A tree is left out."""
@@ -149,13 +145,8 @@ def tokenized(
         )
 
 
-def encode_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase, config: TokensConfig) -> tuple[int, ...]:
-    """The ids of a prompt alone, as a model sees it before it answers. Raises RowError when it cannot be rendered."""
-    return prompt_encoder(tokenizer, config)(prompt)
-
-
 def prompt_encoder(tokenizer: PreTrainedTokenizerBase, config: TokensConfig) -> Callable[[Text], tuple[int, ...]]:
-    """As `encode_prompt`, for many prompts."""
+    """Prompt -> its ids alone, as a model sees it before it answers; a RowError is raised when it cannot be rendered."""
     tools = _tools(tokenizer, config, frozenset())
     return lambda prompt: tools.bos + tuple(tools.encoder.ids([tools.renderer.prompt(prompt)])[0])
 
@@ -274,13 +265,12 @@ def _refuse_equal(tree: PromptTree, responses: Sequence[tuple[int, ...]]) -> Non
 def _end_turn(text: str, before: int, ids: list[int], tools: _Tools, report: TokenReport) -> list[int]:
     """Let the response end with its end-of-turn token: the template's own, or the tokenizer's where there is none."""
     last = _before_blanks(text, before, ids, tools)
-    if last and ids[last - 1] in tools.end_ids:
-        if last == 1:
-            raise RowError("its response has no tokens")
+    ended = last > 0 and ids[last - 1] in tools.end_ids
+    if last - ended <= 0:
+        raise RowError("its response has no tokens")
+    if ended:
         report.already_ended += not tools.chat
         return ids[:last]
-    if not last:
-        raise RowError("its response has no tokens")
     if tools.eos is None:
         raise RowError("the chat template adds no end-of-turn token and the tokenizer has none")
     report.appended_end += tools.chat

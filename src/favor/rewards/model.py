@@ -13,7 +13,7 @@ from torch import Tensor
 
 from favor.config import load
 from favor.data.formats import RowError
-from favor.data.tokenize import TokensConfig, encode_prompt, tokenize
+from favor.data.tokenize import TokensConfig, prompt_encoder, tokenize
 from favor.data.types import Batch, PromptTree, Text, TokenTree
 from favor.errors import CheckpointError, ConfigError, DataError
 from favor.model.batched import measured
@@ -151,7 +151,7 @@ def _tree(prompt: Text, texts: list[str], policy: Policy, tokens: TokensConfig, 
     # what is too long is refused here, by what it is
     settings = tokens.model_copy(update={"special_text": "allow", "max_tokens": 1 << 30})
     try:
-        ids = encode_prompt(prompt, policy.tokenizer, settings)
+        ids = prompt_encoder(policy.tokenizer, settings)(prompt)
     except RowError as error:
         raise DataError(f"the prompt {prompt!r:.80} cannot be scored: {error}") from None
     told = [text for text in texts if text.strip()]
