@@ -159,7 +159,7 @@ def test_mixing_multiplies_weights_and_reports_each_source(tmp_path):
     trees, report = read_splits(config.data)["train"]
     assert [(t.source, t.prompt) for t in trees] == [(a, "p"), (b, "q0"), (b, "q1"), (c, "p")]
     assert (trees[0].comparisons[0].weight, trees[1].thumbs[0].weight, trees[3].ties[0].weight) == (1.5, 2.0, 4.0)
-    assert [(r.source, r.format, r.num_rows, len(r.dropped)) for r in report.each] == [
+    assert [(r.source, r.format, r.num_rows, len(r.dropped)) for r in report.sources] == [
         (a, "pairs", 1, 0),
         (b, "thumbs", 2, 0),
         (c, "pairs", 2, 1),

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from favor.config import load
+from favor.data.columns import VerdictConfig
 from favor.data.formats import FORMATS, RowError, recognise
 from favor.data.grow import ReadReport
 from favor.data.prepare import summary
 from favor.data.prompts import read_prompts
 from favor.data.read import DataConfig, read
-from favor.data.settings import SourceConfig, VerdictConfig
+from favor.data.settings import SourceConfig
 from favor.data.store import group
 from favor.data.types import Comparison, Thumb
 from favor.errors import ConfigError, DataError

@@ -1,14 +1,69 @@
 """Rows whose columns have other names: data.columns maps them, data.verdict says where a verdict stands and what it means.
 
-In: a row as the file has it. Out: the row under our names, or a RowError that names the column. Next: formats/__init__.py.
+In: a row as the file has it. Out: the row under our names, or a RowError that names the column. Next: settings.py.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self, TypeAlias
 
-from favor.data.formats import RowError
+from pydantic import BaseModel, Field, model_validator
+
+from favor.config import STRICT
 from favor.data.formats.fields import brief
-from favor.data.settings import VerdictConfig
+from favor.data.readers import RowError
+
+Value: TypeAlias = str | bool | int | float
+
+
+class VerdictValues(BaseModel):
+    """Which values of the verdict's column mean what."""
+
+    model_config = STRICT
+    first: tuple[Value, ...] = Field(min_length=1)
+    """Values that say the first answer is better."""
+    second: tuple[Value, ...] = Field(min_length=1)
+    """Values that say the second is better."""
+    tie: tuple[Value, ...] = ()
+    """Values that say both are as good."""
+    both_bad: tuple[Value, ...] = ()
+    """Values that say neither is good."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        # 1 and true are equal in Python and are not the same value here
+        every = [repr(value) for values in self.model_dump().values() for value in values]
+        twice = next((value for value in every if every.count(value) > 1), None)
+        if twice is not None:
+            raise ValueError(f"data.verdict.values: {twice} is there twice, so it would mean two things; name it once")
+        return self
+
+
+class VerdictConfig(BaseModel):
+    """A table [data.verdict]: two answers and which is better. Names are the file's (a.b for b inside a)."""
+
+    model_config = STRICT
+    first: str
+    """The column of the first answer."""
+    second: str
+    """The column of the second answer."""
+    column: str | tuple[str, ...]
+    """Where the verdict stands: a column (its value may be a list, one an annotator), or a column an annotator."""
+    values: VerdictValues
+    """What the verdict's values mean."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The verdict's columns."""
+        return (self.column,) if isinstance(self.column, str) else self.column
+
+    @model_validator(mode="after")
+    def _different(self) -> Self:
+        names = (self.first, self.second, *self.columns)
+        if not self.columns or len(set(names)) < len(names):
+            raise ValueError(
+                f"data.verdict names {', '.join(names)}: first, second and column must be different columns"
+            )
+        return self
 
 
 def named(row: dict[str, Any], columns: Mapping[str, str], verdict: VerdictConfig | None) -> dict[str, Any]:

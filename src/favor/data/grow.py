@@ -118,11 +118,6 @@ class ReadReport:
     dropped: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
     sources: "list[ReadReport]" = field(default_factory=list["ReadReport"])
 
-    @property
-    def each(self) -> "list[ReadReport]":
-        """The report of every source."""
-        return self.sources or [self]
-
     def see(self, judgment: Judgment) -> None:
         """Count a usable row, and where its preferred response stands, if that says something."""
         self.num_rows += 1

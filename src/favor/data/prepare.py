@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from favor.data import sources
-from favor.data.read import LEFT_OUT, DataConfig, read_split, splits_of
+from favor.data.read import DataConfig, read_split, splits_of
 from favor.data.splits import Checks, OnMain, Prepared, Recipe, Splits, refuse_changed, stamps_of
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.data.types import PromptTree
@@ -95,7 +95,7 @@ def summary(read_report: Mapping[str, Any], token_report: Mapping[str, Any]) -> 
     shown = [f"{read_report[key]} {label}" for key, label in _READ.items()]
     if read_report.get("num_ties"):
         shown.append(f"{read_report['num_ties']} ties (read by losses rao_kupper and davidson, and by favor reward)")
-    shown += _counted(read_report, {"num_thumbs": "thumbs"} | LEFT_OUT)
+    shown += _counted(read_report, _MORE)
     if placed := read_report.get("num_placed"):
         shown.append(f"the first response preferred in {read_report['first_preferred'] / placed:.0%} of {placed}")
     shown += _counted(token_report, _TOKENS)
@@ -108,6 +108,14 @@ def _counted(report: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
     return [f"{report[key]} {label}" for key, label in labels.items() if report.get(key)]
 
 
+_MORE = {
+    "num_thumbs": "thumbs",
+    "close_pairs": "pairs closer than data.compare.min_gap left out",
+    "unasked_pairs": "pairs left out by data.compare.pairing",
+    "unchecked_gaps": "comparisons without scores, to which data.compare.min_gap does not apply",
+    "lone_scores": "scored responses without another to compare with",
+    "both_bad": "rows that judge both responses bad: thumbs down, no comparison",
+}
 _READ = {"num_rows": "rows", "num_trees": "prompts", "num_responses": "responses", "num_comparisons": "comparisons"}
 _TOKENS = {
     "trees_dropped": "prompts dropped in tokenising",

@@ -10,22 +10,14 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from favor.data import sources
+from favor.data.columns import named
 from favor.data.formats import FORMATS, Judgment, RowError, check_order, recognise
 from favor.data.grow import ReadReport, grow, key_of
 from favor.data.settings import DataConfig, SourceConfig
-from favor.data.types import PromptTree
+from favor.data.types import PromptTree, words_of
 from favor.errors import DataError
 
-__all__ = ["LEFT_OUT", "DataConfig", "ReadReport", "SourceConfig", "read", "read_splits"]
-
-# counts of a report that say what was left out, for people
-LEFT_OUT = {
-    "close_pairs": "pairs closer than data.compare.min_gap left out",
-    "unasked_pairs": "pairs left out by data.compare.pairing",
-    "unchecked_gaps": "comparisons without scores, to which data.compare.min_gap does not apply",
-    "lone_scores": "scored responses without another to compare with",
-    "both_bad": "rows that judge both responses bad: thumbs down, no comparison",
-}
+__all__ = ["DataConfig", "ReadReport", "SourceConfig", "read", "read_splits"]
 
 Trees: TypeAlias = tuple[Sequence[PromptTree], ReadReport]
 Half: TypeAlias = Literal["all", "train", "eval"]
@@ -112,15 +104,13 @@ def judged(
 def outcomes(source: SourceConfig, config: DataConfig, report: ReadReport) -> Iterator[Outcome]:
     """Every row of a source; what the source does not say, the section says. The format found goes into the report."""
     asked = config.format_of(source)
-    columns, verdict = config.columns if source.columns is None else source.columns, config.verdict_of(source)
+    columns, verdict = config.columns_of(source), config.verdict_of(source)
     found = sources.rows(source.path, source.split or config.split, streaming=config.streaming)
     for number, raw in islice(found, source.max_rows or config.max_rows):
         row: dict[str, Any] = {}
         try:
             row = sources.as_object(raw)
             if columns or verdict:
-                from favor.data.columns import named  # which most files do not need
-
                 row = named(row, columns, verdict)
             if report.format == "auto":
                 # the first row that can be read decides; a later row of another format is a bad row
@@ -155,8 +145,7 @@ def _is_held_out(judgment: Judgment, config: DataConfig) -> bool:
     """Whether a prompt belongs to the held-out part: its hash, seen as a number from 0 to 1, is below the share."""
     prompt, hold_out = judgment.prompt, config.hold_out
     assert hold_out is not None, "only then is the data split"
-    words = prompt if isinstance(prompt, str) else "\n".join(str(m.get("content") or "") for m in prompt)
-    digest = hashlib.sha256(f"{hold_out.seed}\n{words.strip()}".encode()).digest()
+    digest = hashlib.sha256(f"{hold_out.seed}\n{words_of(prompt).strip()}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < hold_out.share * 2**64
 
 
@@ -173,6 +162,7 @@ def joined(reports: Sequence[ReadReport]) -> ReadReport:
     """The report of a split from those of its sources."""
     if len(reports) == 1:
         return reports[0]
+    # a row's number says where it is only together with its file, so what was dropped names both
     counts = [name for name, value in vars(reports[0]).items() if isinstance(value, int)]
     return ReadReport(
         source=", ".join(report.source for report in reports),

@@ -10,61 +10,9 @@ from typing import Literal, Self
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from favor.config import STRICT, Seed
+from favor.data.columns import VerdictConfig
 from favor.data.formats import FORMATS, columns_of
 from favor.data.grow import Rules
-
-Value = str | bool | int | float
-
-
-class VerdictValues(BaseModel):
-    """Which values of the verdict's column mean what."""
-
-    model_config = STRICT
-    first: tuple[Value, ...] = Field(min_length=1)
-    """Values that say the first answer is better."""
-    second: tuple[Value, ...] = Field(min_length=1)
-    """Values that say the second is better."""
-    tie: tuple[Value, ...] = ()
-    """Values that say both are as good."""
-    both_bad: tuple[Value, ...] = ()
-    """Values that say neither is good."""
-
-    @model_validator(mode="after")
-    def _apart(self) -> Self:
-        # 1 and true are equal in Python and are not the same value here
-        every = [repr(value) for values in self.model_dump().values() for value in values]
-        twice = next((value for value in every if every.count(value) > 1), None)
-        if twice is not None:
-            raise ValueError(f"data.verdict.values: {twice} is there twice, so it would mean two things; name it once")
-        return self
-
-
-class VerdictConfig(BaseModel):
-    """A table [data.verdict]: two answers and which is better. Names are the file's (a.b for b inside a)."""
-
-    model_config = STRICT
-    first: str
-    """The column of the first answer."""
-    second: str
-    """The column of the second answer."""
-    column: str | tuple[str, ...]
-    """Where the verdict stands: a column (its value may be a list, one an annotator), or a column an annotator."""
-    values: VerdictValues
-    """What the verdict's values mean."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The verdict's columns."""
-        return (self.column,) if isinstance(self.column, str) else self.column
-
-    @model_validator(mode="after")
-    def _different(self) -> Self:
-        names = (self.first, self.second, *self.columns)
-        if not self.columns or len(set(names)) < len(names):
-            raise ValueError(
-                f"data.verdict names {', '.join(names)}: first, second and column must be different columns"
-            )
-        return self
 
 
 class SourceConfig(BaseModel):
@@ -167,6 +115,10 @@ class DataConfig(BaseModel):
             raise ValueError(f"data.compare.min_gap would be ignored: format {shown} has no scores")
         if rules.votes != "soft" and not any("votes" in each.says for each in known):
             raise ValueError(f"data.compare.votes would be ignored: format {shown} has no votes")
+
+    def columns_of(self, source: SourceConfig) -> dict[str, str]:
+        """The columns of a source that are mapped: its own mapping, or the section's."""
+        return self.columns if source.columns is None else source.columns
 
     def verdict_of(self, source: SourceConfig) -> VerdictConfig | None:
         """The verdict's table of a source: its own, or the section's where the source names no format of its own."""

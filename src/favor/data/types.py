@@ -90,6 +90,11 @@ class TokenTree:
         return len(self.prompt_ids) + sum(map(len, self.response_ids))
 
 
+def words_of(text: Text) -> str:
+    """A prompt or response as plain text."""
+    return text if isinstance(text, str) else "\n".join(str(m.get("content") or "") for m in text)
+
+
 class Finding(NamedTuple):
     """One kind of fault in the data and where it is: rows are (source, row number); examples show the first of them."""
 

@@ -17,7 +17,7 @@ from favor.config import STRICT, Overwrite
 from favor.data.formats import FORMATS, Judgment, RowError, order_assumed, recognise
 from favor.data.prompts import prompt_of
 from favor.data.sources import read_objects
-from favor.data.types import Text
+from favor.data.types import words_of
 from favor.errors import DataError
 from favor.eval.figures import calibrate
 from favor.generate.samples import Out, Progress, Split, already, responses_of
@@ -67,7 +67,7 @@ def _score(config: ScoreConfig, rows: list[Judgment], out: Output, progress: Pro
             f"warning: {cut} responses stop before their end (ended) and are scored as if they had ended there", 1, 1
         )
     prompts = [row.prompt for row in rows for _ in row.responses]
-    texts = [_words(response) for row in rows for response in row.responses]
+    texts = [words_of(response) for row in rows for response in row.responses]
     scores: list[float] = []
     for first in range(0, len(texts), _CHUNK):
         part = slice(first, first + _CHUNK)
@@ -142,7 +142,3 @@ def _refuse_unseen(judgment: Judgment) -> None:
             f"it has {', '.join(sorted(unread))}, which a reward on text does not see; leave the row out, or for a run's own "
             "margins use favor eval"
         )
-
-
-def _words(response: Text) -> str:
-    return response if isinstance(response, str) else "\n".join(str(m.get("content") or "") for m in response)

@@ -12,7 +12,7 @@ import numpy as np
 
 from favor.data.splits import Checks
 from favor.data.tokenize import TokenReport
-from favor.data.types import Finding, PromptTree, Text
+from favor.data.types import Finding, PromptTree, Text, words_of
 from favor.lint.settings import CUT_SHARE, KINDS, LENGTH_SHARE
 
 # fewer comparisons say nothing about a bias
@@ -121,11 +121,6 @@ def truncation(report: TokenReport, share: float = CUT_SHARE, rows: Sequence[Whe
         f"{report.responses_cut} responses cut; {tokens:.1%} of the tokens and {pairs:.1%} of the comparisons are lost"
     )
     return [Finding("warning" if touched / report.trees > share else "note", "truncation", text, tuple(rows))]
-
-
-def words_of(text: Text) -> str:
-    """A prompt or response as plain text."""
-    return text if isinstance(text, str) else "\n".join(str(m.get("content") or "") for m in text)
 
 
 def place(where: Where) -> str:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import ftfy
 
 from favor.data.formats import Judgment, RowError
+from favor.data.types import words_of
 from favor.errors import in_texts
-from favor.lint.cheap import RESPONSE_CHECKS, Hit, Where, shown, words_of
+from favor.lint.cheap import RESPONSE_CHECKS, Hit, Where, shown
 
 # only what changes the meaning of bytes: typographic quotes and ligatures are good text
 _GOOD = ("uncurl_quotes", "fix_latin_ligatures", "fix_character_width", "fix_line_breaks", "unescape_html")

@@ -105,7 +105,7 @@ def _rows(config: LintConfig, source: SourceConfig, part: str, known: dict[str, 
             yield row_of(part, (source.path, number), sources.as_object(raw), judgment)
     if empty:
         raise DataError(f"{source.path}: it holds no rows; name a file with rows")
-    columns, verdict = data.columns if source.columns is None else source.columns, data.verdict_of(source)
+    columns, verdict = data.columns_of(source), data.verdict_of(source)
     mapped = [*columns.values(), *((verdict.first, verdict.second, *verdict.columns) if verdict else ())]
     read = columns_of(report.format) if report.format != "auto" else frozenset[str]()
     known[source.path] = read | _ALWAYS_READ | {path.split(".")[0] for path in mapped}
@@ -185,7 +185,7 @@ def _clean(rows: Sequence[Row], told: Sequence[Told]) -> tuple[list[dict[str, An
 def _lines(records: Sequence[dict[str, Any]]) -> str:
     """JSON lines; what a Parquet column may hold and JSON has not becomes text."""
 
-    def as_text(value: object) -> str:
+    def written(value: object) -> str:
         return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
-    return "".join(json.dumps(record, ensure_ascii=False, default=as_text) + "\n" for record in records)
+    return "".join(json.dumps(record, ensure_ascii=False, default=written) + "\n" for record in records)
