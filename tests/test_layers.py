@@ -49,7 +49,7 @@ TRAIN_ORDER = (
 )
 # inside data/ too; the package formats is one
 DATA_ORDER = (
-    *("types", "readers", "tables", "sources", "formats", "columns", "grow", "settings", "read"),
+    *("types", "readers", "tables", "sources", "formats", "grow", "settings", "read"),
     *("encode", "render", "tokenize", "splits", "store", "prepare", "prompts", "batches"),
 )
 # what the package has come down to; only ever lowered, to 12,000 lines in 95 files

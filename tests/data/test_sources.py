@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from favor.data import sources
+from favor.data import sources, store
 from favor.data.read import DataConfig, read
 from favor.errors import DataError
 
@@ -123,12 +123,12 @@ def test_nothing_there_is_said(folder, tmp_path):
 
 
 def test_identity_is_of_content(folder):
-    before = sources.identity(str(folder), "train", streaming=False)
+    before = store.identity(str(folder), "train", streaming=False)
     (folder / "README.md").write_text("changed")
     (folder / "b.jsonl").touch()
-    assert sources.identity(str(folder), "train", streaming=False) == before
+    assert store.identity(str(folder), "train", streaming=False) == before
     (folder / "b.jsonl").write_bytes(lines(row(9)))
-    after = sources.identity(str(folder), "train", streaming=False)
+    after = store.identity(str(folder), "train", streaming=False)
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True, True]
     assert sources.size(str(folder)) == sum(p.stat().st_size for p in folder.iterdir() if p.name != "README.md")
 
@@ -141,7 +141,7 @@ def test_saved_data_set_is_one(tmp_path):
     assert prompts(source) == ["p 1"]
     assert sources.files(source) is None
     assert sources.size(source) > 100
-    assert len(sources.identity(source, "train", streaming=False)) >= 3
+    assert len(store.identity(source, "train", streaming=False)) >= 3
 
 
 def test_hub_id_streams(monkeypatch):
@@ -162,4 +162,4 @@ def test_hub_id_streams(monkeypatch):
     trees, _ = read("org/name", data, "train")
     assert [tree.prompt for tree in trees] == ["p 1"]
     assert asked == [("org/name", "train", True)]
-    assert sources.identity("org/name", "train", streaming=True) == [["org/name", "abc"]]
+    assert store.identity("org/name", "train", streaming=True) == [["org/name", "abc"]]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from favor.config import load
-from favor.data.columns import VerdictConfig
 from favor.data.formats import FORMATS, RowError, recognise
+from favor.data.formats.columns import VerdictConfig
 from favor.data.grow import ReadReport
 from favor.data.prepare import summary
 from favor.data.prompts import read_prompts

@@ -67,12 +67,7 @@ def prepare(
     return Splits(found["train"].trees, held_out, prompts, {**report, "lint": listed})
 
 
-def prepare_split(
-    recipe: Recipe,
-    checks: Checks,
-    say: Callable[[str], None],
-    on_main: OnMain = alone,
-) -> Prepared:
+def prepare_split(recipe: Recipe, checks: Checks, say: Callable[[str], None], on_main: OnMain = alone) -> Prepared:
     """One split, from the cache where that is wanted. Raises DataError as reading and tokenising do."""
     if _large(recipe):
         from favor.data import store  # which small sources do not need

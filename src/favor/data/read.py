@@ -10,8 +10,8 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from favor.data import sources
-from favor.data.columns import named
 from favor.data.formats import FORMATS, Judgment, RowError, check_order, recognise
+from favor.data.formats.columns import named
 from favor.data.grow import ReadReport, grow, key_of
 from favor.data.settings import DataConfig, SourceConfig
 from favor.data.types import PromptTree, words_of

@@ -10,8 +10,8 @@ from typing import Literal, Self
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from favor.config import STRICT, Seed
-from favor.data.columns import VerdictConfig
 from favor.data.formats import FORMATS, columns_of
+from favor.data.formats.columns import VerdictConfig
 from favor.data.grow import Rules
 
 

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from favor.data import readers, tables
 from favor.data.readers import Numbered, RowError
 from favor.errors import DataError
-from favor.guard import file_hash
 
 Stamp = tuple[str, int, int, int, int, int]
 
@@ -117,16 +116,6 @@ def size(source: str) -> int | None:
     return None if found is None else sum(stamp[3] for stamp in stamps(found))
 
 
-def identity(source: str, split: str, *, streaming: bool) -> list[list[str]]:
-    """What the rows of a source depend on: name and SHA-256 of every file, or the revision of a streamed hub id."""
-    if streaming and files(source) is None and not Path(source).exists():
-        return [[source, tables.revision(source)]]
-    found = local_files(source)
-    if found is None:
-        found = [Path(item["filename"]) for item in tables.load(source, split, streaming=False).cache_files]
-    return [[str(path), _file_hash(path)] for path in found]
-
-
 def local_files(source: str) -> list[Path] | None:
     """Every file that a local source consists of, those of a saved data set too; None for a hub id."""
     found = files(source)
@@ -139,7 +128,7 @@ def stamps(found: Iterable[Path]) -> list[Stamp]:
     """(name, device, inode, bytes, when its content and when anything of it was changed) of files: all change with them."""
     listed: list[Stamp] = []
     for path in found:
-        with _readable(path):
+        with readable(path):
             now = path.stat()
         listed.append((str(path), now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns))
     return listed
@@ -151,7 +140,8 @@ def changed(what: object) -> DataError:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Generator[None]:
+def readable(path: Path) -> Generator[None]:
+    """Raises DataError, naming the file, for what the operating system refuses in the block."""
     try:
         yield
     except OSError as error:
@@ -183,7 +173,7 @@ def _kind(path: Path) -> Literal["file", "folder"] | None:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    with _readable(folder):
+    with readable(folder):
         inside = sorted(folder.iterdir())
     found = [path for path in inside if _reader_of(path) is not None and _kind(path) == "file"]
     if not found:
@@ -212,7 +202,7 @@ def _numbered_through(found: Sequence[Path]) -> Iterator[tuple[Path, int, int, A
         if reader is None:
             raise DataError(f"{path}: unknown kind of file; name a .jsonl, .jsonl.gz, .json or .parquet file")
         stamp = stamps([path])
-        with _readable(path):
+        with readable(path):
             for row, value in reader(path):
                 yield path, row, before + row, value
                 last = row
@@ -224,8 +214,3 @@ def _numbered_through(found: Sequence[Path]) -> Iterator[tuple[Path, int, int, A
 def _looks_like_hub_id(source: str) -> bool:
     known_ending = source.endswith((".jsonl", ".gz", ".json", ".parquet", ".csv", ".txt"))
     return source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not known_ending
-
-
-def _file_hash(path: Path) -> str:
-    with _readable(path):
-        return file_hash(path)

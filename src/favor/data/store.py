@@ -25,21 +25,11 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
 from favor import data as data_package
-from favor.data import sources
+from favor.data import sources, tables
 from favor.data.grow import ReadReport, grow
 from favor.data.read import Half, joined, judge, judged, need_prompts, tree_key
 from favor.data.settings import DataConfig, SourceConfig
-from favor.data.splits import (
-    WINDOW,
-    Checks,
-    OnMain,
-    Prepared,
-    Recipe,
-    Streams,
-    encode,
-    refuse_changed,
-    stamps_of,
-)
+from favor.data.splits import WINDOW, Checks, OnMain, Prepared, Recipe, Streams, encode, refuse_changed, stamps_of
 from favor.data.tokenize import TokenReport, tokenized
 from favor.data.types import Comparison, Finding, PromptTree, Text, Thumb, TokenTree
 from favor.errors import DataError
@@ -116,9 +106,22 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def identity(source: str, split: str, *, streaming: bool) -> list[list[str]]:
+    """What the rows of a source depend on: name and SHA-256 of every file, or the revision of a streamed hub id."""
+    if streaming and sources.files(source) is None and not Path(source).exists():
+        return [[source, tables.revision(source)]]
+    files, found = sources.local_files(source), list[list[str]]()
+    if files is None:
+        files = [Path(item["filename"]) for item in tables.load(source, split, streaming=False).cache_files]
+    for path in files:
+        with sources.readable(path):
+            found.append([str(path), file_hash(path)])
+    return found
+
+
 def _content(recipe: Recipe) -> list[list[list[str]]]:
     return [
-        sources.identity(source.path, source.split or recipe.data.split, streaming=recipe.data.streaming)
+        identity(source.path, source.split or recipe.data.split, streaming=recipe.data.streaming)
         for source in recipe.split.sources
     ]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from favor.data.formats import fields, plain, published
+from favor.data.formats.columns import unknown
 from favor.data.formats.fields import Format, Judgment, Row, RowError
 
 
@@ -75,10 +76,7 @@ def recognise(row: Mapping[str, Any]) -> str:
     for name, known in FORMATS.items():
         if any(columns.issuperset(names) for names in known.needs):
             return name
-    # only a row that is refused needs it
-    from favor.data.formats import hints
-
-    raise hints.unknown(row, columns, FORMATS)
+    raise unknown(row, columns, FORMATS)
 
 
 def order_assumed(row: Mapping[str, Any], name: str) -> bool:
