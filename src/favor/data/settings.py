@@ -14,6 +14,13 @@ from favor.data.formats import FORMATS, columns_of
 from favor.data.formats.columns import VerdictConfig
 from favor.data.grow import Rules
 
+# option of data.compare -> what rows must say for it to be read, and what is said of formats without that
+_RULE_NEEDS = {
+    "pairing": ("order", "compares nothing"),
+    "min_gap": ("scores", "has no scores"),
+    "votes": ("votes", "has no votes"),
+}
+
 
 class SourceConfig(BaseModel):
     """A table [[data.sources]]: one of several files to mix. What it does not say, section [data] says."""
@@ -38,8 +45,7 @@ class SourceConfig(BaseModel):
     def _known(self) -> Self:
         if self.format is not None:
             known_format(self.format)
-        _check_columns(self.columns or {}, self.format or "auto")
-        _check_verdict(self.verdict, self.columns or {}, self.format or "auto")
+        _check_names(self.columns or {}, self.verdict, self.format or "auto")
         return self
 
 
@@ -95,8 +101,7 @@ class DataConfig(BaseModel):
             raise ValueError("give either data.train=FILE or tables [[data.sources]], one of the two")
         if self.eval is not None and self.hold_out is not None:
             raise ValueError("data.eval names held-out data already, so [data.hold_out] would be ignored; drop one")
-        _check_columns(self.columns, self.format)
-        _check_verdict(self.verdict, self.columns, self.format)
+        _check_names(self.columns, self.verdict, self.format)
         self._check_used()
         return self
 
@@ -106,15 +111,11 @@ class DataConfig(BaseModel):
         names = {self.format_of(source) for source in (*self.parts, *held_out)}
         if "auto" in names:
             return
-        shown = ", ".join(sorted(names))
-        known = [FORMATS[name] for name in names]
-        rules = self.rules
-        if rules.pairing != "auto" and not any("order" in each.says for each in known):
-            raise ValueError(f"data.compare.pairing would be ignored: format {shown} compares nothing")
-        if rules.min_gap and not any("scores" in each.says for each in known):
-            raise ValueError(f"data.compare.min_gap would be ignored: format {shown} has no scores")
-        if rules.votes != "soft" and not any("votes" in each.says for each in known):
-            raise ValueError(f"data.compare.votes would be ignored: format {shown} has no votes")
+        for option in self.rules.model_dump(exclude_defaults=True):
+            says, lacks = _RULE_NEEDS[option]
+            if not any(says in FORMATS[name].says for name in names):
+                shown = ", ".join(sorted(names))
+                raise ValueError(f"data.compare.{option} would be ignored: format {shown} {lacks}")
 
     def columns_of(self, source: SourceConfig) -> dict[str, str]:
         """The columns of a source that are mapped: its own mapping, or the section's."""
@@ -158,8 +159,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'? " if near else ""
 
 
-def _check_columns(columns: dict[str, str], name: str) -> None:
-    """Every column that is mapped must be one that the format reads."""
+def _check_names(columns: dict[str, str], verdict: VerdictConfig | None, name: str) -> None:
+    """Every column that is mapped must be one that the format reads; a verdict's table makes the format and names its columns."""
     known = columns_of(name)
     for column in columns:
         if column not in known:
@@ -167,10 +168,6 @@ def _check_columns(columns: dict[str, str], name: str) -> None:
                 f"columns maps '{column}', which format {name} does not read; {_nearest(column, known)}it reads: "
                 + ", ".join(sorted(known))
             )
-
-
-def _check_verdict(verdict: VerdictConfig | None, columns: dict[str, str], name: str) -> None:
-    """A verdict's table makes the format, so nothing else may name another one or its columns."""
     if verdict is None:
         return
     if name not in ("auto", "verdict"):
