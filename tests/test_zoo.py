@@ -32,7 +32,7 @@ NASTY = {
     Cell("gpt2", "reward model: default"): True,
 }
 # what looks ahead, or has no gradient in eval mode, or is a part of something else
-MAY_BE_REFUSED = (*ENCODERS, "cpmant", "mllama", "reformer", "xlm", "xlnet")
+MAY_BE_REFUSED = (*ENCODERS, "cpmant", "mllama", "prophetnet", "reformer", "xlm", "xlnet")
 # families that run in trees, and must go on doing so
 IN_TREES = """
 afmoe apertus arcee aria_text beam biogpt bitnet cohere cohere2 cohere2_moe cohere_compass_text ctrl cwm dbrx

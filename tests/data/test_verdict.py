@@ -121,7 +121,7 @@ def test_settings_that_contradict_each_other():
     values = {"first": ["a"], "second": ["b"]}
     table = {"first": "x", "second": "y", "column": "z", "values": values}
     for change, message in (
-        ({"values": values | {"tie": ["a"]}}, "'a' is there twice"),
+        ({"values": values | {"tie": ["a"]}}, "'a' appears twice"),
         ({"values": values | {"second": []}}, "at least 1 item"),
         ({"column": "x"}, "must be different columns"),
         ({"column": []}, "must be different columns"),

@@ -28,8 +28,8 @@ _BLANKS = re.compile(r"[ \t\n\r]*")
 _TELLTALES = {
     b"\xff\xfe": "is UTF-16 text; convert the file to UTF-8",
     b"\xfe\xff": "is UTF-16 text; convert the file to UTF-8",
-    b"\x1f\x8b": "is a gzip file; let its name end in .jsonl.gz",
-    b"PAR1": "is a Parquet file; let its name end in .parquet",
+    b"\x1f\x8b": "is a gzip file; rename it so that it ends in .jsonl.gz",
+    b"PAR1": "is a Parquet file; rename it so that it ends in .parquet",
 }
 
 
@@ -153,7 +153,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {ascii(twice)[:80]} is there twice")
+        raise ValueError(f"the field {ascii(twice)[:80]} appears twice")
     return found
 
 

@@ -23,11 +23,11 @@ _RULE_NEEDS = {
 
 
 class SourceConfig(BaseModel):
-    """A table [[data.sources]]: one of several files to mix. What it does not say, section [data] says."""
+    """A table [[data.sources]]: one of several files to mix. What it leaves out is taken from section [data]."""
 
     model_config = STRICT
     path: str
-    """A source, as data.train."""
+    """Where its rows come from, as data.train."""
     weight: float = Field(default=1.0, gt=0)
     """Multiplies the weight of every comparison, tie and thumb of this source."""
     format: str | None = None
@@ -82,7 +82,7 @@ class DataConfig(BaseModel):
     eval_split: str = "test"
     """The split of data.eval."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Read only the first so many rows."""
+    """Read only the first N rows."""
     bad_rows: Literal["error", "drop"] = "error"
     """Whether a row that cannot be read ends the run, or is dropped and counted."""
     streaming: bool = False

@@ -157,7 +157,7 @@ def _kind(path: Path) -> Literal["file", "folder"] | None:
         raise DataError(f"{str(path)!a}: the name is not UTF-8; rename it") from None
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
-            raise DataError(f"{path}: a link to what is not there; remove or repair the link") from None
+            raise DataError(f"{path}: a link to something that does not exist; remove or repair the link") from None
         return None
     except OSError as error:
         reasons = {errno.ELOOP: "a link that leads back to itself", errno.ENAMETOOLONG: "the name is too long"}

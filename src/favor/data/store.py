@@ -75,11 +75,11 @@ def prepare_split(recipe: Recipe, checks: Checks, say: Callable[[str], None], on
         if isinstance(error, OSError):
             place, reason = error.filename or place, error.strerror or error
         raise DataError(
-            f"{place}: the token cache cannot be written ({reason}); make room, "
+            f"{place}: the token cache cannot be written ({reason}); free some space, "
             "set FAVOR_CACHE to another folder, or data.cache=false"
         ) from None
     if found is None:
-        raise DataError(f"{folder}: the token cache is not there or damaged on this machine; set data.cache=false")
+        raise DataError(f"{folder}: the token cache is missing or damaged on this machine; set data.cache=false")
     return found
 
 

@@ -59,7 +59,7 @@ def _open_list(path: Path, text: str) -> int:
         return readers.blanks(text, at + 1)
     if text.startswith("{", at):
         raise DataError(
-            f"{path}: holds an object, expected a list of objects; if it is one object a line, let its name end in .jsonl"
+            f"{path}: holds an object, expected a list of objects; if it is one object a line, rename it so that it ends in .jsonl"
         )
     try:
         found = type(readers.value_at(text, at)[0]).__name__
@@ -99,7 +99,7 @@ def parquet(path: Path) -> Numbered:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if twice := [name for name in names if names.count(name) > 1]:
-                raise DataError(f"{path}: the column '{twice[0]}' is there twice; remove one")
+                raise DataError(f"{path}: the column '{twice[0]}' appears twice; remove one")
             yield from enumerate((row for batch in file.iter_batches(_BATCH) for row in _values_of(batch)), 1)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)}); write it again") from None

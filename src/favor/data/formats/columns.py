@@ -47,7 +47,7 @@ class VerdictValues(BaseModel):
         every = [repr(value) for values in self.model_dump().values() for value in values]
         twice = next((value for value in every if every.count(value) > 1), None)
         if twice is not None:
-            raise ValueError(f"data.verdict.values: {twice} is there twice, so it would mean two things; name it once")
+            raise ValueError(f"data.verdict.values: {twice} appears twice, so it would mean two things; name it once")
         return self
 
 

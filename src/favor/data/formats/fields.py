@@ -335,7 +335,7 @@ def _common_prompt(conversations: list[tuple[Message, ...]], both: str) -> tuple
         raise RowError(f"{both} are the same", "identical")
     if shared < max(len(first), len(second)) - 1:
         where = f"turn {shared + 1} of {len(first)} and {len(second)}"
-        raise RowError(f"{both} part ways before the last turn ({where})")
+        raise RowError(f"{both} differ before the last turn ({where})")
     if shared == 0:
         raise RowError(f"{both} share no prompt")
     return first[:shared], (first[shared:], second[shared:])
