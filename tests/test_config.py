@@ -3,12 +3,16 @@
 import pytest
 
 import favor.settings
+from favor.cli import COMMANDS
 from favor.config import dump, load, split_arguments
 from favor.errors import ConfigError
+from favor.generate.samples import SamplesConfig
+from favor.online import OnlineConfig
 from favor.settings import settings
 from favor.train.loop import AdamW, learning_rate
 from favor.train.ppo import PpoConfig
 from favor.train.preference import TrainConfig
+from favor.train.reward import RewardTrainConfig
 from favor.train.sft import SftConfig
 
 NEEDED = ["run=r", "model.path=m", "data.train=d.jsonl"]
@@ -59,6 +63,9 @@ def test_overrides_win_and_sections_merge(tmp_path):
         ("loss=1", "'loss' is a section, found 1; set loss.kind=..., one of dpo, "),
         ("=3", "expected section.key=value"),
         ("run.x=3", "single value"),
+        ("data.eval_split=dev", "data.eval_split is the split of data.eval, which is not set"),
+        ("reward=1", "'reward' is a section, found 1; set reward.kind=..., one of model, "),
+        ("reward.path=m", "'reward.kind' is not set; choose one of model, "),
         ("train.epochs=0", "'train.epochs' is 0"),
     ],
 )
@@ -98,6 +105,53 @@ def test_a_renamed_key_says_its_new_name(monkeypatch, tmp_path):
         load(TrainConfig, tmp_path / "r.toml", NEEDED)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        # the kind is chosen a section above the key
+        (
+            ["engine.kind=vllm", "engine.model.path=m", "engine.model.device=cpu"],
+            r"the kind that is chosen.*\(transformers\)",
+        ),
+        (["engine.model=m", "engine.model.lora.rank=2"], "'engine.model' is a single value"),
+        (["engine.model.path=m", "engine.model.lora.rank=2"], "are for training, and this model only answers"),
+        (["engine.model.path=m", "engine.model.gradient_checkpointing=true"], "are for training"),
+    ],
+)
+def test_a_model_that_only_answers_has_nothing_of_training(words, said):
+    with pytest.raises(ConfigError, match=said):
+        load(SamplesConfig, None, ["out=o", "prompts=p", *words])
+
+
+def test_what_is_wrong_inside_a_list_is_said_once():
+    with pytest.raises(ConfigError) as caught:
+        load(TrainConfig, None, [*NEEDED, "loss.kind=sum", "loss.terms=[{kind='ipo', tau=1}]"])
+    assert "at least" not in str(caught.value)
+    with pytest.raises(ConfigError, match="at least 1 item"):
+        load(TrainConfig, None, [*NEEDED, "loss.kind=sum", "loss.terms=[]"])
+
+
+def test_a_suggestion_is_never_the_section_itself():
+    with pytest.raises(ConfigError, match=r"did you mean 'bradley_terry.tie_width'"):
+        load(RewardTrainConfig, None, [*NEEDED, "bradley_terry.ties=true"])
+
+
+def test_what_a_command_does_not_read_is_refused():
+    """PPO cuts no prompt; a round of `favor loop` has no live reference."""
+    scorer = ["reward.kind=callable", "reward.path=f.py:f"]
+    with pytest.raises(ConfigError, match="PPO takes its prompts whole"):
+        load(PpoConfig, None, [*NEEDED, *scorer, "tokens.max_tokens=64"])
+    with pytest.raises(ConfigError, match="needs a live reference"):
+        load(OnlineConfig, None, ["run=r", "model.path=m", "prompts=p", *scorer, "loss.ld_alpha=0.5"])
+
+
+def test_a_new_name_is_a_setting():
+    """Every key that RENAMED points to is one of a command's."""
+    known = {s.key for make in COMMANDS.values() for s in favor.settings.settings(make().config, every=True)}
+    for old, now in favor.settings.RENAMED.items():
+        assert " " in now or now in known, old
+
+
 def test_a_new_name_is_never_an_old_one():
     assert not set(favor.settings.RENAMED) & set(favor.settings.RENAMED.values())
 
@@ -130,7 +184,7 @@ def test_what_was_a_value_and_is_a_section_with_kinds_says_so():
         ConfigError, match=r"'engine' is a section, found 'vllm'; set engine.kind=..., one of transformers, vllm"
     ):
         load(SamplesConfig, None, [*needed, "engine=vllm"])
-    with pytest.raises(ConfigError, match=r"'engine' is a single value.* chosen by its kind is given as engine.kind="):
+    with pytest.raises(ConfigError, match=r"'engine' is a single value.* chosen by its kind as engine.kind="):
         load(SamplesConfig, None, [*needed, "engine=vllm", "engine.model=m"])
     # a key that the demo no longer has, and other commands have
     with pytest.raises(ConfigError, match=r"unknown key 'prompts'; the demo samples 20 prompts; .*sample_prompts="):

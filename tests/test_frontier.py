@@ -185,6 +185,6 @@ def test_a_whole_picture_and_its_resumption(task, tmp_path):
 
 def test_a_stop_signal_keeps_what_is_done(task, tmp_path):
     stop = StopRequest(15)
-    with pytest.raises(StoppedError, match="the same command goes on"):
+    with pytest.raises(StoppedError, match="the same command continues"):
         frontier(recipe(task, tmp_path / "run"), lambda root: open_session(root, stop))
     assert not (tmp_path / "run" / "frontier.json").exists()

@@ -391,7 +391,7 @@ def recipes():
     from favor.generate.prefer import PreferConfig
     from favor.generate.samples import SamplesConfig
     from favor.lint.settings import LintConfig
-    from favor.online import LoopRunConfig
+    from favor.online import OnlineConfig
     from favor.train.ppo import PpoConfig
     from favor.train.preference import TrainConfig
     from favor.train.reward import RewardTrainConfig
@@ -411,7 +411,7 @@ def recipes():
         SamplesConfig: made | {"engine": model},
         PreferConfig: made | {"engine": model} | reward,
         WinrateConfig: run | {"a": {"file": "a"}, "b": {"file": "b"}, "judge": {"kind": "callable", "path": "j.py:f"}},
-        LoopRunConfig: run | model | reward | {"prompts": "p"},
+        OnlineConfig: run | model | reward | {"prompts": "p"},
         LintConfig: data,
         FrontierConfig: run,
         DemoConfig: run,
@@ -422,7 +422,7 @@ RECIPES = 13
 
 
 def keys_of(schema, prefix=""):
-    from favor.config import _keys
+    from favor.settings import _keys
 
     return list(_keys(schema, prefix))
 

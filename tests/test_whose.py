@@ -176,7 +176,7 @@ def test_a_failed_lint_claims_no_file(here):
         lint(load(LintConfig, None, ["data.train=bad.jsonl", "lint.fix=clean.jsonl"]))
     assert content(here) == before
     (here / "clean.jsonl").write_text("mine")
-    with pytest.raises(ConfigError, match="not known to be made"):
+    with pytest.raises(ConfigError, match="not known to have made"):
         lint(load(LintConfig, None, ["data.train=data.jsonl", "lint.fix=clean.jsonl"]))
     assert (here / "clean.jsonl").read_text() == "mine"
     for pair in (["lint.fix=c.jsonl", "lint.out=c.actions.jsonl"], ["lint.out=c", "lint.page=c"]):
@@ -203,7 +203,7 @@ def test_what_lies_beside_a_result_is_known_by_its_content(here):
     record = here / ".s.favor.json"
     for damage in ({"a": 1}, [], 5, read_json(record) | {"result": {"figures": 999}}):
         record.write_text(json.dumps(damage))
-        with pytest.raises(ConfigError, match="not known to be made"):
+        with pytest.raises(ConfigError, match="not known to have made"):
             score(load(ScoreConfig, None, words), quiet)
 
 

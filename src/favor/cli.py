@@ -101,10 +101,11 @@ def schema(command: Annotated[str, typer.Argument(help="The command whose recipe
     import json
 
     from favor.errors import ConfigError
+    from favor.settings import schema_of
 
     if command not in COMMANDS:
         raise ConfigError(f"{command}: not a command with a recipe; name one of {', '.join(COMMANDS)}")
-    print(json.dumps(COMMANDS[command]().config.model_json_schema(), indent=1))
+    print(json.dumps(schema_of(COMMANDS[command]().config), indent=1))
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def load(schema: type[M], recipe: Path | None, overrides: Sequence[str] = ()) ->
                 raise
             found = schema.model_validate(_with_own(schema, tree))
     except ValidationError as error:
-        raise ConfigError("; ".join(settings.explained(item, schema, where) for item in error.errors())) from None
+        raise ConfigError("; ".join(settings.all_explained(error, schema, where))) from None
     except RecursionError:
         raise ConfigError(f"{where}: a value is nested too deeply to be read; flatten it") from None
     _check_values(tree, found, where)
@@ -123,12 +123,13 @@ def _apply(tree: dict[str, Any], override: str) -> tuple[tuple[str, ...], str]:
     if not all(parts):
         raise ConfigError(f"override '{clipped(override)}': expected section.key=value")
     node = tree
-    for part in parts[:-1]:
+    for depth, part in enumerate(parts[:-1], 1):
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
+            key = ".".join(parts[:depth])
             raise ConfigError(
-                f"override '{clipped(override)}': '{part}' is a single value, it has no keys below it; a section that is "
-                f"chosen by its kind is given as {part}.kind=..."
+                f"override '{clipped(override)}': '{key}' is a single value, it has no keys below it; give a section key by "
+                f"key: {key}.path=..., or what is chosen by its kind as {key}.kind=..."
             )
     node[parts[-1]] = _value(text)
     return parts, text
@@ -196,8 +197,8 @@ def options(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def by_kind(default: str) -> Discriminator:
-    """Of a union of sections with a Tag each: the one that `kind` names, `default` where it names none."""
+def by_kind(default: str = "") -> Discriminator:
+    """Of a union of sections with a Tag each: the one that `kind` names, `default` where it names none; "": it must."""
 
     def chosen(given: Any) -> str | None:
         if isinstance(given, BaseModel):

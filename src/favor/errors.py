@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 # what `explained` may know a line for; what it knows none for is raised on
 EXPECTED = (OSError, ValueError, RuntimeError, MemoryError, SafetensorError)
 _MEMORY = (
-    "lower train.batch_prompts, train.max_tokens_per_pack or sample.batch, shorten tokens.max_tokens or "
+    "lower train.batch_prompts, train.max_tokens_per_pack or sample.batch (engine.batch), shorten tokens.max_tokens or "
     "sample.max_new_tokens, or train adapters with model.lora.rank=16"
 )
 _REMEDIES = {

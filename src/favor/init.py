@@ -24,10 +24,13 @@ def write_recipe(model: str, data: str, out: Path) -> str:
     kind = _format(data)
     command, schema = ("sft", SftConfig) if kind == "sft" else ("train", TrainConfig)
     given: dict[str, Any] = {"run": f"runs/{out.stem}", "model": {"path": model}, "data": {"train": data}}
-    given |= {} if kind == "sft" else {"loss": {"kind": "kto" if kind == "thumbs" else "dpo"}}
+    if kind != "sft":
+        given |= {"loss": {"kind": "kto" if kind == "thumbs" else "dpo"}}
+        # what favor eval measures on
+        given["data"]["hold_out"] = {"share": 0.1}
     lines = [
         f"# favor {command} {out}",
-        f"# {data} holds rows of format {kind}. Lines with # show defaults: remove the # to change one.",
+        f"# {data} holds rows of format {kind}. Lines with #: explain; lines with # show defaults: remove the # to change one.",
         "",
     ]
     text = "\n".join([*lines, *_body(schema, given)]) + "\n"
@@ -55,6 +58,8 @@ def _body(schema: type[BaseModel], given: dict[str, Any]) -> Iterator[str]:
     for setting in sorted(settings(schema, given), key=lambda s: s.key.rpartition(".")[0]):
         here, _, name = setting.key.rpartition(".")
         if name == "*":
+            yield from ("", *_said(f"[{here}]: {setting.sentence}"), f"# [{here}]")
+            section = here
             continue
         if here != section:
             yield from ("", f"[{here}]")
@@ -66,8 +71,11 @@ def _lines(setting: Setting, name: str, given: dict[str, Any]) -> list[str]:
     value: Any = given
     for part in setting.key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    said = [setting.sentence, f"({setting.allowed})" if setting.allowed else ""]
-    comments = [f"# {line}" for line in wrap(" ".join(filter(None, said)), 110)]
+    comments = _said(f"{setting.sentence} ({setting.allowed})" if setting.allowed else setting.sentence)
     if value is not None:
         return [*comments, tomli_w.dumps({name: value}).strip()]
-    return [*comments, f"# {name} = {setting.default}" if setting.default != "absent" else f"# {name} is not set"]
+    return [*comments, f"# {name} = {setting.default}" if setting.default != "absent" else f"# {name} = ..."]
+
+
+def _said(text: str) -> list[str]:
+    return [f"#: {line}" for line in wrap(text, 110)]

@@ -20,7 +20,7 @@ from favor.generate.engines import Decoding, TransformersEngine
 from favor.generate.prefer import PreferConfig, prefer
 from favor.generate.samples import Progress, PromptsFile, Split
 from favor.guard import content, is_sealed, seal, sha
-from favor.losses.table import LossConfig, make_loss
+from favor.losses.table import LossConfig, make_loss, needs
 from favor.model.load import ModelConfig
 from favor.model.sample import SampleConfig
 from favor.output import hashes
@@ -58,7 +58,9 @@ class OnlineConfig(BaseModel):
     save: SaveConfig = SaveConfig()
 
     @model_validator(mode="after")
-    def _adapters_do_not_add_up(self) -> "OnlineConfig":
+    def _a_round_can_train(self) -> "OnlineConfig":
+        if needs(self.loss).tokens:
+            raise ValueError("loss.ld_alpha needs a live reference, and a round stores its own; remove it")
         if self.model.lora is not None:
             raise ValueError(
                 "model.lora: the adapters of a round fit the merged model of the round before; train all weights"

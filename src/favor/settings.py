@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from favor.errors import clipped, without_secrets
+from favor.errors import ConfigError, clipped, without_secrets
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,6 +70,8 @@ RENAMED: Mapping[str, str] = {
     "tokens": "prompts are rendered by engine.template and engine.special_text now (favor winrate: template, special_text)",
     "sample.batch": "it is engine.batch now",
     # a command's own
+    "PpoConfig.tokens.max_tokens": "PPO takes its prompts whole; sample.max_new_tokens bounds the responses",
+    "PpoConfig.tokens.truncation": "PPO takes its prompts whole; data.max_rows takes fewer of them",
     "DemoConfig.sft_lr": "the demo's SFT has a fixed learning rate; for one of your own: favor sft optim.lr=...",
     "DemoConfig.test_pairs": "the demo reads 80 held-out rows; for another number: favor eval run=RUN/dpo max_rows=...",
     "DemoConfig.prompts": "the demo samples 20 prompts; for another number: favor eval run=RUN/dpo sample_prompts=...",
@@ -132,6 +134,8 @@ def _union(
     yield Setting(f"{key}.kind", "choice", shown, ", ".join(known), _sentence(field, sections[0]))
     if not every:
         chosen = given.get("kind", default)
+        if "kind" in given and chosen not in list(known):
+            raise ConfigError(_kinds(key, sections, given, clipped(repr(given))))
         if chosen in known:
             yield from settings(known[chosen], given, f"{key}.", own=_own(field))
         return
@@ -186,6 +190,28 @@ def table(found: Iterator[Setting]) -> "Table":
     return shown
 
 
+def all_explained(error: ValidationError, schema: type[BaseModel], where: str) -> list[str]:
+    """A line for everything that pydantic refuses; of a list that is short only by what was refused inside it, nothing."""
+    items = error.errors()
+    inside = {item["loc"][:n] for item in items for n in range(len(item["loc"]))}
+    return [
+        explained(item, schema, where) for item in items if item["type"] != "too_short" or item["loc"] not in inside
+    ]
+
+
+def schema_of(config: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a recipe. A section may leave out `kind`, so it may fit several kinds: anyOf, not oneOf."""
+
+    def any_of(node: Any) -> Any:
+        if isinstance(node, list):
+            return [any_of(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        return {"anyOf" if name == "oneOf" else name: any_of(value) for name, value in node.items()}
+
+    return any_of(config.model_json_schema())
+
+
 def explained(item: Any, schema: type[BaseModel], where: str) -> str:
     """What pydantic refuses, as a line: where it stands in the recipe, what was found, what to write instead."""
     key, here = place(item["loc"], schema)
@@ -238,8 +264,10 @@ def _advice(key: str, schema: type[BaseModel], here: Sequence[type[BaseModel]]) 
     valid = list(dict.fromkeys(_keys(schema)))
     if key in valid:
         readers = clipped(", ".join(_readers(key, schema)))
-        return f"it is not read by kind '{kind_of(here[0])}'; remove it or choose a kind that reads it ({readers})"
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
+        kind = f"kind '{kind_of(here[0])}'" if kind_of(here[0]) else "the kind that is chosen"
+        return f"it is not read by {kind}; remove it or choose a kind that reads it ({readers})"
+    # never the section in which the key stands
+    close = [name for name in difflib.get_close_matches(key, valid, n=3, cutoff=0.75) if not key.startswith(f"{name}.")]
     if not close:
         leaf = key.rsplit(".", 1)[-1]
         close = [name for name in valid if name.rsplit(".", 1)[-1] == leaf][:1]
@@ -249,12 +277,12 @@ def _advice(key: str, schema: type[BaseModel], here: Sequence[type[BaseModel]]) 
 
 
 def _readers(key: str, schema: type[BaseModel]) -> Iterator[str]:
-    """The kinds of a section that have this setting."""
-    here, (*parents, leaf) = [schema], key.split(".")
+    """The kinds of its section, or of the nearest section above that has kinds, which have this setting."""
+    (*parents, leaf), here = key.split("."), [(schema, "")]
     for part in parents:
-        fields = [model.model_fields[part] for model in here if part in model.model_fields]
-        here = [model for field in fields for model in models(field.annotation)]
-    yield from (kind_of(model) for model in here if leaf in model.model_fields)
+        fields = [(model.model_fields[part], kind) for model, kind in here if part in model.model_fields]
+        here = [(model, kind_of(model) or kind) for field, kind in fields for model in models(field.annotation)]
+    yield from dict.fromkeys(kind for model, kind in here if leaf in model.model_fields)
 
 
 def _below(key: str, here: Sequence[type[BaseModel]]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from favor.data.prompts import NumberedPrompts, encode_prompts, read_prompts, sample_seeds
 from favor.data.read import DataConfig
+from favor.data.tokenize import PromptTokens
 from favor.data.types import TokenTree
 from favor.errors import NumericsError
 from favor.eval.figures import log_ratios
@@ -172,7 +173,7 @@ def _ppo_recipe(config: FrontierConfig, task: Task, places: Places, point: Point
         seed=point.seed,
         model=start_model(task, places),
         data=PromptsConfig(train=str(prompts)),
-        tokens=task.tokens,
+        tokens=PromptTokens(template=task.tokens.template, special_text=task.tokens.special_text),
         reward=learnt_reward(task, places, point.seed) if point.method == "ppo" else task.reward,
         ppo=PpoSettings(
             samples_per_prompt=sizes.answers,

@@ -101,6 +101,8 @@ class DataConfig(BaseModel):
             raise ValueError("give either data.train=FILE or tables [[data.sources]], one of the two")
         if self.eval is not None and self.hold_out is not None:
             raise ValueError("data.eval names held-out data already, so [data.hold_out] would be ignored; drop one")
+        if self.eval is None and self.eval_split != "test":
+            raise ValueError("data.eval_split is the split of data.eval, which is not set; name that or remove it")
         _check_names(self.columns, self.verdict, self.format)
         self._check_used()
         return self

@@ -112,7 +112,9 @@ def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) 
     limit = config.max_rows or (recipe.data.get("max_rows") if recipe.data.get("hold_out") else None)
     data = DataConfig.model_validate({**recipe.data, "max_rows": limit})
     if config.data is None and data.eval is None and data.hold_out is None:
-        raise ConfigError(f"{config.run}: the run had no data.eval; name held-out preferences with data=FILE")
+        raise ConfigError(
+            f"{config.run}: the run held nothing out (data.eval, data.hold_out.share); name held-out preferences with data=FILE"
+        )
     texts, report = read(config.data, data, data.eval_split) if config.data else read_splits(data)["eval"]
     policy, reference = load_pair(config.run, config.reference)
     trees, _ = tokenize(texts, policy.tokenizer, recipe.tokens, policy.end_ids, data.bad_rows)

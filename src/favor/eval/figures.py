@@ -29,9 +29,10 @@ _ALONE = World()
 
 @dataclass(frozen=True)
 class PairFigures:
-    """Arrays over pairs: implicit-reward margin (nats x beta), the reference's own log-prob gap (nats), prompt index."""
+    """Arrays over pairs: implicit-reward margin (nats x beta), each model's own log-prob gap (nats), prompt index."""
 
     margin_P: Array
+    policy_gap_P: Array
     reference_gap_P: Array
     prompt_P: NDArray[np.int64]
     loss: float
@@ -39,13 +40,17 @@ class PairFigures:
     def as_json(self) -> dict[str, object]:
         """Means with 95 % intervals over prompts."""
         accuracy = mean_interval(sign_share(self.margin_P), clusters=self.prompt_P, bounds=SHARE)
-        reference = mean_interval(sign_share(self.reference_gap_P), clusters=self.prompt_P, bounds=SHARE)
+        gaps = {"policy": self.policy_gap_P, "reference": self.reference_gap_P}
+        own = {
+            name: mean_interval(sign_share(gap_P), clusters=self.prompt_P, bounds=SHARE) for name, gap_P in gaps.items()
+        }
         margin = mean_interval(self.margin_P, clusters=self.prompt_P)
         return {
             "pairs": len(self.margin_P),
             "prompts": len(np.unique(self.prompt_P)),
             **accuracy.named("accuracy"),
-            **reference.named("reference_accuracy"),
+            **own["policy"].named("policy_accuracy"),
+            **own["reference"].named("reference_accuracy"),
             **margin.named("margin"),
             "loss": self.loss,
         }
@@ -101,8 +106,8 @@ def pair_figures(
     chosen_P, rejected_P, prompt_P = pairs(trees)
     reward_R = beta * (policy_R - ref_R)
     margin_P = reward_R[chosen_P] - reward_R[rejected_P]
-    gap_P = ref_R[chosen_P] - ref_R[rejected_P]
-    return PairFigures(margin_P.numpy(), gap_P.numpy(), prompt_P, float(sigmoid(margin_P, 1.0).mean()))
+    policy_P, ref_P = ((logp_R[chosen_P] - logp_R[rejected_P]).numpy() for logp_R in (policy_R, ref_R))
+    return PairFigures(margin_P.numpy(), policy_P, ref_P, prompt_P, float(sigmoid(margin_P, 1.0).mean()))
 
 
 def pairs(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, Field, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Tag
 
 from favor.config import STRICT, by_kind
 from favor.data.formats import RowError
@@ -39,9 +39,20 @@ _VLLM_CHUNK = 1024
 _SEEDS = 2**31 - 1
 
 
+def _never_trained(model: ModelConfig) -> ModelConfig:
+    if model.lora is not None or model.gradient_checkpointing:
+        raise ValueError("lora and gradient_checkpointing are for training, and this model only answers; remove them")
+    return model
+
+
 # `model=PATH` is short for `model.path=PATH`
 _PathAlone = BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
-ModelAt = Annotated[ModelConfig, _PathAlone, Field(description="The model: a path, or a section as [model].")]
+ModelAt = Annotated[
+    ModelConfig,
+    _PathAlone,
+    AfterValidator(_never_trained),
+    Field(description="The model: a path, or a section as [model]."),
+]
 
 
 class Decoding(BaseModel):

@@ -17,7 +17,20 @@ from favor.rewards.source import RewardConfig
 Severity: TypeAlias = Literal["error", "warning", "note"]
 ORDER: tuple[Severity, ...] = ("error", "warning", "note")
 # sections of training recipes that lint passes over
-ELSEWHERE = {"run", "seed", "resume", "loss", "optim", "reference", "train", "watch", "save", "ppo", "sample"}
+ELSEWHERE = {
+    "run",
+    "seed",
+    "resume",
+    "loss",
+    "optim",
+    "reference",
+    "train",
+    "watch",
+    "save",
+    "ppo",
+    "sample",
+    "bradley_terry",
+}
 # thresholds that the checks of `favor train` share
 LENGTH_SHARE, CUT_SHARE = 0.6, 0.05
 # kind -> (severity, what is said after the number of rows ("": its check says it), whether --fix leaves these rows out)

@@ -21,9 +21,11 @@ def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if "accuracy" in figures:
         # earlier files do not count prompts; there are at most as many as pairs
         f = {"prompts": figures["pairs"]} | dict(figures)
-        what = f"preference accuracy ({f['pairs']} held-out pairs)"
+        # two figures that are easily confused: likelier under the model itself, and raised more than the other
+        own = _known(f, "policy_accuracy", ".3f") if "policy_accuracy" in f else "not measured"
         rows += [
-            (what, _known(f, "accuracy", ".3f"), _known(f, "reference_accuracy", ".3f")),
+            (f"preference accuracy ({f['pairs']} held-out pairs)", own, _known(f, "reference_accuracy", ".3f")),
+            ("implicit reward accuracy", _known(f, "accuracy", ".3f"), "0.5"),
             ("implicit reward margin", _known(f, "margin", "+.3f"), "0"),
             ("held-out DPO loss (nats a pair)", f"{f['loss']:.4f}", "0.6931"),
         ]

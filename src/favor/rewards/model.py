@@ -89,7 +89,8 @@ def model_scorer(path: str, tokens: TokensConfig | None) -> Scorer:
 def implicit_scorer(run: str, reference: str | None, beta: float | None, tokens: TokensConfig | None) -> Scorer:
     """r(x, y) = beta log(pi(y|x) / ref(y|x)), nats x beta, float32; policy, and what is None here, are the run's."""
     _, recipe = read_run(run)
-    used = beta or recipe.loss.get("beta")
+    # of a sum of losses, the first term that has one
+    used = beta or next((term["beta"] for term in (recipe.loss, *recipe.loss.get("terms", ())) if "beta" in term), None)
     if used is None:
         raise ConfigError(f"{run}: its recipe has no loss.beta; give reward.beta")
     longest = max(_LONGEST, recipe.tokens.max_tokens)

@@ -14,9 +14,9 @@ from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence, 
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, Tag
 
-from favor.config import STRICT
+from favor.config import STRICT, by_kind
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import DataError, clipped
@@ -71,8 +71,12 @@ class CallableReward(BaseModel):
 
 
 RewardConfig: TypeAlias = Annotated[
-    ModelReward | ImplicitReward | ClassifierReward | CallableReward,
-    Field(discriminator="kind", description="What gives a response its score."),
+    Annotated[ModelReward, Tag("model")]
+    | Annotated[ImplicitReward, Tag("implicit")]
+    | Annotated[ClassifierReward, Tag("classifier")]
+    | Annotated[CallableReward, Tag("callable")],
+    by_kind(),
+    Field(description="What gives a response its score."),
 ]
 
 

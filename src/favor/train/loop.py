@@ -98,7 +98,7 @@ class SaveConfig(BaseModel):
     every: int = Field(default=50, ge=0)
     """Steps between checkpoints; 0: only when the run is told to stop."""
     keep: int = Field(default=2, ge=1)
-    """Checkpoints kept, the newest ones."""
+    """Checkpoints kept, the newest ones; those of stops too."""
 
 
 class Recipe(Protocol):

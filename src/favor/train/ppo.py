@@ -18,7 +18,7 @@ from torch import Tensor
 from favor.config import STRICT, Resume, Run, Seed, by_kind, dump
 from favor.data import sources
 from favor.data.prompts import encode_prompts, read_prompts
-from favor.data.tokenize import TokensConfig
+from favor.data.tokenize import PromptTokens
 from favor.data.types import Batch
 from favor.errors import NumericsError
 from favor.guard import sha
@@ -170,7 +170,7 @@ class PpoConfig(BaseModel):
     resume: Resume = False
     model: ModelConfig
     data: PromptsConfig
-    tokens: TokensConfig = TokensConfig()
+    tokens: PromptTokens = PromptTokens()
     reward: RewardConfig
     ppo: PpoSettings = PpoSettings()
     sample: SampleConfig = SampleConfig()
@@ -196,7 +196,7 @@ def train_ppo(config: PpoConfig, open_session: OpenSession) -> None:
 def _improve(config: PpoConfig, session: Session) -> None:
     policy = load_policy(config.model, config.seed)
     numbered = read_prompts(config.data.train, config.data.split, config.data.max_prompts)
-    ids = encode_prompts(config.data.train, numbered, policy.tokenizer, config.tokens)
+    ids = encode_prompts(config.data.train, numbered, policy.tokenizer, config.tokens.full)
     prompts = [Prompt(text, i, index) for index, ((_, text), i) in enumerate(zip(numbered, ids, strict=True))]
     session.say(f"{len(prompts)} prompts")
     probe = [sampled_tree(prompt.ids, config.sample.max_new_tokens) for prompt in prompts]
@@ -284,7 +284,7 @@ def make_objective(
 def _loop(config: PpoConfig, prompts: Sequence[Prompt], models: Models, session: Session) -> None:
     """Rollout, targets, updates, until the last rollout; checkpoints are of states whose KL has been seen to be sound."""
     settings, policy, budget = config.ppo, models.policy, config.train.max_tokens_per_pack
-    inputs = recipe_hash(config) | identity(models.reference, config.tokens)
+    inputs = recipe_hash(config) | identity(models.reference, config.tokens.full)
     inputs["prompts"] = sha(json.dumps([(prompt.text, prompt.ids) for prompt in prompts]))
     inputs["reward"] = reward_identity(config.reward)
     beside = models.critic.trainable() if models.critic else {}

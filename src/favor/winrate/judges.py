@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, Tag
 
-from favor.config import STRICT
+from favor.config import STRICT, by_kind
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import ConfigError, DataError
@@ -134,7 +134,13 @@ class ServerJudge(BaseModel):
     prompt: JudgePrompt = PROMPT
 
 
-JudgeConfig: TypeAlias = Annotated[RewardJudge | CallableJudge | ModelJudge | ServerJudge, Field(discriminator="kind")]
+JudgeConfig: TypeAlias = Annotated[
+    Annotated[RewardJudge, Tag("reward")]
+    | Annotated[CallableJudge, Tag("callable")]
+    | Annotated[ModelJudge, Tag("hf")]
+    | Annotated[ServerJudge, Tag("openai")],
+    by_kind(),
+]
 
 
 def verdicts(
