@@ -268,8 +268,11 @@ def test_reward_model_as_scorer_in_any_order_and_repeated(trained):
     assert all(map(math.isfinite, scorer(["Film 1?"] * 2, ["", "  "])))
 
 
-def test_implicit_reward_is_beta_log_ratio(inputs, tmp_path):
-    words = words_of(inputs, tmp_path / "dpo", "train.epochs=2", "loss.beta=0.3")
+@pytest.mark.parametrize(
+    "loss", [["loss.beta=0.3"], ["loss.kind=sum", "loss.terms=[{kind='sft', weight=0.1}, {kind='dpo', beta=0.3}]"]]
+)
+def test_implicit_reward_is_beta_log_ratio(inputs, tmp_path, loss):
+    words = words_of(inputs, tmp_path / "dpo", "train.epochs=2", *loss)
     train(load(TrainConfig, None, words), open_session)
     scorer = make_scorer(ImplicitReward(path=str(tmp_path / "dpo")))
     texts = ["warm film good", "warm film bad"]
