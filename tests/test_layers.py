@@ -32,12 +32,13 @@ ALLOWED = {
     "eval": BASE | {"output", "data", "model", "losses", "ranks", "rewards", "generate"},
     "train": BASE | {"stop", "data", "losses", "model", "ranks", "rewards"} | {"lint.cheap", "eval.figures"},
     "lint": BASE | {"output", "data", "model", "rewards", "report.table"},
+    "label": BASE | {"output", "data", "eval.intervals"},
     "report": {"errors", "run", "guard"},
     "demo": BASE | {"stop", "rewards", "eval", "train", "report"},
     "online": BASE | {"output", "stop", "data", "losses", "model", "rewards", "generate", "train"},
     "init": BASE | {"data", "settings", "train"},
     "commands": BASE
-    | {"model", "eval", "train", "report", "generate", "winrate", "demo", "online", "lint", "stop", "init"}
+    | {"model", "eval", "train", "report", "generate", "winrate", "demo", "online", "lint", "label", "stop", "init"}
     # the paper's experiment stands on the library; nothing of the library may know it, but for its command
     | {"favor_frontier"},
     "cli": BASE | {"commands", "train", "stop", "settings"},

@@ -6,6 +6,7 @@ Next: cli.py.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -172,6 +173,21 @@ def _lint() -> Command:
     return Command(LintConfig, run)
 
 
+def _label() -> Command:
+    """Compare answers in the browser, several people beside each other; with out=FILE, write what they said for `favor train`."""
+    from favor.label.settings import LabelConfig
+    from favor.stop import stop_signals
+
+    def run(config: LabelConfig, terminal: Terminal) -> None:
+        from favor.label.run import label
+
+        with stop_signals("every vote that was answered is kept; run the same command again to go on"):
+            # not through the console, which would wrap the address
+            label(config, partial(print, flush=True), terminal.recipe)
+
+    return Command(LabelConfig, run)
+
+
 def _demo() -> Command:
     """The main job on the embedded model and data: SFT, DPO, evaluation, report."""
     from favor.demo import DemoConfig, demo
@@ -192,6 +208,7 @@ OTHERS: Mapping[str, Callable[[], Command]] = {
     "prefer": _prefer,
     "loop": _loop,
     "lint": _lint,
+    "label": _label,
     "demo": _demo,
 }
 

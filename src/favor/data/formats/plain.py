@@ -36,11 +36,7 @@ def ranked(row: Row) -> Judgment:
     `ended` (one true or false per response) says which came to their end; without it all did.
     """
     prompt, responses = _prompt_and_responses(row)
-    count = len(responses)
-    ended = row.get("ended", [True] * count)
-    if not isinstance(ended, list) or len(ended) != count or not all(isinstance(x, bool) for x in ended):
-        raise RowError(f"ended must be a list of {count} true or false, one per response")
-    cut = tuple(i for i, whole in enumerate(ended) if not whole)
+    count, cut = len(responses), _cut(row, len(responses))
     if "ranking" in row:
         return Judgment(prompt, responses, (_ranking(row["ranking"], count),), cut=cut)
     scores = fields.numbers(fields.need(row, "scores"), count, "scores")
@@ -48,6 +44,14 @@ def ranked(row: Row) -> Judgment:
     if not orders:
         raise RowError("all scores are equal, so there is no preference")
     return Judgment(prompt, responses, orders, ties=ties, scores=scores, cut=cut)
+
+
+def _cut(row: Row, count: int) -> tuple[int, ...]:
+    """The responses that stop before their end, by the column `ended`."""
+    ended = row.get("ended", [True] * count)
+    if not isinstance(ended, list) or len(ended) != count or not all(isinstance(x, bool) for x in ended):
+        raise RowError(f"ended must be a list of {count} true or false, one per response")
+    return tuple(i for i, whole in enumerate(ended) if not whole)
 
 
 def _ranking(ranking: Any, count: int) -> tuple[int, ...]:
@@ -70,22 +74,23 @@ def votes(row: Row) -> Judgment:
     """`prompt, responses` with `votes` (how many preferred each) or `choices` (each annotator's: an index or "tie").
 
     Two responses: the order of the majority, its label the share of the votes. More: the ranking by votes.
-    An annotator's tie counts for all responses alike; equal votes are a tie.
+    An annotator's tie counts for all responses alike; equal votes are a tie. `ended` as in rankings.
     """
     prompt, responses = _prompt_and_responses(row)
+    cut = _cut(row, len(responses))
     if "votes" not in row:
-        return _voted(prompt, responses, _counted(fields.need(row, "choices"), len(responses)))
+        return _voted(prompt, responses, _counted(fields.need(row, "choices"), len(responses)))._replace(cut=cut)
     counts = fields.numbers(row["votes"], len(responses), "votes")
     if min(counts) < 0 or sum(counts) == 0:
         raise RowError(f"votes {fields.brief(row['votes'])} must be 0 or more, and at least one above 0")
-    return _voted(prompt, responses, counts)
+    return _voted(prompt, responses, counts)._replace(cut=cut)
 
 
 def verdict(row: Row) -> Judgment:
     """`prompt, first, second` and `verdict`: "first", "second", "tie" or "both_bad", or a list of them, one an annotator.
 
     Read as votes on two responses. "both_bad" of one annotator among others is a tie; of more than half of them it is no
-    comparison, but a thumb down for both. Without `prompt` it is what the two conversations share.
+    comparison, but a thumb down for both. Without `prompt` it is what the two conversations share. `ended` as in rankings.
     """
     prompt, responses = fields.sides(row, ("first", "second"), "two of its responses")
     said = fields.need(row, "verdict")
@@ -95,8 +100,8 @@ def verdict(row: Row) -> Judgment:
             expected = f"{', '.join(_VERDICTS)}; data.verdict maps other values"
             raise RowError(f"verdict holds {fields.brief(value)}, expected {expected}")
     if said.count("both_bad") * 2 > len(said):
-        return Judgment(prompt, responses, thumbs=((0, False), (1, False)))
-    return _voted(prompt, responses, _counted([_VERDICTS[value] for value in said], 2))
+        return Judgment(prompt, responses, thumbs=((0, False), (1, False)), cut=_cut(row, 2))
+    return _voted(prompt, responses, _counted([_VERDICTS[value] for value in said], 2))._replace(cut=_cut(row, 2))
 
 
 def _voted(prompt: Text, responses: tuple[Text, ...], counts: tuple[float, ...]) -> Judgment:
