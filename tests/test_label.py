@@ -581,6 +581,13 @@ def test_nothing_to_write_or_to_open_is_said(db, tmp_path):
         label(LabelConfig(db=str(tmp_path / "labels.sqlite")), print)
 
 
+def test_a_missing_package_is_named(db, tmp_path, monkeypatch):
+    store.add_pairs(db, some_pairs(1))
+    monkeypatch.setattr("favor.label.run.find_spec", lambda name: None if name == "uvicorn" else True)
+    with pytest.raises(ConfigError, match=r"needs uvicorn, not installed here; run: pip install 'favor\[label\]'"):
+        label(LabelConfig(db=str(tmp_path / "labels.sqlite")), print)
+
+
 def test_a_recipe_does_one_thing():
     with pytest.raises(ConfigError, match="one or the other"):
         load(LabelConfig, None, ["data=x.jsonl", "out=y.jsonl"])

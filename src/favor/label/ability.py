@@ -102,7 +102,7 @@ def _maximised(votes: Votes, posterior: Array) -> tuple[Array, Array, Array]:
     mine = posterior[votes.pair]
     place, size = votes.person * 3 + votes.said, votes.people * 3
     # [person, said, truth]
-    count = np.stack([np.bincount(place, mine[:, k], size) for k in range(3)], 1).reshape(-1, 3, 3)
+    count = np.stack([np.bincount(place, mine[:, k], size) for k in range(3)], 1).reshape(-1, 3, 3).astype(np.float64)
     right = count[:, FIRST, FIRST] + count[:, SECOND, SECOND]
     wrong = count[:, SECOND, FIRST] + count[:, FIRST, SECOND]
     neither = count[:, NEITHER, FIRST] + count[:, NEITHER, SECOND]

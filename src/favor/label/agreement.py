@@ -86,9 +86,9 @@ def as_numbers(golds: Golds, people: Mapping[int, str], votes: Sequence[Vote]) -
     place_of = {number: place for place, number in enumerate(golds)}
     person_of = {number: place for place, number in enumerate(people)}
     said = [(place_of[v.pair], person_of[v.annotator], _TRUTHS[v.verdict]) for v in votes]
-    columns = np.array(said, np.int64).reshape(-1, 3).T
+    pair, person, verdict = np.array(said, np.int64).reshape(-1, 3).T
     known = np.array([_TRUTHS[known] for known in golds.values()], np.int64)
-    return ability.Votes(*columns, known, len(people))
+    return ability.Votes(pair, person, verdict, known, len(people))
 
 
 def alpha(counts: ability.Ints) -> float | None:

@@ -20,6 +20,7 @@ function show(html, text) {
   const main = document.adoptNode(page.getElementById("main"));
   document.getElementById("main").replaceWith(main);
   document.title = page.title;
+  if (!document.getElementById("answer")) document.querySelector(".jump").remove();
   const problem = main.querySelector("[role=alert]");
   say(problem ? problem.textContent : text);
   scrollTo(0, 0);

@@ -54,7 +54,7 @@ def _wanted(db: Db, person: int, config: LabelConfig, pairs: Sequence[int], vote
 
 def _least_certain(db: Db, golds: Golds, votes: Sequence[Vote], wanted: Sequence[int]) -> list[int]:
     said = [vote for vote in votes if vote.verdict != "skip"]
-    voted = {pair: golds[pair] for pair in sorted({vote.pair for vote in said})}
+    voted: Golds = {pair: golds[pair] for pair in sorted({vote.pair for vote in said})}
     fitted = ability.fit(as_numbers(voted, store.names(db), said), _ROUNDS)
     entropy = dict(zip(voted, fitted.entropy, strict=True))
     # rounded, so that equals are equal and chance decides among them

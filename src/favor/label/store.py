@@ -170,7 +170,7 @@ def golds(db: Db) -> dict[int, Verdict | None]:
 def _pair(row: Iterable[Any]) -> Pair:
     *texts, source, gold = row
     prompt, first, second, tools, ended = map(json.loads, texts)
-    return Pair(*map(_text, (prompt, first, second)), tools and tuple(tools), tuple(ended), source, gold)
+    return Pair(_text(prompt), _text(first), _text(second), tools and tuple(tools), tuple(ended), source, gold)
 
 
 def _text(value: str | list[Message]) -> Text:
