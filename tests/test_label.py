@@ -131,8 +131,8 @@ def test_a_newer_layout_is_refused(db, tmp_path):
 
 
 def taken(db, tmp_path, rows, **settings):
-    config = LabelConfig(data=write_jsonl(tmp_path / "in.jsonl", rows), **settings)
-    return take_in(db, config)[0]
+    ((tally, pairs),) = take_in(LabelConfig(data=write_jsonl(tmp_path / "in.jsonl", rows), **settings))
+    return tally, store.add_pairs(db, pairs)
 
 
 def answers(db):
@@ -141,8 +141,8 @@ def answers(db):
 
 def test_samples_make_every_pair_of_different_answers(db, tmp_path):
     row = {"prompt": "p", "responses": ["a", "b ", " ", "b", "c"], "ended": [True, True, True, True, False]}
-    tally = taken(db, tmp_path, [row])
-    assert (tally.pairs, tally.new, tally.blank, tally.same) == (3, 3, 1, 1)
+    tally, new = taken(db, tmp_path, [row])
+    assert (tally.rows, tally.pairs, new, tally.blank, tally.same) == (1, 3, 3, 1, 1)
     assert answers(db) == {frozenset(x) for x in (("a", "b "), ("a", "c"), ("b ", "c"))}
     ended = {
         text: e
@@ -154,13 +154,13 @@ def test_samples_make_every_pair_of_different_answers(db, tmp_path):
 
 def test_the_same_file_again_adds_nothing(db, tmp_path):
     rows = [{"prompt": "p", "responses": ["a", "b"]}]
-    assert taken(db, tmp_path, rows).new == 1
-    assert taken(db, tmp_path, rows).new == 0
+    assert taken(db, tmp_path, rows)[1] == 1
+    assert taken(db, tmp_path, rows)[1] == 0
 
 
 def test_answers_that_stand_alone_meet_by_their_prompt(db, tmp_path):
     rows = [{"prompt": p, "response": r} for p, r in (("p", "before"), ("q", "x"), ("p", "after"), ("q", "x"))]
-    tally = taken(db, tmp_path, rows)
+    tally, _ = taken(db, tmp_path, rows)
     assert answers(db) == {frozenset(("before", "after"))}
     assert tally.same == 1
 
@@ -177,21 +177,22 @@ def test_two_answers_without_a_verdict(db, tmp_path):
 
 def test_at_most_so_many_pairs_a_prompt_the_same_every_time(db, tmp_path):
     rows = [{"prompt": p, "responses": [p + x for x in "abcde"]} for p in "pq"]
-    assert taken(db, tmp_path, rows, pairs_per_prompt=3).new == 6
-    assert taken(db, tmp_path, rows, pairs_per_prompt=3).new == 0
+    assert taken(db, tmp_path, rows, pairs_per_prompt=3)[1] == 6
+    assert taken(db, tmp_path, rows, pairs_per_prompt=3)[1] == 0
     assert Counter(pair.prompt for pair in store.pairs(db).values()) == {"p": 3, "q": 3}
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent / "data/formats").glob("*.jsonl")), ids=lambda p: p.stem)
-def test_every_format_can_be_labelled(path, db):
+def test_every_format_can_be_labelled(path):
     """Whatever favor trains on can be shown; files with one answer a prompt have nothing to compare, and say so."""
     config = LabelConfig(data=str(path), format="alpaca" if path.stem == "alpaca_ranking" else "auto")
     if path.stem == "sft":
         with pytest.raises(DataError, match="nothing to compare"):
-            take_in(db, config)
+            take_in(config)
         return
-    assert take_in(db, config)[0].pairs > 0
-    assert all(pair.gold is None for pair in store.pairs(db).values())
+    ((tally, pairs),) = take_in(config)
+    assert tally.pairs == len(pairs) > 0
+    assert all(pair.gold is None for pair in pairs)
 
 
 def test_gold_keeps_its_verdict(db, tmp_path):
@@ -200,16 +201,17 @@ def test_gold_keeps_its_verdict(db, tmp_path):
         {"prompt": "q", "first": "a", "second": "b", "verdict": "tie"},
         {"prompt": "r", "first": "a", "second": "b", "verdict": "both_bad"},
     ]
-    take_in(db, LabelConfig(gold=write_jsonl(tmp_path / "g.jsonl", rows)))
+    ((_, found),) = take_in(LabelConfig(gold=write_jsonl(tmp_path / "g.jsonl", rows)))
+    store.add_pairs(db, found)
     p, q, r = store.pairs(db).values()
     assert (p.first if p.gold == "first" else p.second) == "b"
     assert (q.gold, r.gold) == ("tie", "both_bad")
 
 
-def test_gold_without_an_answer_is_refused(db, tmp_path):
+def test_gold_without_an_answer_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "g.jsonl", [{"prompt": "p", "completion": "a", "label": True}])
     with pytest.raises(DataError, match=r"g\.jsonl, row 1: it says of no two answers"):
-        take_in(db, LabelConfig(gold=path))
+        take_in(LabelConfig(gold=path))
 
 
 def test_a_bad_row_is_named(db, tmp_path):
@@ -588,6 +590,23 @@ def test_a_missing_package_is_named(db, tmp_path, monkeypatch):
         label(LabelConfig(db=str(tmp_path / "labels.sqlite")), print)
 
 
-def test_a_recipe_does_one_thing():
-    with pytest.raises(ConfigError, match="one or the other"):
-        load(LabelConfig, None, ["data=x.jsonl", "out=y.jsonl"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data=x.jsonl", "out=y.jsonl"], "data would be ignored: out=FILE writes the labels and ends"),
+        (["port=1", "seed=2", "out=y.jsonl"], "port, seed would be ignored"),
+        (["max_rows=3", "gold=g.jsonl"], "max_rows would be ignored: there is no data=FILE"),
+        (["data=x.jsonl", "overwrite=true"], "overwrite would be ignored"),
+        (["data=x.jsonl", "columns.answer=a"], "columns names answer, which no format reads"),
+        (["data=x.jsonl", "format=pear"], "did you mean"),
+    ],
+)
+def test_nothing_is_accepted_and_ignored(words, said):
+    with pytest.raises(ConfigError, match=said):
+        load(LabelConfig, None, words)
+
+
+def test_a_file_that_cannot_be_read_leaves_no_store(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        label(LabelConfig(data=str(tmp_path / "none.jsonl"), db=str(tmp_path / "l.sqlite")), print)
+    assert list(tmp_path.iterdir()) == []

@@ -45,9 +45,9 @@ class Exported:
 
     def __str__(self) -> str:
         return (
-            f"{self.rows} rows: {self.votes} votes of {self.people} people on {self.pairs} pairs (among them {self.ties} ties, "
-            f"{self.both_bad} both bad), {self.edits} edited answers, {self.mostly_bad} pairs mostly called bad; "
-            f"left out: {self.gold} gold pairs, {self.skips} skips, {self.unvoted} pairs without a vote"
+            f"{self.rows} rows from {self.votes} votes of {self.people} people on {self.pairs} pairs; ties: {self.ties}; both "
+            f"bad: {self.both_bad}, pairs mostly so: {self.mostly_bad}; edited answers: {self.edits}; left out: gold pairs "
+            f"{self.gold}, skips {self.skips}, pairs without a vote {self.unvoted}"
         )
 
 

@@ -14,51 +14,46 @@ from favor.data import sources
 from favor.data.formats import FORMATS, Judgment, RowError, check_order, fields, recognise
 from favor.data.formats.columns import named
 from favor.errors import DataError
-from favor.label import store
 from favor.label.settings import LabelConfig
-from favor.label.store import Db, Pair, Verdict
+from favor.label.store import Pair, Verdict
 
 
 @dataclass
 class Tally:
-    """What became of a source: rows read, pairs found, those that are new; blank and repeated answers, which make no pair."""
+    """What became of a source: rows read, pairs found; blank and repeated answers, which make no pair."""
 
     source: str
     rows: int = 0
     pairs: int = 0
-    new: int = 0
     blank: int = 0
     same: int = 0
 
     def __str__(self) -> str:
         left_out = ", ".join(f"{n} {what}" for n, what in ((self.blank, "blank"), (self.same, "repeated")) if n)
-        said = f"{self.source}: {self.rows} rows, {self.pairs} pairs, {self.new} of them new"
-        return said + (f"; left out: {left_out} answers" if left_out else "")
+        return f"{self.source}: {self.rows} rows, {self.pairs} pairs" + (
+            f" ({left_out} answers left out)" if left_out else ""
+        )
 
 
-def take_in(db: Db, config: LabelConfig) -> list[Tally]:
-    """Add the pairs of `data` and of `gold`. Raises DataError, naming the row, for what cannot be read or compared."""
-    found: list[Tally] = []
+def take_in(config: LabelConfig) -> list[tuple[Tally, list[Pair]]]:
+    """The pairs of `data` and of `gold`. Raises DataError, naming the row, for what cannot be read or compared."""
+    found: list[tuple[Tally, list[Pair]]] = []
     if config.data is not None:
         tally = Tally(config.data)
         by_prompt: dict[str, list[Pair]] = {}
         for pair in _data(config.data, config, tally):
             by_prompt.setdefault(json.dumps([pair.prompt, pair.tools], sort_keys=True), []).append(pair)
-        pairs = [pair for prompt, mine in by_prompt.items() for pair in _some(mine, config, prompt)]
-        found.append(_added(db, pairs, tally))
+        found.append((tally, [pair for prompt, mine in by_prompt.items() for pair in _some(mine, config, prompt)]))
     if config.gold is not None:
         tally = Tally(config.gold)
-        found.append(_added(db, list(_gold(config.gold, config, tally)), tally))
+        found.append((tally, list(_gold(config.gold, config, tally))))
+    for tally, pairs in found:
+        tally.pairs = len(pairs)
+        if not pairs:
+            raise DataError(
+                f"{tally.source}: nothing to compare: no prompt has two different answers; name a file whose prompts do"
+            )
     return found
-
-
-def _added(db: Db, pairs: list[Pair], tally: Tally) -> Tally:
-    if not pairs:
-        raise DataError(
-            f"{tally.source}: nothing to compare: no prompt has two different answers; name a file whose prompts do"
-        )
-    tally.pairs, tally.new = len(pairs), store.add_pairs(db, pairs)
-    return tally
 
 
 def _some(pairs: list[Pair], config: LabelConfig, prompt: str) -> list[Pair]:

@@ -39,13 +39,14 @@ def _open(config: LabelConfig, say: Callable[[str], object]) -> None:
     from favor.label.intake import take_in
     from favor.label.server import serve
 
-    path = Path(config.db)
-    with store.opened(path, new=config.data is not None or config.gold is not None) as db:
-        for tally in take_in(db, config):
-            say(str(tally))
-        if not (pairs := store.golds(db)):
+    path, found = Path(config.db), take_in(config)
+    # a file that cannot be read leaves no store behind
+    with store.opened(path, new=bool(found)) as db:
+        for tally, pairs in found:
+            say(f"{tally}; {store.add_pairs(db, pairs)} of them new")
+        if not (known := store.golds(db)):
             raise ConfigError(f"db={path}: holds no pairs; add some with data=FILE")
-        say(f"{path}: {len(pairs)} pairs, {len(store.votes(db))} answers so far")
+        say(f"{path}: {len(known)} pairs, {len(store.votes(db))} answers so far")
 
         def started(lines: Sequence[str]) -> None:
             for line in (*lines, f"when done: favor label db={path} out=labels.jsonl"):

@@ -5,9 +5,15 @@ In: a recipe. Out: LabelConfig. Next: store.py.
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from favor.config import STRICT, Overwrite, Seed
+from favor.data.formats import columns_of
+from favor.data.settings import known_format
+
+# settings that are read beside `out`, and those that say how `data` is read
+_OF_OUT = {"db", "out", "labels", "overwrite"}
+_OF_DATA = {"format", "columns", "max_rows", "pairs_per_prompt"}
 
 
 class LabelConfig(BaseModel):
@@ -44,10 +50,25 @@ class LabelConfig(BaseModel):
     """What a row of `out` holds: every vote, or how likely each answer is the better one, given how able people are."""
     overwrite: Overwrite = False
 
+    @field_validator("format")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return known_format(name)
+
     @model_validator(mode="after")
-    def _one_job(self) -> Self:
-        if self.out is not None and (self.data is not None or self.gold is not None):
+    def _all_read(self) -> Self:
+        if self.out is not None:
+            unread, why = self.model_fields_set - _OF_OUT, "out=FILE writes the labels and ends"
+        elif self.data is None:
+            unread, why = self.model_fields_set & _OF_DATA, "there is no data=FILE"
+        else:
+            unread, why = set[str](), ""
+        if unread:
+            raise ValueError(f"{', '.join(sorted(unread))} would be ignored: {why}; drop one or the other")
+        if self.overwrite and self.out is None:
+            raise ValueError("overwrite would be ignored: it belongs to out=FILE")
+        if odd := sorted(self.columns.keys() - columns_of(self.format)):
             raise ValueError(
-                "out=FILE writes the labels and ends, so data and gold would not be read; give one or the other"
+                f"columns names {', '.join(odd)}, which no format reads; favor's names are in docs/formats.md"
             )
         return self
