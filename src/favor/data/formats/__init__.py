@@ -54,10 +54,7 @@ FORMATS: dict[str, Format] = {
     "helpsteer": _row(published.helpsteer, "prompt response helpfulness", says="order scores"),
     "verdict": _row(plain.verdict, "first second verdict", "ended prompt tools weight", "order votes sides thumbs"),
     "votes": _row(
-        plain.votes,
-        "prompt responses votes | prompt responses choices",
-        "ended tools weight",
-        "order scores votes sides",
+        plain.votes, "prompt responses votes|prompt responses choices", "ended tools weight", "order scores votes sides"
     ),
     "ranked": _row(
         plain.ranked, "responses ranking | responses scores", "prompt ended tools weight", "order scores sides"
