@@ -67,7 +67,7 @@ def test_pairs_are_those_of_a_batch():
 
 PROGRAM = """
 from types import SimpleNamespace
-import favor.model.batched as batched, favor.train.rollout as rollout
+from favor.model import batched; from favor.train import rollout
 plain, sample, log = batched.batches.build, rollout.sample, open({log!r} + __import__("os").environ.get("RANK", "0"), "w")
 def build(trees, layout, *rest):
     print("computed", len(trees), file=log, flush=True)

@@ -122,7 +122,9 @@ def bad_inputs():
     return {
         "no such recipe": (lambda i, h: ["train", "no.toml"], ["no.toml", "no such recipe"]),
         "broken TOML": (toml("run = "), ["r.toml", "not valid TOML"]),
-        "unknown key": (words("optim.learning_rate=1"), ["optim.learning_rate", "known here"]),
+        "unknown key": (words("optim.speed=1"), ["optim.speed", "known here"]),
+        "name of TRL": (words("optim.learning_rate=1"), ["TRL's learning_rate is favor's optim.lr"]),
+        "loss of TRL": (words("loss.kind=exo_pair"), ["TRL's exo_pair is favor's exo"]),
         "misspelt key": (words("loss.bata=1"), ["loss.bata", "did you mean 'loss.beta'"]),
         "wrong type": (words("train.batch_prompts=many"), ["train.batch_prompts", "'many'"]),
         "out of range": (words("loss.beta=-1"), ["loss.beta", "greater than 0"]),

@@ -248,7 +248,7 @@ def test_reference_store_is_reused_over_losses_and_refused_when_stale(world_of_f
 
 
 def test_wrong_reference_is_caught_at_step_0(world_of_films, tmp_path, monkeypatch):
-    import favor.train.preference as module
+    from favor.train import preference as module
 
     honest = module.measured
     monkeypatch.setattr(

@@ -4,7 +4,7 @@ In: a validated recipe, the terminal. Out: files and lines for the user. What a 
 Next: cli.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -215,6 +215,11 @@ OTHERS: Mapping[str, Callable[[], Command]] = {
 
 def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")]) -> None:
     """Write report.html into the first run folder: curves, samples, numbers, settings."""
+    print(f"report: {write_report(runs)}")
+
+
+def write_report(runs: Sequence[Path]) -> Path:
+    """Write the page of these runs into the first one's folder; returns its path. Raises CheckpointError where there is no run."""
     from favor_frontier.page import SECTIONS
 
     from favor.report.page import collect, write_page
@@ -222,7 +227,7 @@ def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; several
 
     path = RunFolder(runs[0]).report
     write_page([collect(run, SECTIONS) for run in runs], path)
-    print(f"report: {path}")
+    return path
 
 
 def init(

@@ -9,6 +9,7 @@ import inspect
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_origin, get_type_hints
 
 import tomli_w
@@ -40,7 +41,16 @@ def load(schema: type[M], recipe: Path | None, overrides: Sequence[str] = ()) ->
     is offered), a value of the wrong type or outside its range.
     """
     tree, words = _tree(recipe, overrides)
-    where = str(recipe) if recipe else "settings"
+    return checked(schema, tree, str(recipe) if recipe else "settings", words)
+
+
+def checked(
+    schema: type[M], tree: dict[str, Any], where: str, words: Mapping[tuple[str, ...], str] = MappingProxyType({})
+) -> M:
+    """A recipe given as nested dicts; `where` names it in messages. words: overrides by path, as they were typed.
+
+    Raises ConfigError as `load` does.
+    """
     try:
         try:
             found = schema.model_validate(_with_own(schema, tree))

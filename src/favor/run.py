@@ -38,6 +38,7 @@ class RunFolder:
     mark = _Inside(".favor.json")  # by which favor knows the folder: hashes of the recipes that it wrote there
     lock = _Inside(".lock")  # held by the process that writes here; says who that is
     config = _Inside("config.toml")  # the resolved recipe
+    given = _Inside("given")  # what Python held in memory: models, rows (JSONL), and in a .favor.json their hashes
     inputs = _Inside("inputs.json")  # hashes of what entered
     data_report = _Inside("data.json")  # what was read, merged, cut and dropped
     metrics = _Inside("metrics.jsonl")  # one object a line; `kind` says which: step, eval, event (docs/metrics.md)
@@ -148,7 +149,12 @@ def is_ours(root: Path) -> bool:
     """
     folder = RunFolder(root)
     if not folder.config.exists():
-        return all(path.name in _BEFORE or guard.temporary(path) for path in root.iterdir())
+        return all(
+            path.name in _BEFORE
+            or guard.temporary(path)
+            or (path == folder.given and (path / folder.mark.name).exists())
+            for path in root.iterdir()
+        )
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if guard.file_hash(folder.config) in json.loads(folder.mark.read_bytes())["recipes"]:
             return True
@@ -157,7 +163,7 @@ def is_ours(root: Path) -> bool:
 
 def holds_work(folder: RunFolder, opening: Set[str] = _OPENING | _BEFORE) -> bool:
     """Whether something was made of a start: there is more than what every start writes, or a step."""
-    files = (path for path in folder.root.rglob("*") if not path.is_dir())
+    files = (path for path in folder.root.rglob("*") if not path.is_dir() and folder.given not in path.parents)
     more = any(path.name not in opening and not guard.temporary(path) for path in files)
     return more or folder.checkpoints.exists() or _has_steps(folder)
 

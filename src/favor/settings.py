@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from favor.errors import ConfigError, clipped, without_secrets
+from favor.trl import names as trl
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -238,6 +239,8 @@ def _kinds(key: str, here: Sequence[type[BaseModel]], section: Any, given: str) 
     if not isinstance(section, dict):
         return f"'{key}' is a section, found {given}; set {key}.kind=..., one of {known}"
     said = clipped(without_secrets(repr(section["kind"]))) if "kind" in section else "not set"
+    if key == "loss" and (told := trl.loss_called(str(section.get("kind")))):
+        return f"'{key}.kind' is {said}; {told}"
     return f"'{key}.kind' is {said}; choose one of {known}"
 
 
@@ -266,10 +269,12 @@ def _advice(key: str, schema: type[BaseModel], here: Sequence[type[BaseModel]]) 
         readers = clipped(", ".join(_readers(key, schema)))
         kind = f"kind '{kind_of(here[0])}'" if kind_of(here[0]) else "the kind that is chosen"
         return f"it is not read by {kind}; remove it or choose a kind that reads it ({readers})"
+    leaf = key.rsplit(".", 1)[-1]
+    if (told := trl.called(leaf)) and trl.KEYS.get(leaf, valid[0]) in valid:
+        return told
     # never the section in which the key stands
     close = [name for name in difflib.get_close_matches(key, valid, n=3, cutoff=0.75) if not key.startswith(f"{name}.")]
     if not close:
-        leaf = key.rsplit(".", 1)[-1]
         close = [name for name in valid if name.rsplit(".", 1)[-1] == leaf][:1]
     if close:
         return f"did you mean '{close[0]}'?"

@@ -60,7 +60,7 @@ class HoldOutConfig(BaseModel):
 
 
 class DataConfig(BaseModel):
-    """Section [data]. A source is a .jsonl, .jsonl.gz, .json or .parquet file, a glob or folder, a saved data set, a hub id."""
+    """Section [data]. A source is a .jsonl, .jsonl.gz, .json, .csv, .tsv or .parquet file, a glob, a folder, a hub id."""
 
     model_config = STRICT
     train: str | None = None

@@ -25,8 +25,11 @@ _READERS = {
     ".jsonl": readers.json_lines,
     ".jsonl.gz": readers.gzip_lines,
     ".json": tables.json_list,
+    ".csv": tables.csv_rows,
+    ".tsv": tables.csv_rows,
     ".parquet": tables.parquet,
 }
+_KINDS = "{}, {}, {}, {}, {} or {}".format(*_READERS)
 
 
 def read_objects(source: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -178,9 +181,7 @@ def _in_folder(folder: Path) -> list[Path]:
     found = [path for path in inside if _reader_of(path) is not None and _kind(path) == "file"]
     if not found:
         names = ", ".join(path.name for path in inside[:3]) or "nothing"
-        raise DataError(
-            f"{folder}: no data file in this folder ({names}); it needs .jsonl, .jsonl.gz, .json or .parquet files"
-        )
+        raise DataError(f"{folder}: no data file in this folder ({names}); it needs {_KINDS} files")
     return _once(found)
 
 
@@ -200,7 +201,7 @@ def _numbered_through(found: Sequence[Path]) -> Iterator[tuple[Path, int, int, A
     for path in found:
         reader, last = _reader_of(path), 0
         if reader is None:
-            raise DataError(f"{path}: unknown kind of file; name a .jsonl, .jsonl.gz, .json or .parquet file")
+            raise DataError(f"{path}: unknown kind of file; name a {_KINDS} file")
         stamp = stamps([path])
         with readable(path):
             for row, value in reader(path):
@@ -212,5 +213,5 @@ def _numbered_through(found: Sequence[Path]) -> Iterator[tuple[Path, int, int, A
 
 
 def _looks_like_hub_id(source: str) -> bool:
-    known_ending = source.endswith((".jsonl", ".gz", ".json", ".parquet", ".csv", ".txt"))
+    known_ending = source.endswith((".jsonl", ".gz", ".json", ".parquet", ".csv", ".tsv", ".txt"))
     return source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not known_ending

@@ -1,9 +1,10 @@
-"""Rows of what is not read line by line: JSON lists, Parquet files, saved data sets, the hub.
+"""Rows of what is not read line by line: JSON lists, CSV and Parquet files, saved data sets, the hub.
 
 In: a path, or the name of a data set. Out: rows as readers.py gives them. Next: sources.py.
 """
 
 import contextlib
+import csv
 import datetime
 import decimal
 import json
@@ -20,6 +21,30 @@ from favor.errors import DataError
 _Table: TypeAlias = Any
 # Rows of a table held at once.
 _BATCH = 1024
+# Columns of a CSV file that hold no text: their cells are numbers, truth values or lists, as JSON writes them.
+NOT_TEXT = frozenset(
+    (
+        *(
+            "weight",
+            "margin",
+            "tie",
+            "label",
+            "kto_tag",
+            "labels",
+            "choice",
+            "tools",
+            "messages",
+            "conversations",
+            "context",
+        ),
+        *("responses", "ranking", "scores", "votes", "choices", "verdict", "ended", "answers", "completions"),
+        *("score_chosen", "score_rejected", "score_A", "score_B", "score_ratio", "preference_strength"),
+        *("overall_preference", "helpfulness", "correctness", "coherence", "complexity", "verbosity"),
+    )
+)
+_TRUTHS = {"true": True, "false": False}
+# characters of a cell: more than any text has, and less than fills the memory
+_LARGEST_CELL = 1 << 28
 # texts, brackets, and all else that is not between values
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]|[^\s,:\[\]{}"]++', re.DOTALL)
 
@@ -88,6 +113,75 @@ def _end_at(text: str, start: int) -> int | None:
         if depth <= 0:
             return token.end()
     return None
+
+
+def csv_rows(path: Path) -> Numbered:
+    """The rows of a CSV or TSV file whose first line names the columns; a row's number is the line on which it begins.
+
+    A cell is text, but for columns of NOT_TEXT and for chat messages as JSON; an empty cell is a missing value.
+    Raises DataError for a header that names a column twice, and where quotes do not match.
+    """
+    with path.open("rb") as start:
+        readers.refuse_other_kinds(path, start.read(4))
+    csv.field_size_limit(_LARGEST_CELL)
+    # what is not UTF-8 spoils its own row alone
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        header = file.readline()
+        file.seek(0)
+        lines = csv.reader(file, delimiter=_separator(path, header), strict=True)
+        try:
+            names = _column_names(path, next(lines, []))
+            last = lines.line_num
+            for cells in lines:
+                number, last = last + 1, lines.line_num
+                if cells:
+                    yield number, _csv_row(names, cells)
+        except csv.Error as error:
+            advice = "put a text that holds a quote or the separator between quotes, and double each quote in it"
+            raise DataError(f"{path}, line {lines.line_num}: not CSV ({error}); {advice}") from None
+
+
+def _separator(path: Path, header: str) -> str:
+    """A tab in .tsv; in .csv the first of comma, semicolon and tab that the header holds (some spreadsheets write semicolons)."""
+    return "\t" if path.suffix == ".tsv" else next((sign for sign in ",;\t" if sign in header), ",")
+
+
+def _column_names(path: Path, cells: list[str]) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}, line 1: the column '{twice}' appears twice; remove one")
+    return names
+
+
+def _csv_row(names: list[str], cells: list[str]) -> Any:
+    """A row by its columns; columns without a name (an index that pandas wrote) are left out."""
+    if len(cells) != len(names):
+        return RowError(f"it has {len(cells)} cells, and the header names {len(names)} columns")
+    try:
+        return {name: _cell(name, text) for name, text in zip(names, cells, strict=True) if name}
+    except RowError as error:
+        return error
+
+
+def _cell(name: str, text: str) -> Any:
+    if not text:
+        return None
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise RowError(f"{name} is not UTF-8 text; save the file as UTF-8")
+    word = text.strip()
+    if word.startswith("[{'") and "'role'" in word:
+        raise RowError(f"{name} holds messages as Python writes them; write them as JSON (json.dumps)")
+    if name not in NOT_TEXT and not word.startswith("[{"):
+        return text
+    if word.lower() in _TRUTHS:
+        return _TRUTHS[word.lower()]
+    try:
+        value = readers.parse(word)
+    except ValueError:
+        return text
+    is_chat = isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value)
+    return value if name in NOT_TEXT or is_chat else text
 
 
 def parquet(path: Path) -> Numbered:

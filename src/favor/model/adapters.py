@@ -67,18 +67,18 @@ def load_adapted(
     brought = frozenset(name.removeprefix("base_model.model.") for name in here)
     mismatched = {name: shapes for name, shapes in found.mismatched.items() if name not in brought}
     missing, unexpected = (found.missing - brought) | (wanted - here), found.unexpected | (here - wanted)
-    return _merged(adapted, path), Unmatched(missing, unexpected, mismatched)
+    return merged(adapted, path), Unmatched(missing, unexpected, mismatched)
 
 
-def _merged(adapted: PeftModel, path: str) -> Any:
+def merged(adapted: PeftModel, path: str) -> Any:
     """The base with its adapter folded in. Raises CheckpointError where that changes what the model says."""
-    ids = torch.arange(1, 9)[None]
+    ids = torch.arange(1, 9, device=next(adapted.parameters()).device)[None]
     with readable(path, "adapter"), warnings.catch_warnings(), torch.no_grad():
         # peft warns of tied weights; whether they matter is seen below
         warnings.simplefilter("ignore")
         before = adapted.eval()(input_ids=ids, use_cache=False).logits
-        merged: Any = adapted.merge_and_unload()
-        after = merged(input_ids=ids, use_cache=False).logits
+        folded: Any = adapted.merge_and_unload()
+        after = folded(input_ids=ids, use_cache=False).logits
     if not bool(torch.isfinite(after).all()):
         raise CheckpointError(f"{path}: its outputs are not finite; the adapter is damaged, fetch it again")
     worst = float((after - before).abs().max())
@@ -87,8 +87,8 @@ def _merged(adapted: PeftModel, path: str) -> Any:
             f"{path}: its adapter cannot be merged into the base exactly (outputs change by {worst:.2g}; tied weights?); "
             "name a model that it has been merged into"
         )
-    head, table = merged.get_output_embeddings(), merged.get_input_embeddings()
-    if head is not None and merged.config.tie_word_embeddings and head.weight is not table.weight:
+    head, table = folded.get_output_embeddings(), folded.get_input_embeddings()
+    if head is not None and folded.config.tie_word_embeddings and head.weight is not table.weight:
         # else saving would leave the head out
-        merged.config.tie_word_embeddings = False
-    return merged.requires_grad_(True)
+        folded.config.tie_word_embeddings = False
+    return folded.requires_grad_(True)

@@ -4,6 +4,7 @@ In: a run folder and a World. Out: a Session whose parts the loops call. Next: p
 """
 
 import contextlib
+import importlib.util
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -83,10 +84,10 @@ class Session:
 OpenSession: TypeAlias = Callable[[Path], Session]
 
 
-def in_session(run: Callable[[OpenSession], T], kept: str = _NOTHING_KEPT) -> T:
+def in_session(run: Callable[[OpenSession], T], kept: str = _NOTHING_KEPT, console: Console | None = None) -> T:
     """Call `run` with a way to open its session; kept: what is said when a signal comes while no step is under way."""
     memory_settings()
-    console = Console(highlight=False)
+    console = console or Console(highlight=False)
     with world() as members, stop_signals(kept) as stop:
         return run(lambda root: Session(RunFolder(root), members, console, stop))
 
@@ -113,6 +114,11 @@ def load_splits(data: DataConfig, tokens: TokensConfig, policy: Policy, session:
     return splits
 
 
+def moves(console: Console) -> bool:
+    """Whether a line can be drawn anew: on a terminal, and in a notebook with ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+
+
 class Bar:
     """A progress line: steps, ETA and the figures of the last step. Plain lines when nobody watches a terminal."""
 
@@ -128,7 +134,7 @@ class Bar:
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[figures]}"),
             console=session.console,
-            disable=not session.world.is_main or not session.console.is_terminal,
+            disable=not session.world.is_main or not moves(session.console),
         )
         self._task: TaskID = self._progress.add_task(label, total=total, completed=start, figures="")
         self._last_line = 0.0
@@ -143,7 +149,7 @@ class Bar:
     def advance(self, amount: int, figures: str = "") -> None:
         """Move on and show the figures; without a terminal a line every few seconds says the same."""
         self._progress.update(self._task, advance=amount, figures=figures)
-        if self._session.console.is_terminal:
+        if moves(self._session.console):
             return
         task = self._progress.tasks[0]
         now = time.monotonic()

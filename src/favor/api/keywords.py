@@ -1,0 +1,124 @@
+"""Keywords of Python -> a recipe's nested dicts: sections as dicts, dotted keys, plain names where one setting has it.
+
+In: a command's config class and keywords. Out: what TOML would hold, still unchecked. Next: inputs.py.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from favor.errors import ConfigError
+from favor.settings import RENAMED, kind_of, models
+from favor.trl import names as trl
+
+
+def tree_of(schema: type[BaseModel], words: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keywords as a recipe. None counts as not given; `where` names the function in messages.
+
+    Raises ConfigError for a name that no setting has or several have, and for a setting that is given twice.
+    """
+    tree: dict[str, Any] = {}
+    given = {name: _plain(value) for name, value in words.items() if value is not None}
+    flat = {name: value for name, value in given.items() if "." not in name and name not in schema.model_fields}
+    for name in given.keys() - flat.keys():
+        put(tree, name, given[name], where)
+    # a plain name may depend on the kinds that are chosen above
+    for name, value in flat.items():
+        put(tree, _key(schema, name, tree, where), value, where)
+    return tree
+
+
+def put(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a dotted key; two dicts for one section are joined. Raises ConfigError for what is set already."""
+    *parents, leaf = key.split(".")
+    node = tree
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(
+                f"{where}: '{part}' is {node!r:.80}, but {key} belongs to that section; give a dict there"
+            )
+    before = node.get(leaf)
+    if isinstance(before, dict) and isinstance(value, dict):
+        for inner, one in value.items():
+            put(node, f"{leaf}.{inner}", one, where)
+    elif leaf in node:
+        raise ConfigError(f"{where}: {key} is given twice ({before!r:.80} and {value!r:.80}); give it once")
+    else:
+        node[leaf] = value
+
+
+def _plain(value: Any) -> Any:
+    """What a recipe can hold: paths are text, absent values are left out, and nothing of the caller's is changed later."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _key(schema: type[BaseModel], name: str, tree: Mapping[str, Any], where: str) -> str:
+    """The one setting of this plain name. Raises ConfigError for none, and for several that it could mean."""
+    found = {key: state for key, state in _keys(schema, tree).items() if key.rpartition(".")[2] == name}
+    read = [key for key, state in found.items() if state == "read"]
+    # what another kind reads is no rival, but a section that is off might be meant
+    if len(read) == 1 and "off" not in found.values():
+        return read[0]
+    if len(found) == 1:
+        return next(iter(found))
+    if not found:
+        raise ConfigError(f"{where}: unknown keyword '{name}'; {_advice(schema, name)}")
+    section, _, leaf = next(iter(found)).rpartition(".")
+    said = f"{section.partition('.')[0]}={_nested(section, leaf)}"
+    raise ConfigError(f"{where}: '{name}' could be {', '.join(found)}; say which, as in {said}")
+
+
+def _nested(section: str, leaf: str) -> str:
+    said = f'{{"{leaf}": ...}}'
+    for part in reversed(section.split(".")[1:]):
+        said = f'{{"{part}": {said}}}'
+    return said
+
+
+def _keys(schema: type[BaseModel], given: Any, prefix: str = "", state: str = "read") -> dict[str, str]:
+    """Dotted keys below a section, each with its state: read, off (its section is not written), other (another kind reads it).
+
+    A choice that is off is left out: its settings are those of another command.
+    """
+    here = given if isinstance(given, Mapping) else {}
+    found: dict[str, str] = {}
+    for name, field in schema.model_fields.items():
+        key, inner = prefix + name, here.get(name)
+        found.setdefault(key, state)
+        sections = list(models(field.annotation, lists=False))
+        off = field.default is None and inner is None
+        if len(sections) > 1 and off:
+            continue
+        default = kind_of(type(field.default)) if isinstance(field.default, BaseModel) else None
+        chosen = inner.get("kind", default) if isinstance(inner, Mapping) else default
+        several = len(sections) > 1
+        of_kind = [section for section in sections if not several or kind_of(section) == chosen]
+        # those that are read first, so that a key that several kinds have counts as read
+        for section in dict.fromkeys([*of_kind, *sections]):
+            below = "off" if off else state if section in of_kind else "other"
+            for inner_key, its in _keys(section, inner, f"{key}.", below).items():
+                found.setdefault(inner_key, its)
+    return found
+
+
+def _advice(schema: type[BaseModel], name: str) -> str:
+    """TRL's name, an old name, the nearest name, or where all names are listed."""
+    known = list(_keys(schema, {}))
+    if (told := trl.called(name)) and trl.KEYS.get(name, known[0]) in known:
+        return told
+    renamed = next((now for old, now in RENAMED.items() if old.rpartition(".")[2] == name and now in known), None)
+    if renamed is not None:
+        return f"it is called '{renamed}' now"
+    leaves: dict[str, list[str]] = {}
+    for key in known:
+        leaves.setdefault(key.rpartition(".")[2], []).append(key)
+    near = [key for leaf in difflib.get_close_matches(name, leaves, cutoff=0.7) for key in leaves[leaf]]
+    return f"did you mean {' or '.join(near[:4])}?" if near else f"known here: {', '.join(schema.model_fields)}"
