@@ -16,7 +16,7 @@ BASE = {"errors", "config", "run", "guard"}
 ALLOWED = {
     "errors": set(),
     "stop": {"errors"},
-    "settings": {"errors"},
+    "settings": {"errors", "trl.names"},
     "config": {"errors", "settings"},
     "guard": {"errors"},
     "run": {"errors", "guard"},
@@ -37,8 +37,14 @@ ALLOWED = {
     "demo": BASE | {"stop", "rewards", "eval", "train", "report"},
     "online": BASE | {"output", "stop", "data", "losses", "model", "rewards", "generate", "train"},
     "init": BASE | {"data", "settings", "train"},
+    "trl": BASE | {"losses", "train"},
+    # favor in Python: what the commands call, called
+    "api": BASE
+    | {"settings", "data", "model", "ranks", "stop", "generate", "eval", "train", "lint", "report", "winrate"}
+    | {"commands", "trl.names", "favor_frontier"},
     "commands": BASE
-    | {"model", "eval", "train", "report", "generate", "winrate", "demo", "online", "lint", "label", "stop", "init"}
+    | {"model", "eval", "train", "report", "generate", "winrate", "demo", "online", "lint", "label", "stop"}
+    | {"init", "trl"}
     # the paper's experiment stands on the library; nothing of the library may know it, but for its command
     | {"favor_frontier"},
     "cli": BASE | {"commands", "train", "stop", "settings"},

@@ -242,6 +242,15 @@ def init(
     print(f"recipe: {out}; run it by: favor {command} {out}")
 
 
+def from_trl(
+    file: Annotated[Path, typer.Argument(help="A script with a DPOConfig, a dict, or the YAML or JSON of one.")],
+) -> None:
+    """Print a configuration of TRL as a recipe, with comments on what has no equal; the file is read, never run."""
+    from favor.trl.recipe import recipe_of
+
+    print(recipe_of(file), end="")
+
+
 def _continued() -> "AbstractContextManager[StopRequest]":
     """Signals in a command that keeps what it has made and takes it up again."""
     from favor.stop import stop_signals
