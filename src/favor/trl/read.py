@@ -14,7 +14,8 @@ from favor.errors import ConfigError, clipped
 
 # bytes: more must be another kind of file
 _LARGEST = 1 << 20
-_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle")
+# files that run code when Python opens them
+_RUNS = (".bin", ".pt", ".pth", ".pkl")
 # calls whose keywords are read; LoraConfig's have other names on TRL's command line
 _CALLS = ("DPOConfig", "TrainingArguments", "ModelConfig", "ScriptArguments", "LoraConfig")
 _LORA = {"r": "lora_r", "target_modules": "lora_target_modules"}
@@ -29,10 +30,10 @@ class Given:
 
 
 def read_config(path: Path) -> Given:
-    """Raises ConfigError for a file that is not there, is pickled, or holds no configuration."""
-    if path.suffix in _PICKLED:
+    """Raises ConfigError for a file that is not there, would run code, or holds no configuration."""
+    if path.suffix in _RUNS:
         raise ConfigError(
-            f"{path}: pickled files run code when they are opened, so it is not; in Python, "
+            f"{path}: files of this kind run code when they are opened, so it is not; in Python, "
             "json.dump(args.to_dict(), open('args.json', 'w')) writes what is in it, and args.json is read here"
         )
     text = _text(path)
