@@ -60,7 +60,7 @@ DATA_ORDER = (
     *("encode", "render", "tokenize", "splits", "store", "prepare", "prompts", "batches"),
 )
 # what the package has come down to; raised by exactly what a new part needs
-MOST_LINES, MOST_FILES = 19_190, 118
+MOST_LINES, MOST_FILES = 19_191, 118
 # comment lines per 100 of code, on the files of the story (docs/path.md)
 LEAST_COMMENTS = 5
 FILES = sorted(PACKAGE.rglob("*.py"))

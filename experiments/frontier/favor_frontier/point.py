@@ -11,9 +11,8 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from favor.data.prompts import NumberedPrompts, encode_prompts, read_prompts, sample_seeds
+from favor.data.prompts import NumberedPrompts, PromptTokens, encode_prompts, read_prompts, sample_seeds
 from favor.data.read import DataConfig
-from favor.data.tokenize import PromptTokens
 from favor.data.types import TokenTree
 from favor.errors import NumericsError
 from favor.eval.figures import log_ratios

@@ -5,10 +5,12 @@ In: a source of rows. Out: distinct prompts in order of appearance, with their r
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
+from favor.config import STRICT
 from favor.data.formats import FORMATS, RowError, recognise
 from favor.data.formats.fields import as_text, checked_texts, joined_parts, shown
 from favor.data.sources import read_objects
@@ -17,6 +19,21 @@ from favor.data.types import Text
 from favor.errors import DataError
 
 NumberedPrompts = list[tuple[int, Text]]
+
+
+class PromptTokens(BaseModel):
+    """Section [tokens] of what starts from prompts alone, which are never cut: how their text becomes token ids."""
+
+    model_config = STRICT
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """chat: the tokenizer's; plain: text as it is; auto: chat where the tokenizer has a template."""
+    special_text: Literal["refuse", "allow"] = "refuse"
+    """Whether rows that hold the text of a special token or turn mark are refused as forgeries."""
+
+    @property
+    def full(self) -> TokensConfig:
+        """The same, where responses follow."""
+        return TokensConfig(**self.model_dump())
 
 
 def read_prompts(source: str, split: str, limit: int | None = None) -> NumberedPrompts:

@@ -25,21 +25,6 @@ from favor.errors import ConfigError, DataError
 _BATCH = 512
 
 
-class PromptTokens(BaseModel):
-    """Section [tokens] of what starts from prompts alone, which are never cut: how their text becomes token ids."""
-
-    model_config = STRICT
-    template: Literal["auto", "chat", "plain"] = "auto"
-    """chat: the tokenizer's; plain: text as it is; auto: chat where the tokenizer has a template."""
-    special_text: Literal["refuse", "allow"] = "refuse"
-    """Whether rows that hold the text of a special token or turn mark are refused as forgeries."""
-
-    @property
-    def full(self) -> "TokensConfig":
-        """The same, where responses follow."""
-        return TokensConfig(**self.model_dump())
-
-
 class TokensConfig(BaseModel):
     """Section [tokens]: how text becomes token ids."""
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from favor.config import STRICT, Resume, Run, Seed, by_kind, dump
 from favor.data import sources
-from favor.data.prompts import encode_prompts, read_prompts
-from favor.data.tokenize import PromptTokens
+from favor.data.prompts import PromptTokens, encode_prompts, read_prompts
 from favor.data.types import Batch
 from favor.errors import NumericsError
 from favor.guard import sha
