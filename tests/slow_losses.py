@@ -221,16 +221,23 @@ def of_batch(name, judged, options):
 GAP = ("dpo", "cdpo", "robust", "hinge", "ipo", "exo", "discopop", "odpo")
 SIDES = ("dpop", "sppo_hard", "apo_zero", "apo_down", "preferred_ft", "unlikelihood")
 FREE = ("simpo", "cpo", "orpo", "sft")
+TIES, RANKINGS, THUMBS, BATCH = (
+    ("rao_kupper", "davidson"),
+    ("plackett_luce", "nca"),
+    ("kto", "bco"),
+    ("aot", "aot_unpaired"),
+)
+NAMES = (*GAP, *SIDES, *FREE, *TIES, *RANKINGS, *THUMBS, *BATCH)
 
 
 def items(name, judged, options):
-    if name in ("rao_kupper", "davidson"):
+    if name in TIES:
         return of_ties(name, judged, options)
-    if name in ("plackett_luce", "nca"):
+    if name in RANKINGS:
         return of_rankings(name, judged, options)
-    if name in ("kto", "bco"):
+    if name in THUMBS:
         return of_thumbs(name, judged, options)
-    if name in ("aot", "aot_unpaired"):
+    if name in BATCH:
         return of_batch(name, judged, options)
     found = []
     for w, l, weight, margin, label in judged.pairs:

@@ -59,8 +59,8 @@ DATA_ORDER = (
     *("types", "readers", "tables", "sources", "formats", "grow", "settings", "read"),
     *("encode", "render", "tokenize", "splits", "store", "prepare", "prompts", "batches"),
 )
-# what the package has come down to; raised by exactly what a new part needs
-MOST_LINES, MOST_FILES = 19_191, 118
+# the size of the package; a feature may raise a number to the new size in its own commit, with the reason (CONTRIBUTING.md)
+MOST_LINES, MOST_FILES = 19_202, 118
 # comment lines per 100 of code, on the files of the story (docs/path.md)
 LEAST_COMMENTS = 5
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -112,9 +112,17 @@ def test_a_room_is_in_layers(room, order):
 
 def test_files_are_short_and_the_package_shrinks():
     lengths = [len(path.read_text("utf-8").splitlines()) for path in FILES]
-    assert max(lengths) <= 400
-    assert sum(lengths) <= MOST_LINES
-    assert len(FILES) <= MOST_FILES
+    assert max(lengths) <= 400, "a file may have 400 lines: split it where its subjects part"
+    for name, size, most in (("MOST_LINES", sum(lengths), MOST_LINES), ("MOST_FILES", len(FILES), MOST_FILES)):
+        assert size <= most, too_big(f"{name} of tests/test_layers.py", size, most)
+
+
+def too_big(pin, size, most):
+    """What to do when a change goes over a pinned size."""
+    return (
+        f"{size} is more than the {most} of {pin}: first look for what your change makes unnecessary; what a feature "
+        f"needs beyond that raises the pin to {size}, in the same commit, with the reason in its message (CONTRIBUTING.md)"
+    )
 
 
 def test_functions_are_short():

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import slow_losses
 import torch
 from oracles import tree
 
@@ -12,7 +13,7 @@ import favor
 from favor.data.batches import build
 from favor.losses import pairwise
 from favor.losses import table as losses
-from favor.losses.table import LOSSES, make_loss
+from favor.losses.table import LOSSES, Loss, make_loss
 from favor.losses.unpaired import plackett_luce
 from favor.losses.view import Scored
 
@@ -172,6 +173,21 @@ def test_unread_option_is_refused():
         assert found.keys() <= {"kind", "passes"} | loss.settings().keys()
         assert make_loss(**found).model_dump() == found
     assert make_loss(**make_loss("cdpo").model_dump()).label_smoothing == 0.1
+
+
+def test_a_parameter_that_is_neither_read_nor_a_setting_is_refused():
+    def knee(h_P: torch.Tensor, knee: float = 1.0) -> torch.Tensor:
+        return torch.relu(knee - h_P)
+
+    with pytest.raises(TypeError, match=r"knee is neither a name of READINGS .*Annotated\["):
+        Loss(knee)
+
+
+def test_every_loss_has_slow_code():
+    missing = set(LOSSES) ^ set(slow_losses.NAMES)
+    assert not missing, (
+        f"write {sorted(missing)} again, in scalars, in tests/slow_losses.py: the fast code is held against it"
+    )
 
 
 def test_the_page_of_losses_says_what_each_reads():

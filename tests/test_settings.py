@@ -1,6 +1,7 @@
 """The list of settings is complete, current and short; `favor init` and `favor schema` say what is true."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,13 +13,15 @@ from favor import cli
 from favor.config import load
 from favor.errors import ConfigError, DataError
 from favor.init import write_recipe
-from favor.settings import models, schema_of, settings
+from favor.settings import RENAMED, models, schema_of, settings
 from favor.train.preference import TrainConfig
 from favor.train.sft import SftConfig
 
 ROOT = Path(__file__).parent.parent
 # settings of a plain DPO run; it only goes down
 PLAIN = 50
+# pages that may say what a setting was called
+PAST = ("CHANGELOG.md", "docs/log.md", "docs/settings.md")
 
 
 def sections(schema):
@@ -71,6 +74,20 @@ def test_the_schema_of_a_loss_allows_what_the_kind_reads():
     kinds = {properties["kind"].get("const"): properties for properties in found}
     assert "label_smoothing" in kinds["cdpo"]
     assert "label_smoothing" not in kinds["ipo"]
+
+
+def test_no_page_uses_an_old_name_of_a_setting():
+    """docs/log.md tells of the past, docs/settings.md is made from the code."""
+    old = [name for name in RENAMED if re.fullmatch(r"[a-z_]+\.[a-z_]+", name)]
+    for page in {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {ROOT / n for n in PAST}:
+        found = re.findall(rf"(?<![\w.])(?:{'|'.join(map(re.escape, old))})(?![\w.])", page.read_text("utf-8"))
+        assert found == [], f"{page.name}: {found}; the names of today are in RENAMED (src/favor/settings.py)"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_first_line_of_a_recipe_is_its_command(recipe):
+    first = recipe.read_text("utf-8").splitlines()[0]
+    assert re.search(rf": favor [a-z]+ recipes/{recipe.name}( \S+=\S+)*$", first), first
 
 
 @pytest.mark.parametrize(

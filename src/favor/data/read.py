@@ -1,7 +1,7 @@
 """Preference files -> prompt trees: which rows belong to which split, what they say, and which cannot be used.
 
 In: section [data]. Out: for each split, PromptTrees (rows of one prompt merged) and a ReadReport. Row shapes are in
-formats/ and docs/formats.md, DataConfig is in settings.py. Next: grow.py.
+formats/ and docs/formats.md, DataConfig is in settings.py. Next: tokenize.py.
 """
 
 import hashlib

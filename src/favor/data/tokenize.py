@@ -1,7 +1,7 @@
 """Prompt trees as text -> token ids with an exact boundary between prompt and response.
 
 In: PromptTrees and a fast tokenizer. Out: TokenTrees and a TokenReport that counts every cut and drop. A response
-ends with its end-of-turn token unless it was cut. Next: render.py.
+ends with its end-of-turn token unless it was cut. Next: batches.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,6 +1,6 @@
 """The records that travel from a preference file to the loss, and THE shape legend.
 
-In: nothing. Out: PromptTree (text), TokenTree (ids), Batch (tensors). Next: data/read.py.
+In: nothing. Out: PromptTree (text), TokenTree (ids), Batch (tensors). Next: read.py.
 
 Shape legend, used as name suffixes everywhere:
   B rows of a padded batch (1 when packed)     T tokens of a row        N positions whose logits are needed

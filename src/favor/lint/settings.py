@@ -1,4 +1,4 @@
-"""Section [lint], and the table of what a finding can be.
+"""Section [lint], and the table of what can be wrong with rows.
 
 In: a recipe. Out: LintConfig; KINDS. Next: cheap.py.
 """
@@ -33,7 +33,8 @@ ELSEWHERE = {
 }
 # thresholds that the checks of `favor train` share
 LENGTH_SHARE, CUT_SHARE = 0.6, 0.05
-# kind -> (severity, what is said after the number of rows ("": its check says it), whether --fix leaves these rows out)
+# kind of a finding about rows (docs/lint.md has those of the whole file, too) ->
+# (severity, what is said after the number of rows ("": its check says it), whether --fix leaves these rows out)
 KINDS: dict[str, tuple[Severity, str, bool]] = {
     "identical": ("error", "rows whose responses are the same", True),
     "empty": ("error", "rows with an empty or missing side", True),

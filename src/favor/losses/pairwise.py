@@ -1,8 +1,8 @@
 """Losses of a pair: pure, per item, no model in sight.
 
-In, by the parameter's name (view.py): h_P = (log pi/ref)(chosen) - (log pi/ref)(rejected); chosen_P, rejected_P = log pi/ref of
-either side; logp_..._P = log pi, mean_..._P = log pi / length; all float64 [P], nats. Out: loss_P. The annotated parameters
-are the settings of section [loss] (table.py). `dpo_loss` is DPO in the article's signature. Next: ../train/step.py.
+In, by the parameter's name, made in view.py (h_P in gap_P): h_P = (log pi/ref)(chosen) - (log pi/ref)(rejected); chosen_P,
+rejected_P = log pi/ref of either side; logp_..._P = log pi, mean_..._P = log pi / length; all float64 [P], nats. Out: loss_P.
+Annotated parameters are settings of [loss] (table.py). `dpo_loss` is DPO in the article's signature. Next: ../train/step.py.
 """
 
 import math
@@ -17,7 +17,9 @@ Beta = Annotated[float, Field(gt=0, le=1e6, description="Temperature, 1/nats: la
 Flipped = Annotated[
     float, Field(ge=0, lt=0.5, description="Share of the preferences assumed to be the wrong way round.")
 ]
-SomeFlipped = Annotated[Flipped, Field(gt=0)]
+SomeFlipped = Annotated[
+    float, Field(gt=0, lt=0.5, description="Share of the preferences assumed to be the wrong way round.")
+]
 Tau = Annotated[float, Field(gt=0, description="Width of the switch between its two losses.")]
 Offset = Annotated[
     Literal["log", "linear"], Field(description="Whether the offset is the margin's logarithm or itself.")
@@ -144,7 +146,7 @@ def apo_down(chosen_P: Tensor, rejected_P: Tensor, beta: Beta = 0.1) -> Tensor:
 def rao_kupper(h_P: Tensor, h_U: Tensor, beta: Beta = 0.1, tie_width: TieWidth = 0.5) -> Tensor:
     """DPO with ties, Rao & Kupper 1967; Chen et al. 2024, arXiv 2409.17431: losses of pairs won and of ties [P + U].
 
-    Win: -log sigmoid(beta h - a); tie: reward.rao_kupper_tie of beta h, a = tie_width.
+    Win: -log sigmoid(beta h - a); tie: rao_kupper_tie of beta h, a = tie_width.
     """
     return torch.cat(
         [bradley_terry(beta * h_P, torch.full_like(h_P, tie_width)), rao_kupper_tie(beta * h_U, tie_width)]

@@ -1,7 +1,7 @@
 """THE table of losses, and section [loss] made from it.
 
-A loss is one pure function and one row here. Its parameters say all: those named in view.READINGS are what it reads of a batch,
-the annotated ones are its settings. In: [loss], Scored and a Batch. Out: the loss of every item. Next: ../train/step.py.
+A loss is one pure function and one row here. A parameter named in READINGS is what it reads of a batch: view.py makes it (h_P, the
+gap, in gap_P); one of type Annotated is a setting. In: [loss], Scored and a Batch. Out: the loss of every item. Next: pairwise.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,6 +39,14 @@ class Loss:
     sees: tuple[str, ...] = ()
     items: str = "pairs"
     coupled: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = signature(self.function).parameters.keys() - READINGS.keys() - options(self.function).keys()
+        if unknown:
+            raise TypeError(
+                f"{self.function}: {', '.join(sorted(unknown))} is neither a name of READINGS (losses/view.py) "
+                "nor a setting, whose type is Annotated[TYPE, Field(..., description=...)]"
+            )
 
     def reads(self) -> set[str]:
         """The readings among the function's parameters."""

@@ -1,7 +1,7 @@
 """Exact attention over prompt trees, without a mask and without copying a shared token.
 
 In: q, k, v of one packed row and the nodes of its trees. Out: what causal attention along every
-root-to-leaf path gives. transformers calls `tree_attention` by name. Next: logprobs.py.
+root-to-leaf path gives. transformers calls `tree_attention` by name. Next: ../losses/table.py.
 
 A token attends to its own node causally and to every ancestor node in full. Nodes lie in pre-order, so
 the descendants of a node are one slice: one causal call inside each node and one unmasked call with

@@ -1,7 +1,7 @@
 """Log-probabilities of responses: one forward for a whole batch of trees, logits only where they are scored.
 
 In: a Policy and a Batch. Out: logp_R, the sum in nats over each response's tokens, end-of-turn
-token included, prompt excluded. Next: losses/pairwise.py.
+token included, prompt excluded. Next: attention.py.
 """
 
 from typing import Any

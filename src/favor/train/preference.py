@@ -1,7 +1,7 @@
 """The main loop of the DPO family: from preferences to a better model. Newcomers start here.
 
-In: TrainConfig (a recipe). Out: a run folder with the trained model. The path of one preference from here:
-data/read -> data/tokenize -> data/batches -> model/logprobs -> losses/pairwise -> train/step.
+In: TrainConfig (a recipe). Out: a run folder with the trained model. docs/path.md lists the ten files
+that take one preference to its gradient, in reading order; "Next:" leads from each to the next. Next: ../data/types.py.
 """
 
 import contextlib
