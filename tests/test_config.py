@@ -51,8 +51,8 @@ def test_overrides_win_and_sections_merge(tmp_path):
     [
         ("optim.lrr=1", "did you mean 'optim.lr'"),
         ("trian.epochs=2", "unknown key 'trian'; did you mean 'train'"),
-        ("beta=0.1", "did you mean 'loss.beta'"),
-        ("loss.kind=sigmoid", r"'loss.kind' is 'sigmoid'; choose one of dpo, "),
+        ("beta=0.1", "unknown key 'beta'; TRL's beta is favor's loss.beta"),
+        ("loss.kind=sigmoid", "'loss.kind' is 'sigmoid'; TRL's sigmoid is favor's dpo"),
         ("loss.name=cdpo", r"unknown key 'loss.name'; it is loss.kind now \(name = .sigmoid. is kind = .dpo.\)"),
         ("loss.gamma=1", "unknown key 'loss.gamma'; it is not read by kind 'dpo'"),
         ("loss.terms=[1]", "unknown key 'loss.terms'; it is not read by kind 'dpo'"),
