@@ -390,6 +390,7 @@ def recipes():
     from favor.eval.score import ScoreConfig
     from favor.generate.prefer import PreferConfig
     from favor.generate.samples import SamplesConfig
+    from favor.label.settings import LabelConfig
     from favor.lint.settings import LintConfig
     from favor.online import OnlineConfig
     from favor.train.ppo import PpoConfig
@@ -412,13 +413,14 @@ def recipes():
         PreferConfig: made | {"engine": model} | reward,
         WinrateConfig: run | {"a": {"file": "a"}, "b": {"file": "b"}, "judge": {"kind": "callable", "path": "j.py:f"}},
         OnlineConfig: run | model | reward | {"prompts": "p"},
+        LabelConfig: {"data": "d"},
         LintConfig: data,
         FrontierConfig: run,
         DemoConfig: run,
     }
 
 
-RECIPES = 13
+RECIPES = 14
 
 
 def keys_of(schema, prefix=""):
