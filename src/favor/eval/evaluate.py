@@ -125,7 +125,7 @@ def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) 
     policy, why = settle(policy, recipe.model.layout, trees, also=drawn)
     reference, _ = settle(reference, policy.layout, trees, also=drawn)
     say(f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
-    beta = config.beta or recipe.loss.get("beta") or beta_of(make_loss(**recipe.loss))
+    beta = config.beta or recipe.beta or beta_of(make_loss(**recipe.loss))
     return Subject(policy, reference, texts, trees, beta)
 
 

@@ -39,6 +39,12 @@ class RunRecipe(BaseModel):
     loss: dict[str, Any] = {}
     data: dict[str, Any] = {}
 
+    @property
+    def beta(self) -> float | None:
+        """The beta of its loss; of a sum of losses, that of the first term which has one."""
+        terms = (self.loss, *self.loss.get("terms", ()))
+        return next((term["beta"] for term in terms if "beta" in term), None)
+
 
 def read_run(run: str) -> tuple[RunFolder, RunRecipe]:
     """A finished run of `favor train`. Raises CheckpointError when there is none, ConfigError for a damaged recipe."""
@@ -89,8 +95,7 @@ def model_scorer(path: str, tokens: TokensConfig | None) -> Scorer:
 def implicit_scorer(run: str, reference: str | None, beta: float | None, tokens: TokensConfig | None) -> Scorer:
     """r(x, y) = beta log(pi(y|x) / ref(y|x)), nats x beta, float32; policy, and what is None here, are the run's."""
     _, recipe = read_run(run)
-    # of a sum of losses, the first term that has one
-    used = beta or next((term["beta"] for term in (recipe.loss, *recipe.loss.get("terms", ())) if "beta" in term), None)
+    used = beta or recipe.beta
     if used is None:
         raise ConfigError(f"{run}: its recipe has no loss.beta; give reward.beta")
     longest = max(_LONGEST, recipe.tokens.max_tokens)
