@@ -1,6 +1,7 @@
 """Recipes: what is read is what is written, and mistakes are named."""
 
 import pytest
+from pydantic import BaseModel
 
 import favor.settings
 from favor.cli import COMMANDS
@@ -15,6 +16,9 @@ from favor.train.preference import TrainConfig
 from favor.train.reward import RewardTrainConfig
 from favor.train.sft import SftConfig
 
+SOURCES = [
+    "data.sources=[{path='a', format='pairs', max_rows=9, split='s'}, {path='b', format='pairs', max_rows=9, split='s'}]"
+]
 NEEDED = ["run=r", "model.path=m", "data.train=d.jsonl"]
 
 
@@ -168,11 +172,51 @@ def test_a_new_name_is_never_an_old_one():
         (["loss.kind=simpo", "reference.displacement_threshold=0.5"], "reads no reference"),
         (["watch.kl_tokens=9"], "unknown key 'watch.kl_tokens'; it is called 'watch.kl.tokens' now"),
         (["train.save_every=9"], "it is called 'save.every' now"),
+        ([*SOURCES, "data.format=thumbs"], "data.format would be ignored: each of data.sources has its own"),
+        ([*SOURCES, "data.max_rows=3"], "data.max_rows would be ignored"),
+        ([*SOURCES, "data.eval=e", "data.split=dev"], "data.split would be ignored"),
     ],
 )
 def test_an_option_that_nothing_reads_is_refused(words, message):
     with pytest.raises(ConfigError, match=message):
-        load(TrainConfig, None, ["run=r", "model.path=m", "data.train=d", *words])
+        load(TrainConfig, None, ["run=r", "model.path=m", *(() if SOURCES[0] in words else ["data.train=d"]), *words])
+
+
+def test_an_option_that_one_source_or_the_held_out_rows_read_is_accepted():
+    need = ["run=r", "model.path=m"]
+    assert load(TrainConfig, None, [*need, *SOURCES, "data.eval=e", "data.max_rows=3"]).data.max_rows == 3
+    assert load(TrainConfig, None, [*need, "data.sources=[{path='a'}]", "data.split=dev"]).data.split == "dev"
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("eval", ["run=r", "sample_prompts=0", "sample.temperature=2"], "sample would be ignored: sample_prompts=0"),
+        ("eval", ["run=r", "sample_prompts=0", "seed=1"], "seed would be ignored"),
+        ("lint", ["data.train=d", "tokens.max_tokens=9"], "tokens.max_tokens is read only with model.path"),
+        (
+            "ppo",
+            ["run=r", "model.path=m", "data.train=d", "reward.kind=model", "reward.path=r", "ppo.kl.coef=0"],
+            "'ppo.kl.coef' is 0",
+        ),
+    ],
+)
+def test_what_another_setting_puts_out_of_use_is_refused(command, words, message):
+    with pytest.raises(ConfigError, match=message):
+        load(COMMANDS[command]().config, None, words)
+
+
+def own(default):
+    """What a section's default sets in itself, beside the kind that chooses it."""
+    return default.model_fields_set - {"kind"} if isinstance(default, BaseModel) else set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_sets_nothing_two_sections_deep(command):
+    """`config._with_own` keeps what a command sets in a section that is given in part, one section deep."""
+    for field in COMMANDS[command]().config.model_fields.values():
+        if isinstance(field.default, BaseModel):
+            assert not any(own(inner) for _, inner in field.default), field.default
 
 
 def test_what_was_a_value_and_is_a_section_with_kinds_says_so():

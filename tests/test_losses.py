@@ -199,3 +199,7 @@ def test_the_page_of_losses_says_what_each_reads():
         if cells[0].strip(" `") in LOSSES:
             rows[cells[0].strip(" `")] = re.findall(r"`(\w+)`", cells[-2])
     assert rows == {kind: list(loss.settings()) for kind, loss in LOSSES.items()}
+
+
+def test_the_readme_counts_the_losses():
+    assert f"**Every loss exactly**: {len(LOSSES)}, from" in (Path(__file__).parent.parent / "README.md").read_text()

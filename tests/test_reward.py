@@ -14,7 +14,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from favor.config import load
 from favor.data import batches
 from favor.data.read import DataConfig, read
-from favor.data.tokenize import TokensConfig
 from favor.data.types import Comparison
 from favor.errors import CheckpointError, ConfigError, DataError
 from favor.eval.figures import calibrate
@@ -24,7 +23,7 @@ from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.load import ModelConfig, load_policy
 from favor.model.logprobs import response_logps
 from favor.ranks import World
-from favor.rewards.model import encode, implicit_scorer
+from favor.rewards.model import ScoredTokens, encode, implicit_scorer
 from favor.rewards.source import CallableReward, ClassifierReward, ImplicitReward, ModelReward, make_scorer
 from favor.run import RunFolder, read_jsonl
 from favor.stop import StopRequest
@@ -280,13 +279,13 @@ def test_implicit_reward_is_beta_log_ratio(inputs, tmp_path, loss):
     policy, ref = (
         load_policy(ModelConfig(path=str(p), dtype="float32")) for p in (tmp_path / "dpo/model", inputs / "model")
     )
-    trees, place = encode(["Film 1?"] * 2, texts, policy, TokensConfig())
+    trees, place = encode(["Film 1?"] * 2, texts, policy, ScoredTokens())
     batch = batches.build(trees, "rows")
     with torch.no_grad():
         expected = 0.3 * (response_logps(policy, batch) - response_logps(ref, batch))
     assert found == pytest.approx(expected[place].tolist(), abs=1e-4)
     assert found[0] > found[1]
-    doubled = implicit_scorer(str(tmp_path / "dpo"), None, 0.6, TokensConfig())(["Film 1?"] * 2, texts)
+    doubled = implicit_scorer(str(tmp_path / "dpo"), None, 0.6, ScoredTokens())(["Film 1?"] * 2, texts)
     assert doubled == pytest.approx([2 * x for x in found], abs=1e-4)
     figures = score(
         ScoreConfig(
@@ -352,6 +351,12 @@ def test_a_setting_of_another_kind_of_reward_is_refused():
     words = ["out=o", "data=d", "reward.kind=classifier", "reward.path=x", "reward.tokens.max_tokens=9"]
     with pytest.raises(ConfigError, match=r"reward\.tokens.*not read by kind 'classifier'.*model, implicit"):
         load(ScoreConfig, None, words)
+    with pytest.raises(ConfigError, match=r"what is scored is never cut: raise reward\.tokens\.max_tokens"):
+        load(
+            ScoreConfig,
+            None,
+            ["out=o", "data=d", "reward.kind=model", "reward.path=x", "reward.tokens.truncation=drop"],
+        )
     with pytest.raises(
         ConfigError, match=r"'reward\.kind' is 'oracle'; choose one of model, implicit, classifier, callable"
     ):
@@ -362,7 +367,7 @@ def test_a_scored_response_ends_as_the_template_ends_it(inputs):
     """Also where the model names further end tokens with smaller ids (Llama 3 has two)."""
     policy = load_policy(ModelConfig(path=str(inputs / "model")))
     policy.causal_lm.generation_config.eos_token_id = [0, 1, policy.tokenizer.eos_token_id]
-    trees, _ = encode(["Film 1?"] * 2, ["warm", " "], policy, TokensConfig())
+    trees, _ = encode(["Film 1?"] * 2, ["warm", " "], policy, ScoredTokens())
     assert min(policy.end_ids) == 0
     assert {ids[-1] for ids in trees[0].response_ids} == {policy.tokenizer.eos_token_id}
 

@@ -382,6 +382,13 @@ def test_held_out_share_is_never_trained_on_and_evaluated(world_of_films, tmp_pa
     sampled = {record["prompt"] for record in read_jsonl(RunFolder(tmp_path / "a").samples)}
     data = load(TrainConfig, RunFolder(tmp_path / "a").config).data
     assert sampled == {tree.prompt for tree in read_splits(data)["eval"][0]}
+    # a run of an earlier version
+    recipe = RunFolder(tmp_path / "a").config
+    recipe.write_text(recipe.read_text().replace("[data]\n", "[data]\neval_share = 0.4\n"))
+    with pytest.raises(
+        ConfigError, match=r"config.toml: unknown key 'data.eval_share'; it is called 'data.hold_out.share' now"
+    ):
+        evaluate(config, lambda text: None, lambda *args: None)
 
 
 def test_sft_raises_the_preferred_responses_only(world_of_films, tmp_path):

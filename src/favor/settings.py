@@ -70,6 +70,8 @@ RENAMED: Mapping[str, str] = {
     "server": "the server that samples come from is engine.server now, with engine.kind = openai",
     "tokens": "prompts are rendered by engine.template and engine.special_text now (favor winrate: template, special_text)",
     "sample.batch": "it is engine.batch now",
+    "reward.tokens.truncation": "what is scored is never cut: raise reward.tokens.max_tokens, or shorten the text",
+    "reward.tokens.special_text": "any text can be scored; remove it",
     # a command's own
     "PpoConfig.tokens.max_tokens": "PPO takes its prompts whole; sample.max_new_tokens bounds the responses",
     "PpoConfig.tokens.truncation": "PPO takes its prompts whole; data.max_rows takes fewer of them",

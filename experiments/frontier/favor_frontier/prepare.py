@@ -22,6 +22,7 @@ from favor.model.layout import settle
 from favor.model.load import ModelConfig, load_policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
+from favor.rewards.model import ScoredTokens
 from favor.rewards.source import ClassifierReward, ModelReward, RewardConfig, make_scorer
 from favor.run import RunFolder, cache_folder, make_folder, read_jsonl, write_json, write_jsonl
 from favor.train import reference
@@ -213,7 +214,8 @@ def scale_rewards(task: Task, places: Places, seed: int) -> None:
 
 def learnt_reward(task: Task, places: Places, seed: int) -> RewardConfig:
     """The seed's reward model as a [reward]."""
-    return ModelReward(path=str(RunFolder(places.reward(seed)).model), tokens=task.tokens)
+    tokens = ScoredTokens(template=task.tokens.template, max_tokens=task.tokens.max_tokens)
+    return ModelReward(path=str(RunFolder(places.reward(seed)).model), tokens=tokens)
 
 
 def training_prompts(config: FrontierConfig, task: Task, seed: int) -> NumberedPrompts:

@@ -91,7 +91,7 @@ class PpoSizes(BaseModel):
     """Passes over a rollout."""
     lr: float = Field(default=2e-4, gt=0)
     """Learning rate."""
-    kl_coef: float = Field(default=0.2, ge=0)
+    kl_coef: float = Field(default=0.2, gt=0)
     """Where the adaptive coefficient of the KL starts."""
     kl_horizon: int = Field(default=128, ge=1)
     """Over how many samples the coefficient adapts."""

@@ -108,7 +108,14 @@ class DataConfig(BaseModel):
         return self
 
     def _check_used(self) -> None:
-        """Refuse settings that no source's format could make use of."""
+        """Refuse settings that no source could make use of."""
+        given = self.model_dump(exclude_defaults=True)
+        # data.eval reads all of them but split
+        for option in given.keys() & (
+            {"split"} if self.eval else {"split", "format", "columns", "verdict", "max_rows"}
+        ):
+            if self.sources and all(self._has_own(source, option) for source in self.sources):
+                raise ValueError(f"data.{option} would be ignored: each of data.sources has its own; remove it")
         held_out = () if self.eval is None else (SourceConfig(path=self.eval),)
         names = {self.format_of(source) for source in (*self.parts, *held_out)}
         if "auto" in names:
@@ -118,6 +125,9 @@ class DataConfig(BaseModel):
             if not any(says in FORMATS[name].says for name in names):
                 shown = ", ".join(sorted(names))
                 raise ValueError(f"data.compare.{option} would be ignored: format {shown} {lacks}")
+
+    def _has_own(self, source: SourceConfig, option: str) -> bool:
+        return self.verdict_of(source) is not self.verdict if option == "verdict" else vars(source)[option] is not None
 
     def columns_of(self, source: SourceConfig) -> dict[str, str]:
         """The columns of a source that are mapped: its own mapping, or the section's."""

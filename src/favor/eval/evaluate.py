@@ -5,13 +5,14 @@ In: EvalConfig, usually just a run folder. Out: eval.json and samples.jsonl. Nex
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from favor.config import STRICT, Seed
+from favor.config import STRICT, Seed, checked
 from favor.data.read import DataConfig, read, read_splits
 from favor.data.tokenize import tokenize
 from favor.data.types import Batch, PromptTree, TokenTree
@@ -55,6 +56,22 @@ class EvalConfig(BaseModel):
     """Sample the first N held-out prompts; 0 leaves out samples and KL."""
     samples_per_prompt: int = Field(default=2, ge=1, le=1000)
     """Samples of each model per prompt."""
+
+    @model_validator(mode="after")
+    def _samples_are_taken(self) -> Self:
+        unread = {"seed", "sample", "samples_per_prompt"} & self.model_fields_set
+        if self.sample_prompts == 0 and unread:
+            raise ValueError(
+                f"{min(unread)} would be ignored: sample_prompts=0 leaves out samples; remove one of the two"
+            )
+        return self
+
+
+class Sources(BaseModel):
+    """What of a run's recipe says where its rows came from."""
+
+    model_config = STRICT
+    data: DataConfig
 
 
 @dataclass(frozen=True)
@@ -110,7 +127,10 @@ def _evaluate(
 def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) -> Subject:
     # a share held out is a share of the rows that training read
     limit = config.max_rows or (recipe.data.get("max_rows") if recipe.data.get("hold_out") else None)
-    data = DataConfig.model_validate({**recipe.data, "max_rows": limit})
+    kept = {key: value for key, value in recipe.data.items() if key != "max_rows"} | (
+        {"max_rows": limit} if limit else {}
+    )
+    data = checked(Sources, {"data": kept}, str(RunFolder(Path(config.run)).config)).data
     if config.data is None and data.eval is None and data.hold_out is None:
         raise ConfigError(
             f"{config.run}: the run held nothing out (data.eval, data.hold_out.share); name held-out preferences with data=FILE"

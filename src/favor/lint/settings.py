@@ -147,4 +147,6 @@ class LintConfig(BaseModel):
         for name, (by, read) in readers.items():
             if name in given and not read:
                 raise ValueError(f"lint.{name} is read only with {by}; set that or remove it")
+        if self.model is None and (own := self.tokens.model_dump(exclude_defaults=True)):
+            raise ValueError(f"tokens.{next(iter(own))} is read only with model.path; set that or remove it")
         return self

@@ -6,12 +6,12 @@ In: a model folder, prompts and responses as text. Out: one score per response. 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from favor.config import load
+from favor.config import STRICT, load
 from favor.data.formats import RowError
 from favor.data.tokenize import TokensConfig, prompt_encoder, tokenize
 from favor.data.types import Batch, PromptTree, Text, TokenTree
@@ -26,8 +26,16 @@ from favor.run import RunFolder, read_json
 Scorer: TypeAlias = Callable[[Sequence[Text], Sequence[str]], list[float]]
 # Tokens computed at once; there is no gradient, so this bounds the memory of one forward only.
 _BUDGET = 4096
-# Longest prompt and response that are scored, in tokens, unless [reward.tokens] says otherwise.
-_LONGEST = 4096
+
+
+class ScoredTokens(BaseModel):
+    """Section [reward.tokens]: how text that is scored becomes token ids. None of it is cut, and any text can be scored."""
+
+    model_config = STRICT
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """chat: the tokenizer's; plain: text as it is; auto: chat where the tokenizer has a template."""
+    max_tokens: int = Field(default=4096, ge=8)
+    """The longest prompt and response together, in tokens; a longer one is refused."""
 
 
 class RunRecipe(BaseModel):
@@ -79,27 +87,27 @@ def load_pair(run: str, reference: str | None) -> tuple[Policy, Policy]:
     return policy, base
 
 
-def model_scorer(path: str, tokens: TokensConfig | None) -> Scorer:
+def model_scorer(path: str, tokens: ScoredTokens) -> Scorer:
     """The scalar of a sequence classifier with one output at each response's last token, float32."""
     policy = load_scalar_model(ModelConfig(path=path))
     settled = _settled_once(lambda trees: settle_scores(policy, "auto", trees)[0])
 
     def score(prompts: Sequence[Text], responses: Sequence[str]) -> list[float]:
-        trees, place = encode(prompts, responses, policy, tokens or TokensConfig(max_tokens=_LONGEST))
+        trees, place = encode(prompts, responses, policy, tokens)
         ready = settled(trees)
         return measured(ready, trees, lambda batch: response_scores(ready, batch), _BUDGET)[place].tolist()
 
     return score
 
 
-def implicit_scorer(run: str, reference: str | None, beta: float | None, tokens: TokensConfig | None) -> Scorer:
+def implicit_scorer(run: str, reference: str | None, beta: float | None, tokens: ScoredTokens | None) -> Scorer:
     """r(x, y) = beta log(pi(y|x) / ref(y|x)), nats x beta, float32; policy, and what is None here, are the run's."""
     _, recipe = read_run(run)
     used = beta or recipe.beta
     if used is None:
         raise ConfigError(f"{run}: its recipe has no loss.beta; give reward.beta")
-    longest = max(_LONGEST, recipe.tokens.max_tokens)
-    how = tokens or recipe.tokens.model_copy(update={"max_tokens": longest})
+    longest = max(ScoredTokens().max_tokens, recipe.tokens.max_tokens)
+    how = tokens or ScoredTokens(template=recipe.tokens.template, max_tokens=longest)
     policy, base = load_pair(run, reference)
     settled = _settled_once(lambda trees: settle(policy, "auto", trees)[0])
     settled_base = _settled_once(lambda trees: settle(base, settled(trees).layout, trees)[0])
@@ -132,7 +140,7 @@ def _settled_once(settle_for: Callable[[Sequence[TokenTree]], Policy]) -> Callab
 
 
 def encode(
-    prompts: Sequence[Text], responses: Sequence[str], policy: Policy, tokens: TokensConfig
+    prompts: Sequence[Text], responses: Sequence[str], policy: Policy, tokens: ScoredTokens
 ) -> tuple[list[TokenTree], list[int]]:
     """One tree per distinct prompt and, for every (prompt, response), the index of its value among all trees' responses.
 
@@ -153,9 +161,9 @@ def encode(
     return trees, [place[each] for each in zip(keys, responses, strict=True)]
 
 
-def _tree(prompt: Text, texts: list[str], policy: Policy, tokens: TokensConfig, first: int) -> TokenTree:
+def _tree(prompt: Text, texts: list[str], policy: Policy, tokens: ScoredTokens, first: int) -> TokenTree:
     # what is too long is refused here, by what it is
-    settings = tokens.model_copy(update={"special_text": "allow", "max_tokens": 1 << 30})
+    settings = TokensConfig(template=tokens.template, special_text="allow", max_tokens=1 << 30)
     try:
         ids = prompt_encoder(policy.tokenizer, settings)(prompt)
     except RowError as error:

@@ -17,12 +17,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, Field, Tag
 
 from favor.config import STRICT, by_kind
-from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import DataError, clipped
 from favor.guard import content, sha
 from favor.model.load import check_path
-from favor.rewards.model import Scorer, base_of, implicit_scorer, model_scorer
+from favor.rewards.model import ScoredTokens, Scorer, base_of, implicit_scorer, model_scorer
 from favor.rewards.user import check_function, find_function, guarded
 
 
@@ -33,8 +32,7 @@ class ModelReward(BaseModel):
     kind: Literal["model"] = "model"
     path: str
     """A folder of `favor reward`, or any sequence classifier with one output."""
-    tokens: TokensConfig | None = None
-    """How text becomes tokens."""
+    tokens: ScoredTokens = ScoredTokens()
 
 
 class ImplicitReward(BaseModel):
@@ -48,7 +46,7 @@ class ImplicitReward(BaseModel):
     """Another model to compare with than the one the run started from."""
     beta: float | None = Field(default=None, gt=0)
     """Another beta than the run's."""
-    tokens: TokensConfig | None = None
+    tokens: ScoredTokens | None = None
     """How text becomes tokens, if not as in the run."""
 
 

@@ -107,7 +107,7 @@ class AdaptiveKl(BaseModel):
 
     model_config = STRICT
     kind: Literal["adaptive"] = "adaptive"
-    coef: float = Field(default=0.05, ge=0)
+    coef: float = Field(default=0.05, gt=0)
     """Weight of the KL in the reward at the start."""
     estimator: Estimator = "k1"
     target: float = Field(default=6.0, gt=0)

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeAlias, Type
 from pydantic import AfterValidator, BaseModel, Field, Tag
 
 from favor.config import STRICT, by_kind
-from favor.data.tokenize import TokensConfig
 from favor.data.types import Text
 from favor.errors import ConfigError, DataError
 from favor.generate.engines import ModelAt
@@ -25,7 +24,7 @@ from favor.model.batched import measured
 from favor.model.layout import settle
 from favor.model.load import check_path, load_policy
 from favor.model.logprobs import response_logps
-from favor.rewards.model import encode
+from favor.rewards.model import ScoredTokens, encode
 from favor.rewards.source import RewardConfig, check_scorer, make_scorer, reads
 from favor.rewards.user import check_function, find_function
 from favor.run import append, cut_torn_line
@@ -263,7 +262,7 @@ def _hf(config: ModelJudge) -> Judge:
         if not fair:
             return verdicts
         messages = [({"role": "user", "content": ask(config.prompt, duels[i])},) for i in fair for _ in marks]
-        trees, place = encode(messages, marks * len(fair), policy, TokensConfig(max_tokens=1 << 30))
+        trees, place = encode(messages, marks * len(fair), policy, ScoredTokens(max_tokens=1 << 30))
         longest = max(len(tree.prompt_ids) for tree in trees)
         if longest > config.max_prompt_tokens:
             raise DataError(
