@@ -1,7 +1,7 @@
 """The main loop of the DPO family: from preferences to a better model. Newcomers start here.
 
-In: TrainConfig (a recipe). Out: a run folder with the trained model. docs/path.md lists the ten files
-that take one preference to its gradient, in reading order; "Next:" leads from each to the next. Next: ../data/types.py.
+In: TrainConfig (a recipe). Out: a run folder with the trained model. At first read `train`, `_train`, `_loop`, `make_objective`
+alone: the rest serves options. docs/path.md lists the ten files from a preference to its gradient. Next: ../data/types.py.
 """
 
 import contextlib
