@@ -23,6 +23,8 @@ from favor.run import cache_folder
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ROWS = 64
+# of recipes that sample
+PROMPTS = 16
 MEASURED = "# Measured: "
 
 
@@ -109,16 +111,26 @@ def commands(at: Inputs, here: Path) -> dict[str, tuple[str, list[str], str]]:
         "dpo-lora": ("train", [into("lora"), model, train], pairs),
         "paper": ("train", [into("paper"), model, train], pairs),
         "plackett-luce": ("train", [into("pl"), model, f"data.train={at.rankings}"], f"{ROWS // 4} rankings of 4"),
-        "ppo": ("ppo", [into("ppo"), sft, train, scorer], f"{ROWS} prompts x 4 samples of up to 128 tokens"),
+        "ppo": (
+            "ppo",
+            [into("ppo"), sft, train, f"data.max_prompts={PROMPTS}", "train.max_steps=1", scorer],
+            f"one rollout of {PROMPTS} prompts x 4 samples of up to 128 tokens",
+        ),
         "prefer": (
             "prefer",
-            [f"out={here / 'preferences.jsonl'}", f"prompts={at.pairs}", f"engine.model.path={at.model}", scorer],
-            f"{ROWS} prompts x 4 samples of up to 128 tokens",
+            [
+                f"out={here / 'preferences.jsonl'}",
+                f"prompts={at.pairs}",
+                f"max_prompts={PROMPTS}",
+                f"engine.model.path={at.model}",
+                scorer,
+            ],
+            f"{PROMPTS} prompts x 4 samples of up to 128 tokens",
         ),
         "loop": (
             "loop",
-            [into("loop"), model, f"prompts={at.pairs}", scorer, "rounds=1", f"prompts_per_round={ROWS}"],
-            f"one round of {ROWS} prompts x 4 samples of up to 128 tokens",
+            [into("loop"), model, f"prompts={at.pairs}", scorer, "rounds=1", f"prompts_per_round={PROMPTS}"],
+            f"one round of {PROMPTS} prompts x 4 samples of up to 128 tokens",
         ),
         "winrate": (
             "winrate",
@@ -127,10 +139,10 @@ def commands(at: Inputs, here: Path) -> dict[str, tuple[str, list[str], str]]:
                 f"a.model={here / 'sft/model'}",
                 f"b.model={at.model}",
                 f"prompts={at.test}",
-                f"max_prompts={ROWS}",
+                f"max_prompts={PROMPTS}",
                 f"judge.{scorer}",
             ],
-            f"{ROWS} prompts x 2 sides of up to 128 tokens",
+            f"{PROMPTS} prompts x 2 sides of up to 128 tokens",
         ),
     }
 

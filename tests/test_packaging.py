@@ -1,9 +1,11 @@
-"""What is shipped and what is checked: the lock agrees with the pins, the wheel has its templates, ruff sees every file."""
+"""What is shipped and what is checked: the lock agrees with the pins, the wheel has its templates, recipes say what they cost."""
 
 import re
 import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -57,3 +59,10 @@ def test_the_wheel_has_every_file_that_is_no_module():
     others = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
     assert packed == others
     assert all(list(package.glob(pattern)) for pattern in data), "a pattern that matches nothing"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_says_what_it_costs(path):
+    """Measured by benchmarks/recipes.py (the frontier's by itself): what was done, time, memory, machine, commit."""
+    second = path.read_text("utf-8").splitlines()[1]
+    assert re.fullmatch(r"# Measured: .+ in \d+ (s|min), \d+\.\d GiB \(.+ CPU cores; .+ at [0-9a-f]{7}\)", second)
