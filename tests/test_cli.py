@@ -349,14 +349,19 @@ def test_help_is_quick_and_imports_no_torch(command):
 def test_a_signal_saves_a_checkpoint_and_says_so(inputs, tmp_path, number):
     """A real signal to a real process: one clear line, exit code 128 + signal, and the run resumes."""
     words = [f"run={tmp_path / 'run'}", *recipe(inputs)[2:], "train.epochs=4000"]
-    program = [sys.executable, "-c", "from favor.cli import main; main()", "train", *words]
+    # the tests themselves may have been started by nohup, and what is ignored is inherited
+    code = f"import signal; signal.signal({int(number)}, signal.SIG_DFL); from favor.cli import main; main()"
+    program = [sys.executable, "-c", code, "train", *words]
     metrics = tmp_path / "run/metrics.jsonl"
     with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while not metrics.exists() or '"kind": "step"' not in metrics.read_text():
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 128 + number
     assert "continue with resume=true" in err.splitlines()[-1]
     assert "Traceback" not in err
