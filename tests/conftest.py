@@ -10,8 +10,10 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import pytest
 import torch
 
-# a suite started under nohup would hand the ignored signal on to the processes that tests send it to
+# a suite started under nohup, or in the background of a script, would hand the ignored signals on to the processes that tests
+# send them to
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
