@@ -98,7 +98,7 @@ def commands(inputs):
         "eval": Command(
             ["eval", "run=done", "sample_prompts=2", "sample.max_new_tokens=4"],
             False,
-            ("done/eval.json", "done/samples.jsonl"),
+            ("done/eval.json", "done/eval-pairs.jsonl", "done/samples.jsonl"),
         ),
         "report": Command(["report", "done"], False, ("done/report.html",)),
     }
@@ -202,7 +202,7 @@ def count_writes(counter):
 
 def results(here, command):
     """What counts in the end: file -> bytes; of metrics the curves as the report reads them, without the clock."""
-    from favor.report.page import collect
+    from favor.report.records import collect
 
     found = {}
     for pattern in command.results:

@@ -68,7 +68,7 @@ def pairs(share: float, prompts: int, each: int, within: float):
     def trial(rng: np.random.Generator) -> Trial:
         prompt = sizes(rng, prompts, each)
         margin, gap = latent(rng, prompt, share, within), latent(rng, prompt, 1 - share, within)
-        found = PairFigures(margin, gap, gap, prompt, 0.0).as_json()
+        found = PairFigures(margin, gap, gap, prompt, 0.0, []).as_json()
         return {
             "accuracy": (found["accuracy_interval"], share),
             "reference accuracy": (found["reference_accuracy_interval"], 1 - share),

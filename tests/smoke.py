@@ -25,7 +25,12 @@ def run(here, *words):
 def main():
     assert Path(favor.__file__).is_relative_to(sys.prefix), favor.__file__
     assert not [name for name in ("pytest", "ruff", "pyright", "trl", "vllm") if importlib.util.find_spec(name)]
-    for template in ("favor/report/page.html.jinja", "favor/lint/lint.html.jinja", "favor_frontier/page.html.jinja"):
+    for template in (
+        "favor/report/page.html.jinja",
+        "favor/lint/lint.html.jinja",
+        "favor/report/style.css",
+        "favor_frontier/frontier.html.jinja",
+    ):
         package, _, rest = template.partition("/")
         assert files(package).joinpath(rest).is_file(), template
     with tempfile.TemporaryDirectory() as place:

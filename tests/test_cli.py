@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from favor.cli import main
 
@@ -215,6 +216,15 @@ def test_a_failed_start_can_be_repeated(inputs, favor):
     assert code == 0, err
 
 
+def greedy(folder, prompt, most):
+    """What plain transformers answers."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    turns = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, do_sample=False, max_new_tokens=most)
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
 def test_train_eval_report_sample(inputs, favor, tmp_path):
     held_out = f"data.eval={inputs / 'good.jsonl'}"
     code, out, err = favor(*recipe(inputs, held_out, "optim.lr=1e-2", "train.epochs=6"))
@@ -232,11 +242,20 @@ def test_train_eval_report_sample(inputs, favor, tmp_path):
     assert "preference accuracy" in out
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert [s["prompt"] for s in samples] == ["Film 0?", "Film 1?", "Film 2?"]
+    # answers to read, of which no figure is made: the last is what transformers takes without sampling
+    assert [[answer["temperature"] for answer in s["read"]] for s in samples] == [[0.7, 1e-4]] * 3
+    assert samples[0]["read"][1]["policy"] == greedy(tmp_path / "run/model", "Film 0?", 6)
+    pairs = [json.loads(line) for line in (tmp_path / "run/eval-pairs.jsonl").read_text().splitlines()]
+    assert len({pair["pair"] for pair in pairs}) == 6
+    assert sum(pair["margin"] for pair in pairs) / 6 == pytest.approx(figures["margin"])
+    assert [pair["policy_gap"] - pair["reference_gap"] for pair in pairs] == pytest.approx(
+        [pair["margin"] / figures["beta"] for pair in pairs]
+    )
     code, out, _ = favor("report", "run")
     assert (code, out) == (0, "report: run/report.html\n")
     page = (tmp_path / "run/report.html").read_text()
     assert "Film 0?" in page
-    assert page.count("plotly-graph-div") >= 16
+    assert page.count('<svg class="plot"') >= 16
     code, _, err = favor(
         "sample",
         "out=s.jsonl",

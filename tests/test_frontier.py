@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from favor.config import load
 from favor.errors import ConfigError
 from favor.ranks import World
-from favor.report.page import collect, write_page
+from favor.report.page import write_page
+from favor.report.records import collect
 from favor.run import RunFolder
 from favor.stop import StoppedError, StopRequest
 from favor.train.session import Session
@@ -173,12 +174,12 @@ def test_a_whole_picture_and_its_resumption(task, tmp_path):
     assert changed == ["dpo-0.5-seed1"]
     rows = frontier_rows(again)
     assert len(rows.points) == 9
-    write_page([collect(tmp_path / "run", SECTIONS)], tmp_path / "page.html")
+    write_page(collect(tmp_path / "run", SECTIONS), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "Who dominates whom" in page
     assert "PPO, learnt reward" in page
-    # the frontier; KL and reward over training of three methods
-    assert page.count('class="plotly-graph-div"') == 1 + 6
+    # the frontier, wide and small; KL and reward over training of three methods
+    assert page.count('<svg class="plot"') == 2 + 6
     with pytest.raises(ConfigError, match="another recipe"):
         frontier(config.model_copy(update={"jobs": 1}), open_session)
 

@@ -31,9 +31,9 @@ ALLOWED = {
     "winrate": BASE | {"output", "data", "model", "eval", "generate", "rewards", "server"},
     "eval": BASE | {"output", "data", "model", "losses", "ranks", "rewards", "generate"},
     "train": BASE | {"stop", "data", "losses", "model", "ranks", "rewards"} | {"lint.cheap", "eval.figures"},
-    "lint": BASE | {"output", "data", "model", "rewards", "report.table"},
+    "lint": BASE | {"output", "data", "model", "rewards", "report.frame", "report.words"},
     "label": BASE | {"output", "data", "eval.intervals"},
-    "report": {"errors", "run", "guard"},
+    "report": {"errors", "run", "guard", "eval.intervals"},
     "demo": BASE | {"stop", "rewards", "eval", "train", "report"},
     "online": BASE | {"output", "stop", "data", "losses", "model", "rewards", "generate", "train"},
     "init": BASE | {"data", "settings", "train"},
@@ -60,7 +60,7 @@ DATA_ORDER = (
     *("encode", "render", "tokenize", "splits", "store", "prepare", "prompts", "batches"),
 )
 # the size of the package; a feature may raise a number to the new size in its own commit, with the reason (CONTRIBUTING.md)
-MOST_LINES, MOST_FILES = 19_246, 118
+MOST_LINES, MOST_FILES = 21_198, 131
 # comment lines per 100 of code, on the files of the story (docs/path.md)
 LEAST_COMMENTS = 5
 FILES = sorted(PACKAGE.rglob("*.py"))

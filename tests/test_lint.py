@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -334,7 +335,7 @@ def test_page_and_json_escape_what_they_show(files, tmp_path):
     train[10]["chosen"] = "<script>alert(1)</script> &amp; more of the harbour"
     lint(files(train, None, f"lint.page={tmp_path / 'p.html'}", f"lint.out={tmp_path / 'p.json'}"))
     page = (tmp_path / "p.html").read_text("utf-8")
-    assert "<script>" not in page
+    assert "<script>alert" not in page
     assert "&amp;amp;" in page
     found = json.loads((tmp_path / "p.json").read_text("utf-8"))["findings"]
     assert {"entities", "markup", "read"} <= {f["kind"] for f in found}
@@ -509,3 +510,41 @@ def test_every_training_recipe_is_a_recipe_for_lint():
     recipes = (preference.TrainConfig, sft.SftConfig, reward.RewardTrainConfig, ppo.PpoConfig)
     keys = {key for recipe in recipes for key in recipe.model_fields}
     assert keys - LintConfig.model_fields.keys() == ELSEWHERE
+
+
+def test_the_page_says_why_and_what_to_do_and_hides_what_is_private(files, tmp_path):
+    train = clean_rows()
+    key = "sk-" + "abcdefghijklmnop" * 2
+    train[3] |= {"chosen": f"the key is {key}  ", "rejected": "no key of mine"}
+    train[5] |= {"chosen": "the very same words", "rejected": "the very same words"}
+    lint(files(train, None, f"lint.page={tmp_path / 'p.html'}"))
+    page = (tmp_path / "p.html").read_text("utf-8")
+    # the row is told twice, as a secret and for its blanks
+    assert key not in page
+    assert "no key of mine" not in page
+    assert "its texts are not shown" in page
+    for text in (
+        "Both answers are the same text",
+        "nothing to prefer",
+        "In 1 row.",
+        "--fix clean.jsonl",
+        ">preferred<",
+    ):
+        assert text in page, text
+    assert page.count("the very same words") == 2
+    assert str(tmp_path) not in page
+
+
+def test_every_finding_has_a_sentence_and_a_reason():
+    from favor.lint.advice import ADVICE
+
+    told = set(
+        re.findall(
+            r"^\| (`\w+`(?:, `\w+`)*) \|", (Path(__file__).parent.parent / "docs/lint.md").read_text(), re.MULTILINE
+        )
+    )
+    names = {name.strip("`") for row in told for name in row.split(", ")}
+    assert len(names) > 30
+    assert names == set(ADVICE)
+    assert set(KINDS) <= names
+    assert all(advice.title for advice in ADVICE.values())

@@ -27,7 +27,8 @@ from favor.generate.samples import SamplesConfig, write_samples
 from favor.lint.run import lint
 from favor.lint.settings import LintConfig
 from favor.ranks import World
-from favor.report.page import collect, write_page
+from favor.report.page import write_page
+from favor.report.records import collect
 from favor.run import RunFolder, append, read_jsonl, start, write_text
 from favor.stop import StoppedError
 from favor.train import checkpoint, reference
@@ -399,7 +400,7 @@ def test_report_shows_what_is_there(tmp_path):
     assert [step["loss"] for step in record.steps] == [0.7 - 0.1, 0.7 - 0.2]
     notes = " ".join(event["message"] for event in record.events)
     assert all(name in notes for name in ("metrics.jsonl: 3 of 5 lines", "eval.json", "winrate.json", "frontier.json"))
-    write_page([record], folder.report)
+    write_page(record, folder.report)
     assert "metrics.jsonl: 3 of 5 lines are damaged" in folder.report.read_text()
 
 

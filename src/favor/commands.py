@@ -213,20 +213,35 @@ OTHERS: Mapping[str, Callable[[], Command]] = {
 }
 
 
-def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")]) -> None:
-    """Write report.html into the first run folder: curves, samples, numbers, settings."""
-    print(f"report: {write_report(runs)}")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared with the first.")],
+    out: Annotated[Path | None, typer.Option(help="Write the page here.")] = None,
+) -> None:
+    """Write a page: of one run its report.html, of several a compare.html in the first folder, which leaves their pages alone."""
+    print(f"report: {write_report(runs, out)}")
 
 
-def write_report(runs: Sequence[Path]) -> Path:
-    """Write the page of these runs into the first one's folder; returns its path. Raises CheckpointError where there is no run."""
+def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page of these runs, into the first one's folder without `out`; returns its path.
+
+    Raises CheckpointError where there is no run, ConfigError when `out` holds anything but such a page.
+    """
     from favor_frontier.page import SECTIONS
 
-    from favor.report.page import collect, write_page
+    from favor.report.compare import write_comparison
+    from favor.report.frame import replaceable
+    from favor.report.page import write_page
+    from favor.report.records import collect
     from favor.run import RunFolder
 
-    path = RunFolder(runs[0]).report
-    write_page([collect(run, SECTIONS) for run in runs], path)
+    found = [collect(run, SECTIONS) for run in runs]
+    folder, several = RunFolder(runs[0]), len(runs) > 1
+    path = out or (folder.comparison if several else folder.report)
+    replaceable(path, "comparison" if several else "run")
+    if several:
+        write_comparison(found, path)
+    else:
+        write_page(found[0], path)
     return path
 
 

@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from favor.config import STRICT, Seed
 from favor.errors import DataError
 from favor.eval.evaluate import EvalConfig, evaluate
-from favor.report.page import collect, write_page
+from favor.report.page import write_page
+from favor.report.records import collect
 from favor.report.table import figures_table
 from favor.rewards.classifier import train_judge
 from favor.run import RunFolder, atomic_folder, cache_folder, make_folder, write_jsonl
@@ -121,7 +122,7 @@ def demo(
     figures = evaluate(EvalConfig.model_validate(asked), console.print, progress, ("sentiment", judge.score))
     console.print(figures_table(figures))
     page = RunFolder(root / "dpo").report
-    write_page([collect(root / "dpo")], page)
+    write_page(collect(root / "dpo"), page)
     console.print(f"report: {page}    ({time.monotonic() - began:.0f} s without downloads)")
 
 

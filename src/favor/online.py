@@ -128,7 +128,7 @@ def loop(config: OnlineConfig, open_session: OpenSession, progress: Progress) ->
             _seal(this)
             # written from the rounds' own figures, so that a kill between two files loses none
             figures = [read_json(each.root / "figures.json") for each in rounds[: this.number]]
-            write_jsonl(Path(config.run) / "rounds.jsonl", figures)
+            write_jsonl(RunFolder(Path(config.run)).rounds, figures)
         session.say(f"{config.rounds} rounds done; model in {rounds[-1].train.model}")
 
 

@@ -46,14 +46,17 @@ class RunFolder:
     checkpoints = _Inside("checkpoints")  # one folder a checkpoint, `step-000040`
     model = _Inside("model")  # the final model, as transformers or PEFT loads it
     evaluation = _Inside("eval.json")  # held-out figures of `favor eval`
+    pairs = _Inside("eval-pairs.jsonl")  # the held-out pairs one by one, by which runs are compared
     samples = _Inside("samples.jsonl")  # of reference and policy side by side
     prompts = _Inside("prompts.jsonl")  # those of a round of `favor loop`
+    rounds = _Inside("rounds.jsonl")  # figures of every round of `favor loop`
     frontier = _Inside("frontier.json")  # reward against KL of every method
     winrate = _Inside("winrate.json")  # figures of `favor winrate`
     winrate_settings = _Inside("winrate-settings.json")  # what the responses of both sides were made with
     winrate_samples = _Inside("winrate-samples.jsonl")  # responses of both sides, with the judge's verdict
     judgments = _Inside("judgments.jsonl")  # one line per judged (prompt, first, second)
     report = _Inside("report.html")
+    comparison = _Inside("compare.html")  # the same for several runs, this one first
 
     def responses(self, side: str) -> Path:
         """Responses sampled for side `a` or `b` of a win rate (JSONL)."""

@@ -1,16 +1,19 @@
 """Reward against KL, who dominates whom, and stability over training: plots and rows of a frontier.
 
-In: the content of frontier.json. Out: a section of the report, rows for the terminal. Next: page.html.jinja.
+In: the content of frontier.json. Out: a section of the report, rows for the terminal. Next: frontier.html.jinja.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import plotly.graph_objects as go
+from markupsafe import Markup
 from rich.table import Table
 
-from favor.report.page import plot_html
-from favor.report.table import FEW, rendered
+from favor.report.curves import Drawn
+from favor.report.found import Found, card
+from favor.report.frame import rendered
+from favor.report.plot import Axes, Line, chart
+from favor.report.table import FEW
 
 LABELS = {
     "start": "SFT (start)",
@@ -30,17 +33,20 @@ _STRENGTH = {
     "preferred_ft": "epochs",
     "best_of_n": "N",
 }
+# of the plots' colours, a method's own
 _COLOURS = {
-    "start": "#222222",
-    "dpo": "#2f6f9f",
-    "ipo": "#3fa7a0",
-    "kto": "#8a5fa8",
-    "ppo": "#c2603a",
-    "ppo_true": "#e0a030",
-    "unlikelihood": "#999999",
-    "preferred_ft": "#3f8f5f",
-    "best_of_n": "#b0487a",
+    "start": 6,
+    "dpo": 0,
+    "ipo": 5,
+    "kto": 3,
+    "ppo": 1,
+    "ppo_true": 4,
+    "unlikelihood": 7,
+    "preferred_ft": 2,
+    "best_of_n": 6,
 }
+# (width, height) of the picture on a screen, and on a phone
+_WIDE, _SMALL = (1000, 480), (360, 330)
 
 
 class FrontierRows(NamedTuple):
@@ -55,12 +61,56 @@ def frontier_section(found: Mapping[str, Any]) -> str:
     """What the report of a frontier's run folder shows of frontier.json, as HTML."""
     return rendered(
         "favor_frontier",
-        "page.html.jinja",
+        "frontier.html.jinja",
+        verdict=card(frontier_verdict(found)),
         rows=frontier_rows(found),
-        plot=plot_html(frontier_figure(found)),
-        stability=[plot_html(figure) for figure in stability_figures(found)],
+        plot=frontier_plot(found),
+        small=frontier_plot(found, _SMALL),
+        stability=stability_plots(found),
         samples=samples_side_by_side(found),
     )
+
+
+def frontier_verdict(found: Mapping[str, Any]) -> Found:
+    """What the differences at equal KL say of DPO, and of all pairs of methods."""
+    told = [d for d in found["dominance"] if "dpo" in (d["a"], d["b"]) and d["wins"] not in ("neither", "one seed")]
+    over, under = ([_other(d) for d in told if (d["wins"] == "dpo") == won] for won in (True, False))
+    parts = [f"DPO beats {_listed(over)}"] * bool(over) + [
+        f"{_listed(under)} beat{'s' * (len(under) == 1)} DPO"
+    ] * bool(under)
+    settled = sum(d["wins"] not in ("neither", "one seed") for d in found["dominance"])
+    one_seed = len(found["seeds"]) == 1
+    headline = (
+        "; ".join(parts) + ", at equal KL."
+        if parts
+        else "At equal KL no method is settled to be better than DPO, or worse."
+    )
+    wrong = [f"{item['point']} stopped early: {item['why']}" for item in found["stopped"][:3]]
+    if found["finished"] < found["wanted"]:
+        wrong.append(
+            f"{found['wanted'] - found['finished']} of {found['wanted']} points are missing: the same command makes them."
+        )
+    return Found(
+        "settled" if parts else "unsure",
+        headline,
+        changed=[f"{_versus(d)}: {_difference(d)}." for d in told]
+        + [f"Of {len(found['dominance'])} pairs of methods {settled} are settled."],
+        sure=[f"{_brackets(found)}." + " One seed settles nothing: give more (seeds=[0, 1, 2])." * one_seed],
+        cost=["How far a method had to move the model for its reward is the KL, to the right in the picture."],
+        wrong=wrong,
+    )
+
+
+def _other(pair: Mapping[str, Any]) -> str:
+    return LABELS[pair["b"] if pair["a"] == "dpo" else pair["a"]]
+
+
+def _versus(pair: Mapping[str, Any]) -> str:
+    return f"{LABELS[pair['a']]} less {LABELS[pair['b']]}, reward at equal KL"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def frontier_rows(found: Mapping[str, Any]) -> FrontierRows:
@@ -87,7 +137,7 @@ def frontier_rows(found: Mapping[str, Any]) -> FrontierRows:
     )
     notes += [f"Seconds a point, training and measuring: {took}; the learnt rewards of PPO and Best-of-N come on top"]
     if far := _beyond(found["points"]):
-        notes.append(f"Beyond the plot's right edge (double-click on the plot shows all): {', '.join(far)}")
+        notes.append(f"Beyond the plot's right edge: {', '.join(far)}")
     notes += [f"{item['point']} stopped early: {item['why']}" for item in found["stopped"]]
     return FrontierRows(points, dominance, notes)
 
@@ -127,28 +177,32 @@ def frontier_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def frontier_figure(found: Mapping[str, Any]) -> go.Figure:
-    """Reward against KL, with intervals both ways; the axis ends at widest_kl."""
-    figure = go.Figure()
+def frontier_plot(found: Mapping[str, Any], size: tuple[int, int] = _WIDE) -> Markup:
+    """Reward against KL, with intervals both ways; the axis ends at widest_kl, and what goes on beyond it has an arrow."""
+    wide, lines = size == _WIDE, list[Line]()
     for method, members in found["points"].items():
-        ordered = sorted(members, key=lambda p: p["kl"]["mean"])
-        figure.add_scatter(
-            x=[p["kl"]["mean"] for p in ordered],
-            y=[p["reward"]["mean"] for p in ordered],
-            error_x=_bars(ordered, "kl"),
-            error_y=_bars(ordered, "reward"),
-            text=[_strength(method, p["strength"]) for p in ordered],
-            name=LABELS[method],
-            mode="markers" if len(ordered) == 1 else "lines+markers",
-            line={"color": _COLOURS[method], "width": 2},
-            marker={"size": 8},
+        p = sorted(members, key=lambda point: point["kl"]["mean"])
+        lines.append(
+            Line(
+                [point["kl"]["mean"] for point in p],
+                [point["reward"]["mean"] for point in p],
+                LABELS[method],
+                _COLOURS[method],
+                # it shares the start's colour
+                dash=int(method == "best_of_n"),
+                marks=True,
+                joined=len(p) > 1,
+                texts=[_strength(method, point["strength"]).rpartition(" ")[2] for point in p] if wide else (),
+                across=[(point["kl"]["low"], point["kl"]["high"]) for point in p] if wide else (),
+                up=[(point["reward"]["low"], point["reward"]["high"]) for point in p],
+            )
         )
-    shown = widest_kl(found["points"])
-    figure.update_layout(
-        xaxis={"title": "sampled KL, nats a response", "range": [-0.02 * shown, 1.05 * shown]},
-        yaxis_title="ground-truth reward",
+    ends = (0.0, 1.05 * widest_kl(found["points"]))
+    what = "Reward against KL: up and to the left is better"
+    axes = Axes(
+        what, "sampled KL, nats a response (square root)", "ground-truth reward", *size, "sqrt", ends, inside=True
     )
-    return _styled(figure, "Reward against KL: up and to the left is better", 480)
+    return chart(axes, lines)
 
 
 def widest_kl(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
@@ -172,38 +226,38 @@ def _beyond(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     ]
 
 
-def stability_figures(found: Mapping[str, Any]) -> list[go.Figure]:
+def stability_plots(found: Mapping[str, Any]) -> list[Drawn]:
     """KL and reward over training, a small plot a method: every line is a run (strength and seed)."""
     curves = found["stability"]
     top = max((r["kl"] for curve in curves for r in curve["curve"]), default=0.0)
+    low = min((r["kl"] for curve in curves for r in curve["curve"]), default=0.0)
     methods = list(dict.fromkeys(curve["method"] for curve in curves))
-    figures = [_stability(curves, method, "kl", f"KL over training: {LABELS[method]}") for method in methods]
-    for figure in figures:
-        figure.update_yaxes(title_text="KL, nats", range=[min(0.0, -0.05 * top), 1.05 * top])
+    plots = [_stability(curves, method, "kl", "KL, nats", (min(low, 0.0), 1.05 * top or 1.0)) for method in methods]
     for method in methods:
-        figure = _stability(curves, method, "reward", f"Reward over training: {LABELS[method]}")
         # PPO's own reward has no fixed scale, so it shares no axis with the ground truth
-        title = "learnt reward (its own scale)" if method == "ppo" else "ground-truth reward"
-        figure.update_yaxes(title_text=title, range=None if method == "ppo" else [0, 1])
-        figures.append(figure)
-    return figures
+        unit, ends = ("learnt reward (its own scale)", None) if method == "ppo" else ("ground-truth reward", (0.0, 1.0))
+        plots.append(_stability(curves, method, "reward", unit, ends))
+    return plots
 
 
-def _stability(curves: Sequence[Mapping[str, Any]], method: str, key: str, title: str) -> go.Figure:
-    figure = go.Figure()
-    for curve in curves:
-        if curve["method"] == method:
-            records = curve["curve"]
-            figure.add_scatter(
-                x=[r["step"] / records[-1]["step"] for r in records],
-                y=[r[key] for r in records],
-                name=f"{_strength(method, curve['strength'])}, seed {curve['seed']}",
-                mode="lines",
-                line={"color": _COLOURS[method], "width": 1},
-                showlegend=False,
-            )
-    figure.update_xaxes(title_text="share of training", range=[0, 1])
-    return _styled(figure, title, 260)
+def _stability(
+    curves: Sequence[Mapping[str, Any]], method: str, key: str, unit: str, ends: tuple[float, float] | None
+) -> Drawn:
+    """Seeds of one strength have one colour; the first carries its label."""
+    mine = [curve for curve in curves if curve["method"] == method]
+    strengths = sorted({curve["strength"] for curve in mine})
+    lines = [
+        Line(
+            [r["step"] / curve["curve"][-1]["step"] for r in curve["curve"]],
+            [r[key] for r in curve["curve"]],
+            _strength(method, curve["strength"]) if curve["seed"] == min(c["seed"] for c in mine) else "",
+            strengths.index(curve["strength"]),
+        )
+        for curve in mine
+    ]
+    title = f"{'KL' if key == 'kl' else 'Reward'} over training: {LABELS[method]}"
+    axes = Axes(title, "share of training", unit, x_range=(0.0, 1.0), y_range=ends)
+    return Drawn(title, "", "", chart(axes, lines))
 
 
 def samples_side_by_side(found: Mapping[str, Any], prompts: int = 4) -> list[tuple[str, list[tuple[str, float, str]]]]:
@@ -218,28 +272,6 @@ def samples_side_by_side(found: Mapping[str, Any], prompts: int = 4) -> list[tup
         for sample in item["samples"][:prompts]:
             rows.setdefault(sample["prompt"], []).append((label, sample["reward"], sample["text"]))
     return list(rows.items())
-
-
-def _styled(figure: go.Figure, title: str, height: int) -> go.Figure:
-    figure.update_layout(
-        title={"text": title, "font": {"size": 15}},
-        height=height,
-        margin={"l": 54, "r": 12, "t": 64, "b": 44},
-        template="plotly_white",
-        legend={"orientation": "h", "y": -0.25, "yanchor": "top"},
-    )
-    return figure
-
-
-def _bars(points: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [p[key]["high"] - p[key]["mean"] for p in points],
-        "arrayminus": [p[key]["mean"] - p[key]["low"] for p in points],
-        "thickness": 1,
-        "width": 2,
-    }
 
 
 def _strength(method: str, value: float) -> str:

@@ -1,12 +1,12 @@
 """`favor eval`: a trained policy against its reference on held-out preferences and by samples.
 
-In: EvalConfig, usually just a run folder. Out: eval.json and samples.jsonl. Next: figures.py.
+In: EvalConfig, usually just a run folder. Out: eval.json, eval-pairs.jsonl and samples.jsonl. Next: figures.py.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 from pydantic import BaseModel, Field, model_validator
@@ -56,10 +56,12 @@ class EvalConfig(BaseModel):
     """Sample the first N held-out prompts; 0 leaves out samples and KL."""
     samples_per_prompt: int = Field(default=2, ge=1, le=1000)
     """Samples of each model per prompt."""
+    read_at: tuple[Annotated[float, Field(ge=1e-4)], ...] = (0.7, 1e-4)
+    """Temperatures of one more answer a prompt each, for people to read; 0.0001 always takes the likeliest token."""
 
     @model_validator(mode="after")
     def _samples_are_taken(self) -> Self:
-        unread = {"seed", "sample", "samples_per_prompt"} & self.model_fields_set
+        unread = {"seed", "sample", "samples_per_prompt", "read_at"} & self.model_fields_set
         if self.sample_prompts == 0 and unread:
             raise ValueError(
                 f"{min(unread)} would be ignored: sample_prompts=0 leaves out samples; remove one of the two"
@@ -92,7 +94,7 @@ class Subject:
 def evaluate(
     config: EvalConfig, say: Callable[[str], None], progress: Progress, scorer: Scorer | None = None
 ) -> dict[str, Any]:
-    """Write eval.json and samples.jsonl into the run folder and return the figures.
+    """Write eval.json, eval-pairs.jsonl and samples.jsonl into the run folder and return the figures.
 
     With a `scorer` the samples of policy and reference are compared, paired by prompt. Raises CheckpointError, DataError or
     ConfigError when something cannot be used.
@@ -120,6 +122,7 @@ def _evaluate(
         if scorer:
             figures["score"] = score_samples(records, scorer)
         write_jsonl(folder.samples, records)
+    write_jsonl(folder.pairs, pairs.each())
     write_json(folder.evaluation, figures)
     return figures
 
@@ -159,21 +162,67 @@ def _samples(
     trees, each = subject.trees[: config.sample_prompts], config.samples_per_prompt
     prompts = [tree.prompt_ids for tree in trees for _ in range(each)]
     seeds = [config.seed * 1_000_003 + i for i in range(len(prompts))]
-    models = {"reference": subject.reference, "policy": subject.policy}
-    ids = {
-        name: sample(model, prompts, seeds, config.sample, lambda done: progress("samples", done, 2 * len(prompts)))
-        for name, model in models.items()
-    }
-    texts = {name: decode(model.tokenizer, ids[name]) for name, model in models.items()}
+    drawn = _drawn(subject, prompts, seeds, config.sample, lambda done: progress("samples", done, 2 * len(prompts)))
     prompt_of = {(tree.source, tree.rows[0]): tree.prompt for tree in subject.texts}
+    read = _read(config, subject, prompts[::each], seeds[::each], progress)
     records = [
-        {"prompt": prompt_of[tree.source, tree.row]} | {name: texts[name][i * each : (i + 1) * each] for name in _SIDES}
+        {"prompt": prompt_of[tree.source, tree.row]}
+        | {name: drawn[name].texts[i * each : (i + 1) * each] for name in _SIDES}
+        | {f"{name}_cut": drawn[name].cut[i * each : (i + 1) * each] for name in _SIDES}
+        | {"read": [answers[i] for answers in read]}
         for i, tree in enumerate(trees)
     ]
     kl = None
     if config.sample.temperature == 1.0:
-        kl = asdict(kl_of_samples(subject.policy, subject.reference_logps, prompts, ids["policy"], config.sample))
-    return records, kl, {name: sum(map(len, ids[name])) / len(prompts) for name in _SIDES}
+        kl = asdict(kl_of_samples(subject.policy, subject.reference_logps, prompts, drawn["policy"].ids, config.sample))
+    return records, kl, {name: sum(map(len, drawn[name].ids)) / len(prompts) for name in _SIDES}
+
+
+class Drawn(NamedTuple):
+    """Samples of one model: ids, texts, and which reached the limit without an end."""
+
+    ids: list[tuple[int, ...]]
+    texts: list[str]
+    cut: list[bool]
+
+
+def _drawn(
+    subject: Subject,
+    prompts: Sequence[tuple[int, ...]],
+    seeds: Sequence[int],
+    config: SampleConfig,
+    progress: Callable[[int], None],
+) -> dict[str, Drawn]:
+    """A sample of either model for each prompt, by the same random streams."""
+    found: dict[str, Drawn] = {}
+    for name, model in (("reference", subject.reference), ("policy", subject.policy)):
+        ids = sample(model, prompts, seeds, config, progress)
+        found[name] = Drawn(ids, decode(model.tokenizer, ids), [one[-1] not in model.end_ids for one in ids])
+    return found
+
+
+def _read(
+    config: EvalConfig,
+    subject: Subject,
+    prompts: Sequence[tuple[int, ...]],
+    seeds: Sequence[int],
+    progress: Progress,
+) -> list[list[dict[str, Any]]]:
+    """For each temperature of read_at, an answer of either model to each prompt; no figure is made of them."""
+    found: list[list[dict[str, Any]]] = []
+    total = 2 * len(prompts) * len(config.read_at)
+    for temperature in config.read_at:
+        settings = config.sample.model_copy(update={"temperature": temperature})
+        drawn = _drawn(subject, prompts, seeds, settings, lambda done: progress("answers to read", done, total))
+        found.append(
+            [
+                {"temperature": temperature}
+                | {name: drawn[name].texts[i] for name in _SIDES}
+                | {f"{name}_cut": drawn[name].cut[i] for name in _SIDES}
+                for i in range(len(prompts))
+            ]
+        )
+    return found
 
 
 def score_samples(records: list[dict[str, Any]], scorer: Scorer) -> dict[str, Any]:

@@ -4,6 +4,7 @@ In: a policy, its reference's log-probs and token trees; or reward gaps of label
 Divergence. A further figure is one function here and one line where `eval.json` is written (evaluate.py). Next: evaluate.py.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from favor.data.types import Batch, TokenTree
 from favor.eval.intervals import SHARE, Array, mean_interval, sign_share, standard_error
+from favor.guard import sha
 from favor.losses.pairwise import sigmoid
 from favor.model.batched import measured
 from favor.model.load import Policy
@@ -36,6 +38,16 @@ class PairFigures:
     reference_gap_P: Array
     prompt_P: NDArray[np.int64]
     loss: float
+    names: list[str]
+
+    def each(self) -> list[dict[str, object]]:
+        """A record a pair, for eval-pairs.jsonl: its name, prompt, margin and both models' own gaps."""
+        gaps = zip(self.policy_gap_P.tolist(), self.reference_gap_P.tolist(), strict=True)
+        records = pair_records(self.names, self.prompt_P, self.margin_P)
+        return [
+            record | {"policy_gap": after, "reference_gap": before}
+            for record, (after, before) in zip(records, gaps, strict=True)
+        ]
 
     def as_json(self) -> dict[str, object]:
         """Means with 95 % intervals over prompts."""
@@ -107,7 +119,8 @@ def pair_figures(
     reward_R = beta * (policy_R - ref_R)
     margin_P = reward_R[chosen_P] - reward_R[rejected_P]
     policy_P, ref_P = ((logp_R[chosen_P] - logp_R[rejected_P]).numpy() for logp_R in (policy_R, ref_R))
-    return PairFigures(margin_P.numpy(), policy_P, ref_P, prompt_P, float(sigmoid(margin_P, 1.0).mean()))
+    loss = float(sigmoid(margin_P, 1.0).mean())
+    return PairFigures(margin_P.numpy(), policy_P, ref_P, prompt_P, loss, pair_names(trees))
 
 
 def pairs(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,6 +136,22 @@ def pairs(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray, np.ndarra
         begin += len(tree.response_ids)
     chosen_P, rejected_P, tree_P = np.array(found, np.int64).reshape(-1, 3).T
     return chosen_P, rejected_P, tree_P
+
+
+def pair_names(trees: Sequence[TokenTree]) -> list[str]:
+    """A name of every pair, in the order of `pairs`: the same for the same token ids in any run."""
+    return [
+        sha(json.dumps([tree.prompt_ids, tree.response_ids[a], tree.response_ids[b]]))[:16]
+        for tree in trees
+        for comparison in tree.comparisons
+        for a, b in combinations(comparison.order, 2)
+    ]
+
+
+def pair_records(names: Sequence[str], prompt_P: NDArray[np.int64], margin_P: Array) -> list[dict[str, object]]:
+    """What eval-pairs.jsonl says of every pair; margin: of implicit rewards, or the gap of a reward model's scores."""
+    rows = zip(names, prompt_P.tolist(), margin_P.tolist(), strict=True)
+    return [{"pair": name, "prompt": prompt, "margin": margin} for name, prompt, margin in rows]
 
 
 def calibrate(gap_P: Array, prompt_P: NDArray[np.int64], *, num_bins: int = 10) -> Calibration:

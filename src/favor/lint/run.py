@@ -8,7 +8,6 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,15 @@ from favor.data.formats import RowError, columns_of
 from favor.data.read import ReadReport, outcomes
 from favor.data.settings import SourceConfig
 from favor.data.types import Finding
-from favor.errors import CheckpointError, ConfigError, DataError, in_texts, places_in, without_known_places
+from favor.errors import CheckpointError, ConfigError, DataError, in_texts
 from favor.lint.cheap import Hit, Told, findings
 from favor.lint.models import model_gaps, noise_checks, reward_gaps, token_checks
+from favor.lint.page import page
 from favor.lint.rows import Row, repaired, row_checks, row_of
 from favor.lint.sets import set_checks
 from favor.lint.settings import KINDS, ORDER, LintConfig, LintSettings
 from favor.model.load import end_ids, load_policy, load_tokenizer
 from favor.output import Output
-from favor.report.table import rendered
 from favor.rewards.source import make_scorer, reads
 
 _COLOURED = {"error": "[red]error[/red]", "warning": "[yellow]warning[/yellow]", "note": "note"}
@@ -58,7 +57,7 @@ def lint(config: LintConfig, recipe: Path | None = None) -> list[Finding]:
             rows += _rows(config, SourceConfig(path=data.eval, split=data.eval_split), "eval", known)
         told = list(_checks(config, rows, known))
         found = sorted(findings(told, settings.examples), key=lambda finding: ORDER.index(finding.severity))
-        texts = _texts(config, rows, told, found)
+        texts = _texts(config, rows, told, found, recipe)
         # only when all is made
         for out in outputs:
             output.write(out, texts[out.key], None)
@@ -135,7 +134,7 @@ def _checks(config: LintConfig, rows: Sequence[Row], known: Mapping[str, frozens
 
 
 def _texts(
-    config: LintConfig, rows: Sequence[Row], told: Sequence[Told], found: list[Finding]
+    config: LintConfig, rows: Sequence[Row], told: Sequence[Told], found: list[Finding], recipe: Path | None
 ) -> dict[str, dict[Path, str]]:
     """What is written, by the setting that names it; `found` gets a note on the cleaned copy."""
     settings, training = config.lint, config.data.training
@@ -153,12 +152,7 @@ def _texts(
         listed = {"findings": [finding._asdict() for finding in found]}
         texts["lint.out"] = {Path(settings.out): json.dumps(listed, indent=2, ensure_ascii=False) + "\n"}
     if settings.page is not None:
-        # a page may be handed on, so it names no folder of this machine
-        places = {row.where[0] for row in rows}.union(places_in(config.model_dump(mode="json")))
-        anywhere = partial(without_known_places, known=places)
-        counts = Counter(finding.severity for finding in found)
-        values = {"source": anywhere(training), "counts": counts, "findings": in_texts(found, anywhere)}
-        texts["lint.page"] = {Path(settings.page): rendered("favor.lint", "lint.html.jinja", **values)}
+        texts["lint.page"] = {Path(settings.page): page(config, rows, told, found, recipe)}
     return texts
 
 

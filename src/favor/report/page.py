@@ -1,135 +1,183 @@
-"""Run folders -> one static page: curves, figures, samples, data report, settings; works offline from a file.
+"""Run folders -> one static page: verdict first, then figures, curves, answers, data, settings; works offline from a file.
 
-In: run folders, the first being the page's own; any part but the recipe may be missing. Out: report.html. Its plots: CURVES,
-drawn by `curve`, and `calibration`; sections bring their own. Next: page.html.jinja.
+In: run records. Out: report.html of one run, compare.html of several; neither names a place of this machine. What stands on
+a page is `contents`; sections of other packages bring their own verdict. Next: verdict.py.
 """
 
-import json
-import math
-import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import plotly.graph_objects as go
-import plotly.offline
+import numpy as np
 from markupsafe import Markup
-from plotly.io import to_html
 
-from favor.errors import CheckpointError, in_texts, places_in, without_places
-from favor.report.table import figure_rows, rendered, winrate_rows
-from favor.run import RunFolder, read_text, write_text
+from favor.report import samples
+from favor.report.curves import Drawn, curves
+from favor.report.found import other
+from favor.report.frame import rendered
+from favor.report.plot import Axes, Line, bars, chart
+from favor.report.records import RunRecord, anywhere
+from favor.report.table import figure_columns, figure_rows, winrate_rows
+from favor.report.verdict import is_warning, sides_of, verdict
+from favor.report.words import between, percent
+from favor.run import write_text
 
-Record = dict[str, Any]
-# title -> (unit, {key of a step's record: its label}); a curve that no run has figures for is left out
-CURVES: dict[str, tuple[str, dict[str, str]]] = {
-    "Loss": ("nats", {"loss": "loss"}),
-    "Preference accuracy (training pairs)": ("share", {"accuracy": "accuracy"}),
-    "Margin of implicit rewards": ("beta x nats", {"margin": "margin"}),
-    "Implicit rewards": ("beta x nats", {"reward_chosen": "chosen", "reward_rejected": "rejected"}),
-    "Log-prob per token": ("nats", {"logp_chosen_per_token": "chosen", "logp_rejected_per_token": "rejected"}),
-    "Chosen below reference": ("share of pairs", {"chosen_below_reference": "chosen below"}),
-    "Sampled KL(policy || reference)": ("nats", {"kl": "KL"}),
-    "Reward of samples": ("score", {"reward": "reward"}),
-    "Reward less KL penalty": ("score", {"objective": "objective"}),
-    "KL coefficient": ("", {"kl_coef": "coefficient"}),
-    "Reward gap (chosen - rejected)": ("score", {"gap": "gap"}),
-    "Scores": ("score", {"score_chosen": "chosen", "score_rejected": "rejected"}),
-    "Value loss": ("", {"value_loss": "value loss"}),
-    "Clipped ratios": ("share of tokens", {"clipped": "clipped"}),
-    "KL of one update": ("nats a token", {"update_kl": "update KL"}),
-    "Entropy": ("nats a token", {"entropy": "entropy"}),
-    "Response length": ("tokens", {"length": "length"}),
-    "Ended with an end token": ("share", {"ended": "ended"}),
-    "Gradient norm": ("before clipping", {"grad_norm": "norm"}),
-    "Learning rate": ("", {"lr": "rate"}),
-    "Speed": ("unique tokens a second", {"tokens_per_s": "tokens/s"}),
-}
-_COLOURS = ("#2f6f9f", "#c2603a", "#3f8f5f", "#8a5fa8", "#8c7a2f", "#555555")
+# events, letters of the settings and rows on the data that a page shows
+_EVENTS, _SETTINGS, _ROWS, _JUDGED = 100, 20_000, 150, 20
+# histogram bars
+_BARS = 20
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run left behind: records by step, events, held-out figures, samples, data report, recipe; sections as HTML."""
-
-    name: str
-    config: str
-    steps: tuple[Record, ...]
-    evals: tuple[Record, ...]
-    events: tuple[Record, ...]
-    evaluation: Record
-    winrate: Record
-    data: Record
-    samples: tuple[Record, ...]
-    winrate_samples: tuple[Record, ...]
-    sections: tuple[str, ...]
+def write_page(run: RunRecord, path: Path) -> None:
+    """Write the page of one run; whole or not at all."""
+    write_text(path, page(anywhere(run)))
 
 
-def write_page(runs: Sequence[RunRecord], path: Path) -> None:
-    """Write the page for one run, or for several compared; whole or not at all. It names no place of this machine."""
-    shown = [_anywhere(run) for run in runs]
-    figures = {over: [curve(shown, title, over) for title in CURVES] for over in ("step", "tokens")}
-    plots = {over: [plot_html(figure) for figure in found if figure.data] for over, found in figures.items()}
-    page = rendered(
+def page(run: RunRecord) -> Markup:
+    """The page of one run."""
+    answers, left_out = samples.shown(run.samples)
+    plots = {over: curves([run], over, inner=False) for over in ("step", "tokens")}
+    return rendered(
         "favor.report",
         "page.html.jinja",
-        runs=shown,
-        title=" / ".join(run.name for run in shown),
-        plotly=Markup(plotly.offline.get_plotlyjs()),
-        plots=plots,
-        calibration=plot_html(calibration(shown)) if any("calibration" in run.evaluation for run in shown) else "",
+        run=run,
+        verdict=verdict(run),
+        own=contents(run),
+        contents=[*_named_in(run.sections), *contents(run)],
         figure_rows=figure_rows,
+        figure_columns=figure_columns,
         winrate_rows=winrate_rows,
-        flatten=flatten,
-        sides=_sides,
+        winrate_bar=winrate_bar(run.winrate) if run.winrate else "",
+        names=sides_of(run.winrate) if run.winrate else (),
+        prompt_text=samples.prompt_text,
+        calibration=calibration(run),
+        histogram=[]
+        if run.evaluation.get("calibration")
+        else _histogram(run, "Margins of held-out pairs", "beta x nats"),
+        rounds=_rounds(run),
+        round_rows=[
+            [
+                str(each["round"]),
+                f"{each['mean_score']:.4g}",
+                *(each.get(k, "") for k in ("prompts", "samples", "comparisons")),
+            ]
+            for each in run.rounds
+        ],
+        plots=plots if plots["step"] else {"step": []},
+        inner=curves([run], "step", inner=True),
+        samples=answers,
+        left_out=left_out,
+        score_name=(run.evaluation.get("score") or {}).get("name", "the scorer"),
+        events=_events(run),
+        data_rows=data_rows(run.data),
+        config=_shortened(run.config),
     )
-    write_text(path, page)
 
 
-def curve(runs: Sequence[RunRecord], title: str, over: str) -> go.Figure:
-    """A plot of CURVES over the steps or the unique tokens, one line a run and key; without data when no run has it."""
-    unit, keys = CURVES[title]
-    figure = go.Figure()
-    lines = [(run, key, label) for run in runs for key, label in keys.items()]
-    for number, (run, key, label) in enumerate(lines):
-        x, y = _series(run, key, over)
-        if y:
-            name = label if len(runs) == 1 else f"{run.name}: {label}"
-            line = {"color": _COLOURS[number % len(_COLOURS)], "width": 2}
-            mode = "lines+markers" if len(y) < 30 else "lines"
-            figure.add_scatter(x=x, y=y, name=name, mode=mode, line=line, marker={"size": 5})
-    if title == "Loss" and any("accuracy" in record for run in runs for record in run.steps):
-        figure.add_hline(y=math.log(2), line_dash="dot", line_color="#999", annotation_text="ln 2")
-    figure.update_layout(
-        showlegend=len(list(figure.data)) > 1,
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1.0, "xanchor": "right"},
+def contents(run: RunRecord) -> list[tuple[str, str]]:
+    """(id, title) of the parts that this run has something for, in order."""
+    parts = {
+        "winrate": ("Win rate", run.winrate),
+        "judged": ("Judged side by side", run.winrate and run.winrate_samples),
+        "calibration": ("Calibration", run.evaluation.get("calibration")),
+        "rounds": ("Rounds", run.rounds),
+        "figures": ("Held-out figures", run.evaluation or not other(run)),
+        "samples": ("Answers before and after", run.samples),
+        "curves": ("Curves", run.steps or not other(run)),
+        "events": ("What happened", run.events),
+        "data": ("Data", data_rows(run.data)),
+        "settings": ("Settings", True),
+    }
+    return [(name, title) for name, (title, there) in parts.items() if there]
+
+
+def _named_in(sections: Sequence[str]) -> list[tuple[str, str]]:
+    """(id, title) of the parts that sections of other packages bring."""
+    return [
+        part
+        for section in sections
+        for part in re.findall(r'<section class="more" id="([\w-]+)"><h2>([^<]+)</h2>', section)
+    ]
+
+
+def winrate_bar(figures: dict[str, Any]) -> Markup:
+    """Shares of pairs won, tied and lost, in one bar, with a key."""
+    a, b = sides_of(figures)
+    total = max(figures["pairs"], 1)
+    shares = [
+        ("won-a", f"{a} wins", figures["wins"]),
+        ("tied", "ties", figures["ties"]),
+        ("won-b", f"{b} wins", figures["losses"]),
+    ]
+    told = ", ".join(f"{name} {percent(count / total)}" for _, name, count in shares)
+    parts = [
+        Markup('<span class="{}" style="width:{:.2f}%"></span>').format(kind, 100 * count / total)
+        for kind, _, count in shares
+    ]
+    key = [Markup('<span class="{}"></span>{} {}').format(kind, name, count) for kind, name, count in shares]
+    rate = f"{percent(figures['win_rate'])} for {a}, ties as halves ({between(figures['win_rate_interval'])})"
+    return Markup(
+        '<div class="share" role="img" aria-label="{}">{}</div><p class="key share-key">{}</p><p class="lead">{}</p>'
+    ).format(told, Markup("").join(parts), Markup("").join(key), rate)
+
+
+def calibration(run: RunRecord) -> list[Drawn]:
+    """Predicted chance of being right against the share that was, with the number of pairs at each point; and the margins."""
+    parts = (run.evaluation.get("calibration") or {}).get("curve", ())
+    if not parts:
+        return []
+    x = [part["predicted"] for part in parts]
+    errors = [1.96 * (part["observed"] * (1 - part["observed"]) / part["num_pairs"]) ** 0.5 for part in parts]
+    up = [(max(p["observed"] - e, 0.0), min(p["observed"] + e, 1.0)) for p, e in zip(parts, errors, strict=True)]
+    texts = [f"n={part['num_pairs']}" for part in parts]
+    line = Line(x, [p["observed"] for p in parts], marks=True, texts=texts, up=up)
+    low = min([0.4, *(end for ends in up for end in ends)])
+    axes = Axes(
+        "Calibration",
+        "predicted chance",
+        "share right",
+        x_range=(0.48, 1.02),
+        y_range=(low, 1.04),
+        diagonal=True,
+        inside=True,
     )
-    return _styled(figure, title, 280, "step" if over == "step" else "unique tokens", unit)
+    note = "dotted: perfect; whiskers: 95 % of a share of n pairs, prompts taken as independent"
+    return [Drawn("Calibration", "", note, chart(axes, [line])), *_histogram(run, "Margins of held-out pairs", "score")]
 
 
-def calibration(runs: Sequence[RunRecord]) -> go.Figure:
-    """Predicted p*(winner) against the share predicted rightly, with the diagonal of perfect calibration."""
-    figure = go.Figure()
-    for number, run in enumerate(runs):
-        parts = run.evaluation.get("calibration", {}).get("curve", ())
-        figure.add_scatter(
-            x=[part["predicted"] for part in parts],
-            y=[part["observed"] for part in parts],
-            text=[f"{part['num_pairs']} pairs" for part in parts],
-            name=run.name,
-            mode="lines+markers",
-            line={"color": _COLOURS[number % len(_COLOURS)]},
-        )
-    figure.add_scatter(x=[0.5, 1], y=[0.5, 1], name="perfect", mode="lines", line={"dash": "dot", "color": "#999"})
-    return _styled(figure, "Calibration of the reward", 320, "predicted p*(winner)", "share predicted rightly")
+def _histogram(run: RunRecord, title: str, unit: str) -> list[Drawn]:
+    """How far the preferred answer is ahead, pair by pair."""
+    margins = np.array([record["margin"] for record in run.pairs if isinstance(record["margin"], int | float)])
+    if not len(margins):
+        return []
+    reach = float(np.abs(margins).max()) or 1.0
+    # symmetric, so that 0 is an edge between two bars
+    counts, edges = np.histogram(margins, bins=_BARS if len(margins) >= _BARS else 8, range=(-reach, reach))
+    axes = Axes(title, f"margin, {unit}", "pairs")
+    note = f"{len(margins)} pairs; left of 0 the other answer is ahead ({int((margins < 0).sum())} pairs)"
+    return [Drawn(title, "", note, bars(axes, edges.tolist(), counts.tolist(), 0.0))]
 
 
-def plot_html(figure: go.Figure) -> Markup:
-    """A plot as HTML without the plotting library, which the page holds once."""
-    settings = {"displayModeBar": False, "responsive": True}
-    return Markup(to_html(figure, include_plotlyjs=False, full_html=False, config=settings))
+def _rounds(run: RunRecord) -> list[Drawn]:
+    if not run.rounds:
+        return []
+    line = Line(
+        [each["round"] for each in run.rounds], [each["mean_score"] for each in run.rounds], "score", marks=True
+    )
+    axes = Axes("Mean score of a round's samples", "round", "score")
+    return [Drawn(axes.what, "up", "sampled before the round's training", chart(axes, [line]))]
+
+
+def data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was read, as rows; what is zero or empty is left out."""
+    rows = [
+        (key.replace(".", " · ").replace("_", " "), text)
+        for key, text in flatten(data)
+        if text not in ("0", "0.0", "", "None", "False")
+    ]
+    more = [("more", f"{len(rows) - _ROWS} in data.json")] if len(rows) > _ROWS else []
+    return rows[:_ROWS] + more
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -139,126 +187,27 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
             row for key, inner in value.items() for row in flatten(inner, f"{prefix}.{key}" if prefix else str(key))
         ]
     if isinstance(value, list):
-        shown = "; ".join(" ".join(map(str, v.values() if isinstance(v, dict) else v)) for v in value[:5])
+        shown = "; ".join(map(_words, value[:5]))
         return [(prefix, f"{len(value)}" + (f": {shown}" if value else "") + (" ..." if len(value) > 5 else ""))]
     return [(prefix, str(value))]
 
 
-def _anywhere(run: RunRecord) -> RunRecord:
-    """The record as others may see it: paths cut to their last name, but for the texts of the samples."""
-    try:
-        known = places_in(tomllib.loads(run.config))
-    except tomllib.TOMLDecodeError:
-        known = []
-    told = {"config": run.config, "events": run.events, "data": run.data, "winrate": run.winrate}
-    return replace(run, **in_texts(told, lambda text: without_places(text, known)))
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(map(str, value.values()))
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _series(run: RunRecord, key: str, over: str) -> tuple[list[float], list[float]]:
-    x: list[float] = []
-    y: list[float] = []
-    tokens = 0
-    last: object = None
-    for record in run.steps:
-        tokens += record.get("unique_tokens", 0)
-        # a KL probe's figure is repeated until the next one: draw each once
-        repeated = key == "kl" and record.get(key) == last
-        last = record.get(key)
-        if key in record and not repeated:
-            x.append(record["step"] if over == "step" else tokens)
-            y.append(record[key])
-    return x, y
+def _events(run: RunRecord) -> list[dict[str, Any]]:
+    """Warnings first where there are too many to show all."""
+    told = [
+        {"message": str(event["message"])[:1000], "warn": is_warning(str(event["message"]))} for event in run.events
+    ]
+    if len(told) <= _EVENTS:
+        return told
+    kept = sorted(told, key=lambda event: not event["warn"])[:_EVENTS]
+    return [*kept, {"message": f"{len(told) - _EVENTS} more are in metrics.jsonl", "warn": False}]
 
 
-def _sides(sample: dict[str, Any], side: str) -> list[tuple[Any, Any]]:
-    """The texts of one model with their scores, at most three."""
-    return list(zip(sample[side][:3], sample.get(f"{side}_scores", [None] * 3), strict=False))
-
-
-def _styled(figure: go.Figure, title: str, height: int, x: str, y: str) -> go.Figure:
-    return figure.update_layout(
-        title={"text": title, "font": {"size": 15}},
-        height=height,
-        margin={"l": 54, "r": 12, "t": 40, "b": 44},
-        template="plotly_white",
-        xaxis_title=x,
-        yaxis_title=y,
-    )
-
-
-def collect(root: Path, sections: Mapping[str, Callable[[Record], str]] = MappingProxyType({})) -> RunRecord:
-    """Read a run folder; what of it is damaged is left out and told among the events. Raises CheckpointError when it is none.
-
-    sections: a file of the folder that only the caller knows -> the function that shows its content as HTML.
-    """
-    folder, notes = RunFolder(root), list[str]()
-    if not folder.config.exists():
-        raise CheckpointError(f"{root}: no run here (no config.toml); name a run folder that favor wrote")
-    metrics = _lines(folder.metrics, {"kind"}, notes)
-    told = [record for record in metrics if record["kind"] == "event" and isinstance(record.get("message"), str)]
-    sampled = _lines(folder.samples, {"prompt", "reference", "policy"}, notes)
-    shown = ((root / name, render) for name, render in sections.items())
-    return RunRecord(
-        name=root.name or str(root),
-        config=read_text(folder.config),
-        steps=_last_of_each_step(metrics, "step"),
-        evals=_last_of_each_step(metrics, "eval"),
-        evaluation=_json(folder.evaluation, _shows_figures, notes),
-        winrate=_json(folder.winrate, winrate_rows, notes),
-        data=_json(folder.data_report, dict, notes),
-        samples=tuple(r for r in sampled if isinstance(r["reference"], list) and isinstance(r["policy"], list)),
-        winrate_samples=tuple(_lines(folder.winrate_samples, {"prompt", "a", "b", "verdict"}, notes)),
-        sections=tuple(render(found) for path, render in shown if (found := _json(path, render, notes))),
-        events=(*told, *({"message": f"warning: {note}"} for note in notes)),
-    )
-
-
-def _last_of_each_step(metrics: Iterable[Record], kind: str) -> tuple[Record, ...]:
-    """A resumed run writes the steps after its checkpoint again: what it wrote of them before does not count."""
-    by_step: dict[int, Record] = {}
-    for record in metrics:
-        step = record.get("step")
-        if isinstance(step, int) and record["kind"] == kind:
-            by_step[step] = {key: value for key, value in record.items() if isinstance(value, int | float)}
-        elif isinstance(step, int) and record.get("name") == "resume":
-            by_step = {before: old for before, old in by_step.items() if before <= step}
-    return tuple(by_step[step] for step in sorted(by_step))
-
-
-def _shows_figures(evaluation: Record) -> object:
-    """Everything that the page shows of eval.json; the calibration curve, too."""
-    curve = (evaluation.get("calibration") or {}).get("curve", ())
-    return figure_rows(evaluation), [(part["predicted"] + part["observed"], part["num_pairs"]) for part in curve]
-
-
-def _lines(path: Path, needed: set[str], notes: list[str]) -> list[Record]:
-    """The JSON lines that can be read and have the keys that are needed."""
-    lines = path.read_bytes().removesuffix(b"\n").split(b"\n") if path.exists() else []
-    found: list[Record] = []
-    damaged = 0
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        damaged += not isinstance(record, dict)
-        if isinstance(record, dict) and needed <= record.keys():
-            found.append(record)
-    if damaged and any(lines):
-        notes.append(f"{path.name}: {damaged} of {len(lines)} lines are damaged and left out")
-    return found
-
-
-def _json(path: Path, show: Callable[[Record], object], notes: list[str]) -> Record:
-    """A record that what shows it can read; {} when it is not there or damaged."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        if isinstance(found, dict):
-            show(found)
-            return found
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError):
-        pass
-    notes.append(f"{path.name}: damaged, left out; run the command that writes it again")
-    return {}
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SETTINGS else text[:_SETTINGS] + "\n... the rest is in config.toml"

@@ -1,14 +1,11 @@
-"""Figures as rows of text, for the terminal and the page alike, and templates filled in.
+"""Figures as rows of text, for the terminal and the page alike.
 
-In: the content of eval.json or winrate.json. Out: rows and rich tables. Next: page.py.
+In: the content of eval.json or winrate.json. Out: rows and rich tables. Next: words.py.
 """
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from rich.table import Table
 
 # below this many prompts an interval rests on little: said beside it
@@ -52,18 +49,18 @@ def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def winrate_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """One row per figure of winrate.json: (what, value); intervals are 95 %, over prompts."""
-    f = figures
+def winrate_rows(figures: Mapping[str, Any], names: Sequence[str] = ("a", "b")) -> list[tuple[str, str]]:
+    """One row per figure of winrate.json: (what, value); intervals are 95 %, over prompts. names: what the sides are called."""
+    f, (a, b) = figures, names
     counts = f"{f['wins']} / {f['ties']} / {f['losses']} of {f['pairs']} pairs, {f['prompts']} prompts"
     rows = [
-        ("win rate of a over b", _known(f, "win_rate", ".3f")),
+        (f"win rate of {a} over {b}", _known(f, "win_rate", ".3f")),
         ("  at equal lengths", _known(f, "lc_win_rate", ".3f")),
-        ("wins / ties / losses of a", counts),
+        (f"wins / ties / losses of {a}", counts),
         ("both orders agree", f"{f['consistency']:.3f} of the pairs"),
         ("position bias (0: none, +0.5: always the first)", _known(f, "position_bias", "+.3f")),
-        (f"mean length ({f['length_unit']})", f"a {f['mean_length_a']:.0f}, b {f['mean_length_b']:.0f}"),
-        ("a is the longer one", f"{f['longer_a']:.3f} of the pairs"),
+        (f"mean length ({f['length_unit']})", f"{a} {f['mean_length_a']:.0f}, {b} {f['mean_length_b']:.0f}"),
+        (f"{a} is the longer one", f"{f['longer_a']:.3f} of the pairs"),
     ]
     if f["invalid"]:
         unread = f"{f['invalid']} pairs ({f['invalid_verdicts']} verdicts)"
@@ -72,21 +69,19 @@ def winrate_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*rows, ("a", str(f["a"])), ("b", str(f["b"])), ("judge", str(f["judge"]))]
 
 
+def figure_columns(figures: Mapping[str, Any]) -> tuple[str, str]:
+    """What the two columns of `figure_rows` are: a reward model has no reference, only what guessing gives."""
+    return ("after (policy)", "before (reference)") if "accuracy" in figures else ("value", "guessing")
+
+
 def figures_table(figures: Mapping[str, Any]) -> Table:
     """The rows of eval.json as a rich table."""
-    return _table(("held out", "policy", "reference"), figure_rows(figures))
+    return _table(("held out", *figure_columns(figures)), figure_rows(figures))
 
 
 def winrate_table(figures: Mapping[str, Any]) -> Table:
     """The rows of winrate.json as a rich table."""
     return _table(("a against b", ""), winrate_rows(figures))
-
-
-def rendered(package: str, template: str, **values: Any) -> Markup:
-    """A template of a package, filled in; values are escaped, but for Markup."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = files(package).joinpath(template).read_text("utf-8")
-    return Markup(environment.from_string(text).render(**values))
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -20,13 +20,13 @@ from favor.data.splits import Splits
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import ConfigError
-from favor.eval.figures import Calibration, calibrate, pairs
+from favor.eval.figures import Calibration, calibrate, pair_names, pair_records, pairs
 from favor.losses.pairwise import bradley_terry, centering, rao_kupper_tie
 from favor.model.batched import measured
 from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.load import ModelConfig, Policy, precise
 from favor.ranks import World
-from favor.run import write_json
+from favor.run import write_json, write_jsonl
 from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, make_training, turns
 from favor.train.reference import identity
 from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, running
@@ -82,8 +82,10 @@ def _learn(config: RewardTrainConfig, session: Session) -> Calibration | None:
     held_out = [tree for tree in splits.eval if tree.comparisons]
     if not held_out:
         return None
-    found = calibrate(*gaps(precise(policy), held_out, config.train.max_tokens_per_pack, session.world))
+    gap_P, prompt_P = gaps(precise(policy), held_out, config.train.max_tokens_per_pack, session.world)
+    found = calibrate(gap_P, prompt_P)
     if session.world.is_main:
+        write_jsonl(session.folder.pairs, pair_records(pair_names(held_out), prompt_P, gap_P))
         write_json(session.folder.evaluation, {"calibration": asdict(found)})
     session.say(f"held-out accuracy {found.accuracy:.3f} on {found.pairs} pairs, ECE {found.ece:.3f}")
     return found
