@@ -34,6 +34,7 @@ ALLOWED = {
     "lint": BASE | {"output", "data", "model", "rewards", "report.frame", "report.words"},
     "label": BASE | {"output", "data", "eval.intervals"},
     "report": {"errors", "run", "guard", "eval.intervals"},
+    "export": BASE | {"data", "model", "rewards", "report.table", "report.frame"},
     "demo": BASE | {"stop", "rewards", "eval", "train", "report"},
     "online": BASE | {"output", "stop", "data", "losses", "model", "rewards", "generate", "train"},
     "init": BASE | {"data", "settings", "train"},
@@ -44,7 +45,7 @@ ALLOWED = {
     | {"commands", "trl.names", "favor_frontier"},
     "commands": BASE
     | {"model", "eval", "train", "report", "generate", "winrate", "demo", "online", "lint", "label", "stop"}
-    | {"init", "trl"}
+    | {"init", "trl", "export"}
     # the paper's experiment stands on the library; nothing of the library may know it, but for its command
     | {"favor_frontier"},
     "cli": BASE | {"commands", "train", "stop", "settings"},

@@ -188,6 +188,13 @@ def _label() -> Command:
     return Command(LabelConfig, run)
 
 
+def _export() -> Command:
+    """Make a run's model ready for others: merged, bfloat16 or GGUF, with a model card; on the hub where push asks for it."""
+    from favor.export.run import ExportConfig, export, told
+
+    return Command(ExportConfig, lambda c, t: print(told(export(c, print))))
+
+
 def _demo() -> Command:
     """The main job on the embedded model and data: SFT, DPO, evaluation, report."""
     from favor.demo import DemoConfig, demo
@@ -209,6 +216,7 @@ OTHERS: Mapping[str, Callable[[], Command]] = {
     "loop": _loop,
     "lint": _lint,
     "label": _label,
+    "export": _export,
     "demo": _demo,
 }
 
