@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo fault frontier matrix zoo coverage broken-models bad-settings bad-sources settings-doc test test-all check smoke lock bench clean
+.PHONY: demo fault frontier matrix zoo coverage broken-models bad-settings bad-sources settings-doc docs test test-all check smoke lock bench clean
 
 demo: .venv/.ready
 	$(BIN)/favor demo
@@ -36,6 +36,12 @@ bad-sources: .venv/.ready
 # the list of all settings, from the code
 settings-doc: .venv/.ready
 	$(BIN)/python docs/settings.py
+
+# the documentation as a site, in build/site; a warning is an error
+docs: .venv/.ready
+	$(BIN)/pip install --quiet --constraint constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 test: .venv/.ready
 	$(BIN)/pytest -m "not slow"
