@@ -230,6 +230,11 @@ def test_rewards_scores_and_win_rates(run, start, tmp_path, monkeypatch):
     assert favor.winrate(run[0], start, ["Film 1?"], judge=judge, quiet=True, max_new_tokens=4)["pairs"] == 1
     with pytest.raises(ConfigError, match="lambda"):
         favor.score(ROWS, lambda prompts, responses: [0.0], quiet=True)
+    # code that was read as text has no module
+    names = {"__name__": "nowhere"}
+    exec("def same(prompts, responses):\n    return [0.0] * len(responses)\n", names)
+    with pytest.raises(ConfigError, match=r"nowhere\.same: not a function at the top level"):
+        favor.score(ROWS, names["same"], quiet=True)
 
 
 def test_lint_and_errors_name_no_temporary_folder():

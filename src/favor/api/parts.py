@@ -137,7 +137,8 @@ def reward_of(reward: Any, given: Given, tokenizer: Any, *, kept: bool) -> dict[
 def _function(function: Any, *, kept: bool) -> str:
     """A function's place as settings name it. Raises ConfigError for one that cannot be found again by it."""
     module, name = function.__module__, function.__qualname__
-    if vars(sys.modules.get(module, object())).get(name) is not function:
+    home = sys.modules.get(module)
+    if home is None or vars(home).get(name) is not function:
         raise ConfigError(
             f"{module}.{name}: not a function at the top level of a module, script or notebook (a lambda, a method?); "
             "define one there, or name one as 'file.py:function'"
