@@ -45,8 +45,8 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Peft
             adapted = get_peft_model(model, config).eval()
         except (ValueError, re.error) as error:
             raise ConfigError(f"model.lora.targets = {settings.targets!r}: {error}") from None
-    base = Path(model.name_or_path)
-    if base.exists():
+    base = Path(model.name_or_path or "")
+    if model.name_or_path and base.exists():
         # a relative path would name another folder for whoever loads the adapter from elsewhere
         adapted.peft_config["default"].base_model_name_or_path = str(base.resolve())
     return adapted
