@@ -96,6 +96,20 @@ def test_values_that_are_no_numbers_are_left_out_and_names_are_escaped():
     assert chart(Axes("w", "x", "y"), [Line([], [])]) == ""
 
 
+def test_long_numbers_have_room_left_of_the_axis():
+    (axis,) = {
+        float(left)
+        for left in re.findall(
+            r'class="a" d="M([\d.]+) 10.0V', chart(Axes("w", "x", "y"), [Line([0, 1], [0.69301, 0.69315])])
+        )
+    }
+    assert axis > 60
+    for text in tree(chart(Axes("w", "x", "y"), [Line([0, 1], [0.69301, 0.69315])])).iter(f"{SVG}text"):
+        if text.get("class") == "t e":
+            # right of the axis' name, which stands upright at 11
+            assert float(text.get("x")) - 5.4 * len(text.text) > 17
+
+
 def test_a_histogram_counts_every_value():
     svg = bars(Axes("what", "x", "y"), [-1, 0, 1], [3, 5], 0.0)
     found = list(tree(svg).iter(f"{SVG}rect"))
@@ -179,6 +193,12 @@ def test_the_verdict_says_what_it_cost_and_what_is_wrong(tmp_path):
     assert loud.warned == 4
     for part in ("moved far", "changed by more than a quarter", "limit of 40 tokens", "under 30 prompts"):
         assert part in words_of(loud), part
+
+
+def test_a_model_that_still_prefers_the_other_answers_is_told(tmp_path):
+    said = words_of(judged(tmp_path, policy_accuracy=0.1, policy_accuracy_interval=[0.05, 0.2]))
+    assert "still finds the other answer likelier" in said
+    assert "Right on 10 of 100" in said
 
 
 def test_the_paired_difference_is_that_of_the_pairs(tmp_path):

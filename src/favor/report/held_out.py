@@ -113,6 +113,8 @@ def _cost(e: Mapping[str, Any]) -> list[str]:
 def _limits(e: Mapping[str, Any]) -> list[str]:
     said: list[str] = []
     kl, length = e.get("kl"), e.get("length")
+    if side_of(e.get("policy_accuracy_interval"), 0.5) < 0:
+        said.append("It still finds the other answer likelier on most pairs: the preferred one gained, but not enough.")
     if kl and kl["mean"] > _FAR:
         said.append(
             f"The model moved far (KL above {_FAR:g} nats an answer): look whether its answers still make sense."

@@ -117,8 +117,8 @@ def chart(axes: Axes, lines: Sequence[Line]) -> Markup:
 
 def bars(axes: Axes, edges: Sequence[float], counts: Sequence[int], middle: float | None = None) -> Markup:
     """A histogram: counts[i] values lie between edges[i] and edges[i + 1]; those below `middle` in another colour."""
-    x = Scale(edges[0], edges[-1], _LEFT, axes.width - 10.0)
     y = Scale(0.0, max(*counts, 1) * 1.12, axes.height - _BOTTOM, _TOP)
+    x = Scale(edges[0], edges[-1], _left(axes, y), axes.width - 10.0)
     frame = Frame(axes, x, y)
     parts = _grid(frame)
     for (low, high), count in zip(pairwise(edges), counts, strict=True):
@@ -166,8 +166,19 @@ def _frame(axes: Axes, lines: Sequence[Line]) -> Frame:
     ys += [end for line in lines for ends in line.up for end in ends]
     low, high = axes.x_range or (min(xs), max(xs))
     right = 12.0 if axes.inside else min(14 + max(width_of(line.label) for line in lines), 0.42 * axes.width)
-    x = Scale(low, high if high > low else low + 1, _LEFT, axes.width - right, axes.scale == "sqrt")
-    return Frame(axes, x, Scale(*(axes.y_range or _padded(ys)), axes.height - _BOTTOM, _TOP))
+    y = Scale(*(axes.y_range or _padded(ys)), axes.height - _BOTTOM, _TOP)
+    x = Scale(low, high if high > low else low + 1, _left(axes, y), axes.width - right, axes.scale == "sqrt")
+    return Frame(axes, x, y)
+
+
+def _heights(axes: Axes, y: Scale) -> list[float]:
+    """The numbers that stand at the y axis."""
+    return ticks(y.low, y.high, max(2, axes.height // 55))
+
+
+def _left(axes: Axes, y: Scale) -> float:
+    """Where the y axis stands: right of its numbers and of what they are."""
+    return max(_LEFT, 24 + max((width_of(number(value)) for value in _heights(axes, y)), default=0.0))
 
 
 def _padded(values: Sequence[float]) -> Span:
@@ -181,7 +192,7 @@ def _grid(frame: Frame) -> list[str]:
     axes, x, y = frame.axes, frame.x, frame.y
     parts = [
         f'<path class="g" d="M{x.begin} {y.at(v)}H{x.end}"/>{_text(x.begin - 5, y.at(v) + 4, number(v), "t e")}'
-        for v in ticks(y.low, y.high, max(2, axes.height // 55))
+        for v in _heights(axes, y)
     ]
     if x.root:
         marks = _spread(x, [t * 10**k for k in range(-2, 6) for t in _TICKS[:3]])

@@ -11,6 +11,9 @@ from favor.report.held_out import held_out
 from favor.report.records import RunRecord
 from favor.report.words import between, percent, plural
 
+# a difference of predicted and true shares that is worth a word
+_OFF = 0.02
+
 
 def verdict(run: RunRecord) -> Verdict:
     """The card of a run, from whatever it left behind."""
@@ -119,7 +122,14 @@ def _confidence(c: Mapping[str, Any]) -> str:
     predicted, observed = (
         sum(part["num_pairs"] * part[name] for part in c["curve"]) / c["pairs"] for name in ("predicted", "observed")
     )
-    over = "more sure than it should be" if predicted > observed + 0.02 else "not too sure of itself"
+    off = predicted - observed
+    over = (
+        "more sure than it should be"
+        if off > _OFF
+        else "less sure than it could be"
+        if off < -_OFF
+        else "as sure as it should be"
+    )
     return f"It is {over}: it predicts {percent(predicted)} right where {percent(observed)} are (ECE {c['ece']:.3f})."
 
 
