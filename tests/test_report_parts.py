@@ -96,6 +96,15 @@ def test_values_that_are_no_numbers_are_left_out_and_names_are_escaped():
     assert chart(Axes("w", "x", "y"), [Line([], [])]) == ""
 
 
+def test_steps_are_counted_in_whole_numbers():
+    def at_x(**more):
+        svg = chart(Axes("w", "step", "y", **more), [Line([1, 2, 3], [0.1, 0.2, 0.3])])
+        return {text.text for text in tree(svg).iter(f"{SVG}text") if text.get("class") == "t m"} - {"step", "y"}
+
+    assert at_x(whole=True) == {"1", "2", "3"}
+    assert "1.5" in at_x()
+
+
 def test_long_numbers_have_room_left_of_the_axis():
     (axis,) = {
         float(left)

@@ -99,6 +99,7 @@ def curve(runs: Sequence[RunRecord], title: str, over: str, points: int = _POINT
         "step" if over == "step" else "unique tokens",
         found.unit,
         levels=_levels(found, runs),
+        whole=True,
         y_range=found.ends,
     )
     return Drawn(title + _loss_of(title, runs), found.good, _note(lines, window), chart(axes, lines))

@@ -82,7 +82,7 @@ def contents(run: RunRecord) -> list[tuple[str, str]]:
         "judged": ("Judged side by side", run.winrate and run.winrate_samples),
         "calibration": ("Calibration", run.evaluation.get("calibration")),
         "rounds": ("Rounds", run.rounds),
-        "figures": ("Held-out figures", run.evaluation or not other(run)),
+        "figures": ("Held-out figures", run.evaluation or not (other(run) or "ppo" in run.settings)),
         "samples": ("Answers before and after", run.samples),
         "curves": ("Curves", run.steps or not other(run)),
         "events": ("What happened", run.events),
@@ -165,7 +165,7 @@ def _rounds(run: RunRecord) -> list[Drawn]:
     line = Line(
         [each["round"] for each in run.rounds], [each["mean_score"] for each in run.rounds], "score", marks=True
     )
-    axes = Axes("Mean score of a round's samples", "round", "score")
+    axes = Axes("Mean score of a round's samples", "round", "score", whole=True)
     return [Drawn(axes.what, "up", "sampled before the round's training", chart(axes, [line]))]
 
 

@@ -51,7 +51,7 @@ class Axes:
 
     levels: (height, what it is), drawn across. scale "sqrt" gives small x more room. x_range, y_range: ends of the axes
     instead of those of the values; lines that leave to the right end in an arrow. inside: labels stand at the lines' ends,
-    wherever these are, else in a column to the right.
+    wherever these are, else in a column to the right. whole: x counts something, so only whole numbers stand at it.
     """
 
     what: str
@@ -65,6 +65,7 @@ class Axes:
     levels: Sequence[tuple[float, str]] = ()
     diagonal: bool = False
     inside: bool = False
+    whole: bool = False
 
 
 class Scale(NamedTuple):
@@ -197,7 +198,7 @@ def _grid(frame: Frame) -> list[str]:
     if x.root:
         marks = _spread(x, [t * 10**k for k in range(-2, 6) for t in _TICKS[:3]])
     else:
-        marks = ticks(x.low, x.high, max(2, axes.width // 90))
+        marks = [v for v in ticks(x.low, x.high, max(2, axes.width // 90)) if not axes.whole or v == round(v)]
     bottom = y.begin
     for value in marks:
         parts.append(f'<path class="a" d="M{x.at(value)} {bottom}v4"/>')
