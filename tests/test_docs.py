@@ -52,7 +52,7 @@ def test_a_command_of_a_page_is_one(page, words):
     """Its settings are settings, their values are allowed; what it leaves out is in the recipe that it names."""
     command, *rest = words
     if command not in COMMANDS:
-        assert command in ("init", "report", "schema", "from-trl")
+        assert command in ("init", "report", "watch", "schema", "from-trl")
         return
     options = {"--dry-run": 1, "--settings": 1, "--fix": 2}
     while found := next((i for i, word in enumerate(rest) if word in options), None):

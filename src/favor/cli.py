@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from favor.commands import OTHERS, Command, Terminal, from_trl, init, report
+from favor.commands import OTHERS, Command, Terminal, from_trl, init, report, watch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,7 +91,7 @@ def lint(words: Words = None, settings: Listed = False, fix: Fix = None) -> None
 
 for _name in (name for name in OTHERS if name != "lint"):
     _plain(_name)
-for _own in (report, init, from_trl):
+for _own in (report, watch, init, from_trl):
     app.command()(_own)
 
 

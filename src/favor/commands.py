@@ -195,6 +195,21 @@ def _export() -> Command:
     return Command(ExportConfig, lambda c, t: print(told(export(c, print))))
 
 
+def _chat() -> Command:
+    """Ask a run in the browser, before and after side by side; a vote is a label in the file of `favor label`."""
+    from favor.chat.settings import ChatConfig
+    from favor.stop import stop_signals
+
+    def run(config: ChatConfig, terminal: Terminal) -> None:  # noqa: ARG001
+        from favor.chat.run import chat
+
+        with stop_signals("every vote that was answered is kept; run the same command again to go on"):
+            # not through the console, which would wrap the address
+            chat(config, partial(print, flush=True))
+
+    return Command(ChatConfig, run)
+
+
 def _demo() -> Command:
     """The main job on the embedded model and data: SFT, DPO, evaluation, report."""
     from favor.demo import DemoConfig, demo
@@ -217,6 +232,7 @@ OTHERS: Mapping[str, Callable[[], Command]] = {
     "lint": _lint,
     "label": _label,
     "export": _export,
+    "chat": _chat,
     "demo": _demo,
 }
 
@@ -251,6 +267,22 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     else:
         write_page(found[0], path)
     return path
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    port: Annotated[int, typer.Option(help="The port on 127.0.0.1; 0 takes a free one.")] = 0,
+) -> None:
+    """Show the report of a run in the browser while it trains; the page follows what the run writes."""
+    from favor_frontier.page import SECTIONS
+
+    from favor.live.run import follow
+    from favor.report.page import page_html
+    from favor.report.records import collect
+    from favor.stop import stop_signals
+
+    with stop_signals("the run itself goes on"):
+        follow(run, lambda: page_html(collect(run, SECTIONS)), port, partial(print, flush=True))
 
 
 def init(

@@ -28,11 +28,14 @@ def label(config: LabelConfig, say: Callable[[str], object], recipe: Path | None
             f"next: favor lint data.train={config.out}, favor train model.path=MODEL data.train={config.out} run=runs/dpo"
         )
         return
-    if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise ConfigError(
-            f"favor label needs {', '.join(missing)}, not installed here; run: pip install 'favor[label]'"
-        )
+    check_packages("favor label")
     _open(config, say)
+
+
+def check_packages(command: str) -> None:
+    """Raises ConfigError where what the pages need is not installed."""
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        raise ConfigError(f"{command} needs {', '.join(missing)}, not installed here; run: pip install 'favor[label]'")
 
 
 def _open(config: LabelConfig, say: Callable[[str], object]) -> None:

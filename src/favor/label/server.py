@@ -4,16 +4,12 @@ In: LabelConfig, an open store. Out: HTML; every vote is on the disk before it i
 """
 
 import json
-import secrets
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any, Literal
 from urllib.parse import parse_qs
 
-import uvicorn
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Template
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
@@ -21,8 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from favor.data.types import Text
-from favor.errors import ConfigError
-from favor.label import store
+from favor.label import gate, store
 from favor.label.agreement import measured
 from favor.label.export import exported
 from favor.label.gate import Door, guarded
@@ -31,8 +26,8 @@ from favor.label.settings import LabelConfig
 from favor.label.store import Db, Pair, Vote
 from favor.run import jsonl
 
-# bytes of a form, and letters of a name
-_LARGEST, _LONGEST_NAME = 1 << 20, 60
+# letters of a name
+_LONGEST_NAME = 60
 _TYPES = {"label.css": "text/css", "label.js": "text/javascript"}
 _SAID = {"left": "A is better", "right": "B is better", "tie": "as good", "both_bad": "both bad", "skip": "skipped"}
 
@@ -57,7 +52,7 @@ class Desk:
             Route("/undo", self.undo, methods=["POST"]),
             Route("/results", self.results),
             Route("/labels.jsonl", self.labels),
-            *(Route(f"/{name}", _file(name, kind)) for name, kind in _TYPES.items()),
+            *(Route(f"/{name}", gate.packaged("favor.label", name, kind)) for name, kind in _TYPES.items()),
         ]
 
     async def pair(self, request: Request) -> Response:
@@ -206,28 +201,13 @@ def turns(text: Text) -> list[tuple[str, str]]:
 
 async def _form(request: Request) -> dict[str, str]:
     """The fields of a form. Nothing, when it is larger than anybody types."""
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > _LARGEST:
-            return {}
-    fields = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True)
+    fields = parse_qs((await gate.body(request)).decode("utf-8", "replace"), keep_blank_values=True)
     return {name: _lines(values[0]) for name, values in fields.items()}
-
-
-def _file(name: str, kind: str) -> Callable[[Request], Any]:
-    text = files("favor.label").joinpath(name).read_text("utf-8")
-
-    async def served(_request: Request) -> Response:
-        return Response(text, media_type=kind)
-
-    return served
 
 
 def application(db: Db, config: LabelConfig, door: Door) -> ASGIApp:
     """The app behind its door."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("favor.label").joinpath("page.html.jinja").read_text("utf-8"))
+    template = gate.template("favor.label", "page.html.jinja")
     return guarded(Starlette(routes=Desk(db, config, door, template).routes), door)
 
 
@@ -236,26 +216,4 @@ def serve(db: Db, config: LabelConfig, say: Callable[[Sequence[str]], None]) -> 
 
     Raises ConfigError for a port that is taken.
     """
-    with socket.socket() as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind(("127.0.0.1", config.port))
-            # the address is true from when it is shown
-            listening.listen()
-        except OSError as error:
-            raise ConfigError(
-                f"port={config.port}: cannot be used ({error.strerror}); choose another, or leave it out"
-            ) from None
-        door = Door(listening.getsockname()[1], secrets.token_urlsafe(32))
-        options = uvicorn.Config(
-            application(db, config, door),
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=2,
-        )
-        say((door.address, "this address holds the token of this start: give it to nobody; Ctrl-C ends"))
-        uvicorn.Server(options).run(sockets=[listening])
+    gate.serve(config.port, "label", lambda door: application(db, config, door), say)

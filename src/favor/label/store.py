@@ -156,6 +156,12 @@ def pair_at(db: Db, number: int) -> Pair | None:
     return None if row is None else _pair(row)
 
 
+def number_of(db: Db, pair: Pair) -> int | None:
+    """The number of a pair that was added, in whichever order its answers are given."""
+    row = db.execute("SELECT id FROM pair WHERE key = ?", (ordered(pair).key,)).fetchone()
+    return row and row[0]
+
+
 def pairs(db: Db) -> dict[int, Pair]:
     """Every pair by its number."""
     found = db.execute("SELECT id, prompt, first, second, tools, ended, source, gold FROM pair ORDER BY id")

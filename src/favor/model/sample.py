@@ -36,11 +36,14 @@ def sample(
     seeds: Sequence[int],
     config: SampleConfig,
     progress: Callable[[int], None] = lambda done: None,
+    told: Callable[[int], None] | None = None,
 ) -> list[tuple[int, ...]]:
     """One sampled response per prompt, its end-of-turn token included if it reached one.
 
-    Each prompt has its own random stream, so two models given the same seeds see the same noise.
+    Each prompt has its own random stream, so two models given the same seeds see the same noise. With one prompt, `told`
+    gets each token as it is sampled; what it raises ends the sampling.
     """
+    assert told is None or len(prompts) == 1, "tokens are told of a single response"
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[tuple[int, ...]] = [()] * len(prompts)
     check_ids(policy, max(map(max, prompts)))
@@ -48,7 +51,8 @@ def sample(
         for start in range(0, len(order), config.batch):
             members = order[start : start + config.batch]
             try:
-                sampled = _sample_batch(policy, [prompts[i] for i in members], [seeds[i] for i in members], config)
+                mine, noise = [prompts[i] for i in members], [seeds[i] for i in members]
+                sampled = _sample_batch(policy, mine, noise, config, told)
             except IndexError:
                 # a table of learned positions that ends
                 longest = max(len(prompts[i]) for i in members) + config.max_new_tokens
@@ -79,7 +83,11 @@ def _plain_attention(policy: Policy) -> Generator[None]:
 
 
 def _sample_batch(
-    policy: Policy, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: SampleConfig
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    config: SampleConfig,
+    told: Callable[[int], None] | None,
 ) -> list[tuple[int, ...]]:
     width = max(map(len, prompts))
     ends = sorted(policy.end_ids)
@@ -94,11 +102,29 @@ def _sample_batch(
         attention_mask=mask,
         generation_config=settings,
         logits_processor=LogitsProcessorList([_PerPromptNoise(seeds, config.temperature, policy)]),
+        streamer=_Streamer(told) if told else None,
     )
     rows: list[list[int]] = out[:, width:].tolist()
     # what follows the first end of turn is padding
     lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
     return [tuple(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+
+
+class _Streamer:
+    """What transformers tells of a single response while it is made: the prompt first, which is passed over."""
+
+    def __init__(self, told: Callable[[int], None]) -> None:
+        self._told = told
+        self._begun = False
+
+    def put(self, value: Tensor) -> None:
+        """The prompt, then one token at a time."""
+        if self._begun:
+            self._told(int(value))
+        self._begun = True
+
+    def end(self) -> None:
+        """Nothing is left to tell."""
 
 
 class _PerPromptNoise(LogitsProcessor):

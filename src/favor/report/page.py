@@ -31,7 +31,12 @@ _BARS = 20
 
 def write_page(run: RunRecord, path: Path) -> None:
     """Write the page of one run; whole or not at all."""
-    write_text(path, page(anywhere(run)))
+    write_text(path, page_html(run))
+
+
+def page_html(run: RunRecord) -> str:
+    """The page of one run, which names no place of this machine."""
+    return str(page(anywhere(run)))
 
 
 def page(run: RunRecord) -> Markup:

@@ -30,6 +30,7 @@ from favor.model.sample import SampleConfig
 from favor.rewards.source import RewardConfig, check_scorer, make_scorer
 from favor.rewards.source import identity as reward_identity
 from favor.train import checkpoint
+from favor.train.loggers import LoggedConfig
 from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, Training, finish, make_training, turns
 from favor.train.reference import base_of, identity
 from favor.train.rollout import Models, Prompt, Rollout, collect
@@ -176,6 +177,7 @@ class PpoConfig(BaseModel):
     optim: OptimConfig = AdamW(lr=1e-5, schedule="constant")
     train: LoopConfig = LoopConfig()
     save: SaveConfig = SaveConfig(every=10)
+    watch: LoggedConfig = LoggedConfig()
 
     @model_validator(mode="after")
     def _own_distribution(self) -> "PpoConfig":
@@ -188,7 +190,8 @@ def train_ppo(config: PpoConfig, open_session: OpenSession) -> None:
     """Train a policy on a reward. Raises the errors of every part; NumericsError when the KL explodes."""
     sources.check(config.data.train)
     check_scorer(config.reward)
-    with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
+    logger, recipe = config.watch.logger, dump(config)
+    with running(config.run, recipe, resume=config.resume, open_session=open_session, logger=logger) as session:
         _improve(config, session)
 
 

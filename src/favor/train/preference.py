@@ -101,7 +101,8 @@ def train(config: TrainConfig, open_session: OpenSession) -> None:
     check_sources(config.data)
     if config.reward is not None:
         check_scorer(config.reward)
-    with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
+    logger, recipe = config.watch.logger, dump(config)
+    with running(config.run, recipe, resume=config.resume, open_session=open_session, logger=logger) as session:
         _train(config, session)
 
 

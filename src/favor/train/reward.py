@@ -27,6 +27,7 @@ from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.load import ModelConfig, Policy, precise
 from favor.ranks import World
 from favor.run import write_json, write_jsonl
+from favor.train.loggers import LoggedConfig
 from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, make_training, turns
 from favor.train.reference import identity
 from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, running
@@ -62,12 +63,14 @@ class RewardTrainConfig(BaseModel):
     optim: OptimConfig = AdamW(lr=1e-5)
     train: LoopConfig = LoopConfig()
     save: SaveConfig = SaveConfig()
+    watch: LoggedConfig = LoggedConfig()
 
 
 def train_reward(config: RewardTrainConfig, open_session: OpenSession) -> Calibration | None:
     """Train a reward model; held-out figures go to eval.json. Raises the errors of every part."""
     check_sources(config.data)
-    with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
+    logger, recipe = config.watch.logger, dump(config)
+    with running(config.run, recipe, resume=config.resume, open_session=open_session, logger=logger) as session:
         return _learn(config, session)
 
 

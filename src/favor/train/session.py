@@ -7,7 +7,7 @@ import contextlib
 import importlib.util
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeAlias, TypeVar
@@ -27,6 +27,7 @@ from favor.model.load import Policy, memory_settings, precision_of
 from favor.ranks import World, current, on_main, world
 from favor.run import RunFolder, append, start, write_json
 from favor.stop import StopRequest, stop_signals
+from favor.train.loggers import Logger, following
 
 T = TypeVar("T")
 _NOTHING_KEPT = "no step was under way, so there was nothing to save; run the same command again"
@@ -60,6 +61,8 @@ class Session:
     world: World
     console: Console
     stop: StopRequest
+    # what else is told of every record
+    tell: Callable[[Mapping[str, object]], None] | None = None
 
     def say(self, text: str) -> None:
         """One line for the user."""
@@ -70,6 +73,8 @@ class Session:
         """Append to metrics.jsonl."""
         if self.world.is_main:
             append(self.folder.metrics, record)
+            if self.tell is not None:
+                self.tell(record)
 
     def event(self, step: int, name: str, message: str, **extra: object) -> None:
         """Something worth knowing beside the curves: printed and recorded."""
@@ -98,10 +103,17 @@ def recipe_hash(config: BaseModel) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running(run: str, recipe: str, *, resume: bool, open_session: OpenSession) -> Generator[Session]:
-    """The session of a run whose folder this process holds. Raises what `run.start` raises."""
+def running(
+    run: str, recipe: str, *, resume: bool, open_session: OpenSession, logger: Logger | None = None
+) -> Generator[Session]:
+    """The session of a run whose folder this process holds. Raises what `run.start` raises, and for a logger that is missing."""
     with start(Path(run), recipe, resume=resume, main=current().is_main) as folder:
-        yield open_session(folder.root)
+        session = open_session(folder.root)
+        if logger is None or not session.world.is_main:
+            yield session
+        else:
+            with following(logger, folder) as tell:
+                yield replace(session, tell=tell)
 
 
 def load_splits(data: DataConfig, tokens: TokensConfig, policy: Policy, session: Session) -> Splits:

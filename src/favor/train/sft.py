@@ -19,6 +19,7 @@ from favor.errors import DataError
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
+from favor.train.loggers import LoggedConfig
 from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, make_training, turns
 from favor.train.reference import identity
 from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, running
@@ -38,12 +39,14 @@ class SftConfig(BaseModel):
     optim: OptimConfig = AdamW(lr=2e-5)
     train: LoopConfig = LoopConfig()
     save: SaveConfig = SaveConfig()
+    watch: LoggedConfig = LoggedConfig()
 
 
 def sft(config: SftConfig, open_session: OpenSession) -> None:
     """Maximise the likelihood of preferred responses: loss = -(sum of token log-probs) / (number of tokens), nats a token."""
     check_sources(config.data)
-    with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
+    logger, recipe = config.watch.logger, dump(config)
+    with running(config.run, recipe, resume=config.resume, open_session=open_session, logger=logger) as session:
         _tune(config, session)
 
 

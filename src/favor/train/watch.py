@@ -20,6 +20,7 @@ from favor.model.sample import SampleConfig, decode
 from favor.ranks import World
 from favor.rewards.source import Scorer
 from favor.train.coupled import gather
+from favor.train.loggers import ToLogger
 from favor.train.reference import Reference
 from favor.train.rollout import sampled, scores
 from favor.train.stats import STATS, batch_sums, means
@@ -56,6 +57,7 @@ class WatchConfig(BaseModel):
     """The KL probe."""
     eval: HeldOutConfig | None = None
     """Held-out figures."""
+    logger: ToLogger = None
 
 
 @dataclass(frozen=True)
