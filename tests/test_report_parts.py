@@ -155,7 +155,12 @@ def test_curves_have_the_chance_line_the_held_out_values_and_the_raw_line_behind
 
 
 def test_a_run_has_one_colour_in_every_plot(tmp_path):
-    runs = [collect(a_run(tmp_path / name, steps=5)) for name in ("one", "two", "three")]
+    for name in ("one", "two", "three"):
+        append(
+            RunFolder(a_run(tmp_path / name, steps=5)).metrics,
+            {"kind": "eval", "step": 5, "loss": 0.6, "accuracy": 0.7},
+        )
+    runs = [collect(tmp_path / name) for name in ("one", "two", "three")]
     for plot in curves(runs, "step", inner=False):
         for number, run in enumerate(runs):
             leaders = re.findall(rf'<path class="j c(\d)"[^>]*/><text class="n"[^>]*>{run.name}', plot.svg)
@@ -421,6 +426,19 @@ def test_the_largest_runs_stay_under_400_kb(tmp_path):
     write_json(folder.data_report, {f"k{i}": {"n": 1} for i in range(5000)})
     write_page(collect(root), tmp_path / "page.html")
     assert 50_000 < (tmp_path / "page.html").stat().st_size <= MOST
+    # texts of any length, as a prompt, an answer and what a judge saw
+    long = "letters " * 200_000
+    write_jsonl(
+        folder.samples,
+        [{"prompt": long, "reference": [long], "policy": [long[::-1]], "read": [{"reference": long, "policy": "x"}]}]
+        * 3,
+    )
+    write_jsonl(folder.winrate_samples, [{"prompt": long, "a": long, "b": long, "verdict": 1.0}] * 20)
+    picture = RunFolder(a_picture(tmp_path / "picture"))
+    write_json(folder.winrate, json.loads(picture.winrate.read_text()))
+    write_page(collect(root), tmp_path / "long.html")
+    assert (tmp_path / "long.html").stat().st_size <= MOST
+    assert "more letters]" in (tmp_path / "long.html").read_text()
     runs = [collect(root) for _ in range(8)]
     write_comparison(runs, tmp_path / "all.html")
     assert (tmp_path / "all.html").stat().st_size <= MOST

@@ -25,6 +25,8 @@ from favor.run import write_text
 
 # events, letters of the settings and rows on the data that a page shows
 _EVENTS, _SETTINGS, _ROWS, _JUDGED = 100, 20_000, 150, 20
+# letters of what a judge saw
+_SAID = 120_000
 # histogram bars
 _BARS = 20
 
@@ -55,7 +57,7 @@ def page(run: RunRecord) -> Markup:
         winrate_rows=winrate_rows,
         winrate_bar=winrate_bar(run.winrate) if run.winrate else "",
         names=sides_of(run.winrate) if run.winrate else (),
-        prompt_text=samples.prompt_text,
+        judged=_judged(run),
         calibration=calibration(run),
         histogram=[]
         if run.evaluation.get("calibration")
@@ -162,6 +164,16 @@ def _histogram(run: RunRecord, title: str, unit: str) -> list[Drawn]:
     axes = Axes(title, f"margin, {unit}", "pairs")
     note = f"{len(margins)} pairs; left of 0 the other answer is ahead ({int((margins < 0).sum())} pairs)"
     return [Drawn(title, "", note, bars(axes, edges.tolist(), counts.tolist(), 0.0))]
+
+
+def _judged(run: RunRecord) -> list[dict[str, Any]]:
+    """What the judge saw, of the first prompts."""
+    most = _SAID // max(3 * len(run.winrate_samples[:_JUDGED]), 1)
+    return [
+        {"prompt": samples.within(samples.prompt_text(one["prompt"]), most), "verdict": one["verdict"]}
+        | {side: samples.within(str(one[side]), most) for side in ("a", "b")}
+        for one in run.winrate_samples[:_JUDGED]
+    ]
 
 
 def _rounds(run: RunRecord) -> list[Drawn]:

@@ -14,6 +14,8 @@ from markupsafe import Markup, escape
 _LETTERS, _COMPARED, _EACH = 110_000, 4000, 3
 # a temperature this low takes the likeliest token
 _GREEDY = 1e-3
+# letters that a page shows of one text
+_LONGEST = 6000
 _WORD = re.compile(r"^\s+|\S+\s*")
 
 
@@ -60,7 +62,13 @@ def shown(records: Sequence[dict[str, Any]]) -> tuple[list[Shown], int]:
 
 def _weight(record: dict[str, Any]) -> int:
     answers = [text for side in ("reference", "policy") for text in record[side][:_EACH]]
-    return sum(len(str(text)) for text in (*answers, *record.get("read", ())))
+    read = [text for one in record.get("read", ()) for text in one.values()]
+    return sum(min(len(str(text)), _LONGEST) for text in (prompt_text(record["prompt"]), *answers, *read))
+
+
+def within(text: str, most: int = _LONGEST) -> str:
+    """A text as a page carries it: its beginning, and how much is left out."""
+    return text if len(text) <= most else f"{text[:most]} ... [{len(text) - most:,} more letters]"
 
 
 def prompt_text(prompt: Any) -> str:
@@ -96,7 +104,7 @@ def _shown(record: dict[str, Any]) -> Shown:
     pairs = [_pair(_how(one), (one["reference"], one["policy"]), one, 0) for one in read]
     pairs += [one._replace(how="as measured") for one in measured] if read else measured
     hidden = max(len(record["policy"]) - _EACH, 0)
-    return Shown(prompt_text(record["prompt"]), _change(record), _scored(record), pairs, hidden)
+    return Shown(within(prompt_text(record["prompt"])), _change(record), _scored(record), pairs, hidden)
 
 
 def _how(answer: dict[str, Any]) -> str:
@@ -105,7 +113,7 @@ def _how(answer: dict[str, Any]) -> str:
 
 
 def _pair(how: str, texts: tuple[Any, Any], record: dict[str, Any], place: int) -> Pair:
-    marked = difference(*map(str, texts))
+    marked = difference(*(within(str(text)) for text in texts))
     before, after = (
         Side(text, _at(record, f"{side}_scores", place), bool(_at(record, f"{side}_cut", place)))
         for text, side in zip(marked, ("reference", "policy"), strict=True)
