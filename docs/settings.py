@@ -1,5 +1,6 @@
-"""Writes docs/settings.md from the code: `make settings-doc`."""
+"""Writes docs/settings.md and src/favor/help.json from the code: `make settings-doc`."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from favor.cli import COMMANDS
 from favor.settings import Setting, settings
 
 PAGE = Path(__file__).with_suffix(".md")
+HELP = PAGE.parent.parent / "src/favor/help.json"
 
 
 def page(commands: Mapping[str, type[BaseModel]]) -> str:
@@ -54,5 +56,26 @@ def text() -> str:
     return page({name: make().config for name, make in COMMANDS.items()})
 
 
+def help_text() -> str:
+    """What `favor COMMAND --help` and the shell know of the settings: a line a setting."""
+    told: dict[str, list[list[object]]] = {}
+    for command, make in COMMANDS.items():
+        plain = {setting.key: setting for setting in settings(make().config)}
+        every = {setting.key: setting for setting in settings(make().config, every=True)}
+        told[command] = []
+        for key, setting in {**plain, **{key: every[key] for key in every if key not in plain}}.items():
+            shown, values = setting.allowed or setting.type, []
+            if setting.type in ("choice", "true or false"):
+                values = shown.split(", ") if setting.type == "choice" else ["true", "false"]
+            told[command].append([key, shown, setting.default, setting.sentence, values, key in plain])
+    lines = [f"{json.dumps(command)}: [\n{_rows(found)}\n]" for command, found in told.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _rows(found: list[list[object]]) -> str:
+    return ",\n".join(json.dumps(row, ensure_ascii=False) for row in found)
+
+
 if __name__ == "__main__":
     PAGE.write_text(text(), "utf-8")
+    HELP.write_text(help_text(), "utf-8")

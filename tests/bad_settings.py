@@ -687,7 +687,8 @@ def judged(case, code, err, here, seconds):
     if not case.names:
         return Outcome("unwelcome", err.strip()[:120])
     problems = [f"exit code {code}"] if code != 2 else []
-    problems += [f"{len(found)} lines"] if len(found) != 1 else []
+    # a line for each setting that is refused
+    problems += [f"{len(found)} lines"] if not all(line.startswith("favor: ") for line in found) else []
     problems += [f"{name} not named" for name in case.names if name[:50] not in err]
     problems += [f"{len(err)} characters"] if len(err) > 1500 else []
     problems += ["the secret is shown"] if "hunter2" in err else []

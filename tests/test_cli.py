@@ -129,7 +129,7 @@ def bad_inputs():
         "misspelt key": (words("loss.bata=1"), ["loss.bata", "did you mean 'loss.beta'"]),
         "wrong type": (words("train.batch_prompts=many"), ["train.batch_prompts", "'many'"]),
         "out of range": (words("loss.beta=-1"), ["loss.beta", "greater than 0"]),
-        "missing key": (lambda i, h: ["train", "run=run"], ["model", "not set"]),
+        "missing key": (lambda i, h: ["train", "run=run", "data.train=x.jsonl"], ["model", "not set"]),
         "unread option": (words("loss.label_smoothing=0.2"), ["loss.label_smoothing", "not read by kind 'dpo'"]),
         "contradiction": (words("reference.mode=live", "reference.store=x"), ["reference.store", "live"]),
         "no GPU": (words("model.device=cuda"), ["model.device", "no GPU"]),

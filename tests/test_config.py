@@ -1,16 +1,18 @@
 """Recipes: what is read is what is written, and mistakes are named."""
 
+import tomllib
+
 import pytest
 from pydantic import BaseModel
 
 import favor.settings
 from favor.cli import COMMANDS
-from favor.config import dump, load, split_arguments
+from favor.config import checked, dump, load, split_arguments
 from favor.errors import ConfigError
 from favor.generate.samples import SamplesConfig
 from favor.online import OnlineConfig
 from favor.settings import settings
-from favor.train.loop import AdamW, learning_rate
+from favor.train.loop import AdamW, Rmsprop, learning_rate
 from favor.train.ppo import PpoConfig
 from favor.train.preference import TrainConfig
 from favor.train.reward import RewardTrainConfig
@@ -92,6 +94,21 @@ def test_learning_rates():
     assert learning_rate(linear, 5, 10) == pytest.approx(0.5)
     assert learning_rate(cosine, 5, 10) == pytest.approx(0.5)
     assert learning_rate(linear, 10, 10) == learning_rate(cosine, 10, 10) == 0.0
+
+
+def test_a_share_of_the_steps_warms_up():
+    """Rounded up, as transformers does; it stands in place of the steps, not beside them."""
+    share = AdamW(lr=1.0, schedule="constant", warmup_share=0.35)
+    assert [learning_rate(share, s, 10) for s in (0, 3, 4, 9)] == [0.2, 0.8, 1.0, 1.0]
+    assert learning_rate(Rmsprop(lr=1.0, warmup_share=0.5), 0, 2) == 0.5
+    both = [*NEEDED, "optim.warmup_share=0.1"]
+    for kind in ("adamw", "rmsprop"):
+        with pytest.raises(ConfigError, match="warmup_steps and warmup_share both say how long"):
+            load(TrainConfig, None, [*both, f"optim.kind={kind}", "optim.warmup_steps=3"])
+    found = load(TrainConfig, None, [*both, "optim.warmup_steps=0"])
+    assert found.optim.warmup_share == 0.1
+    # a run's own recipe loads again
+    assert checked(TrainConfig, tomllib.loads(dump(found)), "r") == found
 
 
 def test_a_value_where_a_section_belongs_names_its_keys():

@@ -354,9 +354,9 @@ def test_held_out_figures_and_kl_probe_while_training(world_of_films, tmp_path):
     run_train(settings(world_of_films, tmp_path / "run", *more))
     records = read_jsonl(tmp_path / "run/metrics.jsonl")
     evals = [r for r in records if r["kind"] == "eval"]
-    assert [r["step"] for r in evals] == [6, 12]
-    assert evals[1]["accuracy"] > 0.75
-    assert evals[1]["loss"] < evals[0]["loss"] < 0.69
+    assert [r["step"] for r in evals] == [0, 6, 12]
+    assert evals[2]["accuracy"] > 0.75
+    assert evals[2]["loss"] < evals[1]["loss"] < 0.69
     probed = [r["kl"] for r in records if r["kind"] == "step" and "kl" in r]
     assert len(probed) == 9
     assert probed[-1] > 0.1

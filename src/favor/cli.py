@@ -5,33 +5,66 @@ In: words. Out: one call per command; errors become one line and an exit code. N
 
 import contextlib
 import io
+import json
 import os
+import shutil
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from favor import closing
 from favor.commands import OTHERS, Command, Terminal, from_trl, init, report, watch
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+
+def _completed(ctx: typer.Context, incomplete: str) -> list[str]:
+    """What the shell offers for a word of a command."""
+    from favor.help import completions
+
+    return completions(str(ctx.info_name), ctx.params.get("words") or [], incomplete)
+
+
+def _show_help(ctx: typer.Context, asked: bool) -> None:
+    """The usual page, and below it settings by section, an example and the next steps."""
+    if asked and not ctx.resilient_parsing:
+        from favor.help import below
+
+        print(ctx.get_help())
+        print(below(str(ctx.info_name), shutil.get_terminal_size().columns), end="")
+        raise typer.Exit
+
+
+Help = Annotated[
+    bool, typer.Option("--help", is_eager=True, expose_value=False, callback=_show_help, help="Show this page.")
+]
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[RECIPE.toml] [KEY=VALUE]...", help="A recipe and settings that replace its own."),
+    typer.Argument(
+        metavar="[RECIPE.toml] [KEY=VALUE]...",
+        help="A recipe and settings that replace its own.",
+        autocompletion=_completed,
+    ),
 ]
 Listed = Annotated[
     bool, typer.Option("--settings", help="List the settings: key, type, default, what is allowed, a sentence each.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, figures and paths; everything else goes to stderr.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be trained; read the data, load no weights.")]
 Fix = Annotated[str | None, typer.Option("--fix", help="Write a cleaned copy of the training rows here.")]
 app = typer.Typer(
     help="favor: teach a language model what people favor.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -40,7 +73,11 @@ def _train() -> Command:
     from favor.train.preference import TrainConfig, train
     from favor.train.session import in_session
 
-    return Command(TrainConfig, lambda c, t: in_session(lambda opened: train(c, opened)))
+    def run(config: TrainConfig, terminal: Terminal) -> closing.Done:
+        in_session(lambda opened: train(config, opened), console=terminal.console)
+        return closing.training(config.run, [["eval", f"run={config.run}"], ["report", config.run]])
+
+    return Command(TrainConfig, run)
 
 
 def _dry_run() -> Command:
@@ -54,39 +91,94 @@ def _dry_run() -> Command:
 COMMANDS: Mapping[str, Callable[[], Command]] = {"train": _train, **OTHERS}
 
 
-def _call(make: Callable[[], Command], words: Sequence[str], *, listed: bool) -> None:
+@dataclass(frozen=True)
+class _Said:
+    """What is said of a command: its list of settings instead of running it, nothing, or one JSON object."""
+
+    name: str
+    listed: bool = False
+    quiet: bool = False
+    json: bool = False
+
+    def elsewhere(self) -> contextlib.AbstractContextManager[object]:
+        """Where what is printed goes while the command runs."""
+        if self.quiet:
+            return _nowhere()
+        return contextlib.redirect_stdout(sys.stderr) if self.json else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _nowhere() -> Generator[None]:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):  # noqa: PTH123
+        yield
+
+
+def _call(make: Callable[[], Command], words: Sequence[str], said: _Said) -> None:
     """Run a command on its words, or list its settings."""
     from rich.console import Console
 
     from favor.config import load, read, split_arguments
+    from favor.words import expanded
 
-    command, (recipe, overrides), console = make(), split_arguments(words), Console(highlight=False)
-    if listed:
+    began = time.monotonic()
+    command, (recipe, overrides), console = (
+        make(),
+        split_arguments(expanded(said.name, words)),
+        Console(highlight=False),
+    )
+    if said.listed:
         from favor.settings import settings, table
 
         console.print(table(settings(command.config, read(recipe, overrides))))
         return
-    if command.run(load(command.config, recipe, overrides), Terminal(recipe, console, _progress(console))) is True:
+    with said.elsewhere():
+        done = command.run(load(command.config, recipe, overrides), Terminal(recipe, console, _progress(console)))
+        seconds = time.monotonic() - began
+        # of several processes one speaks
+        speaks = os.environ.get("RANK", "0") in ("", "0")
+        if done is not None and speaks and not said.json:
+            for line in done.lines(seconds):
+                console.print(line, markup=False, soft_wrap=True)
+    if said.json and speaks:
+        print(json.dumps((done or closing.Done()).as_json(said.name, seconds), ensure_ascii=False))
+    if done is not None and done.failed:
         raise typer.Exit(1)
 
 
 def _plain(name: str) -> None:
-    def command(words: Words = None, settings: Listed = False) -> None:
-        _call(COMMANDS[name], words or [], listed=settings)
+    def command(
+        words: Words = None, settings: Listed = False, quiet: Quiet = False, as_json: Json = False, _page: Help = False
+    ) -> None:
+        _call(COMMANDS[name], words or [], _Said(name, settings, quiet, as_json))
 
-    app.command(name, help=COMMANDS[name].__doc__)(command)
+    app.command(name, help=COMMANDS[name].__doc__, add_help_option=False)(command)
 
 
-@app.command()
-def train(words: Words = None, settings: Listed = False, dry_run: DryRun = False) -> None:
+@app.command(add_help_option=False)
+def train(
+    words: Words = None,
+    settings: Listed = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    _page: Help = False,
+) -> None:
     """Train on preferences: DPO and its family, on prompt trees."""
-    _call(_dry_run if dry_run else _train, words or [], listed=settings)
+    _call(_dry_run if dry_run else _train, words or [], _Said("train", settings, quiet, as_json))
 
 
-@app.command(help=OTHERS["lint"].__doc__)
-def lint(words: Words = None, settings: Listed = False, fix: Fix = None) -> None:
+@app.command(help=OTHERS["lint"].__doc__, add_help_option=False)
+def lint(
+    words: Words = None,
+    settings: Listed = False,
+    fix: Fix = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    _page: Help = False,
+) -> None:
     """Declare the command, which alone has an option --fix."""
-    _call(OTHERS["lint"], [*(words or []), *([f"lint.fix={fix}"] if fix is not None else [])], listed=settings)
+    fixing = [f"lint.fix={fix}"] if fix is not None else []
+    _call(OTHERS["lint"], [*(words or []), *fixing], _Said("lint", settings, quiet, as_json))
 
 
 for _name in (name for name in OTHERS if name != "lint"):
@@ -98,8 +190,6 @@ for _own in (report, watch, init, from_trl):
 @app.command()
 def schema(command: Annotated[str, typer.Argument(help="The command whose recipe it describes.")] = "train") -> None:
     """Print the JSON schema of a recipe, for editors that complete and check TOML."""
-    import json
-
     from favor.errors import ConfigError
     from favor.settings import schema_of
 
@@ -120,24 +210,25 @@ def main() -> None:
         with stop_signals("nothing unfinished was kept; run the same command again"):
             app()
     except FavorError as error:
-        _end(str(error), error.exit_code)
+        _end(*(error.each or (str(error),)), code=error.exit_code)
     except StoppedAtOnceError as error:
-        _end(str(error), error.exit_code, at_once=True)
+        _end(str(error), code=error.exit_code, at_once=True)
     except errors.EXPECTED as error:
         said = errors.explained(error)
         if said is None:
             raise
-        _end(said, FavorError.exit_code)
+        _end(said, code=FavorError.exit_code)
     finally:
         _flush()
 
 
-def _end(message: str, code: int, *, at_once: bool = False) -> NoReturn:
-    """The one line, without what nobody may see, and the exit code."""
+def _end(*messages: str, code: int, at_once: bool = False) -> NoReturn:
+    """A line for each message, without what nobody may see, and the exit code."""
     from favor.errors import clipped, without_secrets
 
     with contextlib.suppress(OSError):
-        print(f"favor: {clipped(' '.join(without_secrets(message).splitlines()), 1400)}", file=sys.stderr)
+        for message in messages:
+            print(f"favor: {clipped(' '.join(without_secrets(message).splitlines()), 1400)}", file=sys.stderr)
     _flush()
     if at_once and threading.active_count() > 1:
         # the interpreter would wait for threads that wait for a server

@@ -5,12 +5,16 @@ Next: cli.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
+
+from favor import closing
+from favor.closing import Done
+from favor.run import RunFolder
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console
 
+    from favor.data.settings import DataConfig
     from favor.stop import StopRequest
 
 KEPT = "what was made so far is kept; run the same command again"
@@ -34,10 +39,19 @@ class Terminal:
 
 @dataclass(frozen=True)
 class Command:
-    """What a command is: its settings, and what it does with them; True: exit code 1."""
+    """What a command is: its settings, and what it does with them; None: it has said all there is to say."""
 
     config: "type[BaseModel]"
-    run: Callable[[Any, Terminal], object]
+    run: Callable[[Any, Terminal], Done | None]
+
+
+class Recipe(Protocol):
+    """A command's recipe that names preferences."""
+
+    @property
+    def data(self) -> "DataConfig":
+        """Section [data]."""
+        ...
 
 
 def _sft() -> Command:
@@ -45,7 +59,12 @@ def _sft() -> Command:
     from favor.train.session import in_session
     from favor.train.sft import SftConfig, sft
 
-    return Command(SftConfig, lambda c, t: in_session(lambda opened: sft(c, opened)))
+    def run(config: SftConfig, terminal: Terminal) -> Done:
+        in_session(lambda opened: sft(config, opened), console=terminal.console)
+        start = f"model.path={RunFolder(Path(config.run)).model}"
+        return closing.training(config.run, [["train", start, *_data(config), "run=runs/dpo"], ["report", config.run]])
+
+    return Command(SftConfig, run)
 
 
 def _reward() -> Command:
@@ -53,7 +72,12 @@ def _reward() -> Command:
     from favor.train.reward import RewardTrainConfig, train_reward
     from favor.train.session import in_session
 
-    return Command(RewardTrainConfig, lambda c, t: in_session(lambda opened: train_reward(c, opened)))
+    def run(config: RewardTrainConfig, terminal: Terminal) -> Done:
+        in_session(lambda opened: train_reward(config, opened), console=terminal.console)
+        scoring = ["score", "data=FILE", f"run={config.run}", "out=scores.jsonl"]
+        return closing.training(config.run, [scoring, ["report", config.run]])
+
+    return Command(RewardTrainConfig, run)
 
 
 def _ppo() -> Command:
@@ -61,7 +85,11 @@ def _ppo() -> Command:
     from favor.train.ppo import PpoConfig, train_ppo
     from favor.train.session import in_session
 
-    return Command(PpoConfig, lambda c, t: in_session(lambda opened: train_ppo(c, opened)))
+    def run(config: PpoConfig, terminal: Terminal) -> Done:
+        in_session(lambda opened: train_ppo(config, opened), console=terminal.console)
+        return closing.training(config.run, [_sampling(config.run), ["report", config.run]])
+
+    return Command(PpoConfig, run)
 
 
 def _score() -> Command:
@@ -69,13 +97,14 @@ def _score() -> Command:
     from favor.eval.score import ScoreConfig, score
     from favor.report.table import figures_table
 
-    def run(config: ScoreConfig, terminal: Terminal) -> None:
+    def run(config: ScoreConfig, terminal: Terminal) -> Done:
         if config.reward.kind in ("model", "implicit"):
             _say_precision("float32")
         figures = score(config, terminal.progress, terminal.recipe)
         if figures is not None:
             terminal.console.print(figures_table(figures))
         print(f"scores in {config.out}")
+        return closing.scores(config.out, figures)
 
     return Command(ScoreConfig, run)
 
@@ -88,10 +117,13 @@ def _frontier() -> Command:
 
     from favor.train.session import in_session
 
-    def run(config: FrontierConfig, terminal: Terminal) -> None:
+    def run(config: FrontierConfig, terminal: Terminal) -> Done:
         _say_precision("float32")
-        terminal.console.print(frontier_table(in_session(lambda opened: frontier(config, opened))))
-        report([Path(config.run)])
+        figures = in_session(lambda opened: frontier(config, opened), console=terminal.console)
+        terminal.console.print(frontier_table(figures))
+        page = write_report([Path(config.run)])
+        print(f"report: {page}")
+        return Done((), figures, {"figures": str(RunFolder(Path(config.run)).frontier), "report": str(page)})
 
     return Command(FrontierConfig, run)
 
@@ -101,7 +133,12 @@ def _eval() -> Command:
     from favor.eval.evaluate import EvalConfig, evaluate
     from favor.report.table import figures_table
 
-    return Command(EvalConfig, lambda c, t: t.console.print(figures_table(evaluate(c, t.console.print, t.progress))))
+    def run(config: EvalConfig, terminal: Terminal) -> Done:
+        figures = evaluate(config, terminal.console.print, terminal.progress)
+        terminal.console.print(figures_table(figures))
+        return closing.evaluation(config.run, figures)
+
+    return Command(EvalConfig, run)
 
 
 def _winrate() -> Command:
@@ -109,11 +146,13 @@ def _winrate() -> Command:
     from favor.report.table import winrate_table
     from favor.winrate.run import WinrateConfig, winrate
 
-    def run(config: WinrateConfig, terminal: Terminal) -> None:
+    def run(config: WinrateConfig, terminal: Terminal) -> Done:
         console = terminal.console
         _say_precision(*config.dtypes)
         with _continued():
-            console.print(winrate_table(winrate(config, console.print, terminal.progress)))
+            figures = winrate(config, console.print, terminal.progress)
+        console.print(winrate_table(figures))
+        return closing.winrate(config.run, figures)
 
     return Command(WinrateConfig, run)
 
@@ -123,11 +162,12 @@ def _sample() -> Command:
     from favor.generate.engines import dtypes
     from favor.generate.samples import SamplesConfig, write_samples
 
-    def run(config: SamplesConfig, terminal: Terminal) -> None:
+    def run(config: SamplesConfig, terminal: Terminal) -> Done:
         _say_precision(*dtypes(config.engine))
         with _continued():
             count = write_samples(config, terminal.progress, terminal.recipe)
         print(f"{count} samples in {config.out}")
+        return closing.samples(config.out, count)
 
     return Command(SamplesConfig, run)
 
@@ -137,23 +177,27 @@ def _prefer() -> Command:
     from favor.generate.engines import dtypes
     from favor.generate.prefer import PreferConfig, prefer
 
-    def run(config: PreferConfig, terminal: Terminal) -> None:
+    def run(config: PreferConfig, terminal: Terminal) -> Done:
         _say_precision(*dtypes(config.engine))
         with _continued():
             made = prefer(config, terminal.progress, terminal.recipe)
         print(f"{made}; preferences in {config.out}")
+        return closing.preferences(config.out, asdict(made))
 
     return Command(PreferConfig, run)
 
 
 def _loop() -> Command:
     """Online preference learning: in rounds, sample from the model, rank by a reward, train, continue from there."""
-    from favor.online import OnlineConfig, loop
+    from favor.online import OnlineConfig, Round, loop
     from favor.train.session import in_session
 
-    def run(config: OnlineConfig, terminal: Terminal) -> None:
+    def run(config: OnlineConfig, terminal: Terminal) -> Done:
         _say_precision(config.model.dtype)
-        in_session(lambda opened: loop(config, opened, terminal.progress), f"{KEPT}, with resume=true")
+        kept = f"{KEPT}, with resume=true"
+        in_session(lambda opened: loop(config, opened, terminal.progress), kept, terminal.console)
+        last = str(Round(config.rounds, config).train.root)
+        return closing.training(last, [_sampling(last), ["report", last]])
 
     return Command(OnlineConfig, run)
 
@@ -163,12 +207,13 @@ def _lint() -> Command:
     from favor.lint.run import fails, findings_table, lint
     from favor.lint.settings import LintConfig
 
-    def run(config: LintConfig, terminal: Terminal) -> bool:
+    def run(config: LintConfig, terminal: Terminal) -> Done:
         if config.reward is not None or config.lint.doubt:
             _say_precision("float32")
         findings = lint(config, terminal.recipe)
         terminal.console.print(findings_table(findings))
-        return fails(config, findings)
+        words = [str(terminal.recipe)] if terminal.recipe else _data(config)
+        return closing.findings(findings, words, config.lint.fix, failed=fails(config, findings))
 
     return Command(LintConfig, run)
 
@@ -192,7 +237,13 @@ def _export() -> Command:
     """Make a run's model ready for others: merged, bfloat16 or GGUF, with a model card; on the hub where push asks for it."""
     from favor.export.run import ExportConfig, export, told
 
-    return Command(ExportConfig, lambda c, t: print(told(export(c, print))))
+    def run(config: ExportConfig, terminal: Terminal) -> Done:
+        made = export(config, terminal.console.print)
+        print(told(made))
+        figures = {"difference": made.difference, "tokens": made.tokens, "address": made.address}
+        return Done((), figures, {"exported": str(made.folder)})
+
+    return Command(ExportConfig, run)
 
 
 def _chat() -> Command:
@@ -215,7 +266,23 @@ def _demo() -> Command:
     from favor.demo import DemoConfig, demo
     from favor.train.session import in_session
 
-    return Command(DemoConfig, lambda c, t: in_session(lambda opened: demo(c, opened, t.console, t.progress)))
+    def run(config: DemoConfig, terminal: Terminal) -> Done:
+        console = terminal.console
+        root = in_session(lambda opened: demo(config, opened, console, terminal.progress), console=console)
+        run = str(root / "dpo")
+        done = closing.training(run, [_sampling(run)])
+        return replace(done, paths={**done.paths, "report": str(RunFolder(Path(run)).report)})
+
+    return Command(DemoConfig, run)
+
+
+def _data(config: "Recipe") -> list[str]:
+    """The training rows of a recipe as words; rows of several sources are named in a recipe only."""
+    return [f"data.train={config.data.train}"] if config.data.train is not None else ["RECIPE.toml"]
+
+
+def _sampling(run: str) -> list[str]:
+    return ["sample", f"run={run}", "prompts=FILE", "out=samples.jsonl"]
 
 
 OTHERS: Mapping[str, Callable[[], Command]] = {
@@ -256,7 +323,6 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     from favor.report.frame import replaceable
     from favor.report.page import write_page
     from favor.report.records import collect
-    from favor.run import RunFolder
 
     found = [collect(run, SECTIONS) for run in runs]
     folder, several = RunFolder(runs[0]), len(runs) > 1

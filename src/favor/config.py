@@ -61,7 +61,10 @@ def checked(
                 raise
             found = schema.model_validate(_with_own(schema, tree))
     except ValidationError as error:
-        raise ConfigError("; ".join(settings.all_explained(error, schema, where))) from None
+        said = settings.all_explained(error, schema, where)
+        refusal = ConfigError("; ".join(said))
+        refusal.each = tuple(said)
+        raise refusal from None
     except RecursionError:
         raise ConfigError(f"{where}: a value is nested too deeply to be read; flatten it") from None
     _check_values(tree, found, where)

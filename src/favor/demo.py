@@ -99,8 +99,8 @@ def demo(
     open_session: OpenSession,
     console: Console,
     progress: Callable[[str, int, int], None],
-) -> None:
-    """Run it all, print the table and name the page. Raises what its parts raise."""
+) -> Path:
+    """Run it all, print the table and name the page; returns the folder. Raises what its parts raise."""
     cache = cache_folder()
     free = (path for path in (Path(f"runs/demo-{n}") for n in itertools.count(1)) if not path.exists())
     root = Path(config.run) if config.run else next(free)
@@ -124,6 +124,7 @@ def demo(
     page = RunFolder(root / "dpo").report
     write_page(collect(root / "dpo"), page)
     console.print(f"report: {page}    ({time.monotonic() - began:.0f} s without downloads)")
+    return root
 
 
 def _recipe(config: DemoConfig, run: Path, model: Path, reviews: Path, lr: float) -> dict[str, Any]:

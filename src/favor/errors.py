@@ -38,9 +38,10 @@ _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class FavorError(Exception):
-    """A message for the user: what was found, where (file, row or key), and what to do."""
+    """A message for the user: what was found, where (file, row or key), and what to do. each: its parts, where it has several."""
 
     exit_code = 2
+    each: tuple[str, ...] = ()
 
 
 class ConfigError(FavorError):

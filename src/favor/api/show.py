@@ -71,6 +71,8 @@ def _advancing(console: Console) -> Generator[Advance]:
         bar, task = bars[label]
         bar.update(task, completed=done_of[label])
         if whole:
+            # a notebook would keep the state of the last refresh
+            bar.refresh()
             bar.stop()
 
     try:

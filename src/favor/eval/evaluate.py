@@ -118,7 +118,8 @@ def _evaluate(
     )
     figures = {"beta": subject.beta, "precision": precision_of(policy.compute_dtype), **pairs.as_json(), "kl": None}
     if config.sample_prompts:
-        records, figures["kl"], figures["length"] = _samples(config, subject, progress)
+        records, found = _samples(config, subject, progress)
+        figures |= found
         if scorer:
             figures["score"] = score_samples(records, scorer)
         write_jsonl(folder.samples, records)
@@ -152,10 +153,10 @@ def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) 
     return Subject(policy, reference, texts, trees, beta)
 
 
-def _samples(
-    config: EvalConfig, subject: Subject, progress: Progress
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None, dict[str, float]]:
-    """Samples of both models for the first held-out prompts, by the same random streams, KL from the policy's, mean lengths.
+def _samples(config: EvalConfig, subject: Subject, progress: Progress) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Samples of both models for the first held-out prompts, by the same random streams, and their figures.
+
+    KL from the policy's, mean lengths, and the share that came to their end.
 
     KL is None when the temperature is not 1: the samples are then not the policy's own distribution.
     """
@@ -175,7 +176,9 @@ def _samples(
     kl = None
     if config.sample.temperature == 1.0:
         kl = asdict(kl_of_samples(subject.policy, subject.reference_logps, prompts, drawn["policy"].ids, config.sample))
-    return records, kl, {name: sum(map(len, drawn[name].ids)) / len(prompts) for name in _SIDES}
+    length = {name: sum(map(len, drawn[name].ids)) / len(prompts) for name in _SIDES}
+    ended = {name: 1 - sum(drawn[name].cut) / len(prompts) for name in _SIDES}
+    return records, {"kl": kl, "length": length, "ended": ended}
 
 
 class Drawn(NamedTuple):

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Annotated, Literal, Protocol, TypeAlias, cast
 
 import torch
-from pydantic import BaseModel, Field, Tag
+from pydantic import BaseModel, Field, Tag, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -22,9 +22,9 @@ from favor.data.types import Batch, TokenTree
 from favor.errors import without_places
 from favor.model.load import Policy
 from favor.ranks import World, barrier, largest
-from favor.run import atomic_folder
+from favor.run import atomic_folder, read_jsonl
 from favor.stop import StoppedError
-from favor.train import checkpoint
+from favor.train import checkpoint, notes
 from favor.train.session import Bar, Session, TrainingState
 from favor.train.step import Learner, Stepped
 
@@ -35,6 +35,9 @@ Schedule = Annotated[
     Literal["constant", "linear", "cosine"], Field(description="How the rate falls to zero over the run, if it does.")
 ]
 Warmup = Annotated[int, Field(ge=0, description="Steps over which the rate rises from zero.")]
+WarmupShare = Annotated[
+    float | None, Field(ge=0, lt=1, description="The warm-up as a share of the steps, instead of warmup_steps.")
+]
 Decay = Annotated[float, Field(ge=0, description="Decay of weight matrices, times the learning rate.")]
 Eps = Annotated[float, Field(gt=0, description="Added to the denominator of the update (epsilon).")]
 Clip = Annotated[float, Field(gt=0, description="Largest norm of the gradient; a larger one is scaled down.")]
@@ -48,11 +51,17 @@ class AdamW(BaseModel):
     lr: Rate = 5e-6
     schedule: Schedule = "linear"
     warmup_steps: Warmup = 0
+    warmup_share: WarmupShare = None
     weight_decay: Decay = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """What the running means of gradient and square keep of a step."""
     eps: Eps = 1e-8
     clip: Clip = 1.0
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> "AdamW":
+        _refuse_two(self.warmup_steps, self.warmup_share)
+        return self
 
 
 class Rmsprop(BaseModel):
@@ -63,9 +72,20 @@ class Rmsprop(BaseModel):
     lr: Rate = 5e-6
     schedule: Schedule = "linear"
     warmup_steps: Warmup = 0
+    warmup_share: WarmupShare = None
     weight_decay: Decay = 0.0
     eps: Eps = 1e-8
     clip: Clip = 1.0
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> "Rmsprop":
+        _refuse_two(self.warmup_steps, self.warmup_share)
+        return self
+
+
+def _refuse_two(steps: int, share: float | None) -> None:
+    if steps and share:
+        raise ValueError("warmup_steps and warmup_share both say how long the rate rises; set one of them to 0")
 
 
 OptimConfig: TypeAlias = Annotated[
@@ -204,19 +224,33 @@ def turns(training: Training, label: str, state: TrainingState) -> Generator[Tur
     recipe, session, used = training.recipe, training.session, training.used
     if recipe.resume:
         state = checkpoint.resume(session, training.learner, state, len(used))
+    total = training.num_steps
+    if state.step == 0 and (said := notes.warmup(warmup(recipe.optim, total), total)):
+        session.event(0, "warmup", said)
     order = Order(len(used), recipe.train.batch_prompts, recipe.seed, recipe.train.shuffle)
     run_began = time.monotonic() - state.seconds
-    with session.stop.looked_at(), Bar(session, label, training.num_steps, state.step) as bar:
+    with session.stop.looked_at(), Bar(session, label, total, state.step) as bar:
         for indices, place in order.batches(LoaderState(state.epoch, state.position)):
-            if state.step >= training.num_steps:
+            if state.step >= total:
                 break
-            rate = learning_rate(recipe.optim, state.step, training.num_steps)
+            rate = learning_rate(recipe.optim, state.step, total)
             for group in training.learner.optimizer.param_groups:
                 group["lr"] = rate
             turn = Turn([used[i] for i in indices], rate, state, place, bar, training, run_began, time.monotonic())
             yield turn
             state = turn.state
+    _note(training, state.step)
     finish(training.policy, state, session)
+
+
+def _note(training: Training, step: int) -> None:
+    """What the curves say at the end of a run, where it is worth a line."""
+    session = training.session
+    if session.world.is_main:
+        steps = [record for record in read_jsonl(session.folder.metrics) if record["kind"] == "step"]
+        # a reference that follows brings the loss back to where it began
+        for name, said in notes.at_the_end(steps, moving=bool(training.learner.moving)):
+            session.event(step, name, said)
 
 
 def num_steps(config: LoopConfig, num_trees: int) -> int:
@@ -260,14 +294,20 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 
     The first step after the warm-up has the full rate; the step after the last would have zero.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / (config.warmup_steps + 1)
-    done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    rising = warmup(config, num_steps)
+    if step < rising:
+        return config.lr * (step + 1) / (rising + 1)
+    done = (step - rising) / max(1, num_steps - rising)
     if config.schedule == "linear":
         return config.lr * (1 - done)
     if config.schedule == "cosine":
         return config.lr * (1 + math.cos(math.pi * done)) / 2
     return config.lr
+
+
+def warmup(config: OptimConfig, num_steps: int) -> int:
+    """Steps over which the rate rises; of a share they are rounded up."""
+    return math.ceil(config.warmup_share * num_steps) if config.warmup_share else config.warmup_steps
 
 
 def make_optimizer(config: OptimConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:

@@ -49,7 +49,7 @@ from favor.train.reference import Reference, ReferenceConfig
 from favor.train.session import Bar, OpenSession, Session, TrainingState, load_splits, recipe_hash, running
 from favor.train.stats import STATS, batch_sums, displacement, means, shown, usable
 from favor.train.step import Objective, Stepped, step
-from favor.train.watch import References, WatchConfig, evaluate, probe
+from favor.train.watch import HeldOut, References, WatchConfig, evaluate, measurable, probe
 
 # Prompts over which the displacement of the chosen is watched.
 _WATCHED = 64
@@ -148,7 +148,7 @@ def _references(
     What training compares with is computed as the policy is while it trains; what is measured, in float32.
     """
     needed, is_live = needs(config.loss), config.reference.mode == "live"
-    parts = splits.by_name if config.watch.eval else {"train": splits.train}
+    parts = splits.by_name
     # LoRA: the policy with its adapters off; all weights: a frozen copy, made only where something reads it
     live = exact = None
     if is_live or config.watch.kl or needed.zero:
@@ -193,8 +193,10 @@ def _loop(
     config: TrainConfig, training: Training, splits: Splits, references: References, state: TrainingState
 ) -> None:
     """Optimizer steps from the newest checkpoint to the end, then the final model."""
-    policy, session, budget = training.policy, training.session, config.train.max_tokens_per_pack
+    policy, session = training.policy, training.session
     watch, sync = config.watch, config.reference.sync
+    if held_out := _held_out(config, policy, references, splits, session):
+        held_out.first(resume=config.resume)
     with contextlib.closing(turns(training, "train", state)) as steps:
         for turn in steps:
             # the same on every rank; each computes its own share of the micro-batches
@@ -213,11 +215,22 @@ def _loop(
             record = _step_record(turn, done, cut) | turn.state.kl
             turn.record(record, shown(record))
             _watch_displacement(config, turn, done)
-            if watch.eval and now % watch.eval.every == 0:
-                found = evaluate(config.loss, policy, references.of["eval"], splits.eval, budget, session.world)
-                session.record({"kind": "eval", "step": now, **found})
-                session.say(f"held-out at step {now}: " + shown(found))
+            if held_out:
+                held_out.after(now, training.num_steps)
             turn.save_or_stop()
+
+
+def _held_out(
+    config: TrainConfig, policy: Policy, references: References, splits: Splits, session: Session
+) -> HeldOut | None:
+    """What measures the held-out part; None where nothing, or nothing that the loss can be taken of, is held out."""
+    loss, asked, trees = config.loss, config.watch.eval, splits.eval
+    if not trees or not measurable(loss, trees, session, asked=asked is not None):
+        return None
+    ref, budget = references.of["eval"], config.train.max_tokens_per_pack
+    return HeldOut(
+        lambda: evaluate(loss, policy, ref, trees, budget, session.world), session, asked.every if asked else None
+    )
 
 
 def make_objective(config: LossConfig, policy: Policy, reference: Reference, zero: float = 0.0) -> Objective:

@@ -32,6 +32,7 @@ from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, make_tr
 from favor.train.reference import identity
 from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, running
 from favor.train.step import Objective, step
+from favor.train.watch import HeldOut
 
 # sums over the pairs of a batch, and its number of ties
 _STATS = ("pairs", "correct", "gap", "score_chosen", "score_rejected", "ties")
@@ -81,11 +82,23 @@ def _learn(config: RewardTrainConfig, session: Session) -> Calibration | None:
     _check_options(config.bradley_terry, splits)
     policy, why = settle_scores(policy, config.model.layout, splits.train, also=splits.eval, train=True)
     session.self_check(policy, why)
-    _loop(config, policy, splits, session)
     held_out = [tree for tree in splits.eval if tree.comparisons]
+    budget, world = config.train.max_tokens_per_pack, session.world
+
+    made: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def measure() -> dict[str, object]:
+        made.append(gaps(precise(policy), held_out, budget, world))
+        return _held_out_figures(calibrate(*made[-1]))
+
+    watched = HeldOut(measure, session) if held_out else None
+    _loop(config, policy, splits, session, watched)
     if not held_out:
         return None
-    gap_P, prompt_P = gaps(precise(policy), held_out, config.train.max_tokens_per_pack, session.world)
+    if not made:
+        # resumed after its last step
+        measure()
+    gap_P, prompt_P = made[-1]
     found = calibrate(gap_P, prompt_P)
     if session.world.is_main:
         write_jsonl(session.folder.pairs, pair_records(pair_names(held_out), prompt_P, gap_P))
@@ -94,12 +107,22 @@ def _learn(config: RewardTrainConfig, session: Session) -> Calibration | None:
     return found
 
 
-def _loop(config: RewardTrainConfig, policy: Policy, splits: Splits, session: Session) -> None:
+def _held_out_figures(found: Calibration) -> dict[str, object]:
+    """Of a calibration what metrics.jsonl keeps."""
+    counts = {"pairs": found.pairs, "prompts": found.prompts}
+    return {"loss": found.loss, "accuracy": found.accuracy, "accuracy_interval": found.accuracy_interval, **counts}
+
+
+def _loop(
+    config: RewardTrainConfig, policy: Policy, splits: Splits, session: Session, held_out: HeldOut | None
+) -> None:
     width = config.bradley_terry.tie_width
     used = [i for i, tree in enumerate(splits.train) if tree.comparisons or (width is not None and tree.ties)]
     inputs = recipe_hash(config) | identity(policy, config.tokens) | {"data": splits.identity}
     training = make_training(config, policy, used, session)
     objective = make_objective(config.bradley_terry, policy)
+    if held_out:
+        held_out.first(resume=config.resume)
     with contextlib.closing(turns(training, "reward", TrainingState(inputs=inputs))) as steps:
         for turn in steps:
             cut = training.micro_batches([splits.train[i] for i in turn.indices])
@@ -107,6 +130,8 @@ def _loop(config: RewardTrainConfig, policy: Policy, splits: Splits, session: Se
             turn.done()
             record = turn.figures(done, cut) | _means(done.sums)
             turn.record(record, f"loss {record['loss']:.4f}  acc {record['accuracy']:.2f}  gap {record['gap']:+.3f}")
+            if held_out:
+                held_out.after(turn.state.step, training.num_steps)
             turn.save_or_stop()
 
 

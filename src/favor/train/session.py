@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Annotated, TypeAlias, TypeVar
 
 from pydantic import BaseModel, Field
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from favor.config import STRICT, dump
 from favor.data.prepare import prepare
@@ -143,24 +145,35 @@ class Bar:
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
             console=session.console,
-            disable=not session.world.is_main or not moves(session.console),
         )
-        self._task: TaskID = self._progress.add_task(label, total=total, completed=start, figures="")
+        self._task: TaskID = self._progress.add_task(label, total=total, completed=start)
+        self._figures = ""
+        # the figures have a line of their own, so that 80 columns hold the time that is left
+        self._live = Live(get_renderable=self._drawn, console=session.console, refresh_per_second=10)
+        self._moves = session.world.is_main and moves(session.console)
         self._last_line = 0.0
 
     def __enter__(self) -> "Bar":
-        self._progress.start()
+        if self._moves:
+            self._live.start()
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self._progress.stop()
+        if self._moves:
+            # a notebook would keep the state of the last refresh
+            self._live.refresh()
+            self._live.stop()
+
+    def _drawn(self) -> Group:
+        figures = [Text(f"  {self._figures}", no_wrap=True, overflow="ellipsis")] if self._figures else []
+        return Group(self._progress, *figures)
 
     def advance(self, amount: int, figures: str = "") -> None:
         """Move on and show the figures; without a terminal a line every few seconds says the same."""
-        self._progress.update(self._task, advance=amount, figures=figures)
+        self._progress.update(self._task, advance=amount)
+        self._figures = figures
         if moves(self._session.console):
             return
         task = self._progress.tasks[0]

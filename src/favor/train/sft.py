@@ -13,17 +13,20 @@ from torch import Tensor
 from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data.prepare import check_sources
 from favor.data.read import DataConfig
+from favor.data.splits import Splits
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import DataError
+from favor.model.batched import measured
 from favor.model.layout import settle
-from favor.model.load import ModelConfig, Policy, load_policy
+from favor.model.load import ModelConfig, Policy, load_policy, precise
 from favor.model.logprobs import response_logps
 from favor.train.loggers import LoggedConfig
-from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, make_training, turns
+from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, Training, make_training, turns
 from favor.train.reference import identity
 from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, running
 from favor.train.step import Objective, step
+from favor.train.watch import HeldOut
 
 
 class SftConfig(BaseModel):
@@ -59,12 +62,15 @@ def _tune(config: SftConfig, session: Session) -> None:
             f"{config.data.training}: no response to learn from, each is rejected by some row; give preferred ones"
         )
     first = [preferred_only(splits.train[i]) for i in used[:2]]
-    every = (preferred_only(splits.train[i]) for i in used)
+    every = (preferred_only(tree) for tree in (*(splits.train[i] for i in used), *_held_out(splits)))
     policy, why = settle(policy, config.model.layout, first, also=every, train=True)
     session.self_check(policy, why)
     inputs = recipe_hash(config) | identity(policy, config.tokens) | {"data": splits.identity}
     training = make_training(config, policy, used, session)
     objective = make_objective(policy)
+    held_out = HeldOut(lambda: _evaluate(training, splits), session) if _held_out(splits) else None
+    if held_out:
+        held_out.first(resume=config.resume)
     with contextlib.closing(turns(training, "sft", TrainingState(inputs=inputs))) as steps:
         for turn in steps:
             cut = training.micro_batches([preferred_only(splits.train[i]) for i in turn.indices])
@@ -72,7 +78,23 @@ def _tune(config: SftConfig, session: Session) -> None:
             turn.done()
             record = turn.figures(done, cut)
             turn.record(record, f"loss {record['loss']:.4f}  unique tok/s {record['tokens_per_s']:.0f}")
+            if held_out:
+                held_out.after(turn.state.step, training.num_steps)
             turn.save_or_stop()
+
+
+def _held_out(splits: Splits) -> list[TokenTree]:
+    """Held-out trees with a response to learn from."""
+    return [tree for tree in splits.eval if preferred(tree)]
+
+
+def _evaluate(training: Training, splits: Splits) -> dict[str, object]:
+    """Held-out loss in nats a token, in float32."""
+    policy, trees = precise(training.policy), [preferred_only(tree) for tree in _held_out(splits)]
+    budget, world = training.recipe.train.max_tokens_per_pack, training.session.world
+    logp_R = measured(policy, trees, lambda batch: response_logps(policy, batch), budget, world)
+    tokens = sum(len(response) for tree in trees for response in tree.response_ids)
+    return {"loss": -float(logp_R.sum()) / tokens, "tokens": tokens}
 
 
 def preferred(tree: TokenTree) -> Sequence[int]:

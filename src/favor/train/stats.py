@@ -89,10 +89,9 @@ def _has_margins(gaps: Sequence[float]) -> bool:
 
 def batch_sums(config: LossConfig, scored: Scored, batch: Batch) -> dict[str, Tensor]:
     """STATS of a batch, each a scalar on its device. A margin of exactly 0 counts as half right."""
-    pi_R = scored.pi_R.detach()
+    pi_R, reward_R = scored.pi_R.detach(), rewards(config, scored, batch)
     per_token_R = pi_R / batch.length_R
     free = not needs(config).reference
-    reward_R = beta_of(config) * (per_token_R if free else pi_R - scored.ref_R)
     chosen_P, rejected_P = reward_R[batch.chosen_P], reward_R[batch.rejected_P]
     margin_P, thumb_I = chosen_P - rejected_P, reward_R[batch.thumb_I]
     ones_P, none = torch.ones_like(margin_P), margin_P.new_zeros(())
@@ -111,6 +110,12 @@ def batch_sums(config: LossConfig, scored: Scored, batch: Batch) -> dict[str, Te
         "reward_good": thumb_I[batch.good_I].sum(),
         "reward_bad": thumb_I[~batch.good_I].sum(),
     }
+
+
+def rewards(config: LossConfig, scored: Scored, batch: Batch) -> Tensor:
+    """The implicit reward of every response [R]: beta log(pi/ref); without a reference beta log pi a token."""
+    pi_R = scored.pi_R.detach()
+    return beta_of(config) * (pi_R - scored.ref_R if needs(config).reference else pi_R / batch.length_R)
 
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What is measured while a policy trains, where it is asked for: sampled KL, held-out figures.
+"""What is measured around training: held-out figures before the first and after the last step, sampled KL where it is asked for.
 
 In: policy, references and the data. Out: figures. Next: preference.py.
 """
@@ -6,6 +6,7 @@ In: policy, references and the data. Out: figures. Next: preference.py.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
@@ -13,17 +14,21 @@ from torch import Tensor
 from favor.config import STRICT
 from favor.data.splits import Splits
 from favor.data.types import Batch, TokenTree
+from favor.errors import ConfigError
 from favor.eval.figures import kl_of_samples
+from favor.eval.intervals import SHARE, mean_interval, sign_share
 from favor.losses.table import LossConfig, item_weight, needs, term_sums, terms
 from favor.model.load import Policy, precise
 from favor.model.sample import SampleConfig, decode
 from favor.ranks import World
 from favor.rewards.source import Scorer
+from favor.train.checkpoint import checkpoints
 from favor.train.coupled import gather
 from favor.train.loggers import ToLogger
 from favor.train.reference import Reference
 from favor.train.rollout import sampled, scores
-from favor.train.stats import STATS, batch_sums, means
+from favor.train.session import Session
+from favor.train.stats import STATS, batch_sums, means, rewards, usable
 
 # Trees whose log-probs are held at once in the held-out evaluation.
 _WINDOW = 128
@@ -42,22 +47,57 @@ class KlConfig(BaseModel):
 
 
 class HeldOutConfig(BaseModel):
-    """Section [watch.eval]: loss, accuracy and margin on the held-out part."""
+    """Section [watch.eval]: loss, accuracy and margin on the held-out part, also between the first and the last step."""
 
     model_config = STRICT
     every: int = Field(ge=1)
-    """Steps between evaluations."""
+    """Steps between evaluations; before the first step and after the last there is one anyway."""
 
 
 class WatchConfig(BaseModel):
-    """Section [watch]: what is measured while training; nothing by default."""
+    """Section [watch]: what is measured while training; by default held-out figures at the start and at the end."""
 
     model_config = STRICT
     kl: KlConfig | None = None
     """The KL probe."""
     eval: HeldOutConfig | None = None
-    """Held-out figures."""
+    """Held-out figures every so many steps."""
     logger: ToLogger = None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out figures before the first step, after the last and, with `every`, between; lines of metrics.jsonl of kind eval."""
+
+    measure: Callable[[], Mapping[str, object]]
+    session: Session
+    every: int | None = None
+
+    def at(self, step: int) -> None:
+        """Measure, keep and say it."""
+        found = self.measure()
+        self.session.record({"kind": "eval", "step": step, **found})
+        self.session.say(f"held-out at step {step}: {said(found)}")
+
+    def first(self, *, resume: bool) -> None:
+        """Before the first step; a run that continues has had its own."""
+        if not (resume and checkpoints(self.session.folder.checkpoints)):
+            self.at(0)
+
+    def after(self, step: int, total: int) -> None:
+        """After a step, where one is due."""
+        if step == total or (self.every is not None and step % self.every == 0):
+            self.at(step)
+
+
+def said(found: Mapping[str, object]) -> str:
+    """Held-out figures as a line."""
+    parts = [f"loss {found['loss']:.4f}"]
+    if "accuracy" in found:
+        ends = found.get("accuracy_interval")
+        within = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if isinstance(ends, tuple | list) else ""
+        parts.append(f"acc {found['accuracy']:.2f}{within}")
+    return "  ".join(parts + ([f"margin {found['margin']:+.3f}"] if "margin" in found else []))
 
 
 @dataclass(frozen=True)
@@ -86,17 +126,38 @@ def probe(
     ids = sampled(policy, prompts, [seed * 1_000_003 + i for i in range(len(prompts))], settings, world)
     kl = kl_of_samples(policy, references.exact, prompts, ids, settings, world)
     found = {"kl": kl.mean} | ({} if kl.se is None else {"kl_se": kl.se})
+    found["ended"] = sum(response[-1] in policy.end_ids for response in ids) / len(ids)
     if references.scorer is not None:
         texts = splits.prompts_of(name, trees)
         found["reward"] = float(scores(references.scorer, texts, decode(policy.tokenizer, ids), world).mean())
     return found
 
 
+def measurable(config: LossConfig, trees: Sequence[TokenTree], session: Session, *, asked: bool) -> bool:
+    """Whether the loss can be taken of the held-out part. asked: by [watch.eval], so that an unusable part is refused.
+
+    Raises ConfigError as `usable` does.
+    """
+    try:
+        usable(config, trees, "the held-out part")
+    except ConfigError as error:
+        if asked:
+            raise
+        session.event(0, "held_out", f"note: nothing is measured on held-out data while training: {error}")
+        return False
+    return True
+
+
 def evaluate(
     config: LossConfig, policy: Policy, reference: Reference, trees: Sequence[TokenTree], budget: int, world: World
-) -> dict[str, float]:
-    """Held-out loss, accuracy and margin, by the training loss, in float32. A coupled loss sees the whole part at once."""
+) -> dict[str, object]:
+    """Held-out loss, accuracy (with its 95 % interval over prompts) and margin, by the training loss, in float32.
+
+    A coupled loss sees the whole part at once.
+    """
     policy = precise(policy)
+    owner = {tree.first_response + i: n for n, tree in enumerate(trees) for i in range(len(tree.response_ids))}
+    margins, prompts = [np.empty(0)], list[int]()
     window = len(trees) if needs(config).coupled else _WINDOW
     totals = dict.fromkeys(STATS, 0.0)
     sums, counts = (torch.zeros(len(terms(config)), dtype=torch.float64) for _ in range(2))
@@ -105,6 +166,14 @@ def evaluate(
         sums += term_sums(config, scored, batch).cpu()
         counts += torch.tensor(item_weight(config, batch), dtype=torch.float64)
         totals = {name: totals[name] + float(value) for name, value in batch_sums(config, scored, batch).items()}
+        reward_R = rewards(config, scored, batch)
+        margins.append((reward_R[batch.chosen_P] - reward_R[batch.rejected_P]).cpu().numpy())
+        prompts += [owner[index] for index in batch.index_R[batch.chosen_P].tolist()]
     found = means(totals)
     kept = ("accuracy", "margin", "reward_good", "reward_bad")
-    return {"loss": float((sums / counts.clamp_min(1e-12)).sum())} | {k: found[k] for k in kept if k in found}
+    shown: dict[str, object] = {"loss": float((sums / counts.clamp_min(1e-12)).sum())}
+    shown |= {name: found[name] for name in kept if name in found}
+    if not prompts:
+        return shown
+    interval = mean_interval(sign_share(np.concatenate(margins)), clusters=np.array(prompts), bounds=SHARE)
+    return shown | {"accuracy_interval": interval.ends, "pairs": len(prompts), "prompts": len(set(prompts))}

@@ -159,10 +159,7 @@ def _rate(values: _Values) -> Lines:
     if warmup >= 1 and name != "constant":
         yield Line("optim.warmup_steps", int(warmup))
     elif share > 0 and name != "constant":
-        said = (
-            f"{share:g} of the steps warm up in TRL: multiply by the steps that favor train --dry-run shows, and write"
-        )
-        yield Line("", comment=f"{said} optim.warmup_steps")
+        yield Line("optim.warmup_share", share)
     optimizer = str(values.of.get("optim", "adamw_torch"))
     if optimizer == "rmsprop":
         yield Line("optim.kind", "rmsprop")
