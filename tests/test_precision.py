@@ -106,7 +106,7 @@ def test_eval_score_and_transformers_agree_after_training_in_bfloat16(run, monke
     lines = [json.loads(line)["scores"] for line in (run / "scores.jsonl").read_text().splitlines()]
     assert np.mean([a - b for a, b in lines]) == pytest.approx(figures["margin"], abs=2e-6)
     # the held-out figures while it trained: the last step's are those of the finished model
-    (held_out,) = [
+    *_, held_out = [
         r for r in map(json.loads, (run / "run/metrics.jsonl").read_text().splitlines()) if r["kind"] == "eval"
     ]
     assert held_out["margin"] == pytest.approx(figures["margin"], abs=2e-5)

@@ -385,9 +385,11 @@ def recipes():
     """Every recipe of the command line, with what it cannot do without."""
     from favor_frontier.recipe import FrontierConfig
 
+    from favor.chat.settings import ChatConfig
     from favor.demo import DemoConfig
     from favor.eval.evaluate import EvalConfig
     from favor.eval.score import ScoreConfig
+    from favor.export.run import ExportConfig
     from favor.generate.prefer import PreferConfig
     from favor.generate.samples import SamplesConfig
     from favor.label.settings import LabelConfig
@@ -414,13 +416,15 @@ def recipes():
         WinrateConfig: run | {"a": {"file": "a"}, "b": {"file": "b"}, "judge": {"kind": "callable", "path": "j.py:f"}},
         OnlineConfig: run | model | reward | {"prompts": "p"},
         LabelConfig: {"data": "d"},
+        ChatConfig: {"run": "r"},
+        ExportConfig: {"run": "r", "out": "o"},
         LintConfig: data,
         FrontierConfig: run,
         DemoConfig: run,
     }
 
 
-RECIPES = 14
+RECIPES = 16
 
 
 def keys_of(schema, prefix=""):

@@ -352,7 +352,7 @@ def test_adapters_are_refused(inputs, tmp_path):
 def test_everybody_reads_the_same_samples(inputs, tmp_path, monkeypatch):
     """`favor sample`, `favor eval` and `favor winrate` show what was sampled, with the white space around it."""
     ids = tuple(tiny.tokenizer()(" good \n", add_special_tokens=False).input_ids)
-    monkeypatch.setattr("favor.model.sample._sample_batch", lambda policy, prompts, seeds, config: [ids] * len(prompts))
+    monkeypatch.setattr("favor.model.sample._sample_batch", lambda policy, prompts, *more: [ids] * len(prompts))
     run_sample(words(inputs, tmp_path / "s.jsonl", "max_prompts=1"))
     assert rows_of(tmp_path / "s.jsonl")[0]["responses"] == [" good \n"]
     sides = [f"{side}.model.path={inputs / 'model'}" for side in "ab"]

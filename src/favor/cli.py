@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from favor import closing
-from favor.commands import OTHERS, Command, Terminal, from_trl, init, report, watch
+from favor.commands import OTHERS, Command, Terminal, from_trl, init, report, runs, watch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,6 +67,24 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"favor {version('favor')}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version it is, and end.")
+]
+
+
+@app.callback()
+def favor(version: Version = False) -> None:
+    """favor: teach a language model what people favor."""
 
 
 def _train() -> Command:
@@ -183,7 +201,7 @@ def lint(
 
 for _name in (name for name in OTHERS if name != "lint"):
     _plain(_name)
-for _own in (report, watch, init, from_trl):
+for _own in (report, watch, runs, init, from_trl):
     app.command()(_own)
 
 

@@ -351,6 +351,17 @@ def watch(
         follow(run, lambda: page_html(collect(run, SECTIONS)), port, partial(print, flush=True))
 
 
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where the runs are.")] = Path("runs"),
+    sort: Annotated[str, typer.Option(help="name, loss, accuracy or time; the best or newest first.")] = "name",
+    settings: Annotated[bool, typer.Option("--settings", help="Show the settings that differ, too.")] = False,
+) -> None:
+    """List the runs of a folder: state, steps, loss, held-out accuracy, time; with --settings, how they differ."""
+    from favor.report.runs import show
+
+    show(folder, sort, settings=settings)
+
+
 def init(
     model: Annotated[str, typer.Option(help="A model folder or a hub id.")],
     data: Annotated[str, typer.Option(help="A file of preferences.")],

@@ -56,7 +56,7 @@ def following(logger: Logger, folder: RunFolder) -> Generator[Callable[[Record],
 
         def tell(record: Record) -> None:
             kind, step = record.get("kind"), record.get("step")
-            if kind not in _GROUPS or not isinstance(step, int) or step <= known.get(str(kind), 0):
+            if kind not in _GROUPS or not isinstance(step, int) or step <= known.get(str(kind), -1):
                 return
             if not write:
                 settings = _dotted(tomllib.loads(read_text(folder.config)))
@@ -93,7 +93,7 @@ def _told_before(folder: RunFolder) -> dict[str, int]:
     for record in read_jsonl(folder.metrics) if folder.metrics.exists() else []:
         kind, step = record.get("kind"), record.get("step")
         if isinstance(kind, str) and isinstance(step, int):
-            found[kind] = max(found.get(kind, 0), step)
+            found[kind] = max(found.get(kind, -1), step)
     return found
 
 
