@@ -81,3 +81,9 @@ def test_what_cannot_be_listed_is_one_line(monkeypatch, capsys, tmp_path, folder
 
 def test_the_version_is_that_of_the_package(monkeypatch, capsys):
     assert run(monkeypatch, capsys, "--version") == (0, f"favor {version('favor')}\n", "")
+
+
+def test_a_run_itself_is_a_folder_of_one(monkeypatch, capsys, folder):
+    code, out, err = run(monkeypatch, capsys, "runs", str(folder / "a"), "--sort", "time")
+    assert (code, err) == (0, "")
+    assert "finished" in out

@@ -22,9 +22,10 @@ _DEEPEST = 4
 
 
 class Listed(NamedTuple):
-    """A run in a line. accuracy: held out, of eval.json, else the last while training. seconds: of training."""
+    """A run in a line. accuracy: held out, of eval.json, else the last while training. seconds: of training. began: by the recipe's file."""
 
     name: str
+    began: float
     state: Literal["finished", "unfinished", "not begun"]
     steps: int
     loss: float | None
@@ -49,16 +50,16 @@ def listed(folder: Path, order: str = "name") -> list[Listed]:
     if not places:
         raise CheckpointError(f"{folder}: no run in it (no config.toml); name a folder that runs were written into")
     found = [_line(place, folder) for place in places]
-    return sorted(found, key=lambda run: _place(run, folder, order))
+    return sorted(found, key=lambda run: _place(run, order))
 
 
-def _place(run: Listed, folder: Path, order: str) -> tuple[float, str]:
+def _place(run: Listed, order: str) -> tuple[float, str]:
     """Where a run stands in an order; one without the figure comes last."""
     figure = {
         "name": 0.0,
         "loss": run.loss,
         "accuracy": None if run.accuracy is None else -run.accuracy,
-        "time": -(folder / run.name / "config.toml").stat().st_mtime if order == "time" else 0.0,
+        "time": -run.began,
     }[order]
     return float("inf") if figure is None else figure, run.name
 
@@ -70,7 +71,7 @@ def _line(place: Path, folder: Path) -> Listed:
     held_out = record.evaluation.get("accuracy", record.evals[-1].get("accuracy") if record.evals else None)
     name = str(place.relative_to(folder)) if place != folder else place.name
     steps, seconds = int(last.get("step", 0)), float(last.get("seconds", 0.0))
-    return Listed(name, state, steps, last.get("loss"), held_out, seconds, record)
+    return Listed(name, files.config.stat().st_mtime, state, steps, last.get("loss"), held_out, seconds, record)
 
 
 def runs_table(runs: Sequence[Listed]) -> Table:
