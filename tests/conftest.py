@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 # as the command line does, before transformers is imported
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -20,3 +21,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def _deterministic():
     torch.manual_seed(0)
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def favor(monkeypatch, capsys, tmp_path):
+    """Run the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
+
+    from favor.cli import main
+
+    def run(*words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["favor", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

@@ -40,11 +40,11 @@ def pair_in(html):
 
 
 @contextmanager
-def running(folder, *words):
-    """`favor label` in a process: (process, its address); killed at the end."""
-    command = [sys.executable, "-m", "favor.cli", "label", *words]
+def serving(folder, *words):
+    """A command in a process: (process, the address that it shows); killed at the end."""
+    command = [sys.executable, "-m", "favor.cli", *map(str, words)]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    watchdog = threading.Timer(120, process.kill)
+    watchdog = threading.Timer(200, process.kill)
     watchdog.start()
     try:
         address = next((line.strip() for line in process.stdout if line.startswith("http://")), None)
@@ -56,3 +56,8 @@ def running(folder, *words):
         process.wait()
         process.stdout.close()
         process.stderr.close()
+
+
+def running(folder, *words):
+    """`favor label` in a process, as `serving`."""
+    return serving(folder, "label", *words)

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from chat_desk import a_run, serving
+from chat_desk import a_run
+from label_desk import serving
 
 pytest.importorskip("starlette", reason="favor[label] is not installed")
 

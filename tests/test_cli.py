@@ -11,8 +11,6 @@ import pytest
 import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from favor.cli import main
-
 GOOD = [{"prompt": f"Film {i}?", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(6)]
 COMMANDS = ("train", "sft", "reward", "ppo", "eval", "score", "winrate", "sample", "prefer", "loop", "frontier", "lint")
 COMMANDS += ("report", "demo")
@@ -32,24 +30,6 @@ CALLABLE = ("reward.kind=callable", "reward.path=length.py:score")
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
-
-
-@pytest.fixture
-def favor(monkeypatch, capsys, tmp_path):
-    """Run the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["favor", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def test_the_commands_of_the_readme_run_as_typed(inputs, favor, tmp_path):

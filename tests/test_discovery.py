@@ -16,7 +16,7 @@ import tiny
 from rich.console import Console
 
 from favor import closing
-from favor.cli import COMMANDS, main
+from favor.cli import COMMANDS
 from favor.config import load
 from favor.errors import ConfigError
 from favor.ranks import World
@@ -65,24 +65,6 @@ def trained(schema, work, words):
     config = load(schema, None, words)
     work(config, lambda root: Session(RunFolder(root), World(), Console(quiet=True), StopRequest()))
     return read_jsonl(RunFolder(Path(config.run)).metrics)
-
-
-@pytest.fixture
-def favor(monkeypatch, capsys, tmp_path):
-    """Run the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["favor", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def evals(records):

@@ -7,7 +7,7 @@ import time
 
 import httpx2
 import pytest
-from chat_desk import serving
+from label_desk import serving
 from markupsafe import Markup
 
 pytest.importorskip("starlette", reason="favor[label] is not installed")

@@ -2,19 +2,9 @@
 
 import json
 import os
-import sys
 from importlib.metadata import version
 
 import pytest
-
-from favor.cli import main
-
-
-def run(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["favor", *words])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return end.value.code, *capsys.readouterr()
 
 
 def make(folder, beta, loss, *, steps=3, accuracy=None, finished=True, age=0):
@@ -49,9 +39,9 @@ def folder(tmp_path):
         ("time", ["deep/b", "a", "c", "d"]),
     ],
 )
-def test_runs_are_listed_in_an_order(monkeypatch, capsys, folder, order, names):
+def test_runs_are_listed_in_an_order(monkeypatch, favor, folder, order, names):
     monkeypatch.setenv("COLUMNS", "120")
-    code, out, err = run(monkeypatch, capsys, "runs", str(folder), "--sort", order)
+    code, out, err = favor("runs", str(folder), "--sort", order)
     assert (code, err) == (0, "")
     lines = [line.strip("│ ").split("│") for line in out.splitlines() if line.startswith("│")]
     rows = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
@@ -61,29 +51,29 @@ def test_runs_are_listed_in_an_order(monkeypatch, capsys, folder, order, names):
     assert rows["d"] == ["not begun", "0", "", "", "0 s"]
 
 
-def test_the_settings_that_differ_are_shown(monkeypatch, capsys, folder):
+def test_the_settings_that_differ_are_shown(monkeypatch, favor, folder):
     monkeypatch.setenv("COLUMNS", "120")
-    _, out, _ = run(monkeypatch, capsys, "runs", str(folder), "--settings")
+    _, out, _ = favor("runs", str(folder), "--settings")
     (line,) = (line for line in out.splitlines() if "loss.beta" in line)
     assert [cell.strip() for cell in line.strip("│ ").split("│")] == ["loss.beta", "0.1", "0.1", "0.1", "0.3"]
     assert "loss.kind" not in out
 
 
-def test_what_cannot_be_listed_is_one_line(monkeypatch, capsys, tmp_path, folder):
+def test_what_cannot_be_listed_is_one_line(favor, tmp_path, folder):
     (tmp_path / "empty").mkdir()
-    code, _, err = run(monkeypatch, capsys, "runs", str(tmp_path / "empty"))
+    code, _, err = favor("runs", str(tmp_path / "empty"))
     assert (code, len(err.splitlines())) == (2, 1)
     assert "no run in it" in err
-    code, _, err = run(monkeypatch, capsys, "runs", str(folder), "--sort", "beta")
+    code, _, err = favor("runs", str(folder), "--sort", "beta")
     assert code == 2
     assert "--sort beta: runs are sorted by one of name, loss, accuracy, time" in err
 
 
-def test_the_version_is_that_of_the_package(monkeypatch, capsys):
-    assert run(monkeypatch, capsys, "--version") == (0, f"favor {version('favor')}\n", "")
+def test_the_version_is_that_of_the_package(favor):
+    assert favor("--version") == (0, f"favor {version('favor')}\n", "")
 
 
-def test_a_run_itself_is_a_folder_of_one(monkeypatch, capsys, folder):
-    code, out, err = run(monkeypatch, capsys, "runs", str(folder / "a"), "--sort", "time")
+def test_a_run_itself_is_a_folder_of_one(monkeypatch, favor, folder):
+    code, out, err = favor("runs", str(folder / "a"), "--sort", "time")
     assert (code, err) == (0, "")
     assert "finished" in out

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -11,7 +10,6 @@ import pytest
 import tiny
 from pydantic import TypeAdapter
 
-from favor.cli import main
 from favor.config import load
 from favor.errors import ConfigError, DataError, ServerError
 from favor.report.table import winrate_rows
@@ -73,24 +71,6 @@ def judged(config, duels):
 
 def by_callable(path):
     return ["judge.kind=callable", f"judge.path={path}"]
-
-
-@pytest.fixture
-def favor(monkeypatch, capsys, tmp_path):
-    """The command line in this process, in an empty folder: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["favor", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 # --- statistics ---

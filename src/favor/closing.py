@@ -58,7 +58,9 @@ def typed(*words: str) -> str:
 def training(run: str, following: Sequence[Sequence[str]]) -> Done:
     """What a training run changed: its loss and held-out figures from the first to the last, and what it warned of."""
     folder = RunFolder(Path(run))
-    steps, evals = (by_step(folder, kind) for kind in ("step", "eval"))
+    there = folder.metrics.exists() and folder.metrics.stat().st_size
+    records = read_jsonl(folder.metrics) if there else []
+    steps, evals = (_by_step(records, kind) for kind in ("step", "eval"))
     figures: dict[str, Any] = {"steps": steps[-1]["step"] if steps else 0}
     changed: list[str] = []
     for name, found in (("", steps), ("held-out ", evals)):
@@ -67,7 +69,7 @@ def training(run: str, following: Sequence[Sequence[str]]) -> Done:
             if found and key in found[0] and key in found[-1] and (name or key != "accuracy"):
                 figures[f"{name.replace('held-out ', 'held_out_')}{key}"] = [found[0][key], found[-1][key]]
                 changed.append(f"{name}{key} {_change(key, found[0], found[-1])}")
-    figures["warnings"] = warnings = _warnings(folder)
+    figures["warnings"] = warnings = _warnings(records)
     if warnings:
         changed.append(f"look at the lines above on: {', '.join(warnings)}")
     paths = {"run": folder.root, "model": folder.model, "metrics": folder.metrics}
@@ -78,18 +80,15 @@ def training(run: str, following: Sequence[Sequence[str]]) -> Done:
     )
 
 
-def by_step(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
+def _by_step(records: Sequence[Figures], kind: str) -> list[Figures]:
     """The records of a kind, in the order of their steps; of a step that was written again the last."""
-    there = folder.metrics.exists() and folder.metrics.stat().st_size
-    found = [record for record in (read_jsonl(folder.metrics) if there else []) if record.get("kind") == kind]
+    found = [record for record in records if record.get("kind") == kind]
     return [record for _, record in sorted({record["step"]: record for record in found}.items())]
 
 
-def _warnings(folder: RunFolder) -> list[str]:
+def _warnings(records: Sequence[Figures]) -> list[str]:
     """The names of the warnings and notes of a run, each once."""
-    if not (folder.metrics.exists() and folder.metrics.stat().st_size):
-        return []
-    events = [record for record in read_jsonl(folder.metrics) if record.get("kind") == "event"]
+    events = [record for record in records if record.get("kind") == "event"]
     return list(dict.fromkeys(e["name"] for e in events if str(e["message"]).startswith(("warning:", "note:"))))
 
 

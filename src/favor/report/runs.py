@@ -22,7 +22,7 @@ _DEEPEST = 4
 
 
 class Listed(NamedTuple):
-    """A run in a line. accuracy: held out, of eval.json, else the last while training. seconds: of training. began: by the recipe's file."""
+    """A run in a line. accuracy: held out, of eval.json, else the last while training. seconds: of training; began: its recipe."""
 
     name: str
     began: float
