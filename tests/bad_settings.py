@@ -226,7 +226,7 @@ def numbers():
     yield bad("train", f"train.max_steps={10**400}", names=["train.max_steps"], name="train train.max_steps=10**400")
     yield odd("train", f"train.batch_prompts={10**15}")
     yield odd("train", f"train.max_tokens_per_pack={10**15}")
-    yield bad("train", f"optim.warmup_steps={10**400}", names=["optim.warmup_steps"], name="train warmup 10**400")
+    yield bad("train", f"optim.warmup={10**400}", names=["optim.warmup"], name="train warmup 10**400")
     yield bad("train", "train.batch_prompts=true", names=["train.batch_prompts"])
     yield bad("train", "train.shuffle=2", names=["train.shuffle"])
     yield bad("train", f"model.lora.rank={10**12}", names=["model.lora.rank"])

@@ -318,8 +318,8 @@ def words(command, broken, here):
     if command == "score":
         return ["score", "out=scores.jsonl", f"data={data}", *reward]
     if command == "sample":
-        drawn = ["sample.max_new_tokens=4", "model.dtype=float32"]
-        return ["sample", "out=samples.jsonl", f"prompts={data}", f"model.path={broken}", *drawn]
+        drawn = ["sample.max_new_tokens=4", "engine.model.dtype=float32"]
+        return ["sample", "out=samples.jsonl", f"prompts={data}", f"model={broken}", *drawn]
     if command == "eval":
         return ["eval", f"run={broken.parent}", f"data={data}"]
     if command == "implicit":

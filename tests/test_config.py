@@ -12,7 +12,7 @@ from favor.errors import ConfigError
 from favor.generate.samples import SamplesConfig
 from favor.online import OnlineConfig
 from favor.settings import settings
-from favor.train.loop import AdamW, Rmsprop, learning_rate
+from favor.train.loop import AdamW, Rmsprop, learning_rate, warmup
 from favor.train.ppo import PpoConfig
 from favor.train.preference import TrainConfig
 from favor.train.reward import RewardTrainConfig
@@ -88,7 +88,7 @@ def test_arguments():
 
 def test_learning_rates():
     """Warm-up reaches the full rate at its end; linear and cosine end at zero and are half way in the middle."""
-    constant = AdamW(lr=1.0, schedule="constant", warmup_steps=4)
+    constant = AdamW(lr=1.0, schedule="constant", warmup=4)
     assert [learning_rate(constant, s, 10) for s in (0, 3, 4, 9)] == [0.2, 0.8, 1.0, 1.0]
     linear, cosine = AdamW(lr=1.0, schedule="linear"), AdamW(lr=1.0, schedule="cosine")
     assert learning_rate(linear, 5, 10) == pytest.approx(0.5)
@@ -97,16 +97,19 @@ def test_learning_rates():
 
 
 def test_a_share_of_the_steps_warms_up():
-    """Rounded up, as transformers does; it stands in place of the steps, not beside them."""
-    share = AdamW(lr=1.0, schedule="constant", warmup_share=0.35)
+    """Below 1, rounded up as transformers does; from 1 on it counts steps, and 1.5 is neither."""
+    share = AdamW(lr=1.0, schedule="constant", warmup=0.35)
     assert [learning_rate(share, s, 10) for s in (0, 3, 4, 9)] == [0.2, 0.8, 1.0, 1.0]
-    assert learning_rate(Rmsprop(lr=1.0, warmup_share=0.5), 0, 2) == 0.5
-    both = [*NEEDED, "optim.warmup_share=0.1"]
+    assert learning_rate(Rmsprop(lr=1.0, warmup=0.5), 0, 2) == 0.5
     for kind in ("adamw", "rmsprop"):
-        with pytest.raises(ConfigError, match="warmup_steps and warmup_share both say how long"):
-            load(TrainConfig, None, [*both, f"optim.kind={kind}", "optim.warmup_steps=3"])
-    found = load(TrainConfig, None, [*both, "optim.warmup_steps=0"])
-    assert found.optim.warmup_share == 0.1
+        with pytest.raises(ConfigError, match="from 1 on it counts steps, so it must be a whole number"):
+            load(TrainConfig, None, [*NEEDED, f"optim.kind={kind}", "optim.warmup=1.5"])
+    for old in ("warmup_steps", "warmup_share"):
+        with pytest.raises(ConfigError, match=r"optim\.warmup\b"):
+            load(TrainConfig, None, [*NEEDED, f"optim.{old}=1"])
+    found = load(TrainConfig, None, [*NEEDED, "optim.warmup=0.1"])
+    assert (found.optim.warmup, warmup(found.optim, 11)) == (0.1, 2)
+    assert warmup(load(TrainConfig, None, [*NEEDED, "optim.warmup=10"]).optim, 4) == 10
     # a run's own recipe loads again
     assert checked(TrainConfig, tomllib.loads(dump(found)), "r") == found
 

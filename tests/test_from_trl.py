@@ -41,7 +41,7 @@ def test_a_script_is_read_and_not_run(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
     assert (config.run, config.optim.lr, config.train.batch_prompts, config.train.epochs) == ("out", 5e-6, 16, 3)
     assert (config.optim.schedule, config.optim.betas, config.save.every) == ("cosine", (0.9, 0.95), 100)
-    assert (config.optim.warmup_share, config.optim.warmup_steps) == (0.1, 0)
+    assert config.optim.warmup == 0.1
     assert (config.model.dtype, config.model.lora.rank, config.model.lora.targets) == ("bfloat16", 8, ("q_proj",))
     assert (config.tokens.max_tokens, config.tokens.truncation, config.seed) == (512, "response_end", 42)
     terms = [(term.kind, term.weight, term.settings.get("beta")) for term in table.terms(config.loss)]

@@ -59,7 +59,7 @@ def settings(inputs, run, *more):
         "train.epochs=4",
         "save.every=2",
         "optim.lr=1e-3",
-        "optim.warmup_steps=2",
+        "optim.warmup=2",
         *more,
     ]
 

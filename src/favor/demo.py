@@ -134,7 +134,7 @@ def _recipe(config: DemoConfig, run: Path, model: Path, reviews: Path, lr: float
         "seed": config.seed,
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"train": str(reviews / "train.jsonl"), "max_rows": config.pairs},
-        "optim": {"lr": lr, "warmup_steps": 2},
+        "optim": {"lr": lr, "warmup": 2},
         "train": {"batch_prompts": 8, "max_steps": config.max_steps},
         "save": {"every": 0},
     }

@@ -54,6 +54,8 @@ RENAMED: Mapping[str, str] = {
     "data.min_gap": "data.compare.min_gap",
     "data.votes": "data.compare.votes",
     "optim.name": "optim.kind",
+    "optim.warmup_steps": "optim.warmup",
+    "optim.warmup_share": "it is optim.warmup now: a number below 1 is a share",
     "ppo.gamma": "ppo.advantage.gamma",
     "ppo.lam": "ppo.advantage.lam",
     "ppo.value": "ppo.advantage.value",

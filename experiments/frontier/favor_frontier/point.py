@@ -152,7 +152,7 @@ def _preference_recipe(config: FrontierConfig, task: Task, places: Places, point
         data=DataConfig(train=str(places.preferences(point.seed))),
         tokens=task.tokens,
         loss=make_loss(kind, **options),
-        optim=AdamW(lr=sizes.lr, warmup_steps=2),
+        optim=AdamW(lr=sizes.lr, warmup=2),
         reference=ReferenceConfig(store=str(places.reference(point.seed))),
         train=LoopConfig(batch_prompts=sizes.batch_prompts, epochs=epochs, max_tokens_per_pack=2048),
         save=SaveConfig(every=0),

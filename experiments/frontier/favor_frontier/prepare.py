@@ -116,7 +116,7 @@ def fine_tune(config: FrontierConfig, task: Task, places: Places, open_session: 
         model=ModelConfig(path=str(task.model), dtype="float32"),
         data=DataConfig(train=task.sft, max_rows=config.sft.max_rows),
         tokens=task.tokens,
-        optim=AdamW(lr=config.sft.lr, schedule="cosine", warmup_steps=5),
+        optim=AdamW(lr=config.sft.lr, schedule="cosine", warmup=5),
         train=LoopConfig(
             batch_prompts=config.sft.batch_prompts,
             epochs=config.sft.epochs,
@@ -187,7 +187,7 @@ def learn_reward(config: FrontierConfig, task: Task, places: Places, seed: int, 
             train=str(places.preferences(seed)), eval=str(places.preferences(others[0])) if others else None
         ),
         tokens=task.tokens,
-        optim=AdamW(lr=config.offline.reward_lr, warmup_steps=2),
+        optim=AdamW(lr=config.offline.reward_lr, warmup=2),
         train=LoopConfig(
             batch_prompts=config.offline.batch_prompts,
             epochs=config.offline.reward_epochs,

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Annotated, Literal, Protocol, TypeAlias, cast
 
 import torch
-from pydantic import BaseModel, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, Field, Tag
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -28,15 +28,25 @@ from favor.train import checkpoint, notes
 from favor.train.session import Bar, Session, TrainingState
 from favor.train.step import Learner, Stepped
 
+
+def _whole_from_one(warmup: float) -> float:
+    if warmup >= 1 and not warmup.is_integer():
+        raise ValueError("from 1 on it counts steps, so it must be a whole number; a share is below 1")
+    return warmup
+
+
 # a share that a running mean keeps: at 1 it would never learn anything, and AdamW divides by 1 - beta^step
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1e3, description="Learning rate after the warm-up.")]
 Schedule = Annotated[
     Literal["constant", "linear", "cosine"], Field(description="How the rate falls to zero over the run, if it does.")
 ]
-Warmup = Annotated[int, Field(ge=0, description="Steps over which the rate rises from zero.")]
-WarmupShare = Annotated[
-    float | None, Field(ge=0, lt=1, description="The warm-up as a share of the steps, instead of warmup_steps.")
+Warmup = Annotated[
+    float,
+    Field(
+        ge=0, description="Steps over which the rate rises from zero; a number below 1 is a share of the run's steps."
+    ),
+    AfterValidator(_whole_from_one),
 ]
 Decay = Annotated[float, Field(ge=0, description="Decay of weight matrices, times the learning rate.")]
 Eps = Annotated[float, Field(gt=0, description="Added to the denominator of the update (epsilon).")]
@@ -50,18 +60,12 @@ class AdamW(BaseModel):
     kind: Literal["adamw"] = "adamw"
     lr: Rate = 5e-6
     schedule: Schedule = "linear"
-    warmup_steps: Warmup = 0
-    warmup_share: WarmupShare = None
+    warmup: Warmup = 0
     weight_decay: Decay = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """What the running means of gradient and square keep of a step."""
     eps: Eps = 1e-8
     clip: Clip = 1.0
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> "AdamW":
-        _refuse_two(self.warmup_steps, self.warmup_share)
-        return self
 
 
 class Rmsprop(BaseModel):
@@ -71,21 +75,10 @@ class Rmsprop(BaseModel):
     kind: Literal["rmsprop"] = "rmsprop"
     lr: Rate = 5e-6
     schedule: Schedule = "linear"
-    warmup_steps: Warmup = 0
-    warmup_share: WarmupShare = None
+    warmup: Warmup = 0
     weight_decay: Decay = 0.0
     eps: Eps = 1e-8
     clip: Clip = 1.0
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> "Rmsprop":
-        _refuse_two(self.warmup_steps, self.warmup_share)
-        return self
-
-
-def _refuse_two(steps: int, share: float | None) -> None:
-    if steps and share:
-        raise ValueError("warmup_steps and warmup_share both say how long the rate rises; set one of them to 0")
 
 
 OptimConfig: TypeAlias = Annotated[
@@ -307,7 +300,7 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 
 def warmup(config: OptimConfig, num_steps: int) -> int:
     """Steps over which the rate rises; of a share they are rounded up."""
-    return math.ceil(config.warmup_share * num_steps) if config.warmup_share else config.warmup_steps
+    return math.ceil(config.warmup * num_steps) if config.warmup < 1 else int(config.warmup)
 
 
 def make_optimizer(config: OptimConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:

@@ -23,7 +23,7 @@ def warmup(rising: int, total: int) -> str | None:
         return None
     return (
         f"note: the warm-up ({rising} steps) is as long as the run ({total} steps) or longer, so the learning rate never "
-        f"exceeds {total}/{rising + 1} of optim.lr; set optim.warmup_steps=0 optim.warmup_share=0.1, or train longer"
+        f"exceeds {total}/{rising + 1} of optim.lr; set optim.warmup=0.1 (a tenth of the run), or train longer"
     )
 
 

@@ -157,9 +157,9 @@ def _rate(values: _Values) -> Lines:
     warmup, share = (values.number(n) if n in values.of else 0.0 for n in ("warmup_steps", "warmup_ratio"))
     share = warmup if 0 < warmup < 1 else share
     if warmup >= 1 and name != "constant":
-        yield Line("optim.warmup_steps", int(warmup))
+        yield Line("optim.warmup", int(warmup))
     elif share > 0 and name != "constant":
-        yield Line("optim.warmup_share", share)
+        yield Line("optim.warmup", share)
     optimizer = str(values.of.get("optim", "adamw_torch"))
     if optimizer == "rmsprop":
         yield Line("optim.kind", "rmsprop")
