@@ -120,9 +120,9 @@ def words(command: str, source: Source, model: Path) -> list[str]:
             "sample",
             f"prompts={quoted}",
             "out=samples.jsonl",
-            *loaded,
+            *(f"engine.{word}" for word in loaded),
             "sample.max_new_tokens=1",
-            "sample.batch=64",
+            "engine.batch=64",
         ]
     more = ["data.bad_rows=drop"] if "drop" in command else []
     more += ["data.cache=true"] if "cache" in command else []
@@ -228,7 +228,7 @@ def _passed(command: str, source: Source, ran: Ran, here: Path) -> "list[str]":
     """Commands without data.bad_rows: whatever is read is read whole."""
     every = len(source.good) + len(source.bad) + len(source.late)
     if ran.code == 2:
-        return [] if source.bad and "row " in ran.err else [f"refused: {ran.err[-200:]!r}"]
+        return [] if (source.bad or source.late) and "row " in ran.err else [f"refused: {ran.err[-200:]!r}"]
     lines = (here / f"{command}s.jsonl").read_text("utf-8").count("\n")
     # a bad row may have a good prompt, and the same as another row
     right = 0 < lines <= every if command == "sample" and source.bad else lines == every

@@ -17,7 +17,7 @@ def test_the_corpus_is_large():
     assert len(NAMES) >= 120
 
 
-@pytest.mark.parametrize("command", ["train, drop", "lint"])
+@pytest.mark.parametrize("command", ["train, drop", "lint", "score", "sample"])
 def test_a_few_sources(command):
     assert faults(corpus((command,), FEW)) == {}
 

@@ -15,7 +15,7 @@ renamed tensor; missing head; missing bias; unexpected tensor; one layer too man
 untied in config only; int8 tensors; truncated weights; pickle only; index is a list; config is a list; width is a word;
 quantized for a missing library; remote code; generation_config is a list; bidirectional BERT; tokenizer is a list;
 token beyond the embedding; template that divides by zero; adapter with renamed tensors; adapter config is a list;
-plain LM scores; three labels score; reward model with a renamed tensor; plain LM starts a reward model;
+plain LM scores; sampling with NaN; three labels score; reward model with a renamed tensor; plain LM starts a reward model;
 GPT-2 with attention buffers; head stored though tied; names without their prefix; sound adapter; Llama 4's text model
 """
 
