@@ -32,21 +32,6 @@ def write(path, rows):
     return path
 
 
-def test_the_commands_of_the_readme_run_as_typed(inputs, favor, tmp_path):
-    """Your own model and data: every line of the block, in turn, on the tiny model and 24 rows."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
-    block = next(part for part in readme.split("```") if "favor init" in part)
-    pairs = [{"prompt": f"Film {i}?", "chosen": f"good {i} film", "rejected": f"bad {i}"} for i in range(24)]
-    write(tmp_path / "prefs.jsonl", pairs)
-    typed = [command for line in block.strip().splitlines() for command in line.partition("#")[0].split("&&")]
-    assert len(typed) == 6
-    for command in typed:
-        _, *words = command.replace("MODEL", str(inputs / "model")).split()
-        code, out, err = favor(*words)
-        assert (code, err) == (0, ""), (command, out, err)
-    assert (tmp_path / "runs/dpo/report.html").stat().st_size > 0
-
-
 def recipe(inputs, *more):
     return [
         "train",

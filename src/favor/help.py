@@ -33,7 +33,8 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "score": (
         "favor score run=runs/dpo data=prefs.jsonl out=scores.jsonl",
-        "favor winrate a.responses=samples.jsonl b.responses=others.jsonl judge.kind=reward run=runs/winrate",
+        "favor winrate a.file=samples.jsonl b.file=others.jsonl judge.kind=reward judge.reward.kind=implicit "
+        "judge.reward.path=runs/dpo run=runs/winrate",
     ),
     "frontier": ("favor frontier recipes/frontier.toml run=runs/frontier", "favor report runs/frontier"),
     "eval": ("favor eval run=runs/dpo", "favor report runs/dpo"),
