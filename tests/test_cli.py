@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, how it fails, what it leaves behind."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -267,7 +268,17 @@ def test_dry_run_counts_and_writes_nothing(inputs, favor, tmp_path):
     assert "steps: 3 of 2 prompts" in out
     assert "6 rows, 6 prompts, 12 responses, 6 comparisons" in out
     assert "memory (estimate): 0." in out
+    assert re.search(r"^disk \(estimate\): model 0\.00 GiB, each checkpoint 0\.00; [\d.]+ GiB free$", out, re.MULTILINE)
+    assert "device: CPU\n" in out
+    assert "learning rate: up to 5e-06, after 0 steps of warm-up, then linear\n" in out
     assert list(tmp_path.iterdir()) == []
+    # what training would say of held-out rows and of the schedule
+    _, out, _ = favor(*recipe(inputs), f"data.eval={inputs / 'good.jsonl'}", "optim.warmup=9", "--dry-run")
+    assert "\neval: 6 rows" in out
+    assert "error: 6 held-out rows have a prompt of the training part" in out
+    assert "note: train rows: the preferred response is the longer one" in out
+    assert "note: the warm-up (9 steps) is as long as the run (3 steps)" in out
+    assert "learning rate: up to 1.5e-06, after 9 steps" in out
 
 
 def test_lint_lists_every_bad_row_and_fails(favor, tmp_path):

@@ -56,7 +56,7 @@ def test_overrides_win_and_sections_merge(tmp_path):
     ("word", "message"),
     [
         ("optim.lrr=1", "did you mean 'optim.lr'"),
-        ("trian.epochs=2", "unknown key 'trian'; did you mean 'train'"),
+        ("trian.epochs=2", "unknown key 'trian.epochs'; did you mean 'train.epochs'"),
         ("beta=0.1", "unknown key 'beta'; TRL's beta is favor's loss.beta"),
         ("loss.kind=sigmoid", "'loss.kind' is 'sigmoid'; TRL's sigmoid is favor's dpo"),
         ("loss.name=cdpo", r"unknown key 'loss.name'; it is loss.kind now \(name = .sigmoid. is kind = .dpo.\)"),
@@ -78,6 +78,17 @@ def test_overrides_win_and_sections_merge(tmp_path):
 def test_mistakes_are_named(word, message):
     with pytest.raises(ConfigError, match=message):
         load(TrainConfig, None, [*NEEDED, word])
+
+
+def test_a_mistake_is_told_where_it_stands(tmp_path):
+    """What was typed is not said to be in the recipe."""
+    for word, key in (("optim.sped=1", "optim.sped"), ("loss.kind=none", "loss.kind"), ("optim.lr=true", "optim.lr")):
+        (tmp_path / "r.toml").write_text('run = "r"\n[model]\npath = "m"\n[data]\ntrain = "d"\n[optim]\nlr = 1e-5\n')
+        with pytest.raises(ConfigError, match=rf"^settings: .*'{key}'"):
+            load(TrainConfig, tmp_path / "r.toml", [word])
+    (tmp_path / "r.toml").write_text('run = "r"\n[model]\npath = "m"\n[data]\ntrain = "d"\n[optim]\nsped = 1\n')
+    with pytest.raises(ConfigError, match=r"r\.toml: unknown key 'optim\.sped'"):
+        load(TrainConfig, tmp_path / "r.toml", ["optim.lr=1e-5"])
 
 
 def test_arguments():

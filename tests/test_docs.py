@@ -32,6 +32,7 @@ NOT_HERE = {
     "mlflow": "another program's page; tests/test_loggers.py reads the files that it shows",
     "trackio": "another program's page; tests/test_loggers.py reads the files that it shows",
     "hf": "signs in at a hub",
+    "favor doctor --hub": "asks a hub; tests/test_doctor.py has one that is none",
     "favor --install-completion": "changes the start files of a shell; tests/test_discovery.py asks what they would ask",
     "favor export run=runs/dpo out=film-model push=OWNER/NAME": "uploads to a hub; tests/test_export.py has one that is none",
     "cd tests": "belongs to the next one",
@@ -43,6 +44,7 @@ PAST = ("log",)
 HAS = {
     "chat": ["runs/dpo", "recipe.toml"],
     "choose": ["runs/dpo", "prompts.jsonl"],
+    "doctor": ["runs/dpo"],
     "export": ["runs/dpo"],
     "failures": ["recipe.toml"],
     "formats": ["hh.jsonl", "org/dataset"],

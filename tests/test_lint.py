@@ -405,8 +405,10 @@ def test_planted_fault_is_found_in_the_demo_data(files, demo, tmp_path, fault):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["lnit.near=0"], "unknown key 'lnit'; did you mean 'lint'?"),
-        (["tokns.max_tokens=9"], "unknown key 'tokns'; did you mean 'tokens'?"),
+        (["lnit.near=0"], "unknown key 'lnit.near'; did you mean 'lint.near'?"),
+        (["tokns.max_tokens=9"], "unknown key 'tokns.max_tokens'; did you mean 'tokens.max_tokens'?"),
+        # of a section of training recipes, which lint passes over
+        (["trian.epochs=1"], "unknown key 'trian.epochs'; did you mean 'train.epochs'?"),
         (["zzz=1"], "unknown key 'zzz'; known here: data, tokens, lint, model, reward"),
         (["lint.naer=0"], "did you mean 'lint.near'?"),
     ],

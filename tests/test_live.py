@@ -120,7 +120,7 @@ def test_a_page_that_cannot_be_made_is_one_line(tmp_path):
 
 
 def test_no_run_and_no_package_are_one_line(tmp_path, monkeypatch):
-    from favor.commands import watch
+    from favor.plain import watch
 
     with pytest.raises(CheckpointError, match="no run here"):
         watch(tmp_path)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from test_report import a_picture, a_run
 
-from favor.commands import write_report
 from favor.errors import ConfigError
 from favor.eval.intervals import mean_interval
+from favor.pages import write_report
 from favor.report.compare import differences, figure_rows, settings_rows, write_comparison
 from favor.report.curves import curves, smoothed, thinned
 from favor.report.labels import Box, free_place
@@ -368,7 +368,7 @@ def test_runs_are_compared_on_the_pairs_that_both_have(pair_of_runs):
     assert margin.text == f"{expected.mean:+.3f} ({expected.low:+.3f} to {expected.high:+.3f})"
     rows = {name: cells for name, _, cells in figure_rows(runs)}
     assert [cell.best for cell in rows["implicit reward accuracy, held-out"]] == [False, True]
-    assert settings_rows(runs) == [("optim.lr", "1e-05", "2e-05")]
+    assert settings_rows([run.settings for run in runs]) == [("optim.lr", "1e-05", "2e-05")]
 
 
 def test_a_comparison_never_replaces_a_run_s_page(pair_of_runs, tmp_path):

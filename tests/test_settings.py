@@ -12,7 +12,7 @@ import pytest
 from favor import cli
 from favor.config import load
 from favor.errors import ConfigError, DataError
-from favor.init import write_recipe
+from favor.init import recipe_for, write_new
 from favor.settings import RENAMED, models, schema_of, settings
 from favor.train.preference import TrainConfig
 from favor.train.sft import SftConfig
@@ -101,12 +101,14 @@ def test_the_first_line_of_a_recipe_is_its_command(recipe):
 def test_init_writes_a_recipe_that_loads(row, command, kind, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
     out = tmp_path / "r.toml"
-    assert write_recipe("./m", str(tmp_path / "d.jsonl"), out) == command
+    made, text = recipe_for("./m", str(tmp_path / "d.jsonl"), out)
+    assert made == command
+    write_new(out, text)
     config = load(TrainConfig if command == "train" else SftConfig, out)
     assert (config.model.path, config.data.train) == ("./m", str(tmp_path / "d.jsonl"))
     if kind:
         assert config.loss.kind == kind
-    text = out.read_text("utf-8")
+    assert out.read_text("utf-8") == text
     assert "# lr = " in text
     # held-out data, without which favor eval has nothing to measure on
     assert command == "sft" or config.data.hold_out.share == 0.1
@@ -116,15 +118,14 @@ def test_init_writes_a_recipe_that_loads(row, command, kind, tmp_path):
     ]
     tomllib.loads("\n".join(lines))
     with pytest.raises(ConfigError, match="there already"):
-        write_recipe("./m", str(tmp_path / "d.jsonl"), out)
+        write_new(out, "other")
     assert out.read_text("utf-8") == text
 
 
 def test_init_refuses_what_is_no_preference_file(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"q": 1}\n')
     with pytest.raises(DataError, match="d.jsonl, row 1"):
-        write_recipe("m", str(tmp_path / "d.jsonl"), tmp_path / "r.toml")
-    assert not (tmp_path / "r.toml").exists()
+        recipe_for("m", str(tmp_path / "d.jsonl"), tmp_path / "r.toml")
 
 
 def test_the_list_refuses_a_kind_that_is_not_there():

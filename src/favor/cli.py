@@ -10,16 +10,16 @@ import os
 import shutil
 import sys
 import threading
-import time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from favor import closing
-from favor.commands import OTHERS, Command, Terminal, from_trl, init, report, runs, watch
+from favor.closing import Done, Speech, ended, typed
+from favor.commands import OTHERS, Command, Terminal
+from favor.plain import Json, Quiet, from_trl, init, report, runs, watch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,12 +56,9 @@ Words = Annotated[
 Listed = Annotated[
     bool, typer.Option("--settings", help="List the settings: key, type, default, what is allowed, a sentence each.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object, figures and paths; everything else goes to stderr.")
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be trained; read the data, load no weights.")]
 Fix = Annotated[str | None, typer.Option("--fix", help="Write a cleaned copy of the training rows here.")]
+Hub = Annotated[bool, typer.Option("--hub", help="Ask the hub, too; nothing leaves the machine without it.")]
 app = typer.Typer(
     help="favor: teach a language model what people favor.",
     no_args_is_help=True,
@@ -91,7 +88,7 @@ def _train() -> Command:
     from favor.train.preference import TrainConfig, train
     from favor.train.session import in_session
 
-    def run(config: TrainConfig, terminal: Terminal) -> closing.Done:
+    def run(config: TrainConfig, terminal: Terminal) -> Done:
         in_session(lambda opened: train(config, opened), console=terminal.console)
         return closing.training(config.run, [["eval", f"run={config.run}"], ["report", config.run]])
 
@@ -102,72 +99,44 @@ def _dry_run() -> Command:
     from favor.train.dryrun import describe
     from favor.train.preference import TrainConfig
 
-    return Command(TrainConfig, lambda c, t: print(describe(c)))
+    def run(config: TrainConfig, terminal: Terminal) -> Done:
+        print(text := describe(config))
+        found = {name: said for name, _, said in (line.partition(": ") for line in text.splitlines())}
+        return Done(("nothing was trained",), found, {}, (typed("train", *terminal.words),))
+
+    return Command(TrainConfig, run)
 
 
 # every command that takes a recipe; what it needs is imported when it runs
 COMMANDS: Mapping[str, Callable[[], Command]] = {"train": _train, **OTHERS}
 
 
-@dataclass(frozen=True)
-class _Said:
-    """What is said of a command: its list of settings instead of running it, nothing, or one JSON object."""
-
-    name: str
-    listed: bool = False
-    quiet: bool = False
-    json: bool = False
-
-    def elsewhere(self) -> contextlib.AbstractContextManager[object]:
-        """Where what is printed goes while the command runs."""
-        if self.quiet:
-            return _nowhere()
-        return contextlib.redirect_stdout(sys.stderr) if self.json else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _nowhere() -> Generator[None]:
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):  # noqa: PTH123
-        yield
-
-
-def _call(make: Callable[[], Command], words: Sequence[str], said: _Said) -> None:
+def _call(make: Callable[[], Command], words: Sequence[str], speech: Speech, *, listed: bool = False) -> None:
     """Run a command on its words, or list its settings."""
     from rich.console import Console
 
     from favor.config import load, read, split_arguments
     from favor.words import expanded
 
-    began = time.monotonic()
     command, (recipe, overrides), console = (
         make(),
-        split_arguments(expanded(said.name, words)),
+        split_arguments(expanded(speech.command, words)),
         Console(highlight=False),
     )
-    if said.listed:
+    if listed:
         from favor.settings import settings, table
 
         console.print(table(settings(command.config, read(recipe, overrides))))
         return
-    with said.elsewhere():
-        done = command.run(load(command.config, recipe, overrides), Terminal(recipe, console, _progress(console)))
-        seconds = time.monotonic() - began
-        # of several processes one speaks
-        speaks = os.environ.get("RANK", "0") in ("", "0")
-        if done is not None and speaks and not said.json:
-            for line in done.lines(seconds):
-                console.print(line, markup=False, soft_wrap=True)
-    if said.json and speaks:
-        print(json.dumps((done or closing.Done()).as_json(said.name, seconds), ensure_ascii=False))
-    if done is not None and done.failed:
-        raise typer.Exit(1)
+    terminal = Terminal(recipe, console, _progress(console), speech, tuple(words))
+    ended(speech, lambda: command.run(load(command.config, recipe, overrides), terminal))
 
 
 def _plain(name: str) -> None:
     def command(
         words: Words = None, settings: Listed = False, quiet: Quiet = False, as_json: Json = False, _page: Help = False
     ) -> None:
-        _call(COMMANDS[name], words or [], _Said(name, settings, quiet, as_json))
+        _call(COMMANDS[name], words or [], Speech(name, quiet, as_json), listed=settings)
 
     app.command(name, help=COMMANDS[name].__doc__, add_help_option=False)(command)
 
@@ -182,7 +151,7 @@ def train(
     _page: Help = False,
 ) -> None:
     """Train on preferences: DPO and its family, on prompt trees."""
-    _call(_dry_run if dry_run else _train, words or [], _Said("train", settings, quiet, as_json))
+    _call(_dry_run if dry_run else _train, words or [], Speech("train", quiet, as_json), listed=settings)
 
 
 @app.command(help=OTHERS["lint"].__doc__, add_help_option=False)
@@ -196,24 +165,48 @@ def lint(
 ) -> None:
     """Declare the command, which alone has an option --fix."""
     fixing = [f"lint.fix={fix}"] if fix is not None else []
-    _call(OTHERS["lint"], [*(words or []), *fixing], _Said("lint", settings, quiet, as_json))
+    _call(OTHERS["lint"], [*(words or []), *fixing], Speech("lint", quiet, as_json), listed=settings)
 
 
-for _name in (name for name in OTHERS if name != "lint"):
+@app.command(help=OTHERS["doctor"].__doc__, add_help_option=False)
+def doctor(
+    words: Words = None,
+    settings: Listed = False,
+    hub: Hub = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    _page: Help = False,
+) -> None:
+    """Declare the command, which alone has an option --hub."""
+    asking = ["hub=true"] if hub else []
+    _call(OTHERS["doctor"], [*(words or []), *asking], Speech("doctor", quiet, as_json), listed=settings)
+
+
+for _name in (name for name in OTHERS if name not in ("lint", "doctor")):
     _plain(_name)
 for _own in (report, watch, runs, init, from_trl):
     app.command()(_own)
 
 
 @app.command()
-def schema(command: Annotated[str, typer.Argument(help="The command whose recipe it describes.")] = "train") -> None:
+def schema(
+    command: Annotated[str, typer.Argument(help="The command whose recipe it describes.")] = "train",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
     """Print the JSON schema of a recipe, for editors that complete and check TOML."""
     from favor.errors import ConfigError
-    from favor.settings import schema_of
 
-    if command not in COMMANDS:
-        raise ConfigError(f"{command}: not a command with a recipe; name one of {', '.join(COMMANDS)}")
-    print(json.dumps(schema_of(COMMANDS[command]().config), indent=1))
+    def work() -> Done:
+        from favor.settings import schema_of
+
+        if command not in COMMANDS:
+            raise ConfigError(f"{command}: not a command with a recipe; name one of {', '.join(COMMANDS)}")
+        text = json.dumps(schema_of(COMMANDS[command]().config), indent=1) + "\n"
+        said = f"the schema of favor {command}; with it in schema.json, a recipe begins with #:schema schema.json"
+        return Done((said,), {}, {}, (f"{typed('schema', command)} > schema.json",), product=text)
+
+    ended(Speech("schema", quiet, as_json), work)
 
 
 def main() -> None:

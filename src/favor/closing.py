@@ -3,30 +3,41 @@
 In: what a command left behind, its run folder or its figures. Out: Done, and lines. No torch here. Next: cli.py.
 """
 
+import contextlib
+import json
+import os
 import shlex
+import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from favor.run import RunFolder, read_jsonl
+from favor.train.notes import cut
 
 if TYPE_CHECKING:
     from favor.data.types import Finding
+    from favor.doctor.settings import Sign
 
 Figures = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a command leaves. changed: in words; figures, paths: by name; following: what to type next; failed: exit code 1."""
+    """What a command leaves. changed: in words; figures, paths: by name; following: what to type next; failed: exit code 1.
+
+    product: the text that was asked for, alone on stdout, so that it can go into a file.
+    """
 
     changed: tuple[str, ...] = ()
     figures: Figures = field(default_factory=dict[str, Any])
     paths: Mapping[str, str] = field(default_factory=dict[str, str])
     following: tuple[str, ...] = ()
     failed: bool = False
+    product: str | None = None
 
     def lines(self, seconds: float) -> Iterator[str]:
         """For people."""
@@ -37,7 +48,55 @@ class Done:
     def as_json(self, command: str, seconds: float) -> dict[str, Any]:
         """For programs."""
         told = {"command": command, "seconds": round(seconds, 3), "figures": dict(self.figures)}
+        told |= {} if self.product is None else {"product": self.product}
         return told | {"paths": dict(self.paths), "next": list(self.following)}
+
+
+@dataclass(frozen=True)
+class Speech:
+    """How much a command says: everything; quiet: nothing but what it was asked for; json: one object, all else on stderr."""
+
+    command: str
+    quiet: bool = False
+    json: bool = False
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+    began: float = field(default_factory=time.monotonic)
+
+    @contextlib.contextmanager
+    def elsewhere(self) -> Generator[None]:
+        """Where what is printed goes while the command runs."""
+        with contextlib.ExitStack() as stack:
+            if self.quiet:
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+            elif self.json:
+                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            yield
+
+    def show(self, line: str) -> None:
+        """A line that also a quiet command must say: where its page is."""
+        print(line, file=sys.stderr if self.json else self.out, flush=True)
+
+    def end(self, done: Done) -> None:
+        """The product and the last lines; of several processes one speaks."""
+        if os.environ.get("RANK", "0") not in ("", "0"):
+            return
+        seconds = time.monotonic() - self.began
+        if self.json:
+            print(json.dumps(done.as_json(self.command, seconds), ensure_ascii=False), file=self.out)
+            return
+        if done.product is not None:
+            print(done.product, end="", file=self.out, flush=True)
+        for line in () if self.quiet else done.lines(seconds):
+            print(line, file=self.out if done.product is None else sys.stderr)
+
+
+def ended(speech: Speech, work: Callable[[], Done]) -> None:
+    """Run a command and say its end: every command goes through here. Raises SystemExit when it has failed."""
+    with speech.elsewhere():
+        done = work()
+    speech.end(done)
+    if done.failed:
+        sys.exit(1)
 
 
 def duration(seconds: float) -> str:
@@ -109,8 +168,8 @@ def evaluation(run: str, figures: Figures) -> Done:
     changed = [f"implicit reward accuracy {_with_interval(figures, 'accuracy')} (before: 0.50)"]
     if kl := figures["kl"]:
         changed.append(f"KL {kl['mean']:.2f} nats")
-    if share := cut(figures.get("ended", {}).get("policy")):
-        changed.append(f"{share}; raise sample.max_new_tokens")
+    if "ended" in figures and (said := cut([figures["ended"]["policy"]], "sample.max_new_tokens")):
+        changed.append(said)
     return Done(tuple(changed), figures, paths, (typed("report", run),))
 
 
@@ -121,24 +180,26 @@ def winrate(run: str, figures: Figures) -> Done:
     return Done((f"a wins {_with_interval(figures, 'win_rate')}",), figures, paths, (typed("report", run),))
 
 
-def scores(out: str, figures: Figures | None) -> Done:
-    """After `favor score`."""
+def scores(data: str, out: str, figures: Figures | None, reward: Sequence[str]) -> Done:
+    """After `favor score`. reward: the words that name it, by which preferences can be doubted."""
     if figures is None:
-        return Done((f"scores in {out}",), {}, {"scores": out})
+        sides = (f"a.file={data}", "b.file=OTHERS.jsonl", "judge.kind=reward")
+        following = typed("winrate", *sides, *(f"judge.{word}" for word in reward), "run=runs/winrate")
+        return Done((f"scores in {out}",), {}, {"scores": out}, (following,))
     found = figures["calibration"]
     changed = (
         f"accuracy {_with_interval(found, 'accuracy')} of {found['pairs']} pairs, calibration error {found['ece']:.3f}"
     )
-    return Done((changed,), figures, {"scores": out, "figures": f"{out}.figures.json"})
+    following = typed("lint", f"data.train={data}", *reward)
+    return Done((changed,), figures, {"scores": out, "figures": f"{out}.figures.json"}, (following,))
 
 
 def samples(out: str, count: int) -> Done:
     """After `favor sample`: of the samples that did not come to their end it says so."""
     ended = [one for row in read_jsonl(Path(out)) for one in row.get("ended", [])]
-    share = sum(ended) / len(ended) if ended else None
-    said = cut(share)
-    changed = (f"{count} samples", *([f"{said}; raise sample.max_new_tokens"] if said else []))
-    figures = {"samples": count, "ended": share}
+    said = cut(ended, "sample.max_new_tokens")
+    changed = (f"{count} samples", *([said] if said else []))
+    figures = {"samples": count, "ended": sum(ended) / len(ended) if ended else None}
     return Done(
         changed, figures, {"samples": out}, (typed("score", f"data={out}", "run=RUN", f"out={out}.scores.jsonl"),)
     )
@@ -167,9 +228,16 @@ def findings(found: "Sequence[Finding]", words: Sequence[str], fixed: str | None
     return Done((said,), figures, {"cleaned": fixed} if fixed else {}, (following,), failed)
 
 
-def cut(ended: float | None) -> str | None:
-    """A sentence where more than a quarter of the samples did not come to their end."""
-    return None if ended is None or ended >= 0.75 else f"{1 - ended:.0%} of the samples were cut at the token limit"
+def checked(found: "Sequence[Sign]", *, asked: str | None) -> Done:
+    """After `favor doctor`. asked: the model or run that it looked at."""
+    counts = Counter(sign.level for sign in found)
+    said = ", ".join(f"{counts[name]} {name}" for name in ("ok", "note", "broken"))
+    figures = {"counts": dict(counts), "findings": [sign._asdict() for sign in found]}
+    following = (
+        typed("demo") if asked is None else typed("init", "--model", asked, "--data", "FILE", "--out", "recipe.toml")
+    )
+    more = () if asked else (typed("doctor", "model=MODEL"),)
+    return Done((said,), figures, {}, (*more, following), failed=bool(counts["broken"]))
 
 
 def _with_interval(figures: Figures, name: str) -> str:

@@ -6,15 +6,14 @@ Next: cli.py.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
-
-import typer
+from typing import TYPE_CHECKING, Any, Protocol
 
 from favor import closing
-from favor.closing import Done
+from favor.closing import Done, Speech, typed
+from favor.pages import served, write_report
 from favor.run import RunFolder
+from favor.words import expanded
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -23,26 +22,30 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from favor.data.settings import DataConfig
+    from favor.doctor.settings import Sign
     from favor.stop import StopRequest
 
 KEPT = "what was made so far is kept; run the same command again"
+_VOTES = "every vote that was answered is kept; run the same command again to go on"
 
 
 @dataclass(frozen=True)
 class Terminal:
-    """Where a command runs: the recipe file it was given, the console, lines of progress."""
+    """Where a command runs: the recipe file it was given, the console, lines of progress, how it speaks, what was typed."""
 
     recipe: Path | None
     console: "Console"
     progress: "Callable[[str, int, int], None]"
+    speech: Speech
+    words: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a command is: its settings, and what it does with them; None: it has said all there is to say."""
+    """What a command is: its settings, and what it does with them."""
 
     config: "type[BaseModel]"
-    run: Callable[[Any, Terminal], Done | None]
+    run: Callable[[Any, Terminal], Done]
 
 
 class Recipe(Protocol):
@@ -104,7 +107,8 @@ def _score() -> Command:
         if figures is not None:
             terminal.console.print(figures_table(figures))
         print(f"scores in {config.out}")
-        return closing.scores(config.out, figures)
+        reward = [word for word in expanded("score", terminal.words) if word.startswith("reward.")]
+        return closing.scores(config.data, config.out, figures, reward)
 
     return Command(ScoreConfig, run)
 
@@ -123,7 +127,8 @@ def _frontier() -> Command:
         terminal.console.print(frontier_table(figures))
         page = write_report([Path(config.run)])
         print(f"report: {page}")
-        return Done((), figures, {"figures": str(RunFolder(Path(config.run)).frontier), "report": str(page)})
+        paths = {"figures": str(RunFolder(Path(config.run)).frontier), "report": str(page)}
+        return Done(("every method at every strength, on one page",), figures, paths, (typed("report", config.run),))
 
     return Command(FrontierConfig, run)
 
@@ -221,14 +226,20 @@ def _lint() -> Command:
 def _label() -> Command:
     """Compare answers in the browser, several people beside each other; with out=FILE, write what they said for `favor train`."""
     from favor.label.settings import LabelConfig
-    from favor.stop import stop_signals
 
-    def run(config: LabelConfig, terminal: Terminal) -> None:
+    def run(config: LabelConfig, terminal: Terminal) -> Done:
         from favor.label.run import label
 
-        with stop_signals("every vote that was answered is kept; run the same command again to go on"):
-            # not through the console, which would wrap the address
-            label(config, partial(print, flush=True), terminal.recipe)
+        # not through the console, which would wrap the address
+        def work() -> None:
+            label(config, print if config.out else terminal.speech.show, terminal.recipe)
+
+        if config.out is None:
+            return served(work, _VOTES, terminal.speech, lambda: _labelled(config.db, ["label", f"db={config.db}"]))
+        work()
+        train = typed("train", "model.path=MODEL", f"data.train={config.out}", "run=runs/dpo")
+        following = (typed("lint", f"data.train={config.out}"), train)
+        return Done((f"labels in {config.out}",), {}, {"labels": config.out}, following)
 
     return Command(LabelConfig, run)
 
@@ -241,7 +252,12 @@ def _export() -> Command:
         made = export(config, terminal.console.print)
         print(told(made))
         figures = {"difference": made.difference, "tokens": made.tokens, "address": made.address}
-        return Done((), figures, {"exported": str(made.folder)})
+        ollama = (made.folder / "Modelfile").exists()
+        following = (
+            f"ollama create NAME -f {made.folder / 'Modelfile'}" if ollama else typed("chat", f"run={config.run}")
+        )
+        changed = f"the model as others load it, in {made.folder}"
+        return Done((changed,), figures, {"exported": str(made.folder)}, (following,))
 
     return Command(ExportConfig, run)
 
@@ -249,14 +265,14 @@ def _export() -> Command:
 def _chat() -> Command:
     """Ask a run in the browser, before and after side by side; a vote is a label in the file of `favor label`."""
     from favor.chat.settings import ChatConfig
-    from favor.stop import stop_signals
 
-    def run(config: ChatConfig, terminal: Terminal) -> None:  # noqa: ARG001
+    def run(config: ChatConfig, terminal: Terminal) -> Done:
         from favor.chat.run import chat
 
-        with stop_signals("every vote that was answered is kept; run the same command again to go on"):
-            # not through the console, which would wrap the address
-            chat(config, partial(print, flush=True))
+        def done() -> Done:
+            return _labelled(config.db, ["chat", f"run={config.run}", f"db={config.db}"])
+
+        return served(lambda: chat(config, terminal.speech.show), _VOTES, terminal.speech, done)
 
     return Command(ChatConfig, run)
 
@@ -274,6 +290,23 @@ def _demo() -> Command:
         return replace(done, paths={**done.paths, "report": str(RunFolder(Path(run)).report)})
 
     return Command(DemoConfig, run)
+
+
+def _doctor() -> Command:
+    """Say what this machine has, what is missing or broken, what would be slow, and what to do; exit code 1 when broken."""
+    from favor.doctor.settings import DoctorConfig
+
+    def run(config: DoctorConfig, terminal: Terminal) -> Done:
+        from favor.doctor.run import signs
+
+        found: list[Sign] = []
+        for sign in signs(config):
+            found.append(sign)
+            colour = {"ok": "", "note": "yellow", "broken": "red"}[sign.level]
+            terminal.console.print(sign.line(), style=colour, markup=False, soft_wrap=True)
+        return closing.checked(found, asked=config.model or config.run)
+
+    return Command(DoctorConfig, run)
 
 
 def _data(config: "Recipe") -> list[str]:
@@ -301,86 +334,21 @@ OTHERS: Mapping[str, Callable[[], Command]] = {
     "export": _export,
     "chat": _chat,
     "demo": _demo,
+    "doctor": _doctor,
 }
 
 
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared with the first.")],
-    out: Annotated[Path | None, typer.Option(help="Write the page here.")] = None,
-) -> None:
-    """Write a page: of one run its report.html, of several a compare.html in the first folder, which leaves their pages alone."""
-    print(f"report: {write_report(runs, out)}")
+def _labelled(db: str, again: Sequence[str]) -> Done:
+    """After a page that takes votes: how many there are, how to go on, how to get them out."""
+    from favor.label import store
 
-
-def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page of these runs, into the first one's folder without `out`; returns its path.
-
-    Raises CheckpointError where there is no run, ConfigError when `out` holds anything but such a page.
-    """
-    from favor_frontier.page import SECTIONS
-
-    from favor.report.compare import write_comparison
-    from favor.report.frame import replaceable
-    from favor.report.page import write_page
-    from favor.report.records import collect
-
-    found = [collect(run, SECTIONS) for run in runs]
-    folder, several = RunFolder(runs[0]), len(runs) > 1
-    path = out or (folder.comparison if several else folder.report)
-    replaceable(path, "comparison" if several else "run")
-    if several:
-        write_comparison(found, path)
-    else:
-        write_page(found[0], path)
-    return path
-
-
-def watch(
-    run: Annotated[Path, typer.Argument(help="The run folder.")],
-    port: Annotated[int, typer.Option(help="The port on 127.0.0.1; 0 takes a free one.")] = 0,
-) -> None:
-    """Show the report of a run in the browser while it trains; the page follows what the run writes."""
-    from favor_frontier.page import SECTIONS
-
-    from favor.live.run import follow
-    from favor.report.page import page_html
-    from favor.report.records import collect
-    from favor.stop import stop_signals
-
-    with stop_signals("the run itself goes on"):
-        follow(run, lambda: page_html(collect(run, SECTIONS)), port, partial(print, flush=True))
-
-
-def runs(
-    folder: Annotated[Path, typer.Argument(help="Where the runs are.")] = Path("runs"),
-    sort: Annotated[str, typer.Option(help="name, loss, accuracy or time; the best or newest first.")] = "name",
-    settings: Annotated[bool, typer.Option("--settings", help="Show the settings that differ, too.")] = False,
-) -> None:
-    """List the runs of a folder: state, steps, loss, held-out accuracy, time; with --settings, how they differ."""
-    from favor.report.runs import show
-
-    show(folder, sort, settings=settings)
-
-
-def init(
-    model: Annotated[str, typer.Option(help="A model folder or a hub id.")],
-    data: Annotated[str, typer.Option(help="A file of preferences.")],
-    out: Annotated[Path, typer.Option(help="The recipe to write; it must not be there yet.")] = Path("recipe.toml"),
-) -> None:
-    """Write a commented recipe for your model and your file."""
-    from favor.init import write_recipe
-
-    command = write_recipe(model, data, out)
-    print(f"recipe: {out}; run it by: favor {command} {out}")
-
-
-def from_trl(
-    file: Annotated[Path, typer.Argument(help="A script with a DPOConfig, a dict, or the YAML or JSON of one.")],
-) -> None:
-    """Print a configuration of TRL as a recipe, with comments on what has no equal; the file is read, never run."""
-    from favor.trl.recipe import recipe_of
-
-    print(recipe_of(file), end="")
+    following = (typed(*again), typed("label", f"db={db}", "out=labels.jsonl"))
+    # a signal may come before there is anything
+    if not Path(db).exists():
+        return Done(("no answers yet",), {"answers": 0}, {}, following)
+    with store.opened(Path(db), new=False) as opened:
+        count = len(store.votes(opened))
+    return Done((f"{count} answers in {db}",), {"answers": count}, {"labels": db}, following)
 
 
 def _continued() -> "AbstractContextManager[StopRequest]":

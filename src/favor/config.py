@@ -8,6 +8,7 @@ settings.py. Next: run.py.
 import inspect
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_origin, get_type_hints
@@ -61,14 +62,19 @@ def checked(
                 raise
             found = schema.model_validate(_with_own(schema, tree))
     except ValidationError as error:
-        said = settings.all_explained(error, schema, where)
+        said = settings.all_explained(error, schema, partial(_where, where, words))
         refusal = ConfigError("; ".join(said))
         refusal.each = tuple(said)
         raise refusal from None
     except RecursionError:
         raise ConfigError(f"{where}: a value is nested too deeply to be read; flatten it") from None
-    _check_values(tree, found, where)
+    _check_values(tree, found, partial(_where, where, words))
     return found
+
+
+def _where(recipe: str, words: Mapping[tuple[str, ...], str], key: str) -> str:
+    """Where a key stands: in the recipe, or among the settings that were typed."""
+    return "settings" if tuple(key.split(".")) in words else recipe
 
 
 def _with_own(schema: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
@@ -118,6 +124,8 @@ def _read_toml(recipe: Path) -> dict[str, Any]:
         return tomllib.loads(raw.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{shown}: no such recipe file; check the path, or start from one in recipes/") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{shown}: is a folder, not a recipe; a run is named by run={shown}") from None
     except OSError as error:
         raise ConfigError(f"{shown}: cannot be read as a recipe ({error.strerror}); name a TOML file") from None
     except UnicodeDecodeError as error:
@@ -170,7 +178,7 @@ def _take_as_text(tree: dict[str, Any], words: Mapping[tuple[str, ...], str], as
     return bool(found)
 
 
-def _check_values(given: Any, found: Any, where: str, key: str = "") -> None:
+def _check_values(given: Any, found: Any, where: Callable[[str], str], key: str = "") -> None:
     """Refuse what pydantic lets pass and nothing downstream can use. `given`: as in the recipe; `found`: as validated."""
     if isinstance(given, dict):
         for name, value in given.items():
@@ -181,7 +189,7 @@ def _check_values(given: Any, found: Any, where: str, key: str = "") -> None:
         for value, inner in zip(given, both, strict=True):
             _check_values(value, inner, where, key)
     elif problem := _problem(given, found):
-        raise ConfigError(f"{where}: '{key}' {problem}")
+        raise ConfigError(f"{where(key)}: '{key}' {problem}")
 
 
 def _problem(given: Any, found: Any) -> str | None:

@@ -57,6 +57,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "export": ("favor export run=runs/dpo out=exported format=gguf",),
     "chat": ("favor chat run=runs/dpo",),
     "demo": ("favor demo", "favor report runs/demo-1/dpo"),
+    "doctor": ("favor doctor model=MODEL", "favor doctor --hub", "favor doctor --json"),
 }
 _WIDTH = 100
 

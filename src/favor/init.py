@@ -19,21 +19,25 @@ from favor.train.preference import TrainConfig
 from favor.train.sft import SftConfig
 
 
-def write_recipe(model: str, data: str, out: Path) -> str:
-    """Write the recipe; returns the command that runs it. Raises DataError for data of no known format, ConfigError for `out`."""
+def recipe_for(model: str, data: str, name: Path) -> tuple[str, str]:
+    """The command that runs the recipe, and the recipe, which will have this name. Raises DataError for data of no known format."""
     kind = _format(data)
     command, schema = ("sft", SftConfig) if kind == "sft" else ("train", TrainConfig)
-    given: dict[str, Any] = {"run": f"runs/{out.stem}", "model": {"path": model}, "data": {"train": data}}
+    given: dict[str, Any] = {"run": f"runs/{name.stem}", "model": {"path": model}, "data": {"train": data}}
     if kind != "sft":
         given |= {"loss": {"kind": "kto" if kind == "thumbs" else "dpo"}}
         # what favor eval measures on
         given["data"]["hold_out"] = {"share": 0.1}
     lines = [
-        f"# favor {command} {out}",
+        f"# favor {command} {name}",
         f"# {data} holds rows of format {kind}. Lines with #: explain; lines with # show defaults: remove the # to change one.",
         "",
     ]
-    text = "\n".join([*lines, *_body(schema, given)]) + "\n"
+    return command, "\n".join([*lines, *_body(schema, given)]) + "\n"
+
+
+def write_new(out: Path, text: str) -> None:
+    """Write a file that is not there yet. Raises ConfigError when it is, or cannot be written."""
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -41,7 +45,6 @@ def write_recipe(model: str, data: str, out: Path) -> str:
         raise ConfigError(f"{out}: it is there already, and was left unchanged; name another file with --out") from None
     except OSError as error:
         raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another file with --out") from None
-    return command
 
 
 def _format(data: str) -> str:

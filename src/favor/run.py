@@ -348,6 +348,14 @@ def jsonl(records: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
+def dotted(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested records as one: section.key -> value."""
+    found: dict[str, Any] = {}
+    for name, value in record.items():
+        found |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder, if it is there; a kill meanwhile leaves it whole or gone."""
     if path.exists():

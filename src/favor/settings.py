@@ -7,7 +7,7 @@ makes docs/settings.md of them); a line that says what to write instead. Next: c
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -195,8 +195,11 @@ def table(found: Iterator[Setting]) -> "Table":
     return shown
 
 
-def all_explained(error: ValidationError, schema: type[BaseModel], where: str) -> list[str]:
-    """A line for everything that pydantic refuses; of a list that is short only by what was refused inside it, nothing."""
+def all_explained(error: ValidationError, schema: type[BaseModel], where: Callable[[str], str]) -> list[str]:
+    """A line for everything that pydantic refuses; of a list that is short only by what was refused inside it, nothing.
+
+    where: says of a key where it was given.
+    """
     items = error.errors()
     inside = {item["loc"][:n] for item in items for n in range(len(item["loc"]))}
     return [
@@ -217,24 +220,33 @@ def schema_of(config: type[BaseModel]) -> dict[str, Any]:
     return any_of(config.model_json_schema())
 
 
-def explained(item: Any, schema: type[BaseModel], where: str) -> str:
+def explained(item: Any, schema: type[BaseModel], where: Callable[[str], str]) -> str:
     """What pydantic refuses, as a line: where it stands in the recipe, what was found, what to write instead."""
     key, here = place(item["loc"], schema)
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key '{clipped(key)}'; {_advice(key, schema, here)}"
+        key = inmost(key, item["input"])
+        return f"{where(key)}: unknown key '{clipped(key)}'; {_advice(key, schema, here)}"
     if item["type"] == "missing":
-        return f"{where}: '{key}' is not set; add it to the recipe or give {key}=..."
+        return f"{where(key)}: '{key}' is not set; add it to the recipe or give {key}=..."
     given = clipped(without_secrets(repr(item["input"])))
     if item["type"].startswith("union_tag"):
-        return f"{where}: {_kinds(key, here, item['input'], given)}"
+        return f"{where(f'{key}.kind')}: {_kinds(key, here, item['input'], given)}"
     if item["type"] == "model_type":
-        return f"{where}: '{key}' is a section, found {given}; set {key}.KEY=..., one of {', '.join(_below(key, here))}"
+        return f"{where(key)}: '{key}' is a section, found {given}; set {key}.KEY=..., one of {', '.join(_below(key, here))}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         said = f"{key + ': ' if key else ''}{message}"
     else:
         said = f"'{key}' is {given}: {message[0].lower() + message[1:]}"
-    return f"{where}: {said}"
+    return f"{where(key)}: {said}"
+
+
+def inmost(key: str, value: Any) -> str:
+    """The dotted key as it was typed: below a section that nobody knows, the first of its settings."""
+    while isinstance(value, dict) and value:
+        name, value = next(iter(value.items()))
+        key = f"{key}.{name}"
+    return key
 
 
 def _kinds(key: str, here: Sequence[type[BaseModel]], section: Any, given: str) -> str:

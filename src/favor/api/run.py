@@ -96,7 +96,7 @@ class Run:
 
     def report(self) -> Path:
         """Write the page with curves, samples and figures, as `favor report`; returns its path."""
-        from favor.commands import write_report
+        from favor.pages import write_report
 
         return write_report([self.path])
 

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from favor.chat.settings import ChatConfig
 from favor.data.tokenize import TokensConfig, prompt_encoder
 from favor.data.types import Batch, Text, TokenTree
-from favor.losses.table import beta_of, make_loss
 from favor.model.batched import measured
 from favor.model.load import Policy
 from favor.model.logprobs import scored_logps
@@ -125,8 +124,8 @@ def load_models(config: ChatConfig) -> Models:
     """Raises CheckpointError where there is no finished run, or its start is another model now."""
     _, recipe = read_run(config.run)
     after, before = load_pair(config.run, config.reference)
-    beta = recipe.beta or beta_of(make_loss(**recipe.loss))
-    return Models(before, after, beta, prompt_encoder(after.tokenizer, TokensConfig(template=recipe.tokens.template)))
+    encoder = prompt_encoder(after.tokenizer, TokensConfig(template=recipe.tokens.template))
+    return Models(before, after, recipe.scale, encoder)
 
 
 def answers(

@@ -53,14 +53,16 @@ def prepare(
         say(f"{spec.name}: {summary(split.read, split.tokens)}")
     # both halves of a file must be halves of the same
     refuse_changed(specs, before)
-    findings = [finding for split in found.values() for finding in split.findings]
+    # of two splits each says which it is
+    of = {name: f"{name} rows: " if len(found) > 1 else "" for name in found}
+    findings = [(of[name], finding) for name, split in found.items() for finding in split.findings]
     if "eval" in found:
-        findings += checks.leaks(found["train"].prompts, found["eval"].prompts)
-    for finding in findings:
+        findings += [("", finding) for finding in checks.leaks(found["train"].prompts, found["eval"].prompts)]
+    for where, finding in findings:
         # how often the longer one is preferred is always shown: labels that are read wrongly show there
         if finding.severity != "note" or finding.kind == "length":
-            say(f"{finding.severity}: {finding.message}")
-    listed = [{"severity": f.severity, "kind": f.kind, "message": f.message} for f in findings]
+            say(f"{finding.severity}: {where}{finding.message}")
+    listed = [{"severity": f.severity, "kind": f.kind, "message": where + f.message} for where, f in findings]
     report = {name: {"read": split.read, "tokens": split.tokens} for name, split in found.items()}
     prompts = {name: split.prompts for name, split in found.items()}
     held_out = found["eval"].trees if "eval" in found else ()

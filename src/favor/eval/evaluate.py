@@ -20,7 +20,6 @@ from favor.errors import ConfigError, DataError
 from favor.eval.figures import kl_of_samples, pair_figures
 from favor.eval.intervals import SHARE, mean_interval
 from favor.generate.samples import Progress
-from favor.losses.table import beta_of, make_loss
 from favor.model.layout import sampled_tree, settle
 from favor.model.load import Policy, precision_of
 from favor.model.logprobs import response_logps
@@ -149,8 +148,7 @@ def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) 
     policy, why = settle(policy, recipe.model.layout, trees, also=drawn)
     reference, _ = settle(reference, policy.layout, trees, also=drawn)
     say(f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
-    beta = config.beta or recipe.beta or beta_of(make_loss(**recipe.loss))
-    return Subject(policy, reference, texts, trees, beta)
+    return Subject(policy, reference, texts, trees, config.beta or recipe.scale)
 
 
 def _samples(config: EvalConfig, subject: Subject, progress: Progress) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -181,8 +181,6 @@ def told(made: Exported) -> str:
         f"(mean over {made.tokens} sampled tokens)",
         *made.notes,
     ]
-    if (made.folder / "Modelfile").exists():
-        lines.append(f"next: ollama create NAME -f {made.folder / 'Modelfile'}")
     if made.address:
         lines.append(f"uploaded to {made.address}")
     return "\n".join(lines)

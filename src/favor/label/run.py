@@ -24,9 +24,6 @@ def label(config: LabelConfig, say: Callable[[str], object], recipe: Path | None
         from favor.label.export import export
 
         say(f"{config.out}: {export(config, recipe)}")
-        say(
-            f"next: favor lint data.train={config.out}, favor train model.path=MODEL data.train={config.out} run=runs/dpo"
-        )
         return
     check_packages("favor label")
     _open(config, say)

@@ -3,6 +3,7 @@
 In: a recipe. Out: LintConfig; KINDS. Next: cheap.py.
 """
 
+import difflib
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -13,6 +14,7 @@ from favor.data.settings import DataConfig
 from favor.data.tokenize import TokensConfig
 from favor.model.load import ModelConfig
 from favor.rewards.source import RewardConfig
+from favor.settings import inmost
 
 Severity: TypeAlias = Literal["error", "warning", "note"]
 ORDER: tuple[Severity, ...] = ("error", "warning", "note")
@@ -131,7 +133,13 @@ class LintConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _pass_over(cls, tree: Any) -> Any:
-        return {key: value for key, value in tree.items() if key not in ELSEWHERE} if isinstance(tree, dict) else tree
+        if not isinstance(tree, dict):
+            return tree
+        for name in tree.keys() - cls.model_fields.keys() - ELSEWHERE:
+            for meant in difflib.get_close_matches(name, ELSEWHERE, n=1, cutoff=0.75):
+                typed = inmost(name, tree[name])
+                raise ValueError(f"unknown key '{typed}'; did you mean '{meant}{typed.removeprefix(name)}'?")
+        return {key: value for key, value in tree.items() if key not in ELSEWHERE}
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "LintConfig":

@@ -18,7 +18,7 @@ from favor.report.found import Found, card, other, place
 from favor.report.frame import rendered
 from favor.report.page import flatten
 from favor.report.plot import COLOURS
-from favor.report.records import RunRecord, anywhere
+from favor.report.records import Record, RunRecord, anywhere
 from favor.report.verdict import warnings
 from favor.report.words import between, plural
 from favor.run import write_text
@@ -94,10 +94,10 @@ def comparison(runs: Sequence[RunRecord]) -> Markup:
         "compare.html.jinja",
         runs=runs,
         colours=COLOURS,
-        verdict=card(_verdict(runs, found)),
+        verdict=card(verdict_of(runs, found)),
         rows=rows,
         differences=found,
-        settings=settings_rows(runs),
+        settings=settings_rows([run.settings for run in runs]),
         plots=curves(runs, "step", inner=False),
         inner=curves(runs, "step", inner=True),
         answers=_answers(runs),
@@ -178,7 +178,7 @@ def _difference(what: str, run: RunRecord, shift: Interval, on: str) -> Differen
     return Difference(what, run.name, text, on, {1: "higher", 0: "not settled", -1: "lower"}[side])
 
 
-def _verdict(runs: Sequence[RunRecord], found: Sequence[Difference]) -> Found:
+def verdict_of(runs: Sequence[RunRecord], found: Sequence[Difference]) -> Found:
     """The score of answers decides where there is one, else the accuracy on pairs."""
     first, others = runs[0].name, [run.name for run in runs[1:]]
     deciding = next(
@@ -229,9 +229,9 @@ def _warned(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
     return [(run.name, text[:_LONGEST]) for run in runs for text in warnings(run)[:most]]
 
 
-def settings_rows(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
-    """(key, a value for each run) of the settings that are not the same in all."""
-    flat = [dict(flatten(run.settings)) for run in runs]
+def settings_rows(recipes: Sequence[Record]) -> list[tuple[str, ...]]:
+    """(key, a value for each recipe) of the settings that are not the same in all."""
+    flat = [dict(flatten(recipe)) for recipe in recipes]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key not in ("run", "resume")]
     rows = [(key, *(one.get(key, "not set") for one in flat)) for key in keys]
     different = [tuple(text[:_LONGEST] for text in row) for row in rows if len(set(row[1:])) > 1]

@@ -71,9 +71,9 @@ def sureness(e: Mapping[str, Any]) -> list[str]:
 
 
 def place(run: RunRecord) -> str:
-    """The run's folder as commands name it; never an absolute path."""
+    """The run's folder as commands name it; of a record as others may see it (`anywhere`), never an absolute path."""
     told = run.settings.get("run")
-    return told if isinstance(told, str) and not told.startswith("/") else run.name
+    return told if isinstance(told, str) else run.name
 
 
 def other(run: RunRecord) -> bool:

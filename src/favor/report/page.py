@@ -17,11 +17,11 @@ from favor.report.curves import Drawn, curves
 from favor.report.found import other
 from favor.report.frame import rendered
 from favor.report.plot import Axes, Line, bars, chart
-from favor.report.records import RunRecord, anywhere
+from favor.report.records import Record, RunRecord, anywhere
 from favor.report.table import figure_columns, figure_rows, winrate_rows
 from favor.report.verdict import is_warning, sides_of, verdict
 from favor.report.words import between, percent
-from favor.run import write_text
+from favor.run import dotted, write_text
 
 # events, letters of the settings and rows on the data that a page shows
 _EVENTS, _SETTINGS, _ROWS, _JUDGED = 100, 20_000, 150, 20
@@ -197,16 +197,14 @@ def data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     return rows[:_ROWS] + more
 
 
-def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+def flatten(record: Record) -> list[tuple[str, str]]:
     """Nested records as (dotted key, text) rows; long lists are counted and opened."""
-    if isinstance(value, dict):
-        return [
-            row for key, inner in value.items() for row in flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-        ]
-    if isinstance(value, list):
-        shown = "; ".join(map(_words, value[:5]))
-        return [(prefix, f"{len(value)}" + (f": {shown}" if value else "") + (" ..." if len(value) > 5 else ""))]
-    return [(prefix, str(value))]
+    return [(key, _opened(value) if isinstance(value, list) else str(value)) for key, value in dotted(record).items()]
+
+
+def _opened(values: list[Any]) -> str:
+    shown = "; ".join(map(_words, values[:5]))
+    return f"{len(values)}" + (f": {shown}" if values else "") + (" ..." if len(values) > 5 else "")
 
 
 def _words(value: Any) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from favor.errors import CheckpointError, in_texts, places_in, without_places
 from favor.report.table import figure_rows, winrate_rows
@@ -38,6 +38,26 @@ class RunRecord:
     sections: tuple[str, ...]
 
 
+class Curves(NamedTuple):
+    """Of metrics.jsonl: the last record of each step, by kind, and the events."""
+
+    steps: tuple[Record, ...]
+    evals: tuple[Record, ...]
+    events: tuple[Record, ...]
+
+
+def curves(folder: RunFolder, notes: list[str]) -> Curves:
+    """What metrics.jsonl holds; what of it is damaged is told in `notes`."""
+    metrics = _lines(folder.metrics, {"kind"}, notes)
+    events = (record for record in metrics if record["kind"] == "event" and isinstance(record.get("message"), str))
+    return Curves(_last_of_each_step(metrics, "step"), _last_of_each_step(metrics, "eval"), tuple(events))
+
+
+def evaluation(folder: RunFolder, notes: list[str]) -> Record:
+    """The figures of eval.json."""
+    return _json(folder.evaluation, _shows_figures, notes)
+
+
 def collect(root: Path, sections: Mapping[str, Callable[[Record], str]] = MappingProxyType({})) -> RunRecord:
     """Read a run folder; what of it is damaged is left out and told among the events. Raises CheckpointError when it is none.
 
@@ -46,26 +66,25 @@ def collect(root: Path, sections: Mapping[str, Callable[[Record], str]] = Mappin
     folder, notes = RunFolder(root), list[str]()
     if not folder.config.exists():
         raise CheckpointError(f"{root}: no run here (no config.toml); name a run folder that favor wrote")
-    metrics = _lines(folder.metrics, {"kind"}, notes)
-    told = [record for record in metrics if record["kind"] == "event" and isinstance(record.get("message"), str)]
+    found = curves(folder, notes)
     sampled = _lines(folder.samples, {"prompt", "reference", "policy"}, notes)
     shown = ((root / name, render) for name, render in sections.items())
     config = read_text(folder.config)
     return RunRecord(
         name=root.name or str(root),
         config=config,
-        settings=_settings(config),
-        steps=_last_of_each_step(metrics, "step"),
-        evals=_last_of_each_step(metrics, "eval"),
-        evaluation=_json(folder.evaluation, _shows_figures, notes),
+        settings=settings_in(config),
+        steps=found.steps,
+        evals=found.evals,
+        evaluation=evaluation(folder, notes),
         pairs=tuple(_lines(folder.pairs, {"pair", "prompt", "margin"}, notes)),
         winrate=_json(folder.winrate, winrate_rows, notes),
         data=_json(folder.data_report, dict, notes),
         samples=tuple(r for r in sampled if isinstance(r["reference"], list) and isinstance(r["policy"], list)),
         winrate_samples=tuple(_lines(folder.winrate_samples, {"prompt", "a", "b", "verdict"}, notes)),
         rounds=tuple(_lines(folder.rounds, {"round", "mean_score"}, notes)),
-        sections=tuple(render(found) for path, render in shown if (found := _json(path, render, notes))),
-        events=(*told, *({"message": f"warning: {note}"} for note in notes)),
+        sections=tuple(render(one) for path, render in shown if (one := _json(path, render, notes))),
+        events=(*found.events, *({"message": f"warning: {note}"} for note in notes)),
     )
 
 
@@ -76,7 +95,8 @@ def anywhere(run: RunRecord) -> RunRecord:
     return replace(run, **in_texts(told, lambda text: without_places(text, known)))
 
 
-def _settings(config: str) -> Record:
+def settings_in(config: str) -> Record:
+    """A recipe as nested dicts; nothing where it is damaged."""
     try:
         return tomllib.loads(config)
     except tomllib.TOMLDecodeError:

@@ -1,19 +1,18 @@
 """`favor runs`: the runs below a folder as a table, and the settings in which they differ.
 
-In: a folder. Out: Listed records, in an order; a rich table. A run that cannot be read is listed as damaged. Next: records.py.
+In: a folder. Out: Listed records, in an order; rich tables. What of a run is damaged is left out. Next: records.py.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from favor.errors import CheckpointError, ConfigError
 from favor.report.compare import settings_rows
-from favor.report.records import RunRecord, collect
-from favor.run import RunFolder
+from favor.report.records import curves, evaluation, settings_in
+from favor.run import RunFolder, read_text
 
 # the best first; of time the newest
 ORDERS = ("name", "loss", "accuracy", "time")
@@ -25,27 +24,22 @@ class Listed(NamedTuple):
     """A run in a line. accuracy: held out, of eval.json, else the last while training. seconds: of training; began: its recipe."""
 
     name: str
+    path: str
     began: float
     state: Literal["finished", "unfinished", "not begun"]
     steps: int
     loss: float | None
     accuracy: float | None
     seconds: float
-    record: RunRecord
-
-
-def show(folder: Path, order: str, *, settings: bool) -> None:
-    """Print the table, and with `settings` what differs. Raises ConfigError for an order that is none, and as `listed`."""
-    if order not in ORDERS:
-        raise ConfigError(f"--sort {order}: runs are sorted by one of {', '.join(ORDERS)}")
-    found, console = listed(folder, order), Console(highlight=False)
-    console.print(runs_table(found))
-    if settings and len(found) > 1:
-        console.print(differing(found))
 
 
 def listed(folder: Path, order: str = "name") -> list[Listed]:
-    """Every run at or below the folder, in an order of ORDERS. Raises CheckpointError when there is none."""
+    """Every run at or below the folder, in an order of ORDERS.
+
+    Raises ConfigError for an order that is none of them, CheckpointError when there is no run.
+    """
+    if order not in ORDERS:
+        raise ConfigError(f"--sort {order}: runs are sorted by one of {', '.join(ORDERS)}")
     places = [path.parent for depth in range(_DEEPEST) for path in sorted(folder.glob("*/" * depth + "config.toml"))]
     if not places:
         raise CheckpointError(f"{folder}: no run in it (no config.toml); name a folder that runs were written into")
@@ -65,13 +59,15 @@ def _place(run: Listed, order: str) -> tuple[float, str]:
 
 
 def _line(place: Path, folder: Path) -> Listed:
-    record, files = collect(place), RunFolder(place)
-    last = record.steps[-1] if record.steps else {}
-    state = "finished" if files.model.exists() else "unfinished" if record.steps else "not begun"
-    held_out = record.evaluation.get("accuracy", record.evals[-1].get("accuracy") if record.evals else None)
+    """Of the run's files those that the line needs."""
+    files, notes = RunFolder(place), list[str]()
+    steps, evals, _ = curves(files, notes)
+    last = steps[-1] if steps else {}
+    state = "finished" if files.model.exists() else "unfinished" if steps else "not begun"
+    held_out = evaluation(files, notes).get("accuracy", evals[-1].get("accuracy") if evals else None)
     name = str(place.relative_to(folder)) if place != folder else place.name
-    steps, seconds = int(last.get("step", 0)), float(last.get("seconds", 0.0))
-    return Listed(name, files.config.stat().st_mtime, state, steps, last.get("loss"), held_out, seconds, record)
+    took, began = float(last.get("seconds", 0.0)), files.config.stat().st_mtime
+    return Listed(name, str(place), began, state, int(last.get("step", 0)), last.get("loss"), held_out, took)
 
 
 def runs_table(runs: Sequence[Listed]) -> Table:
@@ -86,6 +82,7 @@ def runs_table(runs: Sequence[Listed]) -> Table:
 def differing(runs: Sequence[Listed]) -> Table:
     """The settings that are not the same in all runs: a row a setting, a column a run."""
     table = Table("setting", *(run.name for run in runs))
-    for key, *values in settings_rows([run.record for run in runs]):
+    recipes = [settings_in(read_text(RunFolder(Path(run.path)).config)) for run in runs]
+    for key, *values in settings_rows(recipes):
         table.add_row(key, *values)
     return table

@@ -17,8 +17,13 @@ _OFF = 0.02
 
 def verdict(run: RunRecord) -> Verdict:
     """The card of a run, from whatever it left behind."""
-    found = next(say(run) for has, say in KINDS_OF_RUN if has(run))
+    found = found_of(run)
     return card(found._replace(wrong=[*found.wrong, *_told(run)]))
+
+
+def found_of(run: RunRecord) -> Found:
+    """What its kind of run has to say."""
+    return next(say(run) for has, say in KINDS_OF_RUN if has(run))
 
 
 def warnings(run: RunRecord) -> list[str]:

@@ -16,6 +16,7 @@ from favor.data.formats import RowError
 from favor.data.tokenize import TokensConfig, prompt_encoder, tokenize
 from favor.data.types import Batch, PromptTree, Text, TokenTree
 from favor.errors import CheckpointError, ConfigError, DataError
+from favor.losses.table import beta_of, make_loss
 from favor.model.batched import measured
 from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.layout import longest_path, settle
@@ -52,6 +53,11 @@ class RunRecipe(BaseModel):
         """The beta of its loss; of a sum of losses, that of the first term which has one."""
         terms = (self.loss, *self.loss.get("terms", ()))
         return next((term["beta"] for term in terms if "beta" in term), None)
+
+    @property
+    def scale(self) -> float:
+        """The beta of its implicit reward: that of its loss, else DPO's default."""
+        return self.beta or beta_of(make_loss(**self.loss))
 
 
 def read_run(run: str) -> tuple[RunFolder, RunRecipe]:

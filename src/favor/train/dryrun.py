@@ -3,88 +3,85 @@
 In: TrainConfig. Out: a few lines of text. Next: preference.py.
 """
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from favor.data import batches
-from favor.data.prepare import prepare_split, summary
-from favor.data.read import splits_of
-from favor.data.splits import Recipe
+from favor.data.prepare import check_sources, prepare
 from favor.data.types import TokenTree
 from favor.lint.cheap import CHECKS
 from favor.model.layout import config_obstacle, longest_path
-from favor.model.load import ModelConfig, end_ids, load_tokenizer, precision_of
-from favor.model.weights import readable
-from favor.train.loop import num_steps
+from favor.model.load import end_ids, load_tokenizer, precision_of
+from favor.model.size import GIB, architecture_of, parameters, sizes
+from favor.train import notes
+from favor.train.loop import learning_rate, num_steps, warmup
 from favor.train.preference import TrainConfig
 from favor.train.stats import usable
 
-_GIB = 1 << 30
-
 
 def describe(config: TrainConfig) -> str:
-    """Rows, trees, unique against naive tokens, steps, and a memory estimate. Raises what training would raise."""
-    tokenizer = load_tokenizer(config.model)
-    recipe = Recipe(splits_of(config.data)[0], config.data, config.tokens, tokenizer, end_ids(tokenizer, None))
-    part = prepare_split(recipe, CHECKS, lambda _: None)
+    """Rows, what the cheap checks find in them, steps, learning rate, memory and disk. Raises what training would raise."""
+    check_sources(config.data)
+    tokenizer, lines = load_tokenizer(config.model), list[str]()
+    splits = prepare(config.data, config.tokens, (tokenizer, end_ids(tokenizer, None)), CHECKS, lines.append)
     # as training, on the trees that hold items of the loss
-    trees = [part.trees[i] for i in usable(config.loss, part.trees, config.data.training)]
-    architecture = _architecture(config.model)
-    longest = max(map(longest_path, part.trees))
+    trees = [splits.train[i] for i in usable(config.loss, splits.train, config.data.training)]
+    architecture = architecture_of(config.model)
+    longest = max(map(longest_path, splits.train))
     obstacle = config_obstacle(architecture.get_text_config().to_dict(), longest)
     layout = "rows" if obstacle or config.model.layout == "rows" else "tree"
-    naive = sum(
-        len(tree.prompt_ids) + len(r)
-        for tree in trees
-        for c in tree.comparisons
-        for i in c.order
-        for r in [tree.response_ids[i]]
-    )
-    size = config.train.batch_prompts
+    steps, size = num_steps(config.train, len(trees)), config.train.batch_prompts
     unique = sum(batches.build(trees[i : i + size], layout).num_tokens for i in range(0, len(trees), size))
-    steps = num_steps(config.train, len(trees))
-    lines = [
-        f"train: {summary(part.read, part.tokens)}",
+    apart = sum(
+        len(tree.prompt_ids) + len(tree.response_ids[i]) for tree in trees for c in tree.comparisons for i in c.order
+    )
+    gpu = config.model.device != "cpu" and torch.cuda.is_available()
+    lines += [
         f"precision: {precision_of(config.model.dtype)}",
+        f"device: {'GPU' if gpu else 'CPU'}",
         f"layout: {layout}" + (f" ({obstacle})" if obstacle else ""),
         f"longest row: {longest} tokens",
-        f"tokens an epoch: {unique} computed against {naive} naive ({naive / unique:.2f} x)",
-        f"steps: {steps} of {config.train.batch_prompts} prompts",
+        f"tokens an epoch: {unique} computed; every response with its own prompt would be {apart} ({apart / unique:.2f} x)",
+        f"steps: {steps} of {size} prompts",
+        *_rate(config, steps),
         _memory(config, architecture, trees),
+        _disk(config, architecture),
     ]
     return "\n".join(lines)
 
 
-def _architecture(model: ModelConfig) -> PreTrainedConfig:
-    with readable(model.path):
-        return AutoConfig.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+def _rate(config: TrainConfig, steps: int) -> Iterator[str]:
+    rising = warmup(config.optim, steps)
+    highest = max(learning_rate(config.optim, step, steps) for step in range(steps))
+    yield f"learning rate: up to {highest:.3g}, after {rising} steps of warm-up, then {config.optim.schedule}"
+    if said := notes.warmup(rising, steps):
+        yield said
+
+
+def _disk(config: TrainConfig, architecture: PreTrainedConfig) -> str:
+    """Weights in float32; a checkpoint has the optimizer's state beside them. Adapters are small."""
+    place = Path(config.run).absolute()
+    free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
+    weights = 0 if config.model.lora else 4 * parameters(architecture)
+    kept = weights * (3 if config.optim.kind == "adamw" else 2)
+    size = f"model {weights / GIB:.2f} GiB, each checkpoint {kept / GIB:.2f}" if weights else "adapters alone"
+    return f"disk (estimate): {size}; {free / GIB:.1f} GiB free"
 
 
 def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence[TokenTree]) -> str:
-    """Weights, gradients and AdamW moments in float32, activations of one full pack, its logits; an estimate.
-
-    Per token and layer a transformer block keeps about 14 vectors of the hidden and 4 of the MLP width for its backward
-    (measured on Llama blocks, docs/log.md); recomputation keeps one hidden vector a layer.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    text = architecture.get_text_config()
-    hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
-    trained = total if config.model.lora is None else 0
-    state = 4 * total + 4 * trained * (3 if config.optim.kind == "adamw" else 2)
-    if config.reference.mode == "live" or config.watch.kl:
-        state += 0 if config.model.lora else 4 * total
-    pack_tokens = max(config.train.max_tokens_per_pack, max(tree.num_tokens for tree in trees))
-    pack_tokens = min(pack_tokens, sum(tree.num_tokens for tree in trees))
-    width = text.to_dict().get("intermediate_size") or 4 * hidden
-    a_layer = hidden if config.model.gradient_checkpointing else 14 * hidden + 4 * width
-    activations = 4 * pack_tokens * layers * a_layer
-    logits = min(4 * pack_tokens * vocabulary, _GIB)
-    parts = {"weights, gradients, optimizer": state, "activations": activations, "logits": logits}
-    shown = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
-    return f"memory (estimate): {sum(parts.values()) / _GIB:.2f} GiB ({shown})"
+    live = config.reference.mode == "live" or config.watch.kl
+    pack = max(config.train.max_tokens_per_pack, max(tree.num_tokens for tree in trees))
+    pack = min(pack, sum(tree.num_tokens for tree in trees))
+    found = sizes(
+        architecture,
+        config.model,
+        pack,
+        states=3 if config.optim.kind == "adamw" else 2,
+        # under adapters the model without them is the reference
+        copies=1 if live and not config.model.lora else 0,
+    )
+    return f"memory (estimate): {found}"

@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 
 from favor.config import STRICT
 from favor.errors import ConfigError
-from favor.run import RunFolder, make_folder, read_jsonl, read_text, write_text
+from favor.run import RunFolder, dotted, make_folder, read_jsonl, read_text, write_text
 
 Logger: TypeAlias = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 ToLogger: TypeAlias = Annotated[
@@ -59,7 +59,7 @@ def following(logger: Logger, folder: RunFolder) -> Generator[Callable[[Record],
             if kind not in _GROUPS or not isinstance(step, int) or step <= known.get(str(kind), -1):
                 return
             if not write:
-                settings = _dotted(tomllib.loads(read_text(folder.config)))
+                settings = dotted(tomllib.loads(read_text(folder.config)))
                 write.append(tool.enter_context(_TOOLS[logger](folder.root, settings)))
             write[0](_figures(_GROUPS[str(kind)], record), step)
 
@@ -69,13 +69,6 @@ def following(logger: Logger, folder: RunFolder) -> Generator[Callable[[Record],
 def _figures(group: str, record: Record) -> dict[str, float]:
     found = {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
     return {f"{group}/{name}": float(value) for name, value in found.items()}
-
-
-def _dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
 
 
 def _check(logger: Logger) -> None:

@@ -39,7 +39,7 @@ def at_the_end(steps: Sequence[Step], *, moving: bool) -> Iterator[tuple[str, st
         yield "unmoved", said
     key = "sample.max_new_tokens" if on_samples else "watch.kl.tokens"
     if said := cut([step["ended"] for step in _last(steps) if "ended" in step], key):
-        yield "cut", said
+        yield "cut", f"note: {said}"
 
 
 def cut(ended: Sequence[float], key: str) -> str | None:
@@ -48,7 +48,7 @@ def cut(ended: Sequence[float], key: str) -> str | None:
     if share <= _CUT:
         return None
     return (
-        f"note: {share:.0%} of the samples were cut at the token limit, so they are judged by their beginnings; "
+        f"{share:.0%} of the samples were cut at the token limit, so they are judged by their beginnings; "
         f"raise {key}, or train on shorter answers"
     )
 

@@ -69,7 +69,8 @@ class Session:
     def say(self, text: str) -> None:
         """One line for the user."""
         if self.world.is_main:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            style = "yellow" if text.startswith(("warning:", "note:")) else None
+            self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
     def record(self, record: Mapping[str, object]) -> None:
         """Append to metrics.jsonl."""

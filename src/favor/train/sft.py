@@ -77,7 +77,7 @@ def _tune(config: SftConfig, session: Session) -> None:
             done = step(training.learner, cut, objective)
             turn.done()
             record = turn.figures(done, cut)
-            turn.record(record, f"loss {record['loss']:.4f}  unique tok/s {record['tokens_per_s']:.0f}")
+            turn.record(record, f"loss {record['loss']:.4f}  tokens/s {record['tokens_per_s']:.0f}")
             if held_out:
                 held_out.after(turn.state.step, training.num_steps)
             turn.save_or_stop()

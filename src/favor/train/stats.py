@@ -135,7 +135,7 @@ def shown(record: Mapping[str, object]) -> str:
         "kl": ("KL", ".2f"),
         "reward": ("reward", ".3f"),
         "pairs_per_s": ("pairs/s", ".2f"),
-        "tokens_per_s": ("unique tok/s", ".0f"),
+        "tokens_per_s": ("tokens/s", ".0f"),
     }
     return "  ".join(f"{label} {record[key]:{spec}}" for key, (label, spec) in labels.items() if key in record)
 
