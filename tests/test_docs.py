@@ -214,7 +214,7 @@ def test_the_examples_of_help_can_be_done(command, reader, shelf):
     for name in MAKE:
         if name in text and name not in own:
             shelf.take(name, reader.folder)
-    for name in {"reward.py", "recipes", "runs/reward", "runs/sft"} - own:
+    for name in {"reward.py", "recipes", "runs/reward", "runs/sft", "runs/dpo"} - own:
         shelf.take(name, reader.folder)
     follow(reader, f"```\n{text}\n```")
 
