@@ -218,7 +218,11 @@ def test_train_eval_report_sample(inputs, favor, tmp_path):
         [pair["margin"] / figures["beta"] for pair in pairs]
     )
     code, out, _ = favor("report", "run")
-    assert (code, out) == (0, "report: run/report.html\n")
+    first, done, *_ = out.splitlines()
+    assert (code, first) == (0, "report: run/report.html")
+    # what the page says first
+    assert done.startswith("done in ")
+    assert " held-out pairs" in done
     page = (tmp_path / "run/report.html").read_text()
     assert "Film 0?" in page
     assert page.count('<svg class="plot"') >= 16
