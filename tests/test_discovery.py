@@ -144,6 +144,26 @@ def test_a_warm_up_longer_than_the_run_is_said(inputs, tmp_path):
     assert max(record["lr"] for record in share if record["kind"] == "step") == 1e-3
 
 
+def test_steps_that_the_epochs_do_not_have_are_said(inputs, tmp_path):
+    records = trained(TrainConfig, train, words(inputs, tmp_path / "run", "train.max_steps=60"))
+    assert "train.max_steps=60 is not reached: train.epochs=1 over this data is 3 steps" in events(records)["max_steps"]
+    fewer = trained(TrainConfig, train, words(inputs, tmp_path / "fewer", "train.max_steps=3"))
+    assert "max_steps" not in events(fewer)
+
+
+def test_misnamed_columns_are_told_once_with_what_to_try(inputs, favor, tmp_path):
+    """The setting that lint proposes reads the file; a clean copy of nothing is not proposed."""
+    rows = [{"question": f"Film {i}?", "good": f"good {i} film", "bad": f"bad {i}"} for i in range(12)]
+    (tmp_path / "mis.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = favor("lint", "data.train=mis.jsonl")
+    assert code == 1
+    assert out.count("are of no known format") == 1
+    assert "--fix" not in out
+    said = "".join(line.split("│")[3].strip() + " " for line in out.splitlines() if line.count("│") == 4)
+    proposed = re.search(r"'(data\.columns=\{.*?\})'", said)[1]
+    assert favor("lint", "data.train=mis.jsonl", proposed)[0] == 0
+
+
 def test_a_run_that_went_nowhere_says_so(inputs, tmp_path):
     still = words(inputs, tmp_path / "still", "optim.lr=1e-12", "train.epochs=2")
     found = events(trained(TrainConfig, train, still))
@@ -229,7 +249,8 @@ def test_one_json_object_and_nothing_else(inputs, favor, tmp_path):
     assert told["next"] == ["favor eval run=run", "favor report run"]
     code, out, _ = favor("eval", "run=run", "sample_prompts=0", "--json")
     assert json.loads(out)["figures"] == json.loads((tmp_path / "run/eval.json").read_text())
-    write(tmp_path / "bad.jsonl", [{"prompt": "p", "chosen": "x", "rejected": "x"}])
+    good = {"prompt": "q", "chosen": "x", "rejected": "y"}
+    write(tmp_path / "bad.jsonl", [{"prompt": "p", "chosen": "x", "rejected": "x"}, good])
     code, out, _ = favor("lint", "data.train=bad.jsonl", "--json")
     assert code == 1
     told = json.loads(out)

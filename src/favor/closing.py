@@ -219,13 +219,16 @@ def findings(found: "Sequence[Finding]", words: Sequence[str], fixed: str | None
     counts = Counter(finding.severity for finding in found)
     figures = {"counts": dict(counts), "findings": [finding._asdict() for finding in found]}
     said = ", ".join(f"{counts[name]} {name}{'s' * (counts[name] != 1)}" for name in ("error", "warning", "note"))
-    if fixed is not None:
-        following = typed("lint", f"data.train={fixed}")
+    if any(finding.kind == "read" and ", 0 of them usable" in finding.message for finding in found):
+        # there is nothing to clean; what to try stands with the rows
+        following = ()
+    elif fixed is not None:
+        following = (typed("lint", f"data.train={fixed}"),)
     elif failed or counts["error"]:
-        following = typed("lint", *words, "--fix", "clean.jsonl")
+        following = (typed("lint", *words, "--fix", "clean.jsonl"),)
     else:
-        following = typed("train", *words, "--dry-run")
-    return Done((said,), figures, {"cleaned": fixed} if fixed else {}, (following,), failed)
+        following = (typed("train", *words, "--dry-run"),)
+    return Done((said,), figures, {"cleaned": fixed} if fixed else {}, following, failed)
 
 
 def checked(found: "Sequence[Sign]", *, asked: str | None) -> Done:

@@ -19,6 +19,8 @@ from favor.lint.settings import CUT_SHARE, KINDS, LENGTH_SHARE
 ENOUGH = 30
 # row numbers in a message that shows no examples
 _LISTED = 5
+# characters of a reason that make it the same as another row's
+_ALIKE = 160
 # source, row number
 Where: TypeAlias = tuple[str, int]
 
@@ -48,7 +50,11 @@ def findings(told: Iterable[Told], examples: int) -> list[Finding]:
         severity, sentence, _ = KINDS[kind]
         numbers = ", ".join([str(number) for _, number in said][:_LISTED]) + ", ..." * (len(said) > _LISTED)
         message = f"{len(said)} {sentence}" + ("" if examples else f" (rows {numbers})")
-        shown = [f"{place(where)}: {text}" for where, text in said.items()][:examples]
+        # a long reason that many rows share is told once
+        texts = {
+            text[:_ALIKE] if len(text) > _ALIKE else where: (where, text) for where, text in reversed(said.items())
+        }
+        shown = [f"{place(where)}: {text}" for where, text in reversed(texts.values())][:examples]
         found.append(Finding(severity, kind, message, tuple(said), tuple(shown)))
     return found
 

@@ -5,7 +5,7 @@ In: a recipe, what learns, and from what. Out: one Turn per optimizer step. Next
 
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -218,8 +218,9 @@ def turns(training: Training, label: str, state: TrainingState) -> Generator[Tur
     if recipe.resume:
         state = checkpoint.resume(session, training.learner, state, len(used))
     total = training.num_steps
-    if state.step == 0 and (said := notes.warmup(warmup(recipe.optim, total), total)):
-        session.event(0, "warmup", said)
+    if state.step == 0:
+        for name, said in _noted(recipe, total):
+            session.event(0, name, said)
     order = Order(len(used), recipe.train.batch_prompts, recipe.seed, recipe.train.shuffle)
     run_began = time.monotonic() - state.seconds
     with session.stop.looked_at(), Bar(session, label, total, state.step) as bar:
@@ -234,6 +235,15 @@ def turns(training: Training, label: str, state: TrainingState) -> Generator[Tur
             state = turn.state
     _note(training, state.step)
     finish(training.policy, state, session)
+
+
+def _noted(recipe: Recipe, total: int) -> Iterator[tuple[str, str]]:
+    """What is odd about the length of the run, before its first step."""
+    found = {
+        "warmup": notes.warmup(warmup(recipe.optim, total), total),
+        "max_steps": notes.unreached(recipe.train.max_steps, total, recipe.train.epochs),
+    }
+    return ((name, said) for name, said in found.items() if said)
 
 
 def _note(training: Training, step: int) -> None:

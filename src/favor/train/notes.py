@@ -27,6 +27,16 @@ def warmup(rising: int, total: int) -> str | None:
     )
 
 
+def unreached(asked: int | None, total: int, epochs: int) -> str | None:
+    """More steps asked for than the epochs have: optimizer steps asked for, steps of the run."""
+    if asked is None or asked <= total:
+        return None
+    return (
+        f"note: train.max_steps={asked} is not reached: train.epochs={epochs} over this data is {total} steps; "
+        "raise train.epochs for more"
+    )
+
+
 def at_the_end(steps: Sequence[Step], *, moving: bool) -> Iterator[tuple[str, str]]:
     """(name, note) for what the steps of a run show. moving: its reference follows the policy, so its loss must not fall."""
     if not steps:
