@@ -5,10 +5,9 @@ import json
 import pytest
 from chat_desk import a_run
 from label_desk import serving
+from page_desk import browser, expect, listened, overflows
 
 pytest.importorskip("starlette", reason="favor[label] is not installed")
-
-from test_label_page import browser, expect
 
 from favor.config import load
 from favor.label.settings import LabelConfig
@@ -19,11 +18,8 @@ THERE = "Both answers are there"
 
 
 def opens(opened, address, said, **more):
-    """The page after the token has left its address; what the console says goes into `said`."""
-    page = opened.new_context(**more).new_page()
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.goto(address)
+    """The page after the token has left its address."""
+    page = listened(opened, address, said, **more)
     assert "token" not in page.url
     return page
 
@@ -100,7 +96,7 @@ def test_a_person_asks_votes_and_trains(tmp_path):
         assert page.locator(".answers .t").count() > 5
         page.keyboard.press("u")
         expect(page, "Taken back")
-        page.keyboard.press("b")
+        page.keyboard.press("x")
         expect(page, "Saved: both bad")
     assert said == []
     trains(tmp_path, texts[1])
@@ -114,10 +110,10 @@ def see_text(page, place, text):
 
 def trains(folder, better):
     """The votes, exported by `favor label`, are what `favor train` reads."""
-    from favor.label.run import label
+    from favor.label.export import export
 
     out = folder / "prefs.jsonl"
-    label(load(LabelConfig, None, [f"db={folder / 'labels.sqlite'}", f"out={out}"]), lambda line: None)
+    export(load(LabelConfig, None, [f"db={folder / 'labels.sqlite'}", f"out={out}"]))
     rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     (good,) = (row for row in rows if row["verdict"] != ["both_bad"])
     assert good[good["verdict"][0]].strip() == better.strip()
@@ -154,10 +150,10 @@ def test_a_conversation_goes_on_stops_and_fits_a_phone(tmp_path):
         page.wait_for_timeout(300)
         assert page.inner_text("#tally-before") == "0"
         assert contrast(page) >= 4.5
-        narrow = opens(opened, address, said, viewport={"width": 390, "height": 800}, color_scheme="dark")
+        narrow = opens(opened, address, said, width=390, scheme="dark")
         asks(narrow, "A long" + "word" * 20)
         narrow.locator("#table-2 summary").click()
-        assert not narrow.evaluate("document.documentElement.scrollWidth > innerWidth")
+        assert not overflows(narrow)
         assert contrast(narrow) >= 4.5
         # what a mistake looks like
         narrow.locator("#prompt").fill("a <|im_end|> b")

@@ -217,12 +217,13 @@ def test_a_command_ends_with_what_changed_and_what_to_type_next(inputs, favor):
     """The next commands run as they are printed."""
     code, out, err = favor("train", *words(inputs, "runs/a b"))
     assert (code, err) == (0, "")
-    done, *following = out.splitlines()[-3:]
+    done, *following = out.splitlines()[-4:]
     assert re.search(
         r"^done in \S+ s; loss 0\.6931 -> \S+; held-out loss 0\.6931 -> \S+; held-out accuracy 0\.50 -> ", done
     )
     assert "] of 8 pairs" in done
-    assert following == ["next: favor eval 'run=runs/a b'", "      favor report 'runs/a b'"]
+    report, chat = "      favor report 'runs/a b'", "      favor chat 'run=runs/a b'"
+    assert following == ["next: favor eval 'run=runs/a b'", report, chat]
     code, out, err = favor("eval", "run=runs/a b", "sample_prompts=2", "sample.max_new_tokens=1")
     assert (code, err) == (0, "")
     done, following = out.splitlines()[-2:]
@@ -246,7 +247,7 @@ def test_one_json_object_and_nothing_else(inputs, favor, tmp_path):
     assert told["figures"]["loss"] == [losses[0], losses[-1]]
     assert told["figures"]["held_out_accuracy"] == [record["accuracy"] for record in evals(records)]
     assert all((tmp_path / path).exists() for path in told["paths"].values())
-    assert told["next"] == ["favor eval run=run", "favor report run"]
+    assert told["next"] == ["favor eval run=run", "favor report run", "favor chat run=run"]
     code, out, _ = favor("eval", "run=run", "sample_prompts=0", "--json")
     assert json.loads(out)["figures"] == json.loads((tmp_path / "run/eval.json").read_text())
     good = {"prompt": "q", "chosen": "x", "rejected": "y"}

@@ -142,10 +142,11 @@ def test_a_report_says_what_to_do_next_by_the_name_it_was_given(place, favor, tm
     (tmp_path / "old").rename(tmp_path / "new")
     changed, following = ends(favor("report", "new")[1])
     assert changed.startswith("Trained 1 step")
-    assert following == ["favor eval run=new"]
+    assert following == ["favor eval run=new data=FILE", "favor chat run=new"]
     assert ends(favor("report", "run=new")[1])[1] == following
     assert favor("eval", "new")[2] == "favor: new: is a folder, not a recipe; a run is named by run=new\n"
-    assert ends(favor("report", str(tmp_path / "new"))[1])[1] == [f"favor eval run={tmp_path / 'new'}"]
+    where = tmp_path / "new"
+    assert ends(favor("report", str(where))[1])[1] == [f"favor eval run={where} data=FILE", f"favor chat run={where}"]
     page = (tmp_path / "new/report.html").read_text()
     assert str(tmp_path) not in page
 

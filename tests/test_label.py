@@ -573,21 +573,40 @@ def test_the_file_is_replaced_only_when_asked(db, labelled, tmp_path):
         export(LabelConfig(db=str(labelled), out=str(labelled)))
 
 
+def test_the_command_says_what_it_wrote_and_what_comes_next(labelled, favor, tmp_path):
+    words = ("label", f"db={labelled}", "out=my labels.jsonl")
+    code, out, err = favor(*words)
+    assert (code, err) == (0, "")
+    rows = (tmp_path / "my labels.jsonl").read_text().splitlines()
+    assert f"my labels.jsonl: {len(rows)} rows from" in out
+    assert "next: favor lint 'data.train=my labels.jsonl'\n" in out
+    told = json.loads(favor(*words, "--json")[1])
+    assert (told["figures"]["rows"], told["paths"]) == (len(rows), {"labels": "my labels.jsonl"})
+    assert told["next"][1] == "favor train model.path=MODEL 'data.train=my labels.jsonl' run=runs/dpo"
+    # labels that became more are another file, or asked for
+    with store.opened(labelled) as db:
+        said(db, 1, "Zoe", "tie")
+    code, out, err = favor(*words)
+    assert code == 2
+    assert "was made with another set of votes; choose another out=FILE, or replace it with overwrite=true" in err
+    assert favor(*words, "overwrite=true")[0] == 0
+
+
 def test_nothing_to_write_or_to_open_is_said(db, tmp_path):
     with pytest.raises(DataError, match="no pair has a vote yet"):
         export(LabelConfig(db=str(tmp_path / "labels.sqlite"), out=str(tmp_path / "out.jsonl")))
     with pytest.raises(ConfigError, match="no such file"):
-        label(LabelConfig(db=str(tmp_path / "none.sqlite")), print)
+        label(LabelConfig(db=str(tmp_path / "none.sqlite")), print, print)
     assert not (tmp_path / "none.sqlite").exists()
     with pytest.raises(ConfigError, match="holds no pairs"):
-        label(LabelConfig(db=str(tmp_path / "labels.sqlite")), print)
+        label(LabelConfig(db=str(tmp_path / "labels.sqlite")), print, print)
 
 
 def test_a_missing_package_is_named(db, tmp_path, monkeypatch):
     store.add_pairs(db, some_pairs(1))
     monkeypatch.setattr("favor.label.run.find_spec", lambda name: None if name == "uvicorn" else True)
     with pytest.raises(ConfigError, match=r"needs uvicorn, not installed here; run: pip install 'favor\[label\]'"):
-        label(LabelConfig(db=str(tmp_path / "labels.sqlite")), print)
+        label(LabelConfig(db=str(tmp_path / "labels.sqlite")), print, print)
 
 
 @pytest.mark.parametrize(
@@ -608,5 +627,5 @@ def test_nothing_is_accepted_and_ignored(words, said):
 
 def test_a_file_that_cannot_be_read_leaves_no_store(tmp_path):
     with pytest.raises(DataError, match="no such file"):
-        label(LabelConfig(data=str(tmp_path / "none.jsonl"), db=str(tmp_path / "l.sqlite")), print)
+        label(LabelConfig(data=str(tmp_path / "none.jsonl"), db=str(tmp_path / "l.sqlite")), print, print)
     assert list(tmp_path.iterdir()) == []

@@ -5,17 +5,16 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
-from label_desk import pair_in, running, some_pairs, write_jsonl
+from label_desk import pair_in, running, said, some_pairs, write_jsonl
+from page_desk import browser, expect, listened, overflows
 
 pytest.importorskip("starlette", reason="favor[label] is not installed")
 
@@ -248,6 +247,30 @@ def test_a_form_larger_than_anybody_types_is_refused(db):
     assert store.votes(db) == []
 
 
+def test_somebody_is_told_how_much_is_left(db):
+    (page,) = as_ana(db, ("GET", "/", {}))
+    assert "You have answered 0; 6 to go." in page.text
+    # nothing can be taken back yet
+    assert 'action="/undo"' not in page.text
+    _, page = as_ana(db, ("POST", "/vote", {"data": {"pair": pair_in(page.text), "answer": "left"}}), ("GET", "/", {}))
+    assert "You have answered 1; 5 to go." in page.text
+    assert 'action="/undo"' in page.text
+    # a pair that has all the votes it wants is not counted
+    done = LabelConfig(votes_per_pair=1)
+    here = pair_in(page.text)
+    for pair in {*range(1, 7)} - {here, store.votes(db)[0].pair}:
+        said(db, pair, "Ben", "tie")
+    (page,) = as_ana(db, ("GET", "/", {}), config=done)
+    assert "You have answered 1; 1 to go." in page.text
+
+
+def test_gold_alone_is_counted(tmp_path):
+    with store.opened(tmp_path / "x.sqlite") as db:
+        store.add_pairs(db, some_pairs(3, gold="first"))
+        (page,) = as_ana(db, ("GET", "/", {}))
+        assert "You have answered 0; 3 to go." in page.text
+
+
 def test_taking_back_shows_the_pair_again(db):
     (page,) = as_ana(db, ("GET", "/", {}))
     pair = pair_in(page.text)
@@ -436,25 +459,6 @@ def test_fifty_kills_lose_no_acknowledged_vote(tmp_path):
 # in a browser
 
 
-@contextmanager
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
-    flags = [
-        "--no-sandbox",
-        "--disable-quic",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-    ]
-    with sync_api.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=chromium, args=flags)
-        yield opened
-        opened.close()
-
-
 ROWS = [
     {
         "prompt": f"Write one line about film {i}, the one with the dog.",
@@ -470,22 +474,12 @@ GOLD = [{"prompt": f"What is {i} + 1?", "chosen": f"{i + 1}", "rejected": f"{i +
 
 def sits_down(opened, address, name, said, **more):
     """A browser of one's own: the page after the name was given."""
-    page = opened.new_context(**more).new_page()
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.goto(address)
+    page = listened(opened, address, said, **more)
     assert "token" not in page.url
     page.keyboard.type(name)
     page.keyboard.press("Enter")
     page.wait_for_selector("#vote")
     return page
-
-
-def expect(page, said):
-    """Wait until the line for screen readers says so."""
-    from playwright.sync_api import expect
-
-    expect(page.locator("#status")).to_contain_text(said)
 
 
 def answers_all(page, key_of):
@@ -512,7 +506,7 @@ def test_two_people_label_by_keyboard_and_the_labels_train(tmp_path):
     said = []
     with browser() as opened, running(tmp_path, f"data={data}", f"gold={gold}", "gold_share=0.2") as (_, address):
         ana = sits_down(opened, address, "Ana", said)
-        ben = sits_down(opened, address, "Ben", said, viewport={"width": 390, "height": 800})
+        ben = sits_down(opened, address, "Ben", said, width=390)
         assert ana.input_value("[name=pair]") != ben.input_value("[name=pair]")
         # an edit, a comment and a vote taken back, by keys
         ana.keyboard.press("Shift+A")
@@ -541,7 +535,7 @@ def test_two_people_label_by_keyboard_and_the_labels_train(tmp_path):
         assert answers_all(ana, warm) + answers_all(ben, warm) >= 19
         ana.click("text=Results")
         assert "Ben" in ana.inner_text("table")
-        assert not ben.evaluate("document.documentElement.scrollWidth > innerWidth")
+        assert not overflows(ben)
     assert said == []
     with store.opened(tmp_path / "labels.sqlite") as db:
         votes, golds = store.votes(db), store.golds(db)
@@ -554,9 +548,9 @@ def test_two_people_label_by_keyboard_and_the_labels_train(tmp_path):
     out = tmp_path / "prefs.jsonl"
     command = COMMANDS["label"]()
     config = load(command.config, None, [f"db={tmp_path / 'labels.sqlite'}", f"out={out}"])
-    from favor.label.run import label
+    from favor.label.export import export
 
-    label(config, lambda line: None)
+    export(config)
     trees, _ = read(str(out), DataConfig(train=str(out)), "train")
     assert len(trees) == 10
     assert sum("warm" in str(tree.responses[c.order[0]]) for tree in trees for c in tree.comparisons) >= 9

@@ -5,14 +5,14 @@ import json
 import re
 import time
 
+import chat_desk
 import httpx2
 import pytest
-from label_desk import serving
+from label_desk import serving, write_jsonl
 from markupsafe import Markup
+from page_desk import browser
 
 pytest.importorskip("starlette", reason="favor[label] is not installed")
-
-from test_label_page import browser
 
 from favor.errors import CheckpointError, ConfigError
 from favor.label.gate import Door
@@ -127,6 +127,28 @@ def test_no_run_and_no_package_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("favor.label.run.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"favor watch needs starlette, uvicorn"):
         follow(tmp_path, lambda: PAGE, 0, print)
+
+
+@pytest.mark.parametrize("command", ["label", "chat", "watch"])
+def test_the_address_is_told_whatever_else_is_kept_back(command, favor, tmp_path, monkeypatch):
+    """--quiet leaves the address, --json makes it an object; a person could not open the page without it."""
+    chat_desk.a_run(tmp_path)
+    write_jsonl(tmp_path / "s.jsonl", [{"prompt": "p", "responses": ["a", "b"]}])
+    words = {"label": ["data=s.jsonl"], "chat": ["run=run"], "watch": ["run=run"]}[command]
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
+    place = re.compile(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{43}")
+    code, out, err = favor(command, *words, "--quiet")
+    assert (code, err) == (0, "")
+    assert place.fullmatch(out.strip())
+    code, out, err = favor(command, *words, "--json")
+    first = out.splitlines()[0]
+    told = json.loads(first)
+    assert (code, told["command"]) == (0, command)
+    assert place.fullmatch(told["url"])
+    assert "give it to nobody" in err
+    code, out, _ = favor(command, *words)
+    assert [line for line in out.splitlines() if place.fullmatch(line)]
+    assert "give it to nobody" in out
 
 
 @pytest.mark.slow

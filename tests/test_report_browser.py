@@ -1,11 +1,10 @@
 """The pages in a browser: nothing is fetched, nothing is said on the console, nothing is cut, and what can be used works."""
 
 import json
-import shutil
-from contextlib import contextmanager
 
 import pytest
 from favor_frontier.page import SECTIONS
+from page_desk import LOOKS, browser, inaccessible, listened, overflows
 from test_report import a_picture, a_run
 
 from favor.cli import COMMANDS
@@ -16,14 +15,6 @@ from favor.report.page import write_page
 from favor.report.records import collect
 from favor.run import RunFolder, write_jsonl
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-quic",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-LOOKS = [(1400, "light"), (1400, "dark"), (390, "light"), (390, "dark")]
 # elements whose content is wider than themselves, but for the lines that are only heard
 CUT = """() => [...document.querySelectorAll("main *, header *")].filter(one => one.clientWidth > 1
   && one.scrollWidth > one.clientWidth + 1 && !one.closest("svg, select")).map(one => one.outerHTML.slice(0, 90))"""
@@ -42,27 +33,10 @@ CONTRAST = """() => {
   return least; }"""
 
 
-@contextmanager
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
-    with sync_api.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield opened
-        opened.close()
-
-
 def shown(opened, path, width=1400, scheme="light"):
     """A page, and what it says on the console or asks of the network."""
     said = []
-    page = opened.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda asked: said.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None)
-    page.goto(path.as_uri())
-    return page, said
+    return listened(opened, path.as_uri(), said, width, scheme), said
 
 
 def every_page(folder):
@@ -98,7 +72,8 @@ def test_every_page_is_whole_quiet_and_readable(tmp_path):
                 page, said = shown(opened, path, width, scheme)
                 page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
                 assert said == [], (path.name, said)
-                assert not page.evaluate("document.documentElement.scrollWidth > innerWidth"), (path.name, width)
+                assert not overflows(page), (path.name, width)
+                assert inaccessible(page) == [], (path.name, width, scheme)
                 assert page.evaluate(CUT) == [], (path.name, width)
                 least, where = page.evaluate(CONTRAST)
                 assert least >= 4.5, (path.name, scheme, least, where)

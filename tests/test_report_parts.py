@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -238,7 +239,10 @@ def test_a_run_that_was_not_evaluated_says_what_is_known(tmp_path):
     trained = verdict(collect(root))
     assert trained.light == "none"
     assert "nothing was measured on held-out" in trained.headline
-    assert trained.next[0][0] == "favor eval run=x"
+    # what was not held out must be given
+    assert trained.next[0][0] == "favor eval run=x data=FILE"
+    held = replace(collect(root), data={"train": {}, "eval": {}})
+    assert verdict(held).next[0][0] == "favor eval run=x"
     for step, value in ((0, 0.5), (12, 0.75)):
         append(folder.metrics, {"kind": "eval", "step": step, "loss": 0.6, "accuracy": value, "margin": 0.1})
     assert "75 % of the held-out pairs after step 12; after step 0 it was 50 %" in words_of(verdict(collect(root)))

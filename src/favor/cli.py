@@ -90,7 +90,8 @@ def _train() -> Command:
 
     def run(config: TrainConfig, terminal: Terminal) -> Done:
         in_session(lambda opened: train(config, opened), console=terminal.console)
-        return closing.training(config.run, [["eval", f"run={config.run}"], ["report", config.run]])
+        run = f"run={config.run}"
+        return closing.training(config.run, [["eval", run], ["report", config.run], ["chat", run]])
 
     return Command(TrainConfig, run)
 

@@ -72,9 +72,10 @@ class Speech:
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             yield
 
-    def show(self, line: str) -> None:
-        """A line that also a quiet command must say: where its page is."""
-        print(line, file=sys.stderr if self.json else self.out, flush=True)
+    def address(self, url: str) -> None:
+        """Where a page is: without it nobody gets in, so nothing keeps it back; with `json` an object of its own."""
+        print(json.dumps({"command": self.command, "url": url}) if self.json else url, file=self.out, flush=True)
+        print("this address holds the token of this start: give it to nobody; Ctrl-C ends", flush=True)
 
     def end(self, done: Done) -> None:
         """The product and the last lines; of several processes one speaks."""
@@ -227,7 +228,9 @@ def findings(found: "Sequence[Finding]", words: Sequence[str], fixed: str | None
     elif failed or counts["error"]:
         following = (typed("lint", *words, "--fix", "clean.jsonl"),)
     else:
-        following = (typed("train", *words, "--dry-run"),)
+        # a file alone says neither what is trained nor where it goes
+        missing = () if words[0].endswith(".toml") else ("model.path=MODEL", "run=runs/dpo")
+        following = (typed("train", *words, *missing, "--dry-run"),)
     return Done((said,), figures, {"cleaned": fixed} if fixed else {}, following, failed)
 
 

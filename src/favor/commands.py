@@ -228,18 +228,19 @@ def _label() -> Command:
     from favor.label.settings import LabelConfig
 
     def run(config: LabelConfig, terminal: Terminal) -> Done:
+        from favor.label.export import export
         from favor.label.run import label
 
-        # not through the console, which would wrap the address
-        def work() -> None:
-            label(config, print if config.out else terminal.speech.show, terminal.recipe)
-
-        if config.out is None:
-            return served(work, _VOTES, terminal.speech, lambda: _labelled(config.db, ["label", f"db={config.db}"]))
-        work()
-        train = typed("train", "model.path=MODEL", f"data.train={config.out}", "run=runs/dpo")
-        following = (typed("lint", f"data.train={config.out}"), train)
-        return Done((f"labels in {config.out}",), {}, {"labels": config.out}, following)
+        if config.out is not None:
+            told = export(config, terminal.recipe)
+            done = closing.preferences(config.out, asdict(told))
+            return replace(done, changed=(f"{config.out}: {told}",), paths={"labels": config.out})
+        return served(
+            lambda: label(config, print, terminal.speech.address),
+            _VOTES,
+            terminal.speech,
+            lambda: _labelled(config.db, ["label", f"db={config.db}"]),
+        )
 
     return Command(LabelConfig, run)
 
@@ -272,7 +273,7 @@ def _chat() -> Command:
         def done() -> Done:
             return _labelled(config.db, ["chat", f"run={config.run}", f"db={config.db}"])
 
-        return served(lambda: chat(config, terminal.speech.show), _VOTES, terminal.speech, done)
+        return served(lambda: chat(config, terminal.speech.address), _VOTES, terminal.speech, done)
 
     return Command(ChatConfig, run)
 

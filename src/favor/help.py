@@ -53,9 +53,13 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "favor lint data=prefs.jsonl lint.page=lint.html --fix clean.jsonl",
         "favor train model=MODEL data=clean.jsonl run=runs/dpo",
     ),
-    "label": ("favor label db=labels.db data=pairs.jsonl", "favor label db=labels.db out=labels.jsonl"),
+    "label": (
+        "favor label data=samples.jsonl db=labels.sqlite",
+        "favor label db=labels.sqlite out=labels.jsonl",
+        "favor train model=MODEL data=labels.jsonl run=runs/dpo",
+    ),
     "export": ("favor export run=runs/dpo out=exported format=gguf",),
-    "chat": ("favor chat run=runs/dpo",),
+    "chat": ("favor chat run=runs/dpo", "favor label db=labels.sqlite out=labels.jsonl"),
     "demo": ("favor demo", "favor report runs/demo-1/dpo"),
     "doctor": ("favor doctor model=MODEL", "favor doctor --hub", "favor doctor --json"),
 }

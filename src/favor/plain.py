@@ -62,7 +62,7 @@ def watch(
     speech = Speech("watch", quiet, as_json)
 
     def serve() -> None:
-        follow(run, lambda: page_html(collect(run, SECTIONS)), port, speech.show)
+        follow(run, lambda: page_html(collect(run, SECTIONS)), port, speech.address)
 
     def done() -> Done:
         return Done(("the page is closed",), {}, {"run": str(run)}, (typed("report", str(run)),))

@@ -108,7 +108,7 @@ function line(found) {
     $("on-" + (place + 1)).hidden = false;
   });
   if (found.revealed) reveal(found.revealed);
-  say("Both answers are there. Vote: 1, 2, T as good, B both bad.");
+  say("Both answers are there. Vote: 1, 2, T as good, X both bad.");
   if (document.activeElement !== $("prompt") || !$("prompt").value) $("name-1").scrollIntoView({ block: "nearest" });
 }
 
@@ -241,7 +241,7 @@ function again() {
 
 // keys
 
-const votes = { 1: "first", 2: "second", t: "tie", b: "both_bad" };
+const votes = { 1: "first", 2: "second", t: "tie", x: "both_bad" };
 
 function pressed(event) {
   if (event.key === "Escape") return reading ? reading.abort() : leave(event);

@@ -3,7 +3,7 @@
 In: ChatConfig. Out: a store with votes. Next: settings.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from favor.chat.settings import ChatConfig
@@ -12,8 +12,8 @@ from favor.label import store
 from favor.label.run import check_packages
 
 
-def chat(config: ChatConfig, say: Callable[[str], object]) -> None:
-    """Open the page until a signal comes.
+def chat(config: ChatConfig, opened: Callable[[str], object]) -> None:
+    """Open the page until a signal comes; `opened` gets its address.
 
     Raises ConfigError for a missing package, a store or a port that cannot be used, CheckpointError where there is no run.
     """
@@ -23,9 +23,4 @@ def chat(config: ChatConfig, say: Callable[[str], object]) -> None:
 
     models = load_models(config)
     with store.opened(Path(config.db)) as db:
-
-        def started(lines: Sequence[str]) -> None:
-            for line in (*lines, f"when done: favor label db={config.db} out=labels.jsonl"):
-                say(line)
-
-        gate.serve(config.port, "chat", lambda door: application(db, config, models, door), started)
+        gate.serve(config.port, "chat", lambda door: application(db, config, models, door), opened)

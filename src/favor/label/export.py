@@ -62,7 +62,7 @@ def export(config: LabelConfig, recipe: Path | None = None) -> Exported:
         rows, told = exported(db, config.labels)
         if not rows:
             raise DataError(f"db={config.db}: no pair has a vote yet; open the page with favor label db={config.db}")
-        out = Output(Path(config.out), "out", config.overwrite, settings=output.hashes({"labels": rows}))
+        out = Output(Path(config.out), "out", config.overwrite, settings=output.hashes({"set of votes": rows}))
         if output.finished(out) is None:
             output.write(out, {out.path: jsonl(rows)}, asdict(told))
         return told

@@ -9,7 +9,7 @@ read a cookie of ours or forge Host and Origin; another user of this machine can
 
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -149,8 +149,8 @@ def packaged(package: str, name: str, kind: str) -> Callable[[Request], Any]:
     return served
 
 
-def serve(port: int, command: str, make: Callable[[Door], ASGIApp], say: Callable[[Sequence[str]], None]) -> None:
-    """Serve on 127.0.0.1 until a signal comes. `say` gets the lines for the person who started it, the address first.
+def serve(port: int, command: str, make: Callable[[Door], ASGIApp], opened: Callable[[str], object]) -> None:
+    """Serve on 127.0.0.1 until a signal comes. `opened` gets the address, for the person who started it.
 
     Raises ConfigError for a port that is taken.
     """
@@ -175,5 +175,5 @@ def serve(port: int, command: str, make: Callable[[Door], ASGIApp], say: Callabl
             server_header=False,
             timeout_graceful_shutdown=2,
         )
-        say((door.address, "this address holds the token of this start: give it to nobody; Ctrl-C ends"))
+        opened(door.address)
         uvicorn.Server(options).run(sockets=[listening])

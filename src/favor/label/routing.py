@@ -44,6 +44,17 @@ def next_pair(db: Db, person: int, config: LabelConfig) -> tuple[int, bool] | No
     return chosen, swapped
 
 
+def num_left(db: Db, person: int, config: LabelConfig) -> int:
+    """How many pairs still need a person's vote, the one before them too. Gold counts where there is nothing else."""
+    golds, votes = store.golds(db), store.votes(db)
+    met = {vote.pair for vote in votes if vote.annotator == person}
+    count = Counter(vote.pair for vote in votes if vote.verdict != "skip")
+    plain = [pair for pair, known in golds.items() if not known]
+    if not plain:
+        return len(golds.keys() - met)
+    return sum(pair not in met and count[pair] < config.votes_per_pair for pair in plain)
+
+
 def _wanted(db: Db, person: int, config: LabelConfig, pairs: Sequence[int], votes: Sequence[Vote]) -> list[int]:
     """Pairs that want more votes; those that others look at now count as voted, and come only if there are no others."""
     count = Counter(vote.pair for vote in votes if vote.verdict != "skip")

@@ -4,7 +4,7 @@ In: LabelConfig, an open store. Out: HTML; every vote is on the disk before it i
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import parse_qs
@@ -21,7 +21,7 @@ from favor.label import gate, store
 from favor.label.agreement import measured
 from favor.label.export import exported
 from favor.label.gate import Door, guarded
-from favor.label.routing import next_pair
+from favor.label.routing import next_pair, num_left
 from favor.label.settings import LabelConfig
 from favor.label.store import Db, Pair, Vote
 from favor.run import jsonl
@@ -122,12 +122,7 @@ class Desk:
 
     def _shown(self, who: int, problem: str = "", form: Mapping[str, str] | None = None) -> Response:
         found, votes = next_pair(self.db, who, self.config), store.votes(self.db)
-        mine = sum(vote.annotator == who for vote in votes)
-        count = {
-            "mine": mine,
-            "voted": len({v.pair for v in votes if v.verdict != "skip"}),
-            "pairs": len(store.golds(self.db)),
-        }
+        count = {"mine": sum(vote.annotator == who for vote in votes), "left": num_left(self.db, who, self.config)}
         if found is None:
             return self._page("done", who, count=count)
         number, swapped = found
@@ -211,9 +206,6 @@ def application(db: Db, config: LabelConfig, door: Door) -> ASGIApp:
     return guarded(Starlette(routes=Desk(db, config, door, template).routes), door)
 
 
-def serve(db: Db, config: LabelConfig, say: Callable[[Sequence[str]], None]) -> None:
-    """Serve until a signal comes. `say` gets the lines for the person who started it, the address first.
-
-    Raises ConfigError for a port that is taken.
-    """
-    gate.serve(config.port, "label", lambda door: application(db, config, door), say)
+def serve(db: Db, config: LabelConfig, opened: Callable[[str], object]) -> None:
+    """Serve until a signal comes. `opened` gets the address. Raises ConfigError for a port that is taken."""
+    gate.serve(config.port, "label", lambda door: application(db, config, door), opened)

@@ -24,6 +24,8 @@ _ONE_SIDED = 0.9
 # the hashing finds half of what lies just at its threshold: look lower, then check exactly
 _NUM_PERM, _CANDIDATE = 64, 0.75
 _WORD = re.compile(r"\w+")
+# columns that `favor label` writes beside what is read
+_FOR_PEOPLE = frozenset(("annotators", "comments", "source", "edited"))
 # word triples of shorter texts are too few to compare
 _MIN_WORDS = 4
 
@@ -45,7 +47,7 @@ def set_checks(rows: Sequence[Row], settings: LintSettings, known: Mapping[str, 
     yield from length([(len(better), len(worse)) for row in rows for better, worse in row.pairs], settings.length_share)
     yield from _position(rows)
     yield from _openings(rows, settings.opening_share)
-    unread = Counter(name for row in rows for name in row.raw if name not in known[row.where[0]])
+    unread = Counter(name for row in rows for name in row.raw if name not in known[row.where[0]] | _FOR_PEOPLE)
     if unread:
         listed = ", ".join(f"{name} ({count})" for name, count in unread.most_common(8))
         yield Finding("note", "unread_column", f"columns that favor does not read: {listed}")

@@ -3,22 +3,21 @@
 In: a run folder, what makes its page. Out: a served page. Next: server.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from favor.label.run import check_packages
 
 
-def follow(run: Path, render: Callable[[], str], port: int, say: Callable[[str], object]) -> None:
-    """Serve the page. Raises CheckpointError where there is no run, ConfigError for a missing package or a port in use."""
+def follow(run: Path, render: Callable[[], str], port: int, opened: Callable[[str], object]) -> None:
+    """Serve the page; `opened` gets its address.
+
+    Raises CheckpointError where there is no run, ConfigError for a missing package or a port in use.
+    """
     check_packages("favor watch")
     # a folder without a run is refused here, not in the browser
     render()
     from favor.label import gate
     from favor.live.server import application
 
-    def started(lines: Sequence[str]) -> None:
-        for line in lines:
-            say(line)
-
-    gate.serve(port, "watch", lambda door: application(run, render, door), started)
+    gate.serve(port, "watch", lambda door: application(run, render, door), opened)

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from favor.report.plot import Axes, Line, chart
 from favor.report.records import RunRecord
+from favor.report.words import rounded
 
 # points of a line at most, over all lines of a page: more cannot be told apart, and would weigh
 _POINTS, _ON_PAGE, _LEAST = 160, 9_000, 24
@@ -187,5 +188,5 @@ def _loss_of(title: str, runs: Sequence[RunRecord]) -> str:
 def _note(lines: Sequence[Line], window: int) -> str:
     """First and last value of the only line, and how it was smoothed."""
     own = [line for line in lines if line.dash != 2 and line.y]
-    parts = [f"{own[0].y[0]:.4g} to {own[0].y[-1]:.4g}"] if len(own) == 1 else []
+    parts = [" to ".join(rounded(own[0].y[0], own[0].y[-1]))] if len(own) == 1 else []
     return ", ".join([*parts, f"mean over {window} steps, each step thin behind"] if window > 1 else parts)

@@ -65,9 +65,10 @@ def sureness(e: Mapping[str, Any]) -> list[str]:
     said = [
         f"Ranges are 95 % intervals over {plural(prompts, 'prompt')}{of}; what another seed would give is not in them."
     ]
-    return said + [f"That is few: with under {FEW} prompts little can be told. Hold out more."] * (
-        min(prompts, answered) < FEW
-    )
+    if prompts < FEW:
+        return [*said, f"That is few: with under {FEW} prompts little can be told. Hold out more."]
+    few = f"{plural(answered, 'prompt')} for its own answers is few: take {FEW} or more (sample_prompts of favor eval)."
+    return [*said, few] if answered < FEW else said
 
 
 def place(run: RunRecord) -> str:

@@ -140,4 +140,5 @@ def _after(run: RunRecord) -> list[tuple[str, str]]:
     command = (
         f"favor winrate a.model.path={place(run)}/model b.model.path=OTHER prompts=FILE judge.kind=... run=runs/duel"
     )
-    return [(command, "has its answers judged against another model's")]
+    asked = (f"favor chat run={place(run)}", "lets you ask it, beside the model it started from")
+    return [(command, "has its answers judged against another model's"), asked]

@@ -225,8 +225,9 @@ def _levels(frame: Frame) -> list[str]:
     for value, name in frame.axes.levels:
         if y.low <= value <= y.high:
             parts.append(f'<path class="lv" d="M{x.begin} {y.at(value)}H{x.end}"/>')
-            parts.append(_text(x.begin + 4, y.at(value) - 4, name, "t lt"))
-            frame.taken.append(Box(x.begin + 4, y.at(value) - 14, width_of(name), 12))
+            # at the end, where curves that begin at a level have left it
+            parts.append(_text(x.end - 4, y.at(value) - 4, name, "t lt e"))
+            frame.taken.append(Box(x.end - 4 - width_of(name), y.at(value) - 14, width_of(name), 12))
     if frame.axes.diagonal:
         low, high = max(x.low, y.low), min(x.high, y.high)
         parts.append(f'<path class="lv" d="M{x.at(low)} {y.at(low)}L{x.at(high)} {y.at(high)}"/>')

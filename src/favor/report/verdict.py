@@ -9,7 +9,7 @@ from typing import Any
 from favor.report.found import Found, Light, Verdict, card, count, place, side_of, sureness
 from favor.report.held_out import held_out
 from favor.report.records import RunRecord
-from favor.report.words import between, percent, plural
+from favor.report.words import between, percent, plural, rounded
 
 # a difference of predicted and true shares that is worth a word
 _OFF = 0.02
@@ -69,7 +69,7 @@ def _trained(run: RunRecord) -> Found:
         "loss": "loss",
     }
     said = [
-        f"{text[:1].upper()}{text[1:]}: {first[key]:.4g} at the first step, {last[key]:.4g} at the last."
+        "{}: {} at the first step, {} at the last.".format(text[:1].upper() + text[1:], *rounded(first[key], last[key]))
         for key, text in names.items()
         if key in first and key in last
     ]
@@ -91,7 +91,10 @@ def _moved(run: RunRecord) -> list[str]:
 
 
 def _evaluated(run: RunRecord) -> list[tuple[str, str]]:
-    return [(f"favor eval run={place(run)}", "measures it on held-out pairs, with intervals, samples and KL")]
+    # without pairs of its own it needs some
+    data = "" if run.evals or "eval" in run.data else " data=FILE"
+    measure = (f"favor eval run={place(run)}{data}", "measures it on held-out pairs, with intervals, samples and KL")
+    return [measure, (f"favor chat run={place(run)}", "lets you ask it, beside the model it started from")]
 
 
 def _reward(run: RunRecord) -> Found:
@@ -166,7 +169,8 @@ def _winrate(run: RunRecord) -> Found:
         )
     if w["invalid"]:
         wrong.append(f"{plural(w['invalid'], 'pair')} left out: the judge's answer could not be read.")
-    return Found(light, headline, said, sureness(w), wrong=wrong)
+    more = [("", "Judge more prompts, or more answers a prompt, before you believe either way.")] if not side else []
+    return Found(light, headline, said, sureness(w), wrong=wrong, next=more)
 
 
 def sides_of(winrate: Mapping[str, Any]) -> tuple[str, str]:

@@ -40,6 +40,13 @@ def explained(text: str) -> Markup:
     return Markup("").join([*parts, escape(text[end:])])
 
 
+def rounded(first: float, last: float) -> tuple[str, str]:
+    """Two values of a figure with four digits; one that is nothing beside the other is 0."""
+    least = 1e-6 * max(abs(first), abs(last))
+    start, end = ("0" if abs(value) < least else f"{value:.4g}" for value in (first, last))
+    return start, end
+
+
 def percent(share: float) -> str:
     """A share as people say it."""
     return f"{100 * share:.0f} %"
