@@ -24,7 +24,6 @@ from favor.eval.evaluate import EvalConfig, evaluate
 from favor.rewards.classifier import Judge, train_judge
 from favor.run import RunFolder, cache_folder, read_jsonl, write_jsonl
 
-RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 BETA, BETAS = 0.1, (0.03, 0.5)
 EPOCHS = 3
 PAIRS, HELD_OUT, PROMPTS = 320, 80, 24
@@ -35,17 +34,22 @@ MOST_KL, LEAST_ENDED = 20.0, 0.75
 
 
 class Size(NamedTuple):
-    """Layers of the source that are kept (none: all, with its vocabulary), and how it is fine-tuned."""
+    """Layers of the source that are kept (none: all, with its vocabulary), how it is fine-tuned, and the rates to try."""
 
     layers: tuple[int, ...]
     sft: Mapping[str, Any]
+    rates: tuple[float, ...]
+    # beta and epochs too, at the best rate
+    further: bool = False
 
 
 _SMALL_SFT = {"lr": 1e-3, "schedule": "cosine", "warmup": 5, "epochs": 2, "batch_prompts": 16}
 SIZES = {
-    "3 layers": Size((0, 1, 2), _SMALL_SFT),
-    "10 layers": Size((0, 1, 2, 3, 4, 25, 26, 27, 28, 29), _SMALL_SFT),
-    "30 layers": Size((), {"lr": 1e-4, "warmup": 2, "batch_prompts": 8, "max_rows": 640}),
+    "3 layers": Size((0, 1, 2), _SMALL_SFT, (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3), further=True),
+    "10 layers": Size((0, 1, 2, 3, 4, 25, 26, 27, 28, 29), _SMALL_SFT, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)),
+    "30 layers": Size(
+        (), {"lr": 1e-4, "warmup": 2, "batch_prompts": 8, "max_rows": 320}, (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
+    ),
 }
 
 
@@ -81,10 +85,11 @@ def main() -> None:
     points: list[dict[str, Any]] = []
     for name in args.sizes or SIZES:
         start = fine_tuned(name, given, args.out)
-        found = [point(start, Values(rate), given) for rate in RATES]
-        best = min(found, key=order)
-        further = [Values(best["lr"], beta) for beta in BETAS] + [Values(best["lr"], epochs=EPOCHS)]
-        found += [point(start, values, given) for values in further]
+        found = [point(start, Values(rate), given) for rate in SIZES[name].rates]
+        if SIZES[name].further:
+            best = min(found, key=order)["lr"]
+            tried = [*(Values(best, beta) for beta in BETAS), Values(best, epochs=EPOCHS)]
+            found += [point(start, values, given) for values in tried]
         points += [{"size": name, **row} for row in found]
         write_jsonl(args.out / "points.jsonl", points)
     print("\n".join(table(points)))

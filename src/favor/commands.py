@@ -287,7 +287,7 @@ def _demo() -> Command:
         console = terminal.console
         root = in_session(lambda opened: demo(config, opened, console, terminal.progress), console=console)
         run = str(root / "dpo")
-        done = closing.training(run, [_sampling(run)])
+        done = closing.training(run, [["chat", f"run={run}"], _sampling(run)])
         return replace(done, paths={**done.paths, "report": str(RunFolder(Path(run)).report)})
 
     return Command(DemoConfig, run)
