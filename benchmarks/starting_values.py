@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 from favor_frontier.films import film_files
 from favor_frontier.shrink import shrink
+from markupsafe import Markup
 
 import favor
 from favor.demo import model_folder, review_files
 from favor.eval.evaluate import EvalConfig, evaluate
+from favor.report.plot import Axes, Line, chart, standalone
 from favor.rewards.classifier import Judge, train_judge
 from favor.run import RunFolder, cache_folder, read_jsonl, write_jsonl
 
@@ -31,6 +33,9 @@ PLAIN = {"template": "plain"}
 NO_CHECKPOINTS = {"every": 0}
 # a set of values that nobody would keep, whatever the classifier says of it
 MOST_KL, LEAST_ENDED = 20.0, 0.75
+PICTURE = Path(__file__).parent.parent / "docs/starting-values.svg"
+# nearer to the start, points stand on each other
+LEAST_LABELLED = 0.5
 
 
 class Size(NamedTuple):
@@ -93,6 +98,23 @@ def main() -> None:
         points += [{"size": name, **row} for row in found]
         write_jsonl(args.out / "points.jsonl", points)
     print("\n".join(table(points)))
+    if not args.sizes:
+        PICTURE.write_text(standalone(picture(points)), "utf-8")
+
+
+def picture(points: list[dict[str, Any]]) -> Markup:
+    """Score of samples against KL: a line a size, a point a learning rate."""
+    lines: list[Line] = []
+    for number, name in enumerate(SIZES):
+        mine = [row for row in points if row["size"] == name and (row["beta"], row["epochs"]) == (BETA, 1)]
+        mine.sort(key=lambda row: row["lr"])
+        x, y = ([row[key] for row in mine] for key in ("kl", "score"))
+        texts = [f"{row['lr']:g}" if row["kl"] > LEAST_LABELLED else "" for row in mine]
+        lines.append(Line(x, y, name, number, marks=True, texts=texts, up=[row["score_interval"] for row in mine]))
+    axes = Axes(
+        "Score of samples against KL, by learning rate", "KL, nats an answer", "score of samples", 640, 360, "sqrt"
+    )
+    return chart(axes, lines)
 
 
 def order(row: Mapping[str, Any]) -> tuple[bool, float]:
