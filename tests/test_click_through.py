@@ -259,8 +259,11 @@ def learnt(favor, folder):
 # the run before and after
 
 
-def votes_in_chat(opened, address, said):
-    """Ask, see both answers come, vote for the second one with the mouse; the texts that stood there."""
+def votes_in_chat(opened, address, said, db):
+    """Ask, see both answers come, vote for the second one with the mouse; again until both stored orders were met.
+
+    The texts that stood there at each vote, and the rewards of the first two answers.
+    """
     page = listened(opened, address, said)
     page.evaluate(
         """() => { window.came = [[], []]; for (const n of [1, 2]) new MutationObserver(() => { window.came[n - 1].push(
@@ -269,16 +272,28 @@ def votes_in_chat(opened, address, said):
     page.keyboard.type(QUESTION)
     page.keyboard.press("Enter")
     expect(page, "Both answers are there")
-    texts = ["".join(page.locator(f"#text-{n} .t:not(.end)").all_text_contents()) for n in (1, 2)]
-    came = page.evaluate("window.came")
-    assert all(min(lengths) < len(text) for lengths, text in zip(came, texts, strict=True)), ("piece by piece", came)
-    assert page.inner_text("#name-2") == "Answer 2: after training"
+    came, voted, orders = page.evaluate("window.came"), [], set()
     rewards = [float(page.inner_text(f"#reward-{n}").split()[-1]) for n in (1, 2)]
-    page.click("text=2 is better")
-    expect(page, "Saved: answer 2 is better. 1 was before training, 2 was after training.")
-    assert [page.inner_text(f"#tally-{name}") for name in ("after", "before", "tie", "both_bad")] == list("1000")
+    while len(orders) < 2 and len(voted) < 12:
+        texts = ["".join(page.locator(f"#text-{n} .t:not(.end)").all_text_contents()) for n in (1, 2)]
+        voted.append(texts)
+        assert page.inner_text("#name-2") == "Answer 2: after training"
+        page.click("text=2 is better")
+        expect(page, "Saved: answer 2 is better. 1 was before training, 2 was after training.")
+        assert page.inner_text("#tally-after") == str(len(voted))
+        *_, (_, _, first, second, verdict, _, _) = rows_of(db, VOTES)
+        # the vote is in the same file, for the answer that was pointed at, in whichever order the pair is kept
+        assert json.loads({"first": first, "second": second}[verdict]) == texts[1]
+        assert {json.loads(first), json.loads(second)} == set(texts)
+        orders.add(verdict)
+        if len(orders) < 2:
+            page.click("text=Again, next seed")
+            expect(page, "Both answers are there")
+    assert len(orders) == 2, "pairs were kept in one order alone"
+    assert all(min(lengths) < len(text) for lengths, text in zip(came, voted[0], strict=True)), ("in pieces", came)
+    assert [page.inner_text(f"#tally-{name}") for name in ("before", "tie", "both_bad")] == list("000")
     assert inaccessible(page) == []
-    return texts, rewards
+    return voted, rewards
 
 
 def reads_report(opened, path, said):
@@ -325,17 +340,14 @@ def test_two_people_label_the_labels_train_and_the_run_is_asked_and_read(favor, 
         trained = train_on_labels(favor, tmp_path, exported)
         learnt(favor, tmp_path)
         with serving(tmp_path, *following(trained, "chat"), "sample.max_new_tokens=24", "name=Ana") as (_, address):
-            texts, rewards = votes_in_chat(opened, address, said)
+            voted, rewards = votes_in_chat(opened, address, said, db)
         assert rewards[1] > rewards[0]
-        # the vote is in the same file, for the answer that was pointed at
-        *before, (name, prompt, first, second, verdict, _, _) = rows_of(db, VOTES)
-        assert (len(before), name, json.loads(prompt)) == (20, "Ana", QUESTION)
-        assert json.loads({"first": first, "second": second}[verdict]) == texts[1]
-        assert {json.loads(first), json.loads(second)} == set(texts)
+        more = rows_of(db, VOTES)[20:]
+        assert [(name, json.loads(prompt)) for name, prompt, *_ in more] == [("Ana", QUESTION)] * len(voted)
         again = done(favor, "label", f"db={db.name}", "out=more.jsonl")
-        assert "15 rows from 21 votes of 2 people on 11 pairs" in again
-        *_, last = map(json.loads, (tmp_path / "more.jsonl").read_text("utf-8").splitlines())
-        assert told(last)[2] == {"Ana": texts[1]}
+        assert f"{14 + len(voted)} rows from {20 + len(voted)} votes of 2 people on {10 + len(voted)} pairs" in again
+        rows = [told(json.loads(line)) for line in (tmp_path / "more.jsonl").read_text("utf-8").splitlines()]
+        assert [row[2] for row in rows[14:]] == [{"Ana": texts[1]} for texts in voted]
         # the page of the run
         written = done(favor, *following(trained, "report"))
         path = tmp_path / re.search(r"^report: (.+)$", written, re.MULTILINE)[1]
