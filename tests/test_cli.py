@@ -275,6 +275,7 @@ def test_dry_run_counts_and_writes_nothing(inputs, favor, tmp_path):
     assert re.search(r"^disk \(estimate\): model 0\.00 GiB, each checkpoint 0\.00; [\d.]+ GiB free$", out, re.MULTILINE)
     assert "device: CPU\n" in out
     assert "learning rate: up to 5e-06, after 0 steps of warm-up, then linear\n" in out
+    assert "note: no rows are held out" in out
     assert list(tmp_path.iterdir()) == []
     # what training would say of held-out rows and of the schedule
     _, out, _ = favor(*recipe(inputs), f"data.eval={inputs / 'good.jsonl'}", "optim.warmup=9", "--dry-run")
@@ -283,6 +284,8 @@ def test_dry_run_counts_and_writes_nothing(inputs, favor, tmp_path):
     assert "note: train rows: the preferred response is the longer one" in out
     assert "note: the warm-up (9 steps) is as long as the run (3 steps)" in out
     assert "learning rate: up to 1.5e-06, after 9 steps" in out
+    assert "no rows are held out" not in out
+    assert "train.max_steps=9 is not reached" in favor(*recipe(inputs), "train.max_steps=9", "--dry-run")[1]
 
 
 def test_lint_lists_every_bad_row_and_fails(favor, tmp_path):

@@ -387,6 +387,7 @@ def recipes():
 
     from favor.chat.settings import ChatConfig
     from favor.demo import DemoConfig
+    from favor.doctor.settings import DoctorConfig
     from favor.eval.evaluate import EvalConfig
     from favor.eval.score import ScoreConfig
     from favor.export.run import ExportConfig
@@ -421,10 +422,11 @@ def recipes():
         LintConfig: data,
         FrontierConfig: run,
         DemoConfig: run,
+        DoctorConfig: {},
     }
 
 
-RECIPES = 16
+RECIPES = 17
 
 
 def keys_of(schema, prefix=""):

@@ -1,5 +1,6 @@
 """The self-check and the loader: what is not computed exactly is refused or falls back loudly; planted faults."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -161,6 +162,17 @@ def test_a_bidirectional_model_is_refused():
     model = BertLMHeadModel(BertConfig(**sizes, is_decoder=False)).eval()
     with pytest.raises(CheckpointError, match="reads later tokens too"):
         settle(policy_of(model), "rows", trees())
+
+
+def test_a_machine_that_does_not_repeat_itself_is_not_the_models_fault(monkeypatch):
+    """One wrong forward among many: the model is not called bidirectional for it."""
+    from favor.model import layout
+
+    calls, plain = itertools.count(), layout.plain_logits
+    monkeypatch.setattr(layout, "plain_logits", lambda *args: plain(*args) * (1.01 if next(calls) == 1 else 1))
+    with pytest.raises(NumericsError, match="computed twice gave log-probs .* does not compute reliably"):
+        settle(policy_of(tiny.model("llama")), "rows", trees())
+    settle(policy_of(tiny.model("llama")), "rows", trees())
 
 
 def test_an_id_without_an_embedding_is_refused():

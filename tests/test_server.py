@@ -299,7 +299,7 @@ def test_plain_text_goes_to_completions(serve, tmp_path):
 def test_options_that_the_engine_does_not_read(serve, tmp_path):
     server = serve(reply(""))
     for word, message in {
-        "engine.model.path=x": "engine.model'.*not read by kind 'openai'",
+        "engine.model.path=x": "engine.model.path'.*not read by kind 'openai'",
         "engine.batch=3": "engine.batch'.*not read by kind 'openai'",
         "engine.special_text=allow": "engine.special_text'.*not read by kind 'openai'",
         "engine.kind=transformers": "'engine.model' is not set",
@@ -309,7 +309,7 @@ def test_options_that_the_engine_does_not_read(serve, tmp_path):
             run_sample(sample_words(tmp_path, server, word))
     with pytest.raises(ConfigError, match="'engine.server' is not set"):
         run_sample(["out=o", "prompts=p", "engine.kind=openai"])
-    with pytest.raises(ConfigError, match="engine.server'.*not read by kind 'vllm'"):
+    with pytest.raises(ConfigError, match="engine.server.url'.*not read by kind 'vllm'"):
         run_sample(sample_words(tmp_path, server, "engine.kind=vllm", "engine.model.path=x"))
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from favor import cli
 from favor.config import load
+from favor.data.read import read_splits
 from favor.errors import ConfigError, DataError
 from favor.init import recipe_for, write_new
 from favor.settings import RENAMED, models, schema_of, settings
@@ -101,7 +102,7 @@ def test_the_first_line_of_a_recipe_is_its_command(recipe):
 def test_init_writes_a_recipe_that_loads(row, command, kind, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
     out = tmp_path / "r.toml"
-    made, text = recipe_for("./m", str(tmp_path / "d.jsonl"), out)
+    made, text, _ = recipe_for("./m", str(tmp_path / "d.jsonl"), out)
     assert made == command
     write_new(out, text)
     config = load(TrainConfig if command == "train" else SftConfig, out)
@@ -120,6 +121,42 @@ def test_init_writes_a_recipe_that_loads(row, command, kind, tmp_path):
     with pytest.raises(ConfigError, match="there already"):
         write_new(out, "other")
     assert out.read_text("utf-8") == text
+
+
+def test_init_takes_columns_by_their_names_and_says_so(tmp_path):
+    """A CSV of one's own needs no hand: the guess stands in the recipe, and reads the file."""
+    rows = "".join(f"Name fish {i}.,A trout.,A stone.\n" for i in range(40))
+    (tmp_path / "d.csv").write_text(f"question,better,worse\n{rows}")
+    data = str(tmp_path / "d.csv")
+    _, text, guessed = recipe_for("./m", data, tmp_path / "r.toml", ["optim.lr=1e-6"])
+    wanted = {"prompt": "question", "chosen": "better", "rejected": "worse"}
+    assert guessed == (
+        'the columns were taken by their names: data.columns = {prompt = "question", chosen = "better", rejected = "worse"}'
+    )
+    assert f"# Look whether this is right; {guessed}" in text
+    write_new(tmp_path / "r.toml", text)
+    config = load(TrainConfig, tmp_path / "r.toml")
+    assert (config.data.columns, config.optim.lr, config.data.hold_out.share) == (wanted, 1e-6, 0.1)
+    trees, _ = read_splits(config.data)["train"]
+    assert trees[0].responses == ("A trout.", "A stone.")
+
+
+def test_init_takes_settings(tmp_path):
+    """What is typed wins over what is guessed; what no recipe has is refused."""
+    (tmp_path / "d.csv").write_text("question,better,worse\nA fish?,A trout.,A stone.\n")
+    swapped = [
+        'data.columns={prompt="question", chosen="worse", rejected="better"}',
+        "data.eval=held.jsonl",
+        "loss.kind=ipo",
+    ]
+    _, text, guessed = recipe_for("./m", str(tmp_path / "d.csv"), tmp_path / "r.toml", swapped)
+    found = tomllib.loads(text)
+    assert guessed == ""
+    assert found["data"]["columns"]["chosen"] == "worse"
+    assert (found["data"]["eval"], found["loss"]["kind"]) == ("held.jsonl", "ipo")
+    assert "hold_out" not in found["data"]
+    with pytest.raises(ConfigError, match="unknown key 'optim.rate'"):
+        recipe_for("./m", str(tmp_path / "d.csv"), tmp_path / "r.toml", ["optim.rate=1"])
 
 
 def test_init_refuses_what_is_no_preference_file(tmp_path):

@@ -229,7 +229,10 @@ def findings(found: "Sequence[Finding]", words: Sequence[str], fixed: str | None
         following = (typed("lint", *words, "--fix", "clean.jsonl"),)
     else:
         # a file alone says neither what is trained nor where it goes
-        missing = () if words[0].endswith(".toml") else ("model.path=MODEL", "run=runs/dpo")
+        named = any(word.startswith("model") for word in words)
+        missing = (
+            () if words[0].endswith(".toml") else ("run=runs/dpo",) if named else ("model.path=MODEL", "run=runs/dpo")
+        )
         following = (typed("train", *words, *missing, "--dry-run"),)
     return Done((said,), figures, {"cleaned": fixed} if fixed else {}, following, failed)
 

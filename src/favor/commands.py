@@ -217,7 +217,10 @@ def _lint() -> Command:
             _say_precision("float32")
         findings = lint(config, terminal.recipe)
         terminal.console.print(findings_table(findings))
-        words = [str(terminal.recipe)] if terminal.recipe else _data(config)
+        read = [
+            word for word in terminal.words if word.partition("=")[0].partition(".")[0] in ("data", "tokens", "model")
+        ]
+        words = [*([str(terminal.recipe)] if terminal.recipe else ()), *read]
         return closing.findings(findings, words, config.lint.fix, failed=fails(config, findings))
 
     return Command(LintConfig, run)

@@ -3,7 +3,7 @@
 In: a model, a data file. Out: a recipe of `favor train` (or `favor sft`, for rows without preferences). Next: train/preference.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -11,7 +11,10 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel
 
+from favor.config import checked, read
 from favor.data.formats import RowError, recognise
+from favor.data.formats.columns import named, proposed
+from favor.data.settings import DataConfig
 from favor.data.sources import read_objects
 from favor.errors import ConfigError, DataError
 from favor.settings import Setting, settings
@@ -19,21 +22,31 @@ from favor.train.preference import TrainConfig
 from favor.train.sft import SftConfig
 
 
-def recipe_for(model: str, data: str, name: Path) -> tuple[str, str]:
-    """The command that runs the recipe, and the recipe, which will have this name. Raises DataError for data of no known format."""
-    kind = _format(data)
+def recipe_for(model: str, data: str, name: Path, words: Sequence[str] = ()) -> tuple[str, str, str]:
+    """The command that runs the recipe, the recipe, which will have this name, and what of it was guessed ("" if nothing).
+
+    words: settings that it shall have, `key=value`. Columns of other names are mapped by what they seem to mean. Raises
+    DataError for data of no known format, ConfigError for a setting that the recipe cannot have.
+    """
+    typed = read(None, words)
+    columns, kind = _format(data, typed.get("data", {}))
     command, schema = ("sft", SftConfig) if kind == "sft" else ("train", TrainConfig)
     given: dict[str, Any] = {"run": f"runs/{name.stem}", "model": {"path": model}, "data": {"train": data}}
     if kind != "sft":
         given |= {"loss": {"kind": "kto" if kind == "thumbs" else "dpo"}}
         # what favor eval measures on
-        given["data"]["hold_out"] = {"share": 0.1}
+        given["data"] |= {} if "eval" in typed.get("data", {}) else {"hold_out": {"share": 0.1}}
+    given["data"] |= {"columns": columns} if columns else {}
+    given = _merged(given, typed)
+    checked(schema, given, "settings")
+    guessed = "" if not columns else f"the columns were taken by their names: {_toml('data.columns', columns)}"
     lines = [
         f"# favor {command} {name}",
         f"# {data} holds rows of format {kind}. Lines with #: explain; lines with # show defaults: remove the # to change one.",
+        *([f"# Look whether this is right; {guessed}"] if guessed else []),
         "",
     ]
-    return command, "\n".join([*lines, *_body(schema, given)]) + "\n"
+    return command, "\n".join([*lines, *_body(schema, given)]) + "\n", guessed
 
 
 def write_new(out: Path, text: str) -> None:
@@ -47,13 +60,49 @@ def write_new(out: Path, text: str) -> None:
         raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another file with --out") from None
 
 
-def _format(data: str) -> str:
+def _format(data: str, settings: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """Columns that had to be guessed, and the format of the first row under the settings' names."""
+    config = DataConfig.model_validate(
+        {"train": data} | {k: settings[k] for k in ("columns", "verdict") if k in settings}
+    )
     for number, row in read_objects(data, "train"):
         try:
-            return recognise(row)
+            if config.columns or config.verdict:
+                return {}, recognise(named(row, config.columns, config.verdict))
+            if not (columns := _guess(row)):
+                return {}, recognise(row)
+            return columns, recognise(named(row, columns, None))
         except RowError as error:
             raise DataError(f"{data}, row {number}: {error}") from None
     raise DataError(f"{data}: it holds no rows; name a file of preferences")
+
+
+def _guess(row: Mapping[str, Any]) -> dict[str, str]:
+    """data.columns as the row's own names propose it; nothing where the format is known, or needs more than names."""
+    try:
+        recognise(row)
+    except RowError:
+        found = read(None, proposed(row)).get("data", {})
+        return found["columns"] if found.keys() == {"columns"} else {}
+    return {}
+
+
+def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, section by section; what is in both is as in `over`. Another kind of section takes nothing of the first."""
+    found = dict(under)
+    for key, value in over.items():
+        below: Any = under.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict) and key != "columns"
+        found[key] = _merged(below, value) if both else value
+    return found
+
+
+def _toml(name: str, value: Any) -> str:
+    """One line of TOML; a table stands inside of it."""
+    if isinstance(value, dict):
+        inside = ", ".join(_toml(f'"{key}"' if not key.isidentifier() else key, each) for key, each in value.items())
+        return f"{name} = {{{inside}}}"
+    return f"{name} = {tomli_w.dumps({'x': value}).strip().removeprefix('x = ')}"
 
 
 def _body(schema: type[BaseModel], given: dict[str, Any]) -> Iterator[str]:
@@ -76,7 +125,7 @@ def _lines(setting: Setting, name: str, given: dict[str, Any]) -> list[str]:
         value = value.get(part) if isinstance(value, dict) else None
     comments = _said(f"{setting.sentence} ({setting.allowed})" if setting.allowed else setting.sentence)
     if value is not None:
-        return [*comments, tomli_w.dumps({name: value}).strip()]
+        return [*comments, _toml(name, value)]
     return [*comments, f"# {name} = {setting.default}" if setting.default != "absent" else f"# {name} = ..."]
 
 

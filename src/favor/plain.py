@@ -90,7 +90,7 @@ def runs(
             console.print(differing(found))
         finished = [run.path for run in found if run.state == "finished"]
         following = (typed("report", *finished[:3]),) if finished else ()
-        said = f"{len(found)} runs, {len(finished)} of them finished"
+        said = f"{len(found)} run{'s' * (len(found) != 1)}, {len(finished)} finished"
         return Done((said,), {"runs": [run._asdict() for run in found]}, {}, following)
 
     ended(Speech("runs", quiet, as_json), work)
@@ -99,6 +99,9 @@ def runs(
 def init(
     model: Annotated[str, typer.Option(help="A model folder or a hub id.")],
     data: Annotated[str, typer.Option(help="A file of preferences.")],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that the recipe shall have.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write it here; the file must not be there yet.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -108,13 +111,14 @@ def init(
     def work() -> Done:
         from favor.init import recipe_for, write_new
 
-        command, text = recipe_for(model, data, out or Path("recipe.toml"))
+        command, text, guessed = recipe_for(model, data, out or Path("recipe.toml"), words or [])
+        said = [guessed] if guessed else []
         if out is None:
-            return Done(("a recipe; keep it with --out recipe.toml",), {"command": command}, {}, (), product=text)
+            return Done(("a recipe; keep it with --out recipe.toml", *said), {"command": command}, {}, (), product=text)
         write_new(out, text)
         print(f"recipe: {out}")
         following = (typed("lint", str(out)), typed(command, str(out)))
-        return Done((f"a recipe of favor {command}",), {"command": command}, {"recipe": str(out)}, following)
+        return Done((f"a recipe of favor {command}", *said), {"command": command}, {"recipe": str(out)}, following)
 
     ended(Speech("init", quiet, as_json), work)
 

@@ -224,7 +224,8 @@ def explained(item: Any, schema: type[BaseModel], where: Callable[[str], str]) -
     """What pydantic refuses, as a line: where it stands in the recipe, what was found, what to write instead."""
     key, here = place(item["loc"], schema)
     if item["type"] == "extra_forbidden":
-        key = inmost(key, item["input"])
+        # a section that was renamed as a whole says where its settings are now
+        key = key if _renamed(key, schema) else inmost(key, item["input"])
         return f"{where(key)}: unknown key '{clipped(key)}'; {_advice(key, schema, here)}"
     if item["type"] == "missing":
         return f"{where(key)}: '{key}' is not set; add it to the recipe or give {key}=..."
@@ -239,6 +240,10 @@ def explained(item: Any, schema: type[BaseModel], where: Callable[[str], str]) -
     else:
         said = f"'{key}' is {given}: {message[0].lower() + message[1:]}"
     return f"{where(key)}: {said}"
+
+
+def _renamed(key: str, schema: type[BaseModel]) -> str | None:
+    return RENAMED.get(f"{schema.__name__}.{key}", RENAMED.get(key))
 
 
 def inmost(key: str, value: Any) -> str:
@@ -278,7 +283,7 @@ def place(loc: Sequence[str | int], schema: type[BaseModel]) -> tuple[str, list[
 
 def _advice(key: str, schema: type[BaseModel], here: Sequence[type[BaseModel]]) -> str:
     """What to write instead of an unknown key: its new name, the kind that reads it, the nearest valid one, or all known there."""
-    if now := RENAMED.get(f"{schema.__name__}.{key}", RENAMED.get(key)):
+    if now := _renamed(key, schema):
         return now if " " in now else f"it is called '{now}' now"
     valid = list(dict.fromkeys(_keys(schema)))
     if key in valid:

@@ -48,6 +48,7 @@ def describe(config: TrainConfig) -> str:
         f"tokens an epoch: {unique} computed; every response with its own prompt would be {apart} ({apart / unique:.2f} x)",
         f"steps: {steps} of {size} prompts",
         *_rate(config, steps),
+        *_held_out(config),
         _memory(config, architecture, trees),
         _disk(config, architecture),
     ]
@@ -58,8 +59,13 @@ def _rate(config: TrainConfig, steps: int) -> Iterator[str]:
     rising = warmup(config.optim, steps)
     highest = max(learning_rate(config.optim, step, steps) for step in range(steps))
     yield f"learning rate: up to {highest:.3g}, after {rising} steps of warm-up, then {config.optim.schedule}"
-    if said := notes.warmup(rising, steps):
-        yield said
+    found = (notes.warmup(rising, steps), notes.unreached(config.train.max_steps, steps, config.train.epochs))
+    yield from (said for said in found if said)
+
+
+def _held_out(config: TrainConfig) -> Iterator[str]:
+    if config.data.eval is None and config.data.hold_out is None:
+        yield "note: no rows are held out, so favor eval has nothing to measure on; data.hold_out.share=0.1 holds a tenth out"
 
 
 def _disk(config: TrainConfig, architecture: PreTrainedConfig) -> str:

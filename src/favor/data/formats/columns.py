@@ -141,11 +141,12 @@ def unknown(row: Mapping[str, Any], columns: Collection[str], formats: Mapping[s
     best = max(near, key=near.__getitem__)
     nearest = f"; the nearest is {best} ({formats[best]})" if near[best] >= 0.75 else ""
     values = ", ".join(f"{name} = {brief(value, 30)}" for name, value in [*row.items()][:12])
-    to_try = " and ".join(f"'{setting}'" for setting in _settings(row))
+    to_try = " and ".join(f"'{setting}'" for setting in proposed(row))
+    # what to do stands first: a list of all formats is long
+    remedy = f"give {to_try} if that is what they mean" if to_try else "data.columns maps columns of other names"
     return RowError(
-        f"its columns ({', '.join(sorted(columns)) or 'none'}) are of no known format; expected {plain}, or the columns of "
-        f"{special}{nearest}; data.columns maps columns of other names. The row: {values}"
-        + (f"; to try, if that is what they mean: {to_try}" if to_try else "")
+        f"its columns ({', '.join(sorted(columns)) or 'none'}) are of no known format; {remedy}. The row: {values}. "
+        f"Known are {plain}, and the columns of {special}{nearest}"
     )
 
 
@@ -159,7 +160,7 @@ def _covered(wanted: Collection[str], given: Collection[str]) -> float:
     return sum(ratio for ratio in alike if ratio >= 0.6) / max(1, len(alike))
 
 
-def _settings(row: Mapping[str, Any]) -> list[str]:
+def proposed(row: Mapping[str, Any]) -> list[str]:
     """Settings that would read the row, from the names and kinds of its columns; none without any idea."""
     texts = [name for name, value in row.items() if isinstance(value, str | list | dict) and value]
     found: dict[str, str] = {}
