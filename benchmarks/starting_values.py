@@ -52,9 +52,7 @@ _SMALL_SFT = {"lr": 1e-3, "schedule": "cosine", "warmup": 5, "epochs": 2, "batch
 SIZES = {
     "3 layers": Size((0, 1, 2), _SMALL_SFT, (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3), further=True),
     "10 layers": Size((0, 1, 2, 3, 4, 25, 26, 27, 28, 29), _SMALL_SFT, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)),
-    "30 layers": Size(
-        (), {"lr": 1e-4, "warmup": 2, "batch_prompts": 8, "max_rows": 320}, (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
-    ),
+    "30 layers": Size((), {"lr": 1e-4, "warmup": 2, "batch_prompts": 8, "max_rows": 320}, (1e-5, 3e-5, 1e-4, 3e-4)),
 }
 
 
@@ -112,7 +110,13 @@ def picture(points: list[dict[str, Any]]) -> Markup:
         texts = [f"{row['lr']:g}" if row["kl"] > LEAST_LABELLED else "" for row in mine]
         lines.append(Line(x, y, name, number, marks=True, texts=texts, up=[row["score_interval"] for row in mine]))
     axes = Axes(
-        "Score of samples against KL, by learning rate", "KL, nats an answer", "score of samples", 640, 360, "sqrt"
+        "Score of samples against KL, by learning rate",
+        "KL, nats an answer (square root)",
+        "score of samples",
+        640,
+        360,
+        "sqrt",
+        inside=True,
     )
     return chart(axes, lines)
 

@@ -36,6 +36,8 @@ NOT_HERE = {
     "favor --install-completion": "changes the start files of a shell; tests/test_discovery.py asks what they would ask",
     "favor export run=runs/dpo out=film-model push=OWNER/NAME": "uploads to a hub; tests/test_export.py has one that is none",
     "cd tests": "belongs to the next one",
+    "python benchmarks/failures.py": "trains for minutes; tests/test_starting_values.py reads it",
+    "python benchmarks/starting_values.py": "trains for an hour; tests/test_starting_values.py has its table and picture",
     "python -W ignore interval_coverage.py": "simulates for minutes; tests/test_interval_coverage.py has a part of it",
 }
 # pages that tell of other commits
