@@ -433,6 +433,14 @@ def test_an_option_that_nothing_reads_is_refused(words, by):
         load(LintConfig, None, ["data.train=x.jsonl", words])
 
 
+def test_a_reason_that_many_rows_share_is_told_once(files):
+    train = [{key: value for key, value in row.items() if key != "prompt"} for row in clean_rows()]
+    (told,) = [finding for finding in lint(files(train, None)) if finding.kind == "malformed"]
+    assert len(told.rows) == len(train)
+    (example,) = told.examples
+    assert example.endswith("data.columns.prompt=COLUMN names the prompt's column")
+
+
 @pytest.mark.parametrize("count", [0, 2, 9])
 def test_every_finding_shows_as_many_rows_as_asked(files, count):
     """Contradictions and languages too; without examples the message names the first rows."""

@@ -390,6 +390,13 @@ def test_a_recipe_comes_back_from_its_own_toml(inputs, tmp_path, kind):
         assert load(schema, tmp_path / "r.toml") == found
 
 
+def test_known_settings_are_those_of_the_place_that_is_not_known():
+    """Below a section that the command does not have, no setting is made up."""
+    with pytest.raises(ConfigError, match=r"unknown key 'data\.columns\.qqq'; known here: out, ") as refused:
+        load(SamplesConfig, None, ["out=o", "prompts=p", "engine.model.path=m", "data.columns.qqq=x"])
+    assert "data.columns.out" not in str(refused.value)
+
+
 def test_a_recipe_of_an_earlier_version_is_told_the_new_names():
     for word, said in {
         "model.path=m": "engine.model",

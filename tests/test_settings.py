@@ -141,6 +141,32 @@ def test_init_takes_columns_by_their_names_and_says_so(tmp_path):
     assert trees[0].responses == ("A trout.", "A stone.")
 
 
+@pytest.mark.parametrize("more", [[], ["data.columns.prompt=customer_message"], ["data.columns.rejected=bad_reply"]])
+def test_init_finds_the_prompt_by_what_is_left(tmp_path, more):
+    """A column of words beside the two answers, whatever its name; what is typed is kept, the rest guessed."""
+    (tmp_path / "d.csv").write_text(
+        "id,customer_message,good_reply,bad_reply\nT-1,Where is it?,We look today.,No idea.\n"
+    )
+    _, text, _ = recipe_for("./m", str(tmp_path / "d.csv"), tmp_path / "r.toml", more)
+    assert tomllib.loads(text)["data"]["columns"] == {
+        "prompt": "customer_message",
+        "chosen": "good_reply",
+        "rejected": "bad_reply",
+    }
+    (tmp_path / "e.csv").write_text(
+        "id,what they wrote,good_reply,bad_reply\nT-1,Where is it?,We look today.,No idea.\n"
+    )
+    _, text, _ = recipe_for("./m", str(tmp_path / "e.csv"), tmp_path / "r.toml")
+    assert tomllib.loads(text)["data"]["columns"]["prompt"] == "what they wrote"
+
+
+def test_init_does_not_write_a_recipe_that_reads_nothing(tmp_path):
+    """Two columns could be the prompt: neither is taken, and the remedy is said, once."""
+    (tmp_path / "d.csv").write_text("theme a,theme b,good,bad\nto be,or not,We look today.,No idea.\n")
+    with pytest.raises(DataError, match=r"data\.columns\.prompt=COLUMN names the prompt's column$"):
+        recipe_for("./m", str(tmp_path / "d.csv"), tmp_path / "r.toml")
+
+
 def test_init_takes_settings(tmp_path):
     """What is typed wins over what is guessed; what no recipe has is refused."""
     (tmp_path / "d.csv").write_text("question,better,worse\nA fish?,A trout.,A stone.\n")

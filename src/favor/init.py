@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from favor.config import checked, read
 from favor.data.formats import RowError, recognise
 from favor.data.formats.columns import named, proposed
+from favor.data.read import judge
 from favor.data.settings import DataConfig
 from favor.data.sources import read_objects
 from favor.errors import ConfigError, DataError
@@ -67,24 +68,30 @@ def _format(data: str, settings: Mapping[str, Any]) -> tuple[dict[str, str], str
     )
     for number, row in read_objects(data, "train"):
         try:
-            if config.columns or config.verdict:
-                return {}, recognise(named(row, config.columns, config.verdict))
-            if not (columns := _guess(row)):
-                return {}, recognise(row)
-            return columns, recognise(named(row, columns, None))
+            ours = named(row, config.columns, config.verdict)
+            columns = _guess(ours)
+            ours = named(ours, columns, None)
+            if error := _unreadable(ours):
+                raise error
+            return ({**config.columns, **columns} if columns else {}), recognise(ours)
         except RowError as error:
             raise DataError(f"{data}, row {number}: {error}") from None
     raise DataError(f"{data}: it holds no rows; name a file of preferences")
 
 
 def _guess(row: Mapping[str, Any]) -> dict[str, str]:
-    """data.columns as the row's own names propose it; nothing where the format is known, or needs more than names."""
+    """data.columns as the row's own names propose it; nothing where the row can be read, or needs more than names."""
+    found = read(None, proposed(row)).get("data", {}) if _unreadable(row) else {}
+    return found["columns"] if found.keys() == {"columns"} else {}
+
+
+def _unreadable(row: Mapping[str, Any]) -> RowError | None:
+    """Why the columns of a row are none that can be read; that this row is empty or says one thing twice is its own fault."""
     try:
-        recognise(row)
-    except RowError:
-        found = read(None, proposed(row)).get("data", {})
-        return found["columns"] if found.keys() == {"columns"} else {}
-    return {}
+        judge(dict(row), recognise(row), 1.0)
+    except RowError as error:
+        return error if error.kind == "malformed" else None
+    return None
 
 
 def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +99,7 @@ def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(under)
     for key, value in over.items():
         below: Any = under.get(key)
-        both = isinstance(value, dict) and isinstance(below, dict) and key != "columns"
+        both = isinstance(value, dict) and isinstance(below, dict)
         found[key] = _merged(below, value) if both else value
     return found
 

@@ -225,8 +225,9 @@ def explained(item: Any, schema: type[BaseModel], where: Callable[[str], str]) -
     key, here = place(item["loc"], schema)
     if item["type"] == "extra_forbidden":
         # a section that was renamed as a whole says where its settings are now
-        key = key if _renamed(key, schema) else inmost(key, item["input"])
-        return f"{where(key)}: unknown key '{clipped(key)}'; {_advice(key, schema, here)}"
+        asked = key if _renamed(key, schema) else inmost(key, item["input"])
+        said = _advice(asked, schema, here) or f"known here: {', '.join(_below(key.rpartition('.')[0], here))}"
+        return f"{where(asked)}: unknown key '{clipped(asked)}'; {said}"
     if item["type"] == "missing":
         return f"{where(key)}: '{key}' is not set; add it to the recipe or give {key}=..."
     given = clipped(without_secrets(repr(item["input"])))
@@ -282,7 +283,7 @@ def place(loc: Sequence[str | int], schema: type[BaseModel]) -> tuple[str, list[
 
 
 def _advice(key: str, schema: type[BaseModel], here: Sequence[type[BaseModel]]) -> str:
-    """What to write instead of an unknown key: its new name, the kind that reads it, the nearest valid one, or all known there."""
+    """What to write instead of an unknown key: its new name, the kind that reads it, the nearest valid one; or ""."""
     if now := _renamed(key, schema):
         return now if " " in now else f"it is called '{now}' now"
     valid = list(dict.fromkeys(_keys(schema)))
@@ -299,7 +300,7 @@ def _advice(key: str, schema: type[BaseModel], here: Sequence[type[BaseModel]]) 
         close = [name for name in valid if name.rsplit(".", 1)[-1] == leaf][:1]
     if close:
         return f"did you mean '{close[0]}'?"
-    return f"known here: {', '.join(_below(key.rpartition('.')[0], here))}"
+    return ""
 
 
 def _readers(key: str, schema: type[BaseModel]) -> Iterator[str]:

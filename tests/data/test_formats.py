@@ -214,7 +214,7 @@ def test_unknown_columns_name_the_nearest_format():
         RowError, match=r"columns \(chosen_answer, prompt, rejected_answer\).*nearest is pairs \(chosen \+ rejected\)"
     ):
         recognise({"prompt": "p", "chosen_answer": "a", "rejected_answer": "b"})
-    with pytest.raises(RowError, match=r"nearest is shp .*data\.columns"):
+    with pytest.raises(RowError, match=r"give 'data\.verdict=.*nearest is shp "):
         recognise({"history": "p", "human_ref_a": "a", "human_ref_b": "b", "label_": 1})
 
 

@@ -44,7 +44,8 @@ def train(
         tokenizer: of a loaded model, where it does not come from a folder or the hub.
         quiet: print nothing.
         settings: those of `favor train --settings`: by name where one setting has it (`beta=0.1, lr=5e-6, epochs=2`), by
-            section else (`loss={"kind": "ipo"}`). `resume=True` continues a run.
+            section else (`loss={"kind": "ipo"}`). `resume=True` continues a run. Rows under other names are mapped by
+            `columns={"prompt": "question", "chosen": "better", "rejected": "worse"}`.
 
     Raises:
         ConfigError: settings that cannot work, or a run folder that is taken. DataError: rows. CheckpointError: the model.

@@ -125,9 +125,9 @@ def outcomes(source: SourceConfig, config: DataConfig, report: ReadReport) -> It
 
 def refused(source: str, number: int, error: RowError) -> DataError:
     """The error that names the file and the row."""
-    return DataError(
-        f"{sources.where(source, number)}: {error}; fix the row, or leave such rows out with data.bad_rows=drop"
-    )
+    # where the columns have other names, there is nothing to fix in a row
+    fix = "" if "data.columns" in str(error) else "fix the row, "
+    return DataError(f"{sources.where(source, number)}: {error}; {fix}or leave such rows out with data.bad_rows=drop")
 
 
 def judge(row: dict[str, Any], name: str, weight: float) -> Judgment:

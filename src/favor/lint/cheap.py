@@ -19,8 +19,8 @@ from favor.lint.settings import CUT_SHARE, KINDS, LENGTH_SHARE
 ENOUGH = 30
 # row numbers in a message that shows no examples
 _LISTED = 5
-# characters of a reason that make it the same as another row's
-_ALIKE = 160
+# a reason of more characters than _SHORT is told once, if its first _ALIKE are the same
+_SHORT, _ALIKE = 80, 160
 # source, row number
 Where: TypeAlias = tuple[str, int]
 
@@ -52,7 +52,8 @@ def findings(told: Iterable[Told], examples: int) -> list[Finding]:
         message = f"{len(said)} {sentence}" + ("" if examples else f" (rows {numbers})")
         # a long reason that many rows share is told once
         texts = {
-            text[:_ALIKE] if len(text) > _ALIKE else where: (where, text) for where, text in reversed(said.items())
+            text[:_ALIKE] if kind == "malformed" and len(text) > _SHORT else where: (where, text)
+            for where, text in reversed(said.items())
         }
         shown = [f"{place(where)}: {text}" for where, text in reversed(texts.values())][:examples]
         found.append(Finding(severity, kind, message, tuple(said), tuple(shown)))

@@ -21,7 +21,22 @@ Value: TypeAlias = str | bool | int | float
 _WORDS = {
     "rejected": ("reject", "dispref", "non_pref", "lose", "losing", "worse", "worst", "negative", "bad"),
     "chosen": ("chosen", "prefer", "winn", "accept", "better", "best", "positive", "good"),
-    "prompt": ("prompt", "question", "instruction", "query", "problem", "input", "post", "context", "user", "text"),
+    "prompt": (
+        *(
+            "prompt",
+            "question",
+            "instruction",
+            "query",
+            "problem",
+            "input",
+            "message",
+            "request",
+            "post",
+            "context",
+            "user",
+        ),
+        "text",
+    ),
     "completion": ("completion", "response", "answer", "output", "reply", "target", "summary"),
 }
 _JUDGED = ("winner", "verdict", "preference", "preferred", "label", "choice", "better", "judg", "vote", "rating")
@@ -170,6 +185,10 @@ def proposed(row: Mapping[str, Any]) -> list[str]:
         if like is not None:
             found[ours] = like
     if "chosen" in found and "rejected" in found:
+        if "prompt" not in found:
+            # by exclusion: the one other column that holds words
+            words = [name for name in texts if name not in found.values() and " " in str(row[name])]
+            found |= {"prompt": words[0]} if len(words) == 1 else {}
         return _mapped(found, "prompt", "chosen", "rejected")
     if two := _two_alike([name for name in texts if name != found.get("prompt")]):
         judged = next((name for word in _JUDGED for name in row if word in name.lower() and name not in two), "VERDICT")

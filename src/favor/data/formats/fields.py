@@ -228,7 +228,10 @@ def dialogue(text: str) -> tuple[Message, ...]:
 def transcript(text: str, name: str) -> tuple[Message, ...]:
     """A transcript that ends with the assistant's answer. Raises RowError when it is none."""
     if not text.startswith("\n\nHuman:"):
-        raise RowError(f"there is no prompt column and {name} is not a transcript (it must begin with '\\n\\nHuman:')")
+        raise RowError(
+            f"there is no prompt column and {name} is not a transcript (it would begin with '\\n\\nHuman:'); "
+            "data.columns.prompt=COLUMN names the prompt's column"
+        )
     return complete(dialogue(text), name)
 
 
