@@ -19,8 +19,8 @@ Value: TypeAlias = str | bool | int | float
 
 # words in the names of columns, by what such columns mostly mean
 _WORDS = {
-    "rejected": ("reject", "dispref", "non_pref", "lose", "losing", "worse", "worst", "negative", "bad"),
-    "chosen": ("chosen", "prefer", "winn", "accept", "better", "best", "positive", "good"),
+    "rejected": ("reject", "dispref", "non_pref", "lose", "losing", "worse", "worst", "dislike", "negative", "bad"),
+    "chosen": ("chosen", "prefer", "winn", "accept", "better", "best", "liked", "positive", "good"),
     "prompt": (
         *(
             "prompt",
@@ -41,6 +41,8 @@ _WORDS = {
 }
 _JUDGED = ("winner", "verdict", "preference", "preferred", "label", "choice", "better", "judg", "vote", "rating")
 _PLAIN = ("pairs", "ranked", "sft")
+# for who has to name them: as it is typed in a shell
+_BY_HAND = 'data.columns={prompt="COLUMN", chosen="COLUMN", rejected="COLUMN"}'
 
 
 class VerdictValues(BaseModel):
@@ -158,7 +160,7 @@ def unknown(row: Mapping[str, Any], columns: Collection[str], formats: Mapping[s
     values = ", ".join(f"{name} = {brief(value, 30)}" for name, value in [*row.items()][:12])
     to_try = " and ".join(f"'{setting}'" for setting in proposed(row))
     # what to do stands first: a list of all formats is long
-    remedy = f"give {to_try} if that is what they mean" if to_try else "data.columns maps columns of other names"
+    remedy = f"give {to_try} if that is what they mean" if to_try else f"name them: '{_BY_HAND}'"
     return RowError(
         f"its columns ({', '.join(sorted(columns)) or 'none'}) are of no known format; {remedy}. The row: {values}. "
         f"Known are {plain}, and the columns of {special}{nearest}"
