@@ -17,8 +17,7 @@ from favor.lint.cheap import CHECKS
 from favor.model.layout import config_obstacle, longest_path
 from favor.model.load import end_ids, load_tokenizer, precision_of
 from favor.model.size import GIB, architecture_of, parameters, sizes
-from favor.train import notes
-from favor.train.loop import learning_rate, num_steps, warmup
+from favor.train.loop import learning_rate, length_notes, num_steps, warmup
 from favor.train.preference import TrainConfig
 from favor.train.stats import usable
 
@@ -59,8 +58,7 @@ def _rate(config: TrainConfig, steps: int) -> Iterator[str]:
     rising = warmup(config.optim, steps)
     highest = max(learning_rate(config.optim, step, steps) for step in range(steps))
     yield f"learning rate: up to {highest:.3g}, after {rising} steps of warm-up, then {config.optim.schedule}"
-    found = (notes.warmup(rising, steps), notes.unreached(config.train.max_steps, steps, config.train.epochs))
-    yield from (said for said in found if said)
+    yield from (said for _, said in length_notes(config, steps))
 
 
 def _held_out(config: TrainConfig) -> Iterator[str]:

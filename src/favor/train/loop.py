@@ -219,7 +219,7 @@ def turns(training: Training, label: str, state: TrainingState) -> Generator[Tur
         state = checkpoint.resume(session, training.learner, state, len(used))
     total = training.num_steps
     if state.step == 0:
-        for name, said in _noted(recipe, total):
+        for name, said in length_notes(recipe, total):
             session.event(0, name, said)
     order = Order(len(used), recipe.train.batch_prompts, recipe.seed, recipe.train.shuffle)
     run_began = time.monotonic() - state.seconds
@@ -237,8 +237,8 @@ def turns(training: Training, label: str, state: TrainingState) -> Generator[Tur
     finish(training.policy, state, session)
 
 
-def _noted(recipe: Recipe, total: int) -> Iterator[tuple[str, str]]:
-    """What is odd about the length of the run, before its first step."""
+def length_notes(recipe: Recipe, total: int) -> Iterator[tuple[str, str]]:
+    """(name, note) for what is odd about the length of a run of `total` steps, before its first."""
     found = {
         "warmup": notes.warmup(warmup(recipe.optim, total), total),
         "max_steps": notes.unreached(recipe.train.max_steps, total, recipe.train.epochs),
