@@ -269,7 +269,7 @@ def test_eval_and_report_of_what_is_no_run(favor):
 def test_dry_run_counts_and_writes_nothing(inputs, favor, tmp_path):
     code, out, err = favor(*recipe(inputs), "--dry-run")
     assert (code, err) == (0, "")
-    assert "steps: 3 of 2 prompts" in out
+    assert "steps: 3, each of up to 2 prompts" in out
     assert "6 rows, 6 prompts, 12 responses, 6 comparisons" in out
     assert "memory (estimate): 0." in out
     assert re.search(r"^disk \(estimate\): model 0\.00 GiB, each checkpoint 0\.00; [\d.]+ GiB free$", out, re.MULTILINE)

@@ -19,6 +19,7 @@ from favor import closing
 from favor.cli import COMMANDS
 from favor.config import load
 from favor.errors import ConfigError
+from favor.help import short_names
 from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
 from favor.settings import settings
@@ -160,7 +161,7 @@ def test_misnamed_columns_are_told_once_with_what_to_try(inputs, favor, tmp_path
     assert out.count("are of no known format") == 1
     assert "--fix" not in out
     said = "".join(line.split("│")[3].strip() + " " for line in out.splitlines() if line.count("│") == 4)
-    proposed = re.search(r"'(data\.columns=\{.*?\})'", said)[1]
+    proposed = re.search(r"'(columns=\{.*?\})'", said)[1]
     assert favor("lint", "data.train=mis.jsonl", proposed)[0] == 0
 
 
@@ -332,6 +333,9 @@ def test_help_lists_every_setting_of_a_plain_run_and_a_command_that_loads(comman
         else:
             assert keys == []
     assert "Example: favor" in out
+    short = re.search(r"^Short: .*(?:\n\S.*)*", out, re.MULTILINE)
+    told = set(re.findall(r"(\w+)= for|(run)=FOLDER", short.group()) if short else ())
+    assert {first or second for first, second in told} == set(short_names(command))
 
 
 def test_help_is_made_from_the_code_of_today():
@@ -397,6 +401,10 @@ def test_one_vocabulary(inputs, favor, tmp_path):
             2,
             "favor: run=nowhere: no finished run here (config.toml and model/); train first, or name another",
         )
+    # how rows are read is said in the same words everywhere
+    reading = ["columns.prompt=q", 'columns={prompt="q"}', 'verdict={first="a"}']
+    assert expanded("lint", reading) == [f"data.{word}" for word in reading]
+    assert expanded("sample", reading) == reading
     # a section stays one
     assert expanded("train", ['model={path="x"}', "data=1", "r.toml", "out=y"]) == [
         'model={path="x"}',

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from favor.config import load
 from favor.data import batches
-from favor.errors import ConfigError, NumericsError
+from favor.errors import ConfigError, DataError, NumericsError
 from favor.losses import ppo
 from favor.model.heads import logps_and_values, make_critic
 from favor.model.load import ModelConfig, load_policy
@@ -24,6 +24,7 @@ from favor.train.ppo import FixedKl, PpoConfig, PpoSettings, Rloo, make_objectiv
 from favor.train.preference import TrainConfig, train
 from favor.train.rollout import Models, Prompt, collect
 from favor.train.session import Session
+from favor.words import expanded
 
 
 def open_session(root, stop=None):
@@ -375,6 +376,16 @@ def test_resume_gives_the_same_bits(bandit, tmp_path, value):
         for n in ("whole", "cut")
     ]
     assert curves[0] == curves[1]
+
+
+def test_prompts_under_another_name(bandit, tmp_path):
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"ask": "x"}) + "\n")
+    more = (f"data.train={tmp_path / 'asked.jsonl'}", "train.max_steps=1")
+    with pytest.raises(DataError, match=r"its columns are ask; .*: columns\.prompt=COLUMN$"):
+        train_ppo(load(PpoConfig, None, ppo_words(bandit, tmp_path / "run", *more)), open_session)
+    named = expanded("ppo", ["columns.prompt=ask"])
+    train_ppo(load(PpoConfig, None, ppo_words(bandit, tmp_path / "run", *more, *named)), open_session)
+    assert (tmp_path / "run" / "model" / "config.json").exists()
 
 
 def test_kl_explosion_stops_with_the_last_good_model(bandit, tmp_path):

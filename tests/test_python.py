@@ -11,9 +11,11 @@ import torch
 
 import favor
 from favor import cli
-from favor.api.keywords import tree_of
+from favor.api.keywords import in_python, tree_of
 from favor.config import load
 from favor.errors import CheckpointError, ConfigError, DataError
+from favor.eval.score import ScoreConfig
+from favor.generate.samples import SamplesConfig
 from favor.train.preference import TrainConfig
 
 ROWS = [{"prompt": f"Film {i}?", "chosen": f"good {i}", "rejected": f"bad {i}", "margin": i} for i in range(6)]
@@ -114,7 +116,7 @@ def test_a_run_is_never_overwritten_and_resumes_with_the_same_inputs(run):
 def test_a_failed_start_leaves_nothing_and_may_be_repeated(tmp_path):
     out = tmp_path / "run"
     bad = [*ROWS, {"prompt": "p", "chosen": "", "rejected": "x"}]
-    with pytest.raises(DataError, match=r"train\.jsonl, row 7: chosen is empty"):
+    with pytest.raises(DataError, match=r"^rows, row 7: chosen is empty"):
         favor.train(tiny.model(), bad, tokenizer=tiny.tokenizer(), out=out, **SIZES)
     assert not out.exists()
     favor.sft(tiny.model(), ROWS, tokenizer=tiny.tokenizer(), out=out, max_steps=1, **SIZES)
@@ -153,8 +155,8 @@ def test_rows_of_every_kind_are_the_same_rows(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([ROWS[0], "x"], "train, row 2: is a str"),
-        ([ROWS[0] | {"margin": float("nan")}], "train, row 1"),
+        ([ROWS[0], "x"], "^rows, row 2: is a str"),
+        ([ROWS[0] | {"margin": float("nan")}], "^rows, row 1"),
         ([ROWS[0] | {"x": object()}], "row 1: holds a object"),
         (ROWS[0], "is a dict; give a list of dicts"),
         (7, "is a int"),
@@ -240,10 +242,59 @@ def test_rewards_scores_and_win_rates(run, start, tmp_path, monkeypatch):
 def test_lint_and_errors_name_no_temporary_folder():
     found = favor.lint([*ROWS, ROWS[0]], quiet=True)
     (repeated,) = [finding for finding in found if finding.kind == "duplicate"]
-    assert repeated.rows == (("train.jsonl", 7),)
+    assert repeated.rows == (("rows", 7),)
     assert "favor-" not in str(found)
-    with pytest.raises(DataError, match=r"^train\.jsonl: it holds no rows"):
+    with pytest.raises(DataError, match=r"^rows: it holds no rows"):
         favor.lint([], quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("schema", "typed", "keyword"),
+    [
+        (TrainConfig, "data.bad_rows=drop", 'bad_rows="drop"'),
+        (TrainConfig, "optim.lr=5e-6", "lr=5e-06"),
+        (TrainConfig, "resume=true", "resume=True"),
+        (TrainConfig, "data.hold_out.share=0.1", "share=0.1"),
+        (TrainConfig, "model.lora.rank=16", "rank=16"),
+        (TrainConfig, 'columns={prompt="what they say"}', 'columns={"prompt": "what they say"}'),
+        (TrainConfig, "columns.prompt=COLUMN", 'columns={"prompt": "COLUMN"}'),
+        (SamplesConfig, "columns.prompt=COLUMN", 'columns={"prompt": "COLUMN"}'),
+        (
+            TrainConfig,
+            'verdict={first="a", second="b", column="c", values={first=[1], second=[...]}}',
+            'verdict={"first": "a", "second": "b", "column": "c", "values": {"first": [1], "second": [...]}}',
+        ),
+        # these only look like settings
+        (TrainConfig, "x=1", "x=1"),
+        (TrainConfig, "run=runs/dpo", "run=runs/dpo"),
+        (ScoreConfig, 'verdict={first="a"}', 'verdict={first="a"}'),
+    ],
+)
+def test_messages_name_keywords(schema, typed, keyword):
+    """What a shell is told to type is said as what Python takes, and it is what Python takes."""
+    assert in_python(schema, f"no; give '{typed}', or not") == f"no; give '{keyword}', or not"
+    if keyword != typed:
+        tree_of(schema, eval(f"dict({keyword.replace('...', '2')})"), "favor")
+
+
+def test_errors_about_rows_speak_python(start, tmp_path):
+    rows = [{"id": 1, "what": "a film", "liked_reply": "good", "other_reply": "bad"}]
+    with pytest.raises(DataError) as error:
+        favor.train(start, rows, out=tmp_path / "run", **SIZES)
+    said = str(error.value)
+    columns = {"prompt": "what", "chosen": "liked_reply", "rejected": "other_reply"}
+    assert said.startswith(
+        "rows, row 1: its columns (id, liked_reply, other_reply, what) are of no known format; give '"
+    )
+    assert f"columns={json.dumps(columns)}" in said
+    assert "data." not in said
+    assert "train.jsonl" not in said
+    found = favor.train(start, rows, out=tmp_path / "run", columns=columns, **SIZES)
+    assert len(steps(found.path)) == 1
+    with pytest.raises(DataError, match=r'^prompts, row 1: no prompt .*: columns=\{"prompt": "COLUMN"\}$'):
+        favor.sample(start, [{"what": "a film"}], quiet=True)
+    (row,) = favor.sample(start, [{"what": "a film"}], columns={"prompt": "what"}, max_new_tokens=2, quiet=True)
+    assert row["prompt"] == "a film"
 
 
 @pytest.mark.parametrize(

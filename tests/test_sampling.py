@@ -12,6 +12,7 @@ from favor.config import dump, load
 from favor.data.read import DataConfig, read
 from favor.errors import ConfigError, DataError
 from favor.eval.evaluate import EvalConfig, evaluate
+from favor.eval.score import ScoreConfig, score
 from favor.generate import engines
 from favor.generate.prefer import PreferConfig, prefer
 from favor.generate.samples import SamplesConfig, write_samples
@@ -66,6 +67,40 @@ def run_sample(words, progress=quiet):
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def test_prompts_under_another_name(inputs, tmp_path):
+    """Mapped or refused with the setting that maps them; the samples are those of the file with our name."""
+    (tmp_path / "asked.csv").write_text("no,what they say\n" + "".join(f"{i},{p}\n" for i, p in enumerate(PROMPTS[:3])))
+    given = [*words(inputs, tmp_path / "s.jsonl")[2:], f"prompts={tmp_path / 'asked.csv'}"]
+    with pytest.raises(
+        DataError, match=r"row 2: no prompt .*: its columns are no, what they say; .*: columns\.prompt=COLUMN$"
+    ):
+        run_sample([f"out={tmp_path / 'a.jsonl'}", *given])
+    column = 'columns.prompt="what they say"'
+    run_sample([f"out={tmp_path / 'a.jsonl'}", *given, column])
+    run_sample(words(inputs, tmp_path / "b.jsonl", "max_prompts=3"))
+    assert rows_of(tmp_path / "a.jsonl") == rows_of(tmp_path / "b.jsonl")
+    made = prefer(load(PreferConfig, None, [f"out={tmp_path / 'p.jsonl'}", *given, column, *by_length(inputs)]), quiet)
+    assert made.prompts == 3
+    with pytest.raises(ConfigError, match=r"columns maps 'promt'.*did you mean 'prompt'"):
+        run_sample([f"out={tmp_path / 'c.jsonl'}", *given, "columns.promt=no"])
+    with pytest.raises(ConfigError, match="columns is not read: it is of prompts=FILE"):
+        load(
+            WinrateConfig,
+            None,
+            ["run=r", "a.file=a", "b.file=b", "judge.kind=callable", "judge.path=x:y", "columns.prompt=no"],
+        )
+
+
+def test_scores_of_columns_with_other_names(inputs, tmp_path):
+    (tmp_path / "p.csv").write_text("ask,good,bad\nA film,good one,bad\n")
+    given = [f"data={tmp_path / 'p.csv'}", *by_length(inputs), 'columns={prompt="ask", chosen="good", rejected="bad"}']
+    figures = score(load(ScoreConfig, None, [f"out={tmp_path / 's.jsonl'}", *given]), quiet)
+    assert figures["calibration"]["accuracy"] == 1.0
+    assert rows_of(tmp_path / "s.jsonl") == [
+        {"prompt": "A film", "responses": ["good one", "bad"], "scores": [8.0, 3.0]}
+    ]
 
 
 class Killed(BaseException):

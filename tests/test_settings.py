@@ -13,7 +13,8 @@ from favor import cli
 from favor.config import load
 from favor.data.read import read_splits
 from favor.errors import ConfigError, DataError
-from favor.init import recipe_for, write_new
+from favor.init import recipe_for
+from favor.plain import write_new
 from favor.settings import RENAMED, models, schema_of, settings
 from favor.train.preference import TrainConfig
 from favor.train.sft import SftConfig
@@ -131,9 +132,9 @@ def test_init_takes_columns_by_their_names_and_says_so(tmp_path):
     _, text, guessed = recipe_for("./m", data, tmp_path / "r.toml", ["optim.lr=1e-6"])
     wanted = {"prompt": "question", "chosen": "better", "rejected": "worse"}
     assert guessed == (
-        'the columns were taken by their names: data.columns = {prompt = "question", chosen = "better", rejected = "worse"}'
+        "columns: prompt is 'question', chosen is 'better', rejected is 'worse'; guessed by the names, so look whether it is right"
     )
-    assert f"# Look whether this is right; {guessed}" in text
+    assert f"# {guessed}\n" in text
     write_new(tmp_path / "r.toml", text)
     config = load(TrainConfig, tmp_path / "r.toml")
     assert (config.data.columns, config.optim.lr, config.data.hold_out.share) == (wanted, 1e-6, 0.1)
@@ -160,10 +161,26 @@ def test_init_finds_the_prompt_by_what_is_left(tmp_path, more):
     assert tomllib.loads(text)["data"]["columns"]["prompt"] == "what they wrote"
 
 
+def test_init_takes_the_other_answer_for_the_worse_one(tmp_path):
+    """liked_reply is known by its name, other_reply by the part that both have; with two such columns nothing is guessed."""
+    (tmp_path / "d.csv").write_text(
+        "no,customer_wrote,liked_reply,other_reply\n1,Where is it?,We look today.,No idea.\n"
+    )
+    _, _, mapped = recipe_for("./m", str(tmp_path / "d.csv"), tmp_path / "r.toml")
+    assert mapped.startswith(
+        "columns: prompt is 'customer_wrote', chosen is 'liked_reply', rejected is 'other_reply'; "
+    )
+    (tmp_path / "e.csv").write_text(
+        "no,customer_wrote,liked_reply,other_reply,third_reply\n1,Where is it?,We look today.,No idea.,None.\n"
+    )
+    with pytest.raises(DataError, match=r"e\.csv, row 2: .*; name them: 'columns="):
+        recipe_for("./m", str(tmp_path / "e.csv"), tmp_path / "r.toml")
+
+
 def test_init_does_not_write_a_recipe_that_reads_nothing(tmp_path):
     """Two columns could be the prompt: neither is taken, and the remedy is said, once."""
     (tmp_path / "d.csv").write_text("theme a,theme b,good,bad\nto be,or not,We look today.,No idea.\n")
-    with pytest.raises(DataError, match=r"data\.columns\.prompt=COLUMN names the prompt's column$"):
+    with pytest.raises(DataError, match=r"columns\.prompt=COLUMN names the prompt's column$"):
         recipe_for("./m", str(tmp_path / "d.csv"), tmp_path / "r.toml")
 
 
@@ -171,13 +188,14 @@ def test_init_takes_settings(tmp_path):
     """What is typed wins over what is guessed; what no recipe has is refused."""
     (tmp_path / "d.csv").write_text("question,better,worse\nA fish?,A trout.,A stone.\n")
     swapped = [
-        'data.columns={prompt="question", chosen="worse", rejected="better"}',
+        'columns={prompt="question", chosen="worse", rejected="better"}',
         "data.eval=held.jsonl",
         "loss.kind=ipo",
     ]
-    _, text, guessed = recipe_for("./m", str(tmp_path / "d.csv"), tmp_path / "r.toml", swapped)
+    _, text, mapped = recipe_for("./m", str(tmp_path / "d.csv"), tmp_path / "r.toml", swapped)
     found = tomllib.loads(text)
-    assert guessed == ""
+    assert mapped == "columns: prompt is 'question', chosen is 'worse', rejected is 'better'"
+    assert f"# {mapped}\n" in text
     assert found["data"]["columns"]["chosen"] == "worse"
     assert (found["data"]["eval"], found["loss"]["kind"]) == ("held.jsonl", "ipo")
     assert "hold_out" not in found["data"]

@@ -408,4 +408,4 @@ def test_a_dry_run_counts_what_training_takes(world_of_films, tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ties + pairs))
     words = ["run=r", f"model.path={world_of_films / 'model'}", f"data.train={tmp_path / 't.jsonl'}"]
     plan = describe(load(TrainConfig, None, [*words, "train.batch_prompts=1"]))
-    assert "steps: 2 of 1 prompts" in plan
+    assert "steps: 2, each of up to 1 prompts" in plan

@@ -59,6 +59,15 @@ Listed = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be trained; read the data, load no weights.")]
 Fix = Annotated[str | None, typer.Option("--fix", help="Write a cleaned copy of the training rows here.")]
 Hub = Annotated[bool, typer.Option("--hub", help="Ask the hub, too; nothing leaves the machine without it.")]
+# the parts of `favor --help`
+_BEGIN, _TRAIN, _DATA, _LOOK, _OUT = "Begin", "Train", "Make preferences", "Look at what came of it", "Hand it on"
+_PARTS: Mapping[str, str] = {
+    **dict.fromkeys(("lint", "demo", "doctor"), _BEGIN),
+    **dict.fromkeys(("sft", "reward", "ppo", "loop"), _TRAIN),
+    **dict.fromkeys(("label", "sample", "prefer", "score"), _DATA),
+    **dict.fromkeys(("eval", "chat", "winrate", "frontier"), _LOOK),
+    "export": _OUT,
+}
 app = typer.Typer(
     help="favor: teach a language model what people favor.",
     no_args_is_help=True,
@@ -139,10 +148,13 @@ def _plain(name: str) -> None:
     ) -> None:
         _call(COMMANDS[name], words or [], Speech(name, quiet, as_json), listed=settings)
 
-    app.command(name, help=COMMANDS[name].__doc__, add_help_option=False)(command)
+    app.command(name, help=COMMANDS[name].__doc__, add_help_option=False, rich_help_panel=_PARTS[name])(command)
 
 
-@app.command(add_help_option=False)
+app.command(rich_help_panel=_BEGIN)(init)
+
+
+@app.command(add_help_option=False, rich_help_panel=_TRAIN)
 def train(
     words: Words = None,
     settings: Listed = False,
@@ -155,7 +167,7 @@ def train(
     _call(_dry_run if dry_run else _train, words or [], Speech("train", quiet, as_json), listed=settings)
 
 
-@app.command(help=OTHERS["lint"].__doc__, add_help_option=False)
+@app.command(help=OTHERS["lint"].__doc__, add_help_option=False, rich_help_panel=_PARTS["lint"])
 def lint(
     words: Words = None,
     settings: Listed = False,
@@ -169,7 +181,7 @@ def lint(
     _call(OTHERS["lint"], [*(words or []), *fixing], Speech("lint", quiet, as_json), listed=settings)
 
 
-@app.command(help=OTHERS["doctor"].__doc__, add_help_option=False)
+@app.command(help=OTHERS["doctor"].__doc__, add_help_option=False, rich_help_panel=_PARTS["doctor"])
 def doctor(
     words: Words = None,
     settings: Listed = False,
@@ -185,11 +197,11 @@ def doctor(
 
 for _name in (name for name in OTHERS if name not in ("lint", "doctor")):
     _plain(_name)
-for _own in (report, watch, runs, init, from_trl):
-    app.command()(_own)
+for _own, _part in ((report, _LOOK), (watch, _LOOK), (runs, _LOOK), (from_trl, _BEGIN)):
+    app.command(rich_help_panel=_part)(_own)
 
 
-@app.command()
+@app.command(rich_help_panel=_BEGIN)
 def schema(
     command: Annotated[str, typer.Argument(help="The command whose recipe it describes.")] = "train",
     quiet: Quiet = False,

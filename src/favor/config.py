@@ -242,4 +242,5 @@ def choice(sections: Mapping[str, Mapping[str, Any]], default: str, sentence: st
 def _section(kind: str, own: dict[str, Any]) -> type[BaseModel]:
     literal = Annotated[Literal[kind], Field(description="Which one; every kind has its own settings.")]
     fields: dict[str, Any] = {"kind": (literal, kind), **own}
-    return create_model(kind, __config__=STRICT, **fields)
+    # pydantic looks for docstrings in source files, which takes longer than torch's import and finds none here
+    return create_model(kind, __config__={**STRICT, "use_attribute_docstrings": False}, **fields)

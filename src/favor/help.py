@@ -90,9 +90,24 @@ def below(command: str, width: int) -> str:
     known = entries(command)
     lines = [line for section in _sections(known) for line in _section(section, [e for e in known if e.plain], width)]
     example, *following = EXAMPLES[command]
-    lines += ["", f"More of a choice: favor {command} SECTION.kind=... --settings", "", f"Example: {example}"]
+    lines += [
+        "",
+        *_short(command, width),
+        f"More of a choice: favor {command} SECTION.kind=... --settings",
+        "",
+        f"Example: {example}",
+    ]
     lines += [f"{'Next:   ' if number == 0 else '        '} {line}" for number, line in enumerate(following)]
     return "\n".join(lines) + "\n"
+
+
+def _short(command: str, width: int) -> list[str]:
+    """What may be typed in place of longer keys, and a run in place of a model."""
+    from favor.words import OF_A_RUN, SHORT
+
+    said = [f"{name}= for {key}=" for name, key in SHORT.get(command, {}).items()]
+    said += ["run=FOLDER for what a finished run trained"] if command in OF_A_RUN else []
+    return textwrap.wrap(f"Short: {', '.join(said)}", min(width, _WIDTH)) if said else []
 
 
 def _sections(found: Sequence[Entry]) -> list[str]:

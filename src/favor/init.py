@@ -17,19 +17,20 @@ from favor.data.formats.columns import named, proposed
 from favor.data.read import judge
 from favor.data.settings import DataConfig
 from favor.data.sources import read_objects
-from favor.errors import ConfigError, DataError
+from favor.errors import DataError
 from favor.settings import Setting, settings
 from favor.train.preference import TrainConfig
 from favor.train.sft import SftConfig
+from favor.words import expanded
 
 
 def recipe_for(model: str, data: str, name: Path, words: Sequence[str] = ()) -> tuple[str, str, str]:
-    """The command that runs the recipe, the recipe, which will have this name, and what of it was guessed ("" if nothing).
+    """The command that runs the recipe, the recipe, which will have this name, and what stands for which column, if not itself.
 
     words: settings that it shall have, `key=value`. Columns of other names are mapped by what they seem to mean. Raises
     DataError for data of no known format, ConfigError for a setting that the recipe cannot have.
     """
-    typed = read(None, words)
+    typed = read(None, expanded("train", words))
     columns, kind = _format(data, typed.get("data", {}))
     command, schema = ("sft", SftConfig) if kind == "sft" else ("train", TrainConfig)
     given: dict[str, Any] = {"run": f"runs/{name.stem}", "model": {"path": model}, "data": {"train": data}}
@@ -40,25 +41,23 @@ def recipe_for(model: str, data: str, name: Path, words: Sequence[str] = ()) -> 
     given["data"] |= {"columns": columns} if columns else {}
     given = _merged(given, typed)
     checked(schema, given, "settings")
-    guessed = "" if not columns else f"the columns were taken by their names: {_toml('data.columns', columns)}"
+    mapped = _mapping(columns, typed.get("data", {}).get("columns", {}))
     lines = [
         f"# favor {command} {name}",
         f"# {data} holds rows of format {kind}. Lines with #: explain; lines with # show defaults: remove the # to change one.",
-        *([f"# Look whether this is right; {guessed}"] if guessed else []),
+        *([f"# {mapped}"] if mapped else []),
         "",
     ]
-    return command, "\n".join([*lines, *_body(schema, given)]) + "\n", guessed
+    return command, "\n".join([*lines, *_body(schema, given)]) + "\n", mapped
 
 
-def write_new(out: Path, text: str) -> None:
-    """Write a file that is not there yet. Raises ConfigError when it is, or cannot be written."""
-    try:
-        with out.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise ConfigError(f"{out}: it is there already, and was left unchanged; name another file with --out") from None
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another file with --out") from None
+def _mapping(columns: Mapping[str, str], typed: Mapping[str, str]) -> str:
+    """Which of the file's columns are ours, where any was guessed or typed."""
+    if not columns and not typed:
+        return ""
+    said = ", ".join(f"{ours} is '{theirs}'" for ours, theirs in {**typed, **columns}.items())
+    guessed = "; guessed by the names, so look whether it is right" if columns.keys() - typed.keys() else ""
+    return f"columns: {said}{guessed}"
 
 
 def _format(data: str, settings: Mapping[str, Any]) -> tuple[dict[str, str], str]:
@@ -81,7 +80,7 @@ def _format(data: str, settings: Mapping[str, Any]) -> tuple[dict[str, str], str
 
 def _guess(row: Mapping[str, Any]) -> dict[str, str]:
     """data.columns as the row's own names propose it; nothing where the row can be read, or needs more than names."""
-    found = read(None, proposed(row)).get("data", {}) if _unreadable(row) else {}
+    found = read(None, proposed(row)) if _unreadable(row) else {}
     return found["columns"] if found.keys() == {"columns"} else {}
 
 

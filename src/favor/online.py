@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, model_validator
 from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data.prompts import NumberedPrompts, read_prompts
 from favor.data.read import DataConfig
+from favor.data.settings import Columns
 from favor.data.tokenize import TokensConfig
 from favor.errors import CheckpointError, ConfigError
 from favor.generate.engines import Decoding, TransformersEngine
@@ -45,6 +46,7 @@ class OnlineConfig(BaseModel):
     model: ModelConfig
     prompts: PromptsFile
     split: Split = "train"
+    columns: Columns = {}
     prompts_per_round: int = Field(default=256, ge=1)
     """Prompts sampled in a round."""
     samples_per_prompt: int = Field(default=4, ge=2, le=1000)
@@ -108,7 +110,7 @@ def loop(config: OnlineConfig, open_session: OpenSession, progress: Progress) ->
 
     Raises ConfigError for a folder that holds a run, and what sampling, scoring and training raise.
     """
-    prompts = read_prompts(config.prompts, config.split)
+    prompts = read_prompts(config.prompts, config.split, columns=config.columns)
     check_scorer(config.reward)
     with running(config.run, dump(config), resume=config.resume, open_session=open_session) as session:
         if session.world.size > 1:

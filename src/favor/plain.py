@@ -3,6 +3,7 @@
 In: words. Out: files and lines for the user. What a command needs is imported when it runs. Next: closing.py.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -109,10 +110,13 @@ def init(
     """Print a commented recipe for your model and your file, or write it to a file."""
 
     def work() -> Done:
-        from favor.init import recipe_for, write_new
+        if out is not None:
+            # before the imports, which take seconds
+            _refuse_there(out)
+        from favor.init import recipe_for
 
-        command, text, guessed = recipe_for(model, data, out or Path("recipe.toml"), words or [])
-        said = [guessed] if guessed else []
+        command, text, mapped = recipe_for(model, data, out or Path("recipe.toml"), words or [])
+        said = [mapped] if mapped else []
         if out is None:
             return Done(("a recipe; keep it with --out recipe.toml", *said), {"command": command}, {}, (), product=text)
         write_new(out, text)
@@ -121,6 +125,25 @@ def init(
         return Done((f"a recipe of favor {command}", *said), {"command": command}, {"recipe": str(out)}, following)
 
     ended(Speech("init", quiet, as_json), work)
+
+
+def _refuse_there(out: Path) -> None:
+    from favor.errors import ConfigError
+
+    if os.path.lexists(out):
+        raise ConfigError(f"{out}: it is there already, and was left unchanged; name another file with --out")
+
+
+def write_new(out: Path, text: str) -> None:
+    """Write a file that is not there yet, also when another process makes it now."""
+    from favor.errors import ConfigError
+
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        _refuse_there(out)
+        raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another file with --out") from None
 
 
 def from_trl(

@@ -23,6 +23,9 @@ SHORT: Mapping[str, Mapping[str, str]] = {
     "frontier": {"out": "run"},
     "demo": {"out": "run"},
 }
+# what says how rows are read is a section, and lies below [data] where a command has one; its keys may be given alone
+_READING = MappingProxyType({"columns": "data.columns", "verdict": "data.verdict"})
+_WITH_DATA = ("train", "sft", "reward", "ppo", "lint")
 # commands that take a finished run where they need a model or a reward
 OF_A_RUN = ("sample", "prefer", "score")
 
@@ -30,14 +33,18 @@ OF_A_RUN = ("sample", "prefer", "score")
 def expanded(command: str, words: Sequence[str]) -> list[str]:
     """The words with the command's own keys in place of the short ones.
 
-    Only text is a short form: `model={path="x"}` is the section. Raises CheckpointError for a run= that is no finished run.
+    Of model, data and out only text is a short form: `model={path="x"}` is the section. Raises CheckpointError for a run=
+    that is no finished run.
     """
     return [word for given in words for word in _own(command, given)]
 
 
 def _own(command: str, word: str) -> Iterator[str]:
     key, equals, value = word.partition("=")
-    if not equals or not isinstance(read(None, [f"x={value}"])["x"], str):
+    section, dot, rest = key.partition(".")
+    if equals and command in _WITH_DATA and section in _READING:
+        yield f"{_READING[section]}{dot}{rest}={value}"
+    elif not equals or not isinstance(read(None, [f"x={value}"])["x"], str):
         yield word
     elif key == "run" and command in OF_A_RUN:
         yield from _of_run(command, value)

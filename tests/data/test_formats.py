@@ -214,7 +214,7 @@ def test_unknown_columns_name_the_nearest_format():
         RowError, match=r"columns \(chosen_answer, prompt, rejected_answer\).*nearest is pairs \(chosen \+ rejected\)"
     ):
         recognise({"prompt": "p", "chosen_answer": "a", "rejected_answer": "b"})
-    with pytest.raises(RowError, match=r"give 'data\.verdict=.*nearest is shp "):
+    with pytest.raises(RowError, match=r"give 'verdict=.*nearest is shp "):
         recognise({"history": "p", "human_ref_a": "a", "human_ref_b": "b", "label_": 1})
 
 
@@ -233,7 +233,7 @@ def test_columns_are_mapped(tmp_path):
     ]
     with pytest.raises(
         DataError,
-        match=r"row 1: there is no column 'ask', which data.columns names for 'prompt'; its columns are question, rej",
+        match=r"row 1: there is no column 'ask', which columns.prompt names; its columns are question, rej",
     ):
         read(str(path), DataConfig(train=str(path), columns={"prompt": "ask"}), "train")
     with pytest.raises(ValueError, match="columns maps 'promt'.*did you mean 'prompt'"):

@@ -22,6 +22,7 @@ from favor.lint.models import Gap, noise_checks
 from favor.lint.rows import row_of
 from favor.lint.run import lint
 from favor.lint.settings import LintConfig, LintSettings
+from favor.words import expanded
 
 C = Comparison
 VALUES = {"first": ["model_a", 1], "second": ["model_b", 2], "tie": ["tie", 0.5], "both_bad": ["tie (bothbad)", True]}
@@ -99,14 +100,14 @@ def test_whole_conversations_are_read_as_in_pairs(tmp_path):
     [
         (
             row("model_c"),
-            r"row 2: the verdict is 'model_c', and data.verdict.values holds only first \['model_a', 1\], second",
+            r"row 2: the verdict is 'model_c', and verdict.values holds only first \['model_a', 1\], second",
         ),
         (row(False), "the verdict is False, and"),
         (row("1"), "the verdict is '1', and"),
         (row([["model_a"]]), r"the verdict is \['model_a'\], and"),
-        (row(None), "there is no column 'winner', which data.verdict names for 'column'"),
+        (row(None), "there is no column 'winner', which verdict.column names"),
         (row([]), "none of the verdict's columns winner has a value"),
-        (row(1) | {"ask": {"a": "x"}}, "there is no column 'ask.b', which data.verdict names for 'second'"),
+        (row(1) | {"ask": {"a": "x"}}, "there is no column 'ask.b', which verdict.second names"),
         (row(1) | {"ask": {"a": "x", "b": "x"}}, "two of its responses are the same"),
     ],
 )
@@ -188,10 +189,10 @@ def test_lint_says_when_a_reward_is_against_most_labels():
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"question": "p", "answer": "a"}, '\'data.columns={prompt="question", completion="answer"}\''),
-        ({"question": "p", "good": "a", "bad": "b"}, '\'data.columns={prompt="question", chosen="good", rejected="bad"}\''),
-        ({"prompt": "p", "non_preferred": "a", "preferred": "b", "x": 1}, '\'data.columns={chosen="preferred", rejected="non_preferred"}\''),
-        ({"query": "p", "answer_a": "a", "answer_b": "b", "winner": 1}, '\'data.verdict={first="answer_a", second="answer_b", column="winner", values={first=[1], second=[...]}}\' and \'data.columns={prompt="query"}\''),
+        ({"question": "p", "answer": "a"}, '\'columns={prompt="question", completion="answer"}\''),
+        ({"question": "p", "good": "a", "bad": "b"}, '\'columns={prompt="question", chosen="good", rejected="bad"}\''),
+        ({"prompt": "p", "non_preferred": "a", "preferred": "b", "x": 1}, '\'columns={chosen="preferred", rejected="non_preferred"}\''),
+        ({"query": "p", "answer_a": "a", "answer_b": "b", "winner": 1}, '\'verdict={first="answer_a", second="answer_b", column="winner", values={first=[1], second=[...]}}\' and \'columns={prompt="query"}\''),
     ],
 )  # fmt: skip
 def test_a_row_of_no_format_is_shown_with_a_line_to_try(given, line):
@@ -203,7 +204,7 @@ def test_a_row_of_no_format_is_shown_with_a_line_to_try(given, line):
     assert len(said.splitlines()) == 1
     # the line is read as it stands
     words = [word.replace("...", '"?"') for word in line.strip("'").split("' and '")]
-    columns = load(LintConfig, None, ["data.train=f", *words]).data.columns
+    columns = load(LintConfig, None, expanded("lint", ["data.train=f", *words])).data.columns
     if "verdict" not in line:
         mapped = {ours: given[theirs] for ours, theirs in columns.items()} | given
         assert recognise(mapped) in ("pairs", "sft")

@@ -10,7 +10,18 @@ from typing import Any, NamedTuple
 
 from favor.api.inputs import Given, lay, lay_in_run
 from favor.api.keywords import put
-from favor.api.parts import fresh, judge_of, keywords_of, prompts_of, put_model, reward_of, side_of, staged, with_reward
+from favor.api.parts import (
+    fresh,
+    judge_of,
+    keywords_of,
+    prompts_of,
+    put_model,
+    reward_of,
+    side_of,
+    speaking,
+    staged,
+    with_reward,
+)
 from favor.api.run import Run, load_run
 from favor.api.show import calling
 from favor.config import checked
@@ -37,7 +48,7 @@ def evaluate(
     from favor.eval import evaluate as evaluating
     from favor.report.table import figures_table
 
-    with staged() as given, calling(quiet=quiet) as (console, advance):
+    with staged(evaluating.EvalConfig) as given, calling(quiet=quiet) as (console, advance):
         tree = keywords_of(evaluating.EvalConfig, settings, "favor.evaluate", run=str(_run(run).path))
         if data is not None:
             tree["data"] = given.rows("held-out", data)
@@ -61,7 +72,7 @@ def sample(
     """
     from favor.generate.samples import SamplesConfig, write_samples
 
-    with staged() as given, calling(quiet=quiet) as (_, advance):
+    with staged(SamplesConfig) as given, calling(quiet=quiet) as (_, advance):
         kept = given.place / "samples.jsonl" if out is None else Path(out)
         tree = keywords_of(
             SamplesConfig, with_reward(settings, given, kept=out is not None), "favor.sample", out=str(kept)
@@ -86,7 +97,7 @@ def score(
     """
     from favor.eval import score as scoring
 
-    with staged() as given, calling(quiet=quiet) as (_, advance):
+    with staged(scoring.ScoreConfig) as given, calling(quiet=quiet) as (_, advance):
         kept = given.place / "scores.jsonl" if out is None else Path(out)
         tree = keywords_of(scoring.ScoreConfig, settings, "favor.score", out=str(kept))
         tree["data"] = given.rows("rows", rows)
@@ -119,7 +130,7 @@ def winrate(
 
     root = fresh("runs/winrate") if out is None else Path(out)
     given = Given(RunFolder(root).given)
-    with calling(quiet=quiet) as (console, advance):
+    with speaking(winning.WinrateConfig, given), calling(quiet=quiet) as (console, advance):
         tree = keywords_of(winning.WinrateConfig, settings, "favor.winrate", run=str(root))
         tree["judge"] = judge_of(judge, given, kept=out is not None)
         for name, side in (("a", a), ("b", b)):

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -28,6 +29,9 @@ from favor.errors import CheckpointError, ConfigError, DataError
 from favor.model.adapters import merged
 from favor.model.load import ModelConfig, load_tokenizer
 from favor.run import RunFolder, atomic_folder, holds_work, opened, read_json, refuse_changed, write_json
+
+# a file of rows -> the argument that they were
+_ARGUMENTS = MappingProxyType({"train.jsonl": "rows", "start": "model"})
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,13 @@ class Given:
             return os.fspath(rows)
         self.things[f"{name}.jsonl"] = _records(rows, name)
         return str(self.place / f"{name}.jsonl")
+
+    def named(self, text: str) -> str:
+        """A message in which what was in memory has the name of its argument, not of its file."""
+        for name in self.things:
+            said = _ARGUMENTS.get(name, name.removesuffix(".jsonl"))
+            text = text.replace(str(self.place / name), said)
+        return text.replace(f"{self.place}/", "")
 
 
 def paths_of(rows: Any) -> list[str] | None:
@@ -134,7 +145,7 @@ def _write_rows(place: Path, given: Given) -> dict[str, str]:
 
 
 def _line(name: str, number: int, row: Any) -> bytes:
-    where = f"{name.removesuffix('.jsonl')}, row {number}"
+    where = f"{_ARGUMENTS.get(name, name.removesuffix('.jsonl'))}, row {number}"
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: is a {type(row).__name__}; give dicts, one a row")
     try:

@@ -3,16 +3,23 @@
 In: a command's config class and keywords. Out: what TOML would hold, still unchecked. Next: inputs.py.
 """
 
+import contextlib
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
+from favor.config import read
 from favor.errors import ConfigError
 from favor.settings import RENAMED, kind_of, models
 from favor.trl import names as trl
+from favor.words import expanded
+
+# KEY=VALUE in a message: a value that lets itself be read, with tables in a table
+_TYPED = re.compile(r"(?<![\w.=])[a-z_]+(?:\.[a-z_]+)*=(?:\{(?:[^{}]|\{[^{}]*\})*\}|[\w.+-]*\w)")
 
 
 def tree_of(schema: type[BaseModel], words: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -49,6 +56,49 @@ def put(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
         raise ConfigError(f"{where}: {key} is given twice ({before!r:.80} and {value!r:.80}); give it once")
     else:
         node[leaf] = value
+
+
+def in_python(schema: type[BaseModel], text: str) -> str:
+    """A message whose settings, written as they are typed in a shell, stand as the keywords that say the same."""
+    return _TYPED.sub(lambda word: _keyword(schema, word.group()), text)
+
+
+def _keyword(schema: type[BaseModel], word: str) -> str:
+    """The keyword for a word; the word itself where a message only looks as if it held a setting."""
+    # three dots stand for what the user has to fill in
+    filled = word.replace("[...]", '["..."]')
+    data = schema.model_fields.get("data")
+    with contextlib.suppress(ConfigError):
+        # as it stands, and as a command with a section [data] takes it
+        below = expanded("train", [filled]) if data and any(models(data.annotation)) else ()
+        for typed in (filled, *below):
+            if said := _said(schema, typed.partition("=")[0].split("."), read(None, [typed])):
+                return said.replace('["..."]', "[...]")
+    return word
+
+
+def _said(schema: type[BaseModel], parts: list[str], wanted: Mapping[str, Any]) -> str:
+    """The shortest keyword that means what is wanted, beta, or columns with a dict; "" for none."""
+    value: Any = wanted
+    for part in parts:
+        value = value[part]
+    for place in reversed(range(len(parts))):
+        if parts[place] not in ("run", "out") and _means(schema, parts[place], value, wanted):
+            return f"{parts[place]}={_shown(value)}"
+        value = {parts[place]: value}
+    return ""
+
+
+def _means(schema: type[BaseModel], name: str, value: Any, wanted: Mapping[str, Any]) -> bool:
+    try:
+        return tree_of(schema, {name: value}, "favor") == wanted
+    except ConfigError:
+        return False
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if '"' in shown else shown.replace("'", '"')
 
 
 def _plain(value: Any) -> Any:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from favor.api.inputs import Given, paths_of
-from favor.api.keywords import put, tree_of
+from favor.api.keywords import in_python, put, tree_of
 from favor.api.run import Run
-from favor.api.show import bare
 from favor.errors import ConfigError, FavorError
 
 # endings by which a text is the name of a file of prompts, whether it is there or not
@@ -159,10 +160,18 @@ def fresh(base: str) -> Path:
 
 
 @contextlib.contextmanager
-def staged() -> Generator[Given]:
+def speaking(schema: type[BaseModel], given: Given) -> Generator[Given]:
+    """Errors in the block name arguments and keywords, not files and settings as they are typed in a shell."""
+    try:
+        yield given
+    except FavorError as error:
+        error.args = (in_python(schema, given.named(str(error))),)
+        error.each = tuple(in_python(schema, given.named(each)) for each in error.each)
+        raise
+
+
+@contextlib.contextmanager
+def staged(schema: type[BaseModel]) -> Generator[Given]:
     """A place for what is in memory, for the time of the block; messages do not name it."""
-    with tempfile.TemporaryDirectory(prefix="favor-") as place:
-        try:
-            yield Given(Path(place))
-        except FavorError as error:
-            raise bare(error, place) from None
+    with tempfile.TemporaryDirectory(prefix="favor-") as place, speaking(schema, Given(Path(place))) as given:
+        yield given

@@ -61,7 +61,8 @@ class Run:
         Raises ConfigError when the run has no held-out data, CheckpointError when it is not finished.
         """
         if not self.folder.evaluation.exists():
-            self.evaluate(quiet=True)
+            # not quiet: it takes minutes
+            self.evaluate()
         return read_json(self.folder.evaluation)
 
     @cached_property

@@ -5,7 +5,7 @@ In: whether to be quiet. Out: a console; a way to say how far work is; errors as
 
 import contextlib
 from collections.abc import Generator
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -80,9 +80,3 @@ def _advancing(console: Console) -> Generator[Advance]:
     finally:
         for bar, _ in bars.values():
             bar.stop()
-
-
-def bare(error: FavorError, place: Any) -> FavorError:
-    """The error without the folder of temporary files that its message names."""
-    error.args = (str(error).replace(f"{place}/", ""),)
-    return error

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from favor.api.inputs import Given, lay, lay_in_run
-from favor.api.parts import Asked, fresh, recipe_of, staged, with_reward
+from favor.api.keywords import in_python
+from favor.api.parts import Asked, fresh, recipe_of, speaking, staged, with_reward
 from favor.api.run import Run
 from favor.api.show import calling
 from favor.config import checked
 from favor.data.types import Finding
 from favor.errors import ConfigError
 from favor.guard import remove
+from favor.lint.settings import LintConfig
 from favor.ranks import current, on_main
 from favor.run import RunFolder, holds_work, read_json
 from favor.train.session import OpenSession, Session, in_session
@@ -107,13 +109,12 @@ def lint(
     """
     from favor.lint.run import findings_table
     from favor.lint.run import lint as look
-    from favor.lint.settings import LintConfig
 
-    with staged() as given, calling(quiet=quiet) as (console, _):
+    with staged(LintConfig) as given, calling(quiet=quiet) as (console, _):
         asked = Asked(model, rows, eval, None, tokenizer, quiet, with_reward(settings, given))
         config = checked(LintConfig, recipe_of(LintConfig, asked, given, "favor.lint"), "favor.lint")
         lay(given)
-        found = [_without_place(finding, given.place) for finding in look(config)]
+        found = [_in_python(finding, given) for finding in look(config)]
         console.print(findings_table(found))
     return found
 
@@ -122,7 +123,7 @@ def _trained(name: str, schema: Any, work: Callable[[Any, OpenSession], object],
     where = f"favor.{name}"
     root = fresh(f"runs/{name}") if asked.out is None else Path(asked.out)
     given = Given(RunFolder(root).given)
-    with calling(quiet=asked.quiet) as (console, _):
+    with speaking(schema, given), calling(quiet=asked.quiet) as (console, _):
         config = checked(schema, recipe_of(schema, asked, given, where, run=str(root)), where)
         in_session(lambda opened: _run(lambda own: work(config, own), opened, root, given), console=console)
     return Run(root)
@@ -151,10 +152,10 @@ def _held(open_session: OpenSession, hashes: dict[str, str], path: Path) -> Sess
     return open_session(path)
 
 
-def _without_place(finding: Finding, place: Path) -> Finding:
-    def anywhere(text: str) -> str:
-        return text.replace(f"{place}/", "")
+def _in_python(finding: Finding, given: Given) -> Finding:
+    def said(text: str) -> str:
+        return in_python(LintConfig, given.named(text))
 
-    rows = tuple((anywhere(source), row) for source, row in finding.rows)
-    examples = tuple(map(anywhere, finding.examples))
-    return finding._replace(message=anywhere(finding.message), rows=rows, examples=examples)
+    rows = tuple((given.named(source), row) for source, row in finding.rows)
+    examples = tuple(map(said, finding.examples))
+    return finding._replace(message=said(finding.message), rows=rows, examples=examples)

@@ -4,7 +4,8 @@ In: a source of rows. Out: distinct prompts in order of appearance, with their r
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -12,12 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from favor.config import STRICT
 from favor.data.formats import FORMATS, RowError, recognise
+from favor.data.formats.columns import like, named
 from favor.data.formats.fields import as_text, checked_texts, joined_parts, shown
 from favor.data.sources import read_objects
 from favor.data.tokenize import TokensConfig, prompt_encoder
 from favor.data.types import Text
 from favor.errors import DataError
 
+_AS_THEY_ARE: Mapping[str, str] = MappingProxyType({})
 NumberedPrompts = list[tuple[int, Text]]
 
 
@@ -36,19 +39,21 @@ class PromptTokens(BaseModel):
         return TokensConfig(**self.model_dump())
 
 
-def read_prompts(source: str, split: str, limit: int | None = None) -> NumberedPrompts:
+def read_prompts(
+    source: str, split: str, limit: int | None = None, columns: Mapping[str, str] = _AS_THEY_ARE
+) -> NumberedPrompts:
     """(row number, prompt) of every distinct prompt; a row needs a prompt column, or be of a preference format.
+
+    columns: our names of the columns that have others in the file.
 
     Raises DataError for a row without a usable prompt, and when there is none at all.
     """
     seen: dict[str, tuple[int, Text]] = {}
     for number, row in read_objects(source, split):
         try:
-            prompt = _prompt(row)
+            prompt = _prompt(named(row, columns, None))
         except RowError as error:
-            raise DataError(
-                f"{source}, row {number}: no prompt (text or messages): {error}; every row needs one"
-            ) from None
+            raise DataError(f"{source}, row {number}: no prompt (text or messages): {_remedied(error, row)}") from None
         seen.setdefault(json.dumps(prompt, sort_keys=True), (number, prompt))
         if limit is not None and len(seen) >= limit:
             break
@@ -94,6 +99,13 @@ def sample_text(value: Any, name: str) -> str:
         raise RowError(f"{name} holds {shown(value)}, expected text or the turn of an assistant")
     checked_texts(value)
     return value
+
+
+def _remedied(error: RowError, row: Mapping[str, Any]) -> str:
+    if not error.of_names:
+        return f"{error}; every row needs one"
+    held = f"its columns are {', '.join(row) or 'none'}"
+    return f"{held}; name the one that holds it: columns.prompt={like('prompt', row) or 'COLUMN'}"
 
 
 def _prompt(row: dict[str, Any]) -> Text:

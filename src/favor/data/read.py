@@ -125,9 +125,10 @@ def outcomes(source: SourceConfig, config: DataConfig, report: ReadReport) -> It
 
 def refused(source: str, number: int, error: RowError) -> DataError:
     """The error that names the file and the row."""
-    # where the columns have other names, there is nothing to fix in a row
-    fix = "" if "data.columns" in str(error) else "fix the row, "
-    return DataError(f"{sources.where(source, number)}: {error}; {fix}or leave such rows out with data.bad_rows=drop")
+    where = sources.where(source, number)
+    if error.of_names:
+        return DataError(f"{where}: {error}. If this row alone is odd, data.bad_rows=drop leaves it out")
+    return DataError(f"{where}: {error}; fix the row, or leave such rows out with data.bad_rows=drop")
 
 
 def judge(row: dict[str, Any], name: str, weight: float) -> Judgment:

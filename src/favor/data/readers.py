@@ -38,15 +38,17 @@ class RowError(Exception):
 
     kind: reading gives malformed, empty (a side or a column is missing or says nothing), identical (two responses are
     the same); tokenising gives special_text (text of a control token), equal_ids (responses become the same tokens),
-    round_trip (text that template or tokenizer change), truncation. place: the response it is about, or 0.
+    round_trip (text that template or tokenizer change), truncation. place: the response it is about, or 0. of_names: it is
+    about the names of columns, which every row has, rather than about this row.
     """
 
-    def __init__(self, reason: str, kind: Kind = "malformed", place: int = 0) -> None:
+    def __init__(self, reason: str, kind: Kind = "malformed", place: int = 0, *, of_names: bool = False) -> None:
         line = " ".join(reason.split())
         # a file's own names may hold what a terminal would obey
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
         self.kind: Kind = kind
         self.place = place
+        self.of_names = of_names
 
 
 def json_lines(path: Path) -> Numbered:

@@ -5,9 +5,9 @@ In: a recipe. Out: DataConfig. Next: read.py.
 
 import difflib
 from collections.abc import Iterable
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
 from favor.config import STRICT, Seed
 from favor.data.formats import FORMATS, columns_of
@@ -157,6 +157,19 @@ class DataConfig(BaseModel):
     def rules(self) -> Rules:
         """How judgments become comparisons."""
         return self.compare or Rules()
+
+
+def _of_any_format(columns: dict[str, str]) -> dict[str, str]:
+    _check_names(columns, None, "auto")
+    return columns
+
+
+# of commands that read one file, beside the key that names it
+Columns = Annotated[
+    dict[str, str],
+    Field(description="Our name of a column of that file -> the file's (a.b for b inside a)."),
+    AfterValidator(_of_any_format),
+]
 
 
 def known_format(name: str) -> str:

@@ -15,7 +15,9 @@ from pydantic import BaseModel, Field
 from favor import output
 from favor.config import STRICT, Overwrite
 from favor.data.formats import FORMATS, Judgment, RowError, order_assumed, recognise
+from favor.data.formats.columns import named
 from favor.data.prompts import prompt_of
+from favor.data.settings import Columns
 from favor.data.sources import read_objects
 from favor.data.types import words_of
 from favor.errors import DataError
@@ -37,6 +39,7 @@ class ScoreConfig(BaseModel):
     data: str
     """Preferences, SFT rows, or samples (prompt + responses); of preferences `<out>.figures.json` gets the figures."""
     split: Split = "test"
+    columns: Columns = {}
     max_rows: int | None = Field(default=None, ge=1)
     """Score only the first N rows."""
     reward: RewardConfig
@@ -105,10 +108,11 @@ def _rows(config: ScoreConfig) -> list[Judgment]:
     found: list[Judgment] = []
     for number, row in read_objects(config.data, config.split):
         try:
-            found.append(_judgment(row))
+            found.append(_judgment(named(row, config.columns, None)))
             _refuse_unseen(found[-1])
         except RowError as error:
-            raise DataError(f"{config.data}, row {number}: {error}; fix the row") from None
+            fix = "" if error.of_names else "; fix the row"
+            raise DataError(f"{config.data}, row {number}: {error}{fix}") from None
         if config.max_rows is not None and len(found) >= config.max_rows:
             break
     if not found:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from favor.config import STRICT, Overwrite, Seed
+from favor.data.settings import Columns
 from favor.errors import DataError
 from favor.generate.engines import Decoding, Engine
 from favor.generate.samples import (
@@ -37,6 +38,7 @@ class PreferConfig(BaseModel):
     out: Out
     prompts: PromptsFile
     split: Split = "train"
+    columns: Columns = {}
     engine: Engine
     sample: Decoding = Decoding()
     samples_per_prompt: int = Field(default=4, ge=2, le=1000)

@@ -17,6 +17,7 @@ from favor.config import STRICT, Overwrite, Seed
 from favor.data.formats import RowError
 from favor.data.formats.fields import brief
 from favor.data.prompts import NumberedPrompts, read_prompts, sample_seeds, sample_text
+from favor.data.settings import Columns
 from favor.data.types import Text
 from favor.errors import CheckpointError, ConfigError
 from favor.generate.engines import Decoding, Engine, Job, ServerEngine, draw
@@ -35,7 +36,9 @@ MaxPrompts = Annotated[int | None, Field(ge=1, description="Use only the first N
 SamplesPerPrompt = Annotated[int, Field(ge=1, le=1000, description="Responses per prompt.")]
 # What has no part in a sample's text: a run may continue with other values of these.
 _NO_PART: dict[str, Any] = {
-    **dict.fromkeys(("out", "prompts", "split", "max_prompts", "samples_per_prompt", "best_of", "reward"), True),
+    **dict.fromkeys(
+        ("out", "prompts", "split", "columns", "max_prompts", "samples_per_prompt", "best_of", "reward"), True
+    ),
     "overwrite": True,
     "engine": {"batch": True, "server": {"api_key_env", "timeout_s", "retries", "concurrency", "backoff_s"}},
 }
@@ -48,6 +51,7 @@ class SamplesConfig(BaseModel):
     out: Out
     prompts: PromptsFile
     split: Split = "train"
+    columns: Columns = {}
     engine: Engine
     sample: Decoding = Decoding()
     samples_per_prompt: SamplesPerPrompt = 1
@@ -144,7 +148,7 @@ def make_file(
     claim = Output(path, "out", config.overwrite, meanwhile=(_partial(path),))
     inputs = [config.prompts, config.model, *(reads(reward) if reward else ()), recipe and str(recipe)]
     with output.claimed(claim, inputs) as out:
-        prompts = read_prompts(config.prompts, config.split, config.max_prompts)
+        prompts = read_prompts(config.prompts, config.split, config.max_prompts, config.columns)
         counts = {"samples_per_prompt": config.samples_per_prompt, "best_of": config.best_of}
         made_from = output.hashes(counts | ({"reward": identity(reward)} if reward else {}))
         out = replace(out, settings=_determines(config, prompts) | made_from)

@@ -108,7 +108,8 @@ def _rows(source: str, config: LabelConfig, tally: Tally) -> Iterator[tuple[int,
 def _leave_out(error: RowError, source: str, number: int, tally: Tally) -> None:
     """A row of equal answers is counted; anything else that is wrong with a row ends the work."""
     if error.kind != "identical":
-        raise DataError(f"{sources.where(source, number)}: {error}; fix the row") from None
+        fix = "" if error.of_names else "; fix the row"
+        raise DataError(f"{sources.where(source, number)}: {error}{fix}") from None
     tally.same += 1
 
 

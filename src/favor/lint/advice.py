@@ -113,7 +113,7 @@ ADVICE: Mapping[str, Advice] = {
     "position": Advice(
         "How often the first answer is preferred",
         "Where the place decides, the label is about the place.",
-        "Check what the verdict's column means (data.verdict).",
+        "Check what the verdict's column means (verdict.values).",
     ),
     "opening": Advice(
         "Many answers begin alike",
@@ -121,7 +121,9 @@ ADVICE: Mapping[str, Advice] = {
         "Vary the openings, or take some of these rows out.",
     ),
     "unread_column": Advice(
-        "Columns are not read", "Harmless, unless one of them was meant to count.", "Name it by data.columns if it was."
+        "Columns are not read",
+        "Harmless, unless one of them was meant to count.",
+        "Give it favor's name with columns={...} if it was.",
     ),
     "read": Advice("What was read", ""),
     "tokenizer": Advice(

@@ -10,6 +10,10 @@ from rich.table import Table
 
 # below this many prompts an interval rests on little: said beside it
 FEW = 30
+_ACCURACIES = (
+    "preference accuracy: how often the preferred answer is the likelier one; "
+    "implicit reward accuracy: how often training raised it more than the other"
+)
 
 
 def figure_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -76,7 +80,9 @@ def figure_columns(figures: Mapping[str, Any]) -> tuple[str, str]:
 
 def figures_table(figures: Mapping[str, Any]) -> Table:
     """The rows of eval.json as a rich table."""
-    return _table(("held out", *figure_columns(figures)), figure_rows(figures))
+    table = _table(("held out", *figure_columns(figures)), figure_rows(figures))
+    table.caption = _ACCURACIES if "accuracy" in figures else None
+    return table
 
 
 def winrate_table(figures: Mapping[str, Any]) -> Table:

@@ -45,7 +45,7 @@ def describe(config: TrainConfig) -> str:
         f"layout: {layout}" + (f" ({obstacle})" if obstacle else ""),
         f"longest row: {longest} tokens",
         f"tokens an epoch: {unique} computed; every response with its own prompt would be {apart} ({apart / unique:.2f} x)",
-        f"steps: {steps} of {size} prompts",
+        f"steps: {steps}, each of up to {size} prompts",
         *_rate(config, steps),
         *_held_out(config),
         _memory(config, architecture, trees),

@@ -18,6 +18,7 @@ from torch import Tensor
 from favor.config import STRICT, Resume, Run, Seed, by_kind, dump
 from favor.data import sources
 from favor.data.prompts import PromptTokens, encode_prompts, read_prompts
+from favor.data.settings import Columns
 from favor.data.types import Batch
 from favor.errors import NumericsError
 from favor.guard import sha
@@ -52,6 +53,7 @@ class PromptsConfig(BaseModel):
     """A source whose prompts are answered."""
     split: str = "train"
     """The split to read, of a source that has several."""
+    columns: Columns = {}
     max_prompts: int | None = Field(default=None, ge=1)
     """Use only the first N prompts."""
 
@@ -197,7 +199,7 @@ def train_ppo(config: PpoConfig, open_session: OpenSession) -> None:
 
 def _improve(config: PpoConfig, session: Session) -> None:
     policy = load_policy(config.model, config.seed)
-    numbered = read_prompts(config.data.train, config.data.split, config.data.max_prompts)
+    numbered = read_prompts(config.data.train, config.data.split, config.data.max_prompts, config.data.columns)
     ids = encode_prompts(config.data.train, numbered, policy.tokenizer, config.tokens.full)
     prompts = [Prompt(text, i, index) for index, ((_, text), i) in enumerate(zip(numbered, ids, strict=True))]
     session.say(f"{len(prompts)} prompts")

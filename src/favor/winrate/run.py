@@ -15,6 +15,7 @@ from pydantic import BaseModel, model_validator
 from favor.config import STRICT, Run, Seed, dump
 from favor.data.formats import RowError
 from favor.data.prompts import prompt_of, read_prompts, sample_seeds
+from favor.data.settings import Columns
 from favor.data.sources import read_objects
 from favor.data.types import Text
 from favor.errors import ConfigError, DataError
@@ -73,6 +74,7 @@ class WinrateConfig(BaseModel):
     prompts: str | None = None
     """Any file favor reads; without it the prompts of both sides' files count."""
     split: Split = "train"
+    columns: Columns = {}
     max_prompts: MaxPrompts = None
     template: Template = "auto"
     special_text: SpecialText = "refuse"
@@ -82,6 +84,8 @@ class WinrateConfig(BaseModel):
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "WinrateConfig":
+        if self.columns and self.prompts is None:
+            raise ValueError("columns is not read: it is of prompts=FILE, which is not set; remove it")
         if self.a.model or self.b.model:
             if self.prompts is None:
                 raise ValueError("prompts is not set, and a model needs prompts to answer; give prompts=FILE")
@@ -237,7 +241,7 @@ def _common(config: WinrateConfig, files: Mapping[str, Any]) -> tuple[list[Asked
     """The prompts both sides can answer, and how many were left out because a file has no response to them."""
     if config.prompts:
         # with models on both sides every prompt can be answered, so none beyond the limit is needed
-        numbered = read_prompts(config.prompts, config.split, None if files else config.max_prompts)
+        numbered = read_prompts(config.prompts, config.split, None if files else config.max_prompts, config.columns)
     else:
         union = {key: prompt for rows in files.values() for key, (prompt, _) in rows.items()}
         numbered = list(enumerate(union.values(), 1))

@@ -7,7 +7,8 @@ one that says the nearest format and a setting to try. Next: ../settings.py.
 import difflib
 import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Self, TypeAlias
 
 from pydantic import BaseModel, Field, model_validator
@@ -42,7 +43,9 @@ _WORDS = {
 _JUDGED = ("winner", "verdict", "preference", "preferred", "label", "choice", "better", "judg", "vote", "rating")
 _PLAIN = ("pairs", "ranked", "sft")
 # for who has to name them: as it is typed in a shell
-_BY_HAND = 'data.columns={prompt="COLUMN", chosen="COLUMN", rejected="COLUMN"}'
+_BY_HAND = 'columns={prompt="COLUMN", chosen="COLUMN", rejected="COLUMN"}'
+# stands for a column whose name nobody has said
+_UNKNOWN = "VERDICT"
 
 
 class VerdictValues(BaseModel):
@@ -99,7 +102,7 @@ class VerdictConfig(BaseModel):
 def named(row: dict[str, Any], columns: Mapping[str, str], verdict: VerdictConfig | None) -> dict[str, Any]:
     """The row under our names. Raises RowError for a column that it lacks, or a verdict that no value stands for."""
     if columns:
-        found = {ours: _lookup(row, theirs, f"data.columns names for '{ours}'") for ours, theirs in columns.items()}
+        found = {ours: _lookup(row, theirs, f"columns.{ours} names") for ours, theirs in columns.items()}
         rest = {name: value for name, value in row.items() if name not in columns.values()}
         row = rest | {name: value for name, value in found.items() if value is not None}
     return row if verdict is None else _with_verdict(row, verdict)
@@ -110,12 +113,12 @@ def _with_verdict(row: dict[str, Any], table: VerdictConfig) -> dict[str, Any]:
     several = len(table.columns) > 1
     said: list[Any] = []
     for column in table.columns:
-        value = _lookup(row, column, "data.verdict names for 'column'", needed=not several)
+        value = _lookup(row, column, "verdict.column names", needed=not several)
         said += value if isinstance(value, list) else [] if value is None else [value]
     if not said:
         raise RowError(f"none of the verdict's columns {', '.join(table.columns)} has a value")
     first, second = (
-        _lookup(row, theirs, f"data.verdict names for '{ours}'")
+        _lookup(row, theirs, f"verdict.{ours} names")
         for ours, theirs in (("first", table.first), ("second", table.second))
     )
     gone = {table.first, table.second, *table.columns}
@@ -130,7 +133,7 @@ def _meant(value: Any, table: VerdictConfig) -> str:
         if any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values):
             return meaning
     known = ", ".join(f"{meaning} {brief(list(values))}" for meaning, values in meanings.items() if values)
-    raise RowError(f"the verdict is {brief(value)}, and data.verdict.values holds only {known}; add it to one of them")
+    raise RowError(f"the verdict is {brief(value)}, and verdict.values holds only {known}; add it to one of them")
 
 
 def _lookup(row: dict[str, Any], path: str, whose: str, *, needed: bool = True) -> Any:
@@ -146,24 +149,29 @@ def _lookup(row: dict[str, Any], path: str, whose: str, *, needed: bool = True) 
         elif not needed:
             return None
         else:
-            raise RowError(f"there is no column '{path}', which {whose}; its columns are {', '.join(row) or 'none'}")
+            raise RowError(
+                f"there is no column '{path}', which {whose}; its columns are {', '.join(row) or 'none'}", of_names=True
+            )
     return value
 
 
 def unknown(row: Mapping[str, Any], columns: Collection[str], formats: Mapping[str, Format]) -> RowError:
     """What is wrong with a row whose columns fit no format."""
     plain = ", ".join(f"prompt with {formats[name]}" for name in _PLAIN)
-    special = ", ".join(name for name in formats if name not in _PLAIN)
     near = {name: _nearness(form, columns) for name, form in formats.items()}
     best = max(near, key=near.__getitem__)
     nearest = f"; the nearest is {best} ({formats[best]})" if near[best] >= 0.75 else ""
     values = ", ".join(f"{name} = {brief(value, 30)}" for name, value in [*row.items()][:12])
     to_try = " and ".join(f"'{setting}'" for setting in proposed(row))
-    # what to do stands first: a list of all formats is long
-    remedy = f"give {to_try} if that is what they mean" if to_try else f"name them: '{_BY_HAND}'"
+    # what to do stands first
+    remedy = f"name them: '{_BY_HAND}'"
+    if to_try:
+        # a name in capitals stands for one that is not known
+        remedy = f"{remedy}, or as a verdict: {to_try}" if _UNKNOWN in to_try else f"give {to_try} if they mean that"
     return RowError(
         f"its columns ({', '.join(sorted(columns)) or 'none'}) are of no known format; {remedy}. The row: {values}. "
-        f"Known are {plain}, and the columns of {special}{nearest}"
+        f"Known are {plain}, and {len(formats) - len(_PLAIN)} more (docs/formats.md){nearest}",
+        of_names=True,
     )
 
 
@@ -181,11 +189,16 @@ def proposed(row: Mapping[str, Any]) -> list[str]:
     """Settings that would read the row, from the names and kinds of its columns; none without any idea."""
     texts = [name for name, value in row.items() if isinstance(value, str | list | dict) and value]
     found: dict[str, str] = {}
-    for ours, words in _WORDS.items():
+    for ours in ("rejected", "chosen", "prompt"):
         free = [name for name in texts if name not in found.values()]
-        like = next((name for word in words for name in free if word in name.lower()), None)
-        if like is not None:
-            found[ours] = like
+        if meant := like(ours, free):
+            found[ours] = meant
+    if "chosen" in found and "rejected" not in found:
+        # by exclusion: liked_reply and other_reply
+        beside = [name for name in texts if name not in found.values() and _parts(name) & _parts(found["chosen"])]
+        found |= {"rejected": beside[0]} if len(beside) == 1 else {}
+    elif completion := like("completion", [name for name in texts if name not in found.values()]):
+        found["completion"] = completion
     if "chosen" in found and "rejected" in found:
         if "prompt" not in found:
             # by exclusion: the one other column that holds words
@@ -193,14 +206,24 @@ def proposed(row: Mapping[str, Any]) -> list[str]:
             found |= {"prompt": words[0]} if len(words) == 1 else {}
         return _mapped(found, "prompt", "chosen", "rejected")
     if two := _two_alike([name for name in texts if name != found.get("prompt")]):
-        judged = next((name for word in _JUDGED for name in row if word in name.lower() and name not in two), "VERDICT")
+        judged = next((name for word in _JUDGED for name in row if word in name.lower() and name not in two), _UNKNOWN)
         first, second, column, value = map(_quoted, (*two, judged, row.get(judged, "A")))
         values = f"values={{first=[{value}], second=[...]}}"
         return [
-            f"data.verdict={{first={first}, second={second}, column={column}, {values}}}",
+            f"verdict={{first={first}, second={second}, column={column}, {values}}}",
             *_mapped(found, "prompt"),
         ]
     return _mapped(found, "prompt", "completion") if "prompt" in found and "completion" in found else []
+
+
+def like(ours: str, names: Iterable[str]) -> str | None:
+    """The first of the names that mostly means what our column (prompt, chosen, rejected, completion) holds, or None."""
+    known = list(names)
+    return next((name for word in _WORDS[ours] for name in known if word in name.lower()), None)
+
+
+def _parts(name: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", name.lower()))
 
 
 def _two_alike(names: Sequence[str]) -> tuple[str, str] | None:
@@ -213,7 +236,7 @@ def _two_alike(names: Sequence[str]) -> tuple[str, str] | None:
 
 def _mapped(found: Mapping[str, str], *wanted: str) -> list[str]:
     inside = ", ".join(f"{ours}={_quoted(found[ours])}" for ours in wanted if found.get(ours, ours) != ours)
-    return [f"data.columns={{{inside}}}"] if inside else []
+    return [f"columns={{{inside}}}"] if inside else []
 
 
 def _quoted(value: Any) -> str:

@@ -97,7 +97,7 @@ def verdict(row: Row) -> Judgment:
     said = said if isinstance(said, list) else [said]
     for value in said:
         if not isinstance(value, str) or value not in _VERDICTS:
-            expected = f"{', '.join(_VERDICTS)}; data.verdict maps other values"
+            expected = f"{', '.join(_VERDICTS)}; verdict.values maps other values"
             raise RowError(f"verdict holds {fields.brief(value)}, expected {expected}")
     if said.count("both_bad") * 2 > len(said):
         return Judgment(prompt, responses, thumbs=((0, False), (1, False)), cut=_cut(row, 2))
