@@ -24,6 +24,16 @@ SOURCES = [
 NEEDED = ["run=r", "model.path=m", "data.train=d.jsonl"]
 
 
+def test_home_is_meant_by_a_tilde(monkeypatch):
+    """In any setting, however it came; shells leave key=~/x as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(
+        TrainConfig, None, ["run=~/r", "model.path=~/m", "data.sources=[{path='~/d.csv'}, {path='a~/e.csv'}]"]
+    )
+    assert (config.run, config.model.path) == ("/home/me/r", "/home/me/m")
+    assert [source.path for source in config.data.sources] == ["/home/me/d.csv", "a~/e.csv"]
+
+
 def test_dump_and_load_give_an_equal_record(tmp_path):
     words = [
         *NEEDED,

@@ -29,7 +29,7 @@ from favor.train.preference import TrainConfig, train
 from favor.train.reward import RewardTrainConfig, train_reward
 from favor.train.session import Bar, Session
 from favor.train.sft import SftConfig, sft
-from favor.words import expanded
+from favor.words import expanded, whole
 
 ROOT = Path(__file__).parent.parent
 LN2 = 0.6931471805599453
@@ -308,6 +308,41 @@ def test_errors_of_several_settings_stand_on_a_line_each(favor):
     assert len(lines) == 2
     assert all(line.startswith("favor: settings: ") for line in lines)
     assert {"loss.beta" in line for line in lines} == {"optim.speed" in line for line in lines} == {True, False}
+
+
+def test_plain_names_are_those_of_python():
+    """One setting has it, or the kind that is chosen reads it; several are refused by name, none is left to the recipe's check."""
+    assert whole(TrainConfig, {}, ["lr=1e-6", "run=r", "loss.kind=cdpo", "label_smoothing=0.1", "lora={rank=8}"]) == [
+        "optim.lr=1e-6",
+        "run=r",
+        "loss.kind=cdpo",
+        "loss.label_smoothing=0.1",
+        "model.lora={rank=8}",
+    ]
+    assert whole(TrainConfig, {"loss": {"kind": "cdpo"}}, ["label_smoothing=0.1"]) == ["loss.label_smoothing=0.1"]
+    assert whole(TrainConfig, {}, ["nothing=1"]) == ["nothing=1"]
+    with pytest.raises(ConfigError, match=r"'every' could be .*watch\.eval\.every.*; say which, as in \S+\.every=5$"):
+        whole(TrainConfig, {}, ["every=5"])
+
+
+def test_plain_names_on_the_command_line(inputs, favor, tmp_path):
+    code, out, _ = favor("train", *words(inputs, tmp_path / "r")[1:], "run=r", "max_steps=2", "--dry-run")
+    assert code == 0
+    assert "steps: 2, each of" in out
+    code, _, err = favor("train", *words(inputs, tmp_path / "r"), "alpha=2")
+    assert code == 2
+    assert "favor: settings: 'alpha' could be" in err
+    # a next line keeps what says how the rows are read, by whatever name it was typed
+    (tmp_path / "q.csv").write_text("q,good,bad\n" + "".join(f"Film {i}?,good {i} film,bad {i}\n" for i in range(12)))
+    code, out, _ = favor("lint", "data=q.csv", 'columns={prompt="q", chosen="good", rejected="bad"}')
+    assert code == 0
+    assert "next: favor train data.train=q.csv 'data.columns={prompt=" in out
+
+
+def test_a_data_file_is_no_recipe(favor, tmp_path):
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    code, _, err = favor("lint", "mine.csv")
+    assert (code, err) == (2, "favor: mine.csv: is a data file by its name, not a recipe; give it as data=mine.csv\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

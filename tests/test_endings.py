@@ -159,7 +159,7 @@ def test_a_dry_run_ends_with_the_command_that_trains(place, favor):
     assert changed == "nothing was trained"
     assert shlex.split(following[0]) == ["favor", "train", *words]
     told = json.loads(favor("train", *words, "--dry-run", "--json")[1])
-    assert told["figures"]["steps"] == "1 of 16 prompts"
+    assert told["figures"]["steps"] == "1, each of up to 16 prompts"
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

@@ -21,10 +21,10 @@ ALLOWED = {
     "guard": {"errors"},
     "run": {"errors", "guard"},
     "output": {"errors", "run", "guard"},
-    "words": {"errors", "config", "run"},
+    "words": {"errors", "config", "run", "settings"},
     "help": {"words"},
     # the last lines of a command read what it left behind
-    "closing": {"run", "data.types", "doctor.settings", "train.notes"},
+    "closing": {"errors", "run", "data.types", "doctor.settings", "train.notes"},
     "data": {"errors", "config", "guard", "run"},
     "losses": {"errors", "config", "data.types"},
     "model": {"errors", "config", "data.types", "data.batches", "ranks"},
@@ -46,12 +46,12 @@ ALLOWED = {
     "demo": BASE | {"stop", "rewards", "eval", "train", "report"},
     "online": BASE | {"output", "stop", "data", "losses", "model", "rewards", "generate", "train"},
     "doctor": BASE | {"data.tokenize", "model", "train.loop"},
-    "init": BASE | {"data", "settings", "train"},
+    "init": BASE | {"data", "settings", "train", "words"},
     "trl": BASE | {"losses", "train"},
     # favor in Python: what the commands call, called
     "api": BASE
     | {"settings", "data", "model", "ranks", "stop", "generate", "eval", "train", "lint", "report", "winrate"}
-    | {"pages", "trl.names", "favor_frontier"},
+    | {"pages", "trl.names", "words", "favor_frontier"},
     "commands": BASE
     | {"model", "eval", "train", "report", "generate", "winrate", "demo", "online", "lint", "label", "stop"}
     | {"closing", "words", "pages", "data", "doctor", "export", "chat"}
@@ -60,7 +60,7 @@ ALLOWED = {
     # the pages of runs, for every command that writes or serves one
     "pages": {"closing", "run", "stop", "report", "favor_frontier"},
     # commands without a recipe
-    "plain": {"closing", "pages", "report", "live", "init", "trl", "favor_frontier"},
+    "plain": {"errors", "closing", "pages", "report", "live", "init", "trl", "favor_frontier"},
     "cli": BASE | {"closing", "help", "words", "commands", "plain", "train", "stop", "settings"},
 }
 # inside train/ a file imports earlier ones only
@@ -74,7 +74,7 @@ DATA_ORDER = (
     *("encode", "render", "tokenize", "splits", "store", "prepare", "prompts", "batches"),
 )
 # the size of the package; a feature may raise a number to the new size in its own commit, with the reason (CONTRIBUTING.md)
-MOST_LINES, MOST_FILES = 25_025, 160
+MOST_LINES, MOST_FILES = 25_311, 160
 # comment lines per 100 of code, on the files of the story (docs/path.md)
 LEAST_COMMENTS = 5
 FILES = sorted(PACKAGE.rglob("*.py"))

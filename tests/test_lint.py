@@ -438,7 +438,7 @@ def test_a_reason_that_many_rows_share_is_told_once(files):
     (told,) = [finding for finding in lint(files(train, None)) if finding.kind == "malformed"]
     assert len(told.rows) == len(train)
     (example,) = told.examples
-    assert example.endswith("columns.prompt=COLUMN names the prompt's column")
+    assert example.endswith("name the prompt's column: 'columns={prompt=\"COLUMN\"}'")
 
 
 @pytest.mark.parametrize("count", [0, 2, 9])

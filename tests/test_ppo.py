@@ -381,7 +381,7 @@ def test_resume_gives_the_same_bits(bandit, tmp_path, value):
 def test_prompts_under_another_name(bandit, tmp_path):
     (tmp_path / "asked.jsonl").write_text(json.dumps({"ask": "x"}) + "\n")
     more = (f"data.train={tmp_path / 'asked.jsonl'}", "train.max_steps=1")
-    with pytest.raises(DataError, match=r"its columns are ask; .*: columns\.prompt=COLUMN$"):
+    with pytest.raises(DataError, match=r"its columns are ask; .*: 'columns=\{prompt=\"COLUMN\"\}'$"):
         train_ppo(load(PpoConfig, None, ppo_words(bandit, tmp_path / "run", *more)), open_session)
     named = expanded("ppo", ["columns.prompt=ask"])
     train_ppo(load(PpoConfig, None, ppo_words(bandit, tmp_path / "run", *more, *named)), open_session)

@@ -180,7 +180,7 @@ def test_init_takes_the_other_answer_for_the_worse_one(tmp_path):
 def test_init_does_not_write_a_recipe_that_reads_nothing(tmp_path):
     """Two columns could be the prompt: neither is taken, and the remedy is said, once."""
     (tmp_path / "d.csv").write_text("theme a,theme b,good,bad\nto be,or not,We look today.,No idea.\n")
-    with pytest.raises(DataError, match=r"columns\.prompt=COLUMN names the prompt's column$"):
+    with pytest.raises(DataError, match=r"name the prompt's column: 'columns=\{prompt=\"COLUMN\"\}'$"):
         recipe_for("./m", str(tmp_path / "d.csv"), tmp_path / "r.toml")
 
 

@@ -126,19 +126,20 @@ def _call(make: Callable[[], Command], words: Sequence[str], speech: Speech, *, 
     from rich.console import Console
 
     from favor.config import load, read, split_arguments
-    from favor.words import expanded
+    from favor.words import expanded, whole
 
     command, (recipe, overrides), console = (
         make(),
         split_arguments(expanded(speech.command, words)),
         Console(highlight=False),
     )
+    overrides = whole(command.config, read(recipe), overrides)
     if listed:
         from favor.settings import settings, table
 
         console.print(table(settings(command.config, read(recipe, overrides))))
         return
-    terminal = Terminal(recipe, console, _progress(console), speech, tuple(words))
+    terminal = Terminal(recipe, console, _progress(console), speech, tuple(words), tuple(overrides))
     ended(speech, lambda: command.run(load(command.config, recipe, overrides), terminal))
 
 

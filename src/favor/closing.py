@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from favor.errors import clipped
 from favor.run import RunFolder, read_jsonl
 from favor.train.notes import cut
 
@@ -197,13 +198,21 @@ def scores(data: str, out: str, figures: Figures | None, reward: Sequence[str]) 
 
 def samples(out: str, count: int) -> Done:
     """After `favor sample`: of the samples that did not come to their end it says so."""
-    ended = [one for row in read_jsonl(Path(out)) for one in row.get("ended", [])]
+    rows = read_jsonl(Path(out))
+    ended = [one for row in rows for one in row.get("ended", [])]
     said = cut(ended, "sample.max_new_tokens")
-    changed = (f"{count} samples", *([said] if said else []))
-    figures = {"samples": count, "ended": sum(ended) / len(ended) if ended else None}
-    return Done(
-        changed, figures, {"samples": out}, (typed("score", f"data={out}", "run=RUN", f"out={out}.scores.jsonl"),)
+    first = rows[0]["responses"][0] if rows and rows[0]["responses"] else ""
+    changed = (
+        f"{count} samples",
+        *([said] if said else []),
+        f"the first: {clipped(' '.join(first.split())) or 'blank'}",
     )
+    figures = {"samples": count, "ended": sum(ended) / len(ended) if ended else None}
+    scores = typed("score", f"data={out}", "run=runs/reward", f"out={out}.scores.jsonl")
+    # people can compare where a prompt has several
+    several = any(len(row["responses"]) > 1 for row in rows)
+    following = (typed("label", f"data={out}"), scores) if several else (scores,)
+    return Done(changed, figures, {"samples": out}, following)
 
 
 def preferences(out: str, figures: Figures) -> Done:

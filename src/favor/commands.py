@@ -13,7 +13,6 @@ from favor import closing
 from favor.closing import Done, Speech, typed
 from favor.pages import served, write_report
 from favor.run import RunFolder
-from favor.words import expanded
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -31,13 +30,14 @@ _VOTES = "every vote that was answered is kept; run the same command again to go
 
 @dataclass(frozen=True)
 class Terminal:
-    """Where a command runs: the recipe file it was given, the console, lines of progress, how it speaks, what was typed."""
+    """Where a command runs. recipe: the file it was given; words: what was typed; overrides: the settings in it, whole keys."""
 
     recipe: Path | None
     console: "Console"
     progress: "Callable[[str, int, int], None]"
     speech: Speech
     words: tuple[str, ...]
+    overrides: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _score() -> Command:
         if figures is not None:
             terminal.console.print(figures_table(figures))
         print(f"scores in {config.out}")
-        reward = [word for word in expanded("score", terminal.words) if word.startswith("reward.")]
+        reward = [word for word in terminal.overrides if word.startswith("reward.")]
         return closing.scores(config.data, config.out, figures, reward)
 
     return Command(ScoreConfig, run)
@@ -217,9 +217,7 @@ def _lint() -> Command:
             _say_precision("float32")
         findings = lint(config, terminal.recipe)
         terminal.console.print(findings_table(findings))
-        read = [
-            word for word in terminal.words if word.partition("=")[0].partition(".")[0] in ("data", "tokens", "model")
-        ]
+        read = [word for word in terminal.overrides if word.partition(".")[0] in ("data", "tokens", "model")]
         words = [*([str(terminal.recipe)] if terminal.recipe else ()), *read]
         return closing.findings(findings, words, config.lint.fix, failed=fails(config, findings))
 

@@ -31,6 +31,8 @@ Seed = Annotated[
 Run = Annotated[str, Field(description="The folder this run writes into.")]
 Resume = Annotated[bool, Field(description="Continue from the newest checkpoint of the run folder.")]
 Overwrite = Annotated[bool, Field(description="Replace the output file if it is there.")]
+# endings of files that hold rows, and are no recipes
+_DATA = {".csv", ".tsv", ".json", ".jsonl", ".gz", ".parquet"}
 # bytes of a recipe: more must be another kind of file
 _LARGEST = 1 << 20
 
@@ -52,6 +54,7 @@ def checked(
 
     Raises ConfigError as `load` does.
     """
+    tree = _at_home(tree)
     try:
         try:
             found = schema.model_validate(_with_own(schema, tree))
@@ -70,6 +73,15 @@ def checked(
         raise ConfigError(f"{where}: a value is nested too deeply to be read; flatten it") from None
     _check_values(tree, found, partial(_where, where, words))
     return found
+
+
+def _at_home(value: Any) -> Any:
+    """A recipe whose places below ~ are whole: shells leave key=~/x as it is, and Python all of them."""
+    if isinstance(value, dict):
+        return {name: _at_home(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_at_home(inner) for inner in value]
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _where(recipe: str, words: Mapping[tuple[str, ...], str], key: str) -> str:
@@ -116,6 +128,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 def _read_toml(recipe: Path) -> dict[str, Any]:
     shown = clipped(str(recipe))
+    if recipe.suffix in _DATA:
+        raise ConfigError(f"{shown}: is a data file by its name, not a recipe; give it as data={shown}")
     try:
         with recipe.open("rb") as file:
             raw = file.read(_LARGEST + 1)

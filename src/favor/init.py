@@ -21,7 +21,7 @@ from favor.errors import DataError
 from favor.settings import Setting, settings
 from favor.train.preference import TrainConfig
 from favor.train.sft import SftConfig
-from favor.words import expanded
+from favor.words import expanded, whole
 
 
 def recipe_for(model: str, data: str, name: Path, words: Sequence[str] = ()) -> tuple[str, str, str]:
@@ -30,7 +30,7 @@ def recipe_for(model: str, data: str, name: Path, words: Sequence[str] = ()) -> 
     words: settings that it shall have, `key=value`. Columns of other names are mapped by what they seem to mean. Raises
     DataError for data of no known format, ConfigError for a setting that the recipe cannot have.
     """
-    typed = read(None, expanded("train", words))
+    typed = read(None, whole(TrainConfig, {}, expanded("train", words)))
     columns, kind = _format(data, typed.get("data", {}))
     command, schema = ("sft", SftConfig) if kind == "sft" else ("train", TrainConfig)
     given: dict[str, Any] = {"run": f"runs/{name.stem}", "model": {"path": model}, "data": {"train": data}}

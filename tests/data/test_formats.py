@@ -233,7 +233,7 @@ def test_columns_are_mapped(tmp_path):
     ]
     with pytest.raises(
         DataError,
-        match=r"row 1: there is no column 'ask', which columns.prompt names; its columns are question, rej",
+        match=r"row 1: column 'ask', which columns.prompt names, is missing or empty; those with a value are question, rej",
     ):
         read(str(path), DataConfig(train=str(path), columns={"prompt": "ask"}), "train")
     with pytest.raises(ValueError, match="columns maps 'promt'.*did you mean 'prompt'"):

@@ -105,9 +105,9 @@ def test_whole_conversations_are_read_as_in_pairs(tmp_path):
         (row(False), "the verdict is False, and"),
         (row("1"), "the verdict is '1', and"),
         (row([["model_a"]]), r"the verdict is \['model_a'\], and"),
-        (row(None), "there is no column 'winner', which verdict.column names"),
+        (row(None), "column 'winner', which verdict.column names, is missing or empty"),
         (row([]), "none of the verdict's columns winner has a value"),
-        (row(1) | {"ask": {"a": "x"}}, "there is no column 'ask.b', which verdict.second names"),
+        (row(1) | {"ask": {"a": "x"}}, "column 'ask.b', which verdict.second names, is missing or empty"),
         (row(1) | {"ask": {"a": "x", "b": "x"}}, "two of its responses are the same"),
     ],
 )

@@ -14,9 +14,9 @@ from pydantic import BaseModel
 
 from favor.config import read
 from favor.errors import ConfigError
-from favor.settings import RENAMED, kind_of, models
+from favor.settings import RENAMED, models
 from favor.trl import names as trl
-from favor.words import expanded
+from favor.words import expanded, keys, meant
 
 # KEY=VALUE in a message: a value that lets itself be read, with tables in a table
 _TYPED = re.compile(r"(?<![\w.=])[a-z_]+(?:\.[a-z_]+)*=(?:\{(?:[^{}]|\{[^{}]*\})*\}|[\w.+-]*\w)")
@@ -112,16 +112,12 @@ def _plain(value: Any) -> Any:
 
 def _key(schema: type[BaseModel], name: str, tree: Mapping[str, Any], where: str) -> str:
     """The one setting of this plain name. Raises ConfigError for none, and for several that it could mean."""
-    found = {key: state for key, state in _keys(schema, tree).items() if key.rpartition(".")[2] == name}
-    read = [key for key, state in found.items() if state == "read"]
-    # what another kind reads is no rival, but a section that is off might be meant
-    if len(read) == 1 and "off" not in found.values():
-        return read[0]
+    found = meant(schema, name, tree)
     if len(found) == 1:
-        return next(iter(found))
+        return found[0]
     if not found:
         raise ConfigError(f"{where}: unknown keyword '{name}'; {_advice(schema, name)}")
-    section, _, leaf = next(iter(found)).rpartition(".")
+    section, _, leaf = found[0].rpartition(".")
     said = f"{section.partition('.')[0]}={_nested(section, leaf)}"
     raise ConfigError(f"{where}: '{name}' could be {', '.join(found)}; say which, as in {said}")
 
@@ -133,35 +129,9 @@ def _nested(section: str, leaf: str) -> str:
     return said
 
 
-def _keys(schema: type[BaseModel], given: Any, prefix: str = "", state: str = "read") -> dict[str, str]:
-    """Dotted keys below a section, each with its state: read, off (its section is not written), other (another kind reads it).
-
-    A choice that is off is left out: its settings are those of another command.
-    """
-    here = given if isinstance(given, Mapping) else {}
-    found: dict[str, str] = {}
-    for name, field in schema.model_fields.items():
-        key, inner = prefix + name, here.get(name)
-        found.setdefault(key, state)
-        sections = list(models(field.annotation, lists=False))
-        off = field.default is None and inner is None
-        if len(sections) > 1 and off:
-            continue
-        default = kind_of(type(field.default)) if isinstance(field.default, BaseModel) else None
-        chosen = inner.get("kind", default) if isinstance(inner, Mapping) else default
-        several = len(sections) > 1
-        of_kind = [section for section in sections if not several or kind_of(section) == chosen]
-        # those that are read first, so that a key that several kinds have counts as read
-        for section in dict.fromkeys([*of_kind, *sections]):
-            below = "off" if off else state if section in of_kind else "other"
-            for inner_key, its in _keys(section, inner, f"{key}.", below).items():
-                found.setdefault(inner_key, its)
-    return found
-
-
 def _advice(schema: type[BaseModel], name: str) -> str:
     """TRL's name, an old name, the nearest name, or where all names are listed."""
-    known = list(_keys(schema, {}))
+    known = list(keys(schema, {}))
     if (told := trl.called(name)) and trl.KEYS.get(name, known[0]) in known:
         return told
     renamed = next((now for old, now in RENAMED.items() if old.rpartition(".")[2] == name and now in known), None)

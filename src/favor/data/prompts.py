@@ -105,7 +105,8 @@ def _remedied(error: RowError, row: Mapping[str, Any]) -> str:
     if not error.of_names:
         return f"{error}; every row needs one"
     held = f"its columns are {', '.join(row) or 'none'}"
-    return f"{held}; name the one that holds it: columns.prompt={like('prompt', row) or 'COLUMN'}"
+    named_so = like("prompt", row) or "COLUMN"
+    return f"{held}; name the one that holds it: 'columns={{prompt={json.dumps(named_so, ensure_ascii=False)}}}'"
 
 
 def _prompt(row: dict[str, Any]) -> Text:

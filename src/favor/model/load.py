@@ -25,7 +25,7 @@ from favor.config import STRICT
 from favor.data.types import Layout
 from favor.errors import CheckpointError, ConfigError
 from favor.model.adapters import LoraSettings, load_adapted, with_lora
-from favor.model.weights import Unmatched, check_path, load_weights, readable
+from favor.model.weights import Unmatched, check_path, check_there, load_weights, readable
 
 
 class ModelConfig(BaseModel):
@@ -107,6 +107,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None) ->
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer alone (fast). Raises CheckpointError when the folder or id has none."""
+    check_there(config.path)
     with readable(config.path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code

@@ -63,13 +63,18 @@ class Unmatched:
         return replace(self, missing=self.missing - names, unexpected=self.unexpected - names)
 
 
+def check_there(path: str) -> None:
+    """Raises CheckpointError for what is no folder and cannot be a hub id."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not Path(path).exists() and looks_local:
+        raise CheckpointError(f"{path}: no such model folder; give a local folder or a hub id like owner/name")
+
+
 def check_path(path: str) -> None:
     """Raises CheckpointError when `path` is a folder without a sound model, or no folder and no hub id."""
+    check_there(path)
     folder = Path(path)
     adapter = (folder / "adapter_config.json").exists()
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if not folder.exists() and looks_local:
-        raise CheckpointError(f"{path}: no such model folder; give a local folder or a hub id like owner/name")
     if folder.is_dir() and not (adapter or (folder / "config.json").exists()):
         raise CheckpointError(f"{path}: no config.json or adapter_config.json in this folder; name a model folder")
     if adapter and not (folder / "adapter_model.safetensors").exists():

@@ -273,7 +273,8 @@ def finish(policy: Policy, state: TrainingState, session: Session) -> None:
     """Write the final model."""
     if session.world.is_main:
         save_model(policy, session.folder.model)
-    session.event(state.step, "finished", f"trained {state.step} steps; model in {session.folder.model}")
+    counted = f"{state.step} step{'s' * (state.step != 1)}"
+    session.event(state.step, "finished", f"trained {counted}; model in {session.folder.model}")
     barrier(session.world)
 
 

@@ -20,30 +20,22 @@ Value: TypeAlias = str | bool | int | float
 
 # words in the names of columns, by what such columns mostly mean
 _WORDS = {
-    "rejected": ("reject", "dispref", "non_pref", "lose", "losing", "worse", "worst", "dislike", "negative", "bad"),
-    "chosen": ("chosen", "prefer", "winn", "accept", "better", "best", "liked", "positive", "good"),
+    "rejected": (
+        *("reject", "dispref", "non_pref", "lose", "losing", "worse", "worst", "dislike", "negative", "bad"),
+        *("discard", "threw", "thrown", "dropped", "unused", "passed_over", "not_used", "declined"),
+    ),
+    "chosen": (
+        *("chosen", "prefer", "winn", "accept", "better", "best", "liked", "positive", "good"),
+        *("picked", "selected", "approved", "kept", "final"),
+    ),
     "prompt": (
-        *(
-            "prompt",
-            "question",
-            "instruction",
-            "query",
-            "problem",
-            "input",
-            "message",
-            "request",
-            "post",
-            "context",
-            "user",
-        ),
-        "text",
+        *("prompt", "question", "instruction", "query", "problem", "input", "message", "request", "post", "context"),
+        *("user", "asked", "text"),
     ),
     "completion": ("completion", "response", "answer", "output", "reply", "target", "summary"),
 }
 _JUDGED = ("winner", "verdict", "preference", "preferred", "label", "choice", "better", "judg", "vote", "rating")
 _PLAIN = ("pairs", "ranked", "sft")
-# for who has to name them: as it is typed in a shell
-_BY_HAND = 'columns={prompt="COLUMN", chosen="COLUMN", rejected="COLUMN"}'
 # stands for a column whose name nobody has said
 _UNKNOWN = "VERDICT"
 
@@ -150,7 +142,8 @@ def _lookup(row: dict[str, Any], path: str, whose: str, *, needed: bool = True) 
             return None
         else:
             raise RowError(
-                f"there is no column '{path}', which {whose}; its columns are {', '.join(row) or 'none'}", of_names=True
+                f"column '{path}', which {whose}, is missing or empty; those with a value are {', '.join(row) or 'none'}",
+                of_names=True,
             )
     return value
 
@@ -164,7 +157,7 @@ def unknown(row: Mapping[str, Any], columns: Collection[str], formats: Mapping[s
     values = ", ".join(f"{name} = {brief(value, 30)}" for name, value in [*row.items()][:12])
     to_try = " and ".join(f"'{setting}'" for setting in proposed(row))
     # what to do stands first
-    remedy = f"name them: '{_BY_HAND}'"
+    remedy = f"name them: {_by_hand(row)}"
     if to_try:
         # a name in capitals stands for one that is not known
         remedy = f"{remedy}, or as a verdict: {to_try}" if _UNKNOWN in to_try else f"give {to_try} if they mean that"
@@ -173,6 +166,14 @@ def unknown(row: Mapping[str, Any], columns: Collection[str], formats: Mapping[s
         f"Known are {plain}, and {len(formats) - len(_PLAIN)} more (docs/formats.md){nearest}",
         of_names=True,
     )
+
+
+def _by_hand(row: Mapping[str, Any]) -> str:
+    """The setting for who has to name the columns, as it is typed in a shell: their own names where three hold words."""
+    held = [name for name, value in row.items() if isinstance(value, str) and " " in value.strip()]
+    names = held if len(held) == 3 else ["COLUMN"] * 3
+    said = f"'columns={{prompt={_quoted(names[0])}, chosen={_quoted(names[1])}, rejected={_quoted(names[2])}}}'"
+    return f"{said}, if these three mean that in this order" if len(held) == 3 else said
 
 
 def _nearness(form: Format, columns: Collection[str]) -> float:
@@ -193,10 +194,11 @@ def proposed(row: Mapping[str, Any]) -> list[str]:
         free = [name for name in texts if name not in found.values()]
         if meant := like(ours, free):
             found[ours] = meant
-    if "chosen" in found and "rejected" not in found:
+    if ("chosen" in found) is not ("rejected" in found):
         # by exclusion: liked_reply and other_reply
-        beside = [name for name in texts if name not in found.values() and _parts(name) & _parts(found["chosen"])]
-        found |= {"rejected": beside[0]} if len(beside) == 1 else {}
+        known, other = ("chosen", "rejected") if "chosen" in found else ("rejected", "chosen")
+        beside = [name for name in texts if name not in found.values() and _parts(name) & _parts(found[known])]
+        found |= {other: beside[0]} if len(beside) == 1 else {}
     elif completion := like("completion", [name for name in texts if name not in found.values()]):
         found["completion"] = completion
     if "chosen" in found and "rejected" in found:

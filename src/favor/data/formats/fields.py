@@ -230,7 +230,7 @@ def transcript(text: str, name: str) -> tuple[Message, ...]:
     if not text.startswith("\n\nHuman:"):
         raise RowError(
             f"there is no prompt column and {name} is not a transcript (it would begin with '\\n\\nHuman:'); "
-            "columns.prompt=COLUMN names the prompt's column",
+            "name the prompt's column: 'columns={prompt=\"COLUMN\"}'",
             of_names=True,
         )
     return complete(dialogue(text), name)
