@@ -124,6 +124,7 @@ MAKE: dict[str, Callable[[Path], object]] = {
     "train.jsonl": lambda path: write_jsonl(path, rows_of("Film", 24)),
     "test.jsonl": lambda path: write_jsonl(path, rows_of("Other film", 8)),
     "prompts.jsonl": lambda path: write_jsonl(path, [{"prompt": f"Film {i}?"} for i in range(3)]),
+    "new.csv": lambda path: path.write_text("prompt\nWhat of film 7?\nWhat of film 8?\n"),
     "known.jsonl": lambda path: write_jsonl(path, rows_of("Known film", 2)),
     "hh.jsonl": lambda path: write_jsonl(path, _VERDICTS),
     "org/dataset": _like_the_hub,

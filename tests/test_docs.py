@@ -55,6 +55,7 @@ HAS = {
     "coming_from": ["FILE"],
     "rlhf": ["recipes", "reward.py"],
     "winrate": ["runs/dpo", "runs/sft"],
+    "README": ["new.csv"],
     # the same run under the names of the page
     "metrics": ["runs/dpo:A", "runs/dpo:B", "runs/dpo:C", "runs/dpo:RUN"],
 }

@@ -291,7 +291,7 @@ def test_errors_about_rows_speak_python(start, tmp_path):
     assert "train.jsonl" not in said
     found = favor.train(start, rows, out=tmp_path / "run", columns=columns, **SIZES)
     assert len(steps(found.path)) == 1
-    with pytest.raises(DataError, match=r"""^prompts, row 1: no prompt .*: 'columns=\{"prompt": "COLUMN"\}'$"""):
+    with pytest.raises(DataError, match=r"""^prompts, row 1: no prompt .*: 'columns=\{"prompt": "what"\}'$"""):
         favor.sample(start, [{"what": "a film"}], quiet=True)
     (row,) = favor.sample(start, [{"what": "a film"}], columns={"prompt": "what"}, max_new_tokens=2, quiet=True)
     assert row["prompt"] == "a film"

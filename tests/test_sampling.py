@@ -74,7 +74,8 @@ def test_prompts_under_another_name(inputs, tmp_path):
     (tmp_path / "asked.csv").write_text("no,what they say\n" + "".join(f"{i},{p}\n" for i, p in enumerate(PROMPTS[:3])))
     given = [*words(inputs, tmp_path / "s.jsonl")[2:], f"prompts={tmp_path / 'asked.csv'}"]
     with pytest.raises(
-        DataError, match=r"row 2: no prompt .*: its columns are no, what they say; .*: 'columns=\{prompt=\"COLUMN\"\}'$"
+        DataError,
+        match=r"row 2: no prompt .*: its columns are no, what they say; .*: 'columns=\{prompt=\"what they say\"\}'$",
     ):
         run_sample([f"out={tmp_path / 'a.jsonl'}", *given])
     column = 'columns.prompt="what they say"'

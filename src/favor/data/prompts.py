@@ -105,7 +105,8 @@ def _remedied(error: RowError, row: Mapping[str, Any]) -> str:
     if not error.of_names:
         return f"{error}; every row needs one"
     held = f"its columns are {', '.join(row) or 'none'}"
-    named_so = like("prompt", row) or "COLUMN"
+    texts = [name for name, value in row.items() if isinstance(value, str) and " " in value]
+    named_so = like("prompt", row) or (texts[0] if len(texts) == 1 else "COLUMN")
     return f"{held}; name the one that holds it: 'columns={{prompt={json.dumps(named_so, ensure_ascii=False)}}}'"
 
 
