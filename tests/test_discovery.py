@@ -337,12 +337,21 @@ def test_plain_names_on_the_command_line(inputs, favor, tmp_path):
     code, out, _ = favor("lint", "data=q.csv", 'columns={prompt="q", chosen="good", rejected="bad"}')
     assert code == 0
     assert "next: favor train data.train=q.csv 'data.columns={prompt=" in out
+    # of a cleaned copy too, which has the same columns
+    given = ("data=q.csv", 'columns={prompt="q", chosen="good", rejected="bad"}', "--fix", "clean.jsonl")
+    code, out, _ = favor("lint", *given)
+    (following,) = re.findall(r"^next: favor (lint .*)$", out, re.MULTILINE)
+    assert following.endswith("data.train=clean.jsonl")
+    assert favor(*shlex.split(following))[0] == 0
 
 
 def test_a_data_file_is_no_recipe(favor, tmp_path):
     (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
     code, _, err = favor("lint", "mine.csv")
-    assert (code, err) == (2, "favor: mine.csv: is a data file by its name, not a recipe; give it as data=mine.csv\n")
+    assert (code, err) == (2, err)
+    assert err.startswith(
+        "favor: mine.csv: is a data file by its name, not a recipe; give it as data=mine.csv, or make"
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -208,7 +208,7 @@ def samples(out: str, count: int) -> Done:
         f"the first: {clipped(' '.join(first.split())) or 'blank'}",
     )
     figures = {"samples": count, "ended": sum(ended) / len(ended) if ended else None}
-    scores = typed("score", f"data={out}", "run=runs/reward", f"out={out}.scores.jsonl")
+    scores = typed("score", f"data={out}", "model=REWARD_MODEL", f"out={out}.scores.jsonl")
     # people can compare where a prompt has several
     several = any(len(row["responses"]) > 1 for row in rows)
     following = (typed("label", f"data={out}"), scores) if several else (scores,)
@@ -233,7 +233,9 @@ def findings(found: "Sequence[Finding]", words: Sequence[str], fixed: str | None
         # there is nothing to clean; what to try stands with the rows
         following = ()
     elif fixed is not None:
-        following = (typed("lint", f"data.train={fixed}"),)
+        # the copy has the columns of what it was made from
+        kept = [word for word in words if not word.startswith("data.train=")]
+        following = (typed("lint", *kept, f"data.train={fixed}"),)
     elif failed or counts["error"]:
         following = (typed("lint", *words, "--fix", "clean.jsonl"),)
     else:

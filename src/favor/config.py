@@ -129,7 +129,10 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 def _read_toml(recipe: Path) -> dict[str, Any]:
     shown = clipped(str(recipe))
     if recipe.suffix in _DATA:
-        raise ConfigError(f"{shown}: is a data file by its name, not a recipe; give it as data={shown}")
+        raise ConfigError(
+            f"{shown}: is a data file by its name, not a recipe; give it as data={shown}, or make a recipe: "
+            f"favor init --model MODEL --data {shown} --out recipe.toml"
+        )
     try:
         with recipe.open("rb") as file:
             raw = file.read(_LARGEST + 1)

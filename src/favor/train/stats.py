@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from favor.data.types import Batch, TokenTree
 from favor.errors import ConfigError
@@ -22,6 +23,8 @@ _WANTS = {
 }
 
 
+# margins that rounding alone makes, as before the first step, when both models are one
+_ROUNDING = 1e-5
 # sums over the pairs and thumbs of a batch; docs/metrics.md defines their means
 STATS = (
     *("pairs", "correct", "margin", "reward_chosen", "reward_rejected"),
@@ -88,7 +91,7 @@ def _has_margins(gaps: Sequence[float]) -> bool:
 
 
 def batch_sums(config: LossConfig, scored: Scored, batch: Batch) -> dict[str, Tensor]:
-    """STATS of a batch, each a scalar on its device. A margin of exactly 0 counts as half right."""
+    """STATS of a batch, each a scalar on its device. A margin of 0, up to rounding, counts as half right."""
     pi_R, reward_R = scored.pi_R.detach(), rewards(config, scored, batch)
     per_token_R = pi_R / batch.length_R
     free = not needs(config).reference
@@ -97,7 +100,7 @@ def batch_sums(config: LossConfig, scored: Scored, batch: Batch) -> dict[str, Te
     ones_P, none = torch.ones_like(margin_P), margin_P.new_zeros(())
     return {
         "pairs": ones_P.sum(),
-        "correct": ((margin_P.sign() + 1) / 2).sum(),
+        "correct": ((hardshrink(margin_P, _ROUNDING).sign() + 1) / 2).sum(),
         "margin": margin_P.sum(),
         "reward_chosen": chosen_P.sum(),
         "reward_rejected": rejected_P.sum(),
