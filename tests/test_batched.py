@@ -44,7 +44,7 @@ def test_batches_keep_the_budget_and_every_value_is_in_its_place(layout):
 
     found = measured(policy, trees, measure, 300, progress=done.append)
     # in rows a tree costs its prompt three times; planned by the tree's own tokens this came to 900
-    assert len(computed) > 5
+    assert len(computed) >= (3 if layout == "tree" else 6)
     # the rows of unequal trees are padded to the longest
     assert max(computed) <= 320
     assert sum(done) == len(trees)
@@ -75,7 +75,7 @@ def build(trees, layout, *rest):
 def counted(policy, prompts, *rest):
     print("sampled", len(prompts), file=log, flush=True)
     return sample(policy, prompts, *rest)
-batched.batches = SimpleNamespace(plan=batched.batches.plan, computed_tokens=batched.batches.computed_tokens, build=build)
+batched.batches = SimpleNamespace(plan=batched.batches.plan, build=build)
 rollout.sample = counted
 from favor.cli import main
 main()

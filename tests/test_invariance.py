@@ -3,7 +3,6 @@
 The oracle is plain transformers: one unpadded forward per response, full logits (tests/oracles.py).
 """
 
-import itertools
 import random
 import re
 from dataclasses import replace
@@ -15,6 +14,7 @@ from oracles import plain_logps, tree
 from torch.testing import assert_close
 
 from favor.data import batches
+from favor.data.types import TokenTree
 from favor.losses import table as losses
 from favor.losses.table import make_loss
 from favor.model import attention
@@ -166,15 +166,98 @@ def test_radix_holds_every_distinct_prefix_once():
         assert sum(stop - start for start, stop, _ in nodes) == len(packed)
 
 
-def test_plan_is_balanced_deterministic_and_keeps_the_budget():
-    rng = random.Random(2)
-    for budget, world in itertools.product((40, 100, 1000), (1, 2, 3)):
-        sizes = [rng.randint(1, 120) for _ in range(rng.randint(1, 30))]
-        bins = batches.plan(sizes, budget, world)
-        assert sorted(i for members in bins for i in members) == list(range(len(sizes)))
+def bare(prompt, *responses):
+    """A tree of token ids alone."""
+    return TokenTree(tuple(prompt), tuple(map(tuple, responses)), (True,) * len(responses), (), 0, 0)
+
+
+def drawn_trees(rng, count, openings=0, opening=40):
+    """Trees of random ids; with `openings`, each begins with one of so many long texts."""
+    texts = [[rng.randrange(50) for _ in range(opening)] for _ in range(openings)] or [[]]
+    return [
+        bare(
+            [*rng.choice(texts), *(rng.randrange(50) for _ in range(rng.randint(1, 30)))],
+            *([rng.randrange(50) for _ in range(rng.randint(1, 12))] for _ in range(rng.randint(1, 3))),
+        )
+        for _ in range(count)
+    ]
+
+
+def by_size_alone(sizes, budget, world):
+    """The slow oracle where nothing is shared: largest first into the emptiest bin, more bins until all fit."""
+    num_bins = world * max(1, -(-sum(sizes) // (budget * world)))
+    while True:
+        bins, load = [[] for _ in range(num_bins)], [0] * num_bins
+        for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+            b = min(range(num_bins), key=lambda b: (load[b], b))
+            bins[b].append(i)
+            load[b] += sizes[i]
+        if all(total <= budget or len(m) == 1 for total, m in zip(load, bins, strict=True)):
+            return [sorted(m) for m in bins]
+        num_bins += world
+
+
+@pytest.mark.parametrize("openings", [0, 1, 3])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("budget", [60, 150, 1000])
+def test_plan_keeps_the_budget_and_is_deterministic(budget, world, openings):
+    """By the tokens that a micro-batch really computes; bins without trees come last, as many for every rank."""
+    rng = random.Random(f"{budget} {world} {openings}")
+    for layout in ("tree", "rows"):
+        trees = drawn_trees(rng, rng.randint(1, 30), openings)
+        bins = batches.plan(trees, layout, budget, world)
+        assert bins == batches.plan(list(trees), layout, budget, world)
+        assert sorted(i for members in bins for i in members) == list(range(len(trees)))
         assert len(bins) % world == 0
-        assert all(len(m) <= 1 or sum(sizes[i] for i in m) <= budget for m in bins)
-        assert bins == batches.plan(list(sizes), budget, world)
+        assert bins == sorted(bins, key=lambda members: not members)
+        if layout == "tree":
+            assert all(len(m) <= 1 or batches.build([trees[i] for i in m], layout).num_tokens <= budget for m in bins)
+        if layout == "rows":
+            assert bins == by_size_alone([batches.computed_tokens(tree, layout) for tree in trees], budget, world)
+
+
+def cost(trees, bins):
+    return sum(batches.build([trees[i] for i in members], "tree").num_tokens for members in bins if members)
+
+
+def test_trees_that_open_alike_stand_together():
+    """Three system texts of 600 tokens, 24 prompts: each text is computed once where the budget allows, not once a bin."""
+    rng = random.Random(3)
+    trees = drawn_trees(rng, 24, openings=3, opening=600)
+    whole = batches.build(trees, "tree").num_tokens
+    assert len(batches.plan(trees, "tree", whole)) == 1
+    # three bins, a text in each: nothing is computed twice
+    third = max(
+        batches.build([tree for tree in trees if tree.prompt_ids[:600] == text], "tree").num_tokens
+        for text in {tree.prompt_ids[:600] for tree in trees}
+    )
+    assert cost(trees, batches.plan(trees, "tree", third)) == whole
+    # by size alone each text was computed in nearly every bin
+    sizes = [batches.computed_tokens(tree, "tree") for tree in trees]
+    assert cost(trees, by_size_alone(sizes, third, 1)) > 3 * whole
+
+
+def test_ranks_share_one_opening_evenly():
+    """One system text, two ranks: both compute it once and about half of the rest."""
+    trees = drawn_trees(random.Random(4), 40, openings=1, opening=600)
+    whole = batches.build(trees, "tree").num_tokens
+    bins = batches.plan(trees, "tree", 2 * whole, 2)
+    loads = [batches.build([trees[i] for i in members], "tree").num_tokens for members in bins]
+    assert len(loads) == 2
+    assert max(loads) - 600 <= 0.55 * (whole - 600)
+
+
+def test_what_trees_share_is_counted_once():
+    """Of a tree alone, and of every two, against the packed row."""
+    trees = [*drawn_trees(random.Random(5), 12, openings=2), bare([1, 2, 3], [4, 5, 6], [4, 5, 7], [4, 8])]
+    shared = batches.shared_tokens(trees)
+    for i, first in enumerate(trees):
+        alone = batches.computed_tokens(first, "tree")
+        assert alone == batches.build([first], "tree").num_tokens
+        for j, second in enumerate(trees[:i]):
+            both = batches.build([first, second], "tree").num_tokens
+            assert shared[i, j] == shared[j, i] == alone + batches.computed_tokens(second, "tree") - both
+    assert batches.computed_tokens(trees[-1], "tree") == 3 + 5
 
 
 def updated_weights(trees, budget, loss, layout="tree", world_cut=1):

@@ -13,6 +13,9 @@ import torch
 
 from favor.data.types import Batch, Comparison, Layout, Node, Thumb, TokenTree
 
+# limits below the budget that a plan tries
+_LIMITS = 16
+
 
 class LoaderState(NamedTuple):
     """Where the order stands: whole epochs done, trees of the current epoch already given out."""
@@ -45,33 +48,74 @@ class Order(NamedTuple):
             epoch, position = epoch + 1, 0
 
 
-def plan(sizes: Sequence[int], budget: int, world: int = 1) -> list[list[int]]:
-    """Cut an optimizer batch into micro-batches of at most `budget` tokens, balanced over `world` ranks.
+def plan(trees: Sequence[TokenTree], layout: Layout, budget: int, world: int = 1) -> list[list[int]]:
+    """Cut an optimizer batch into micro-batches of at most `budget` computed tokens, balanced over `world` ranks.
 
-    Largest first into the emptiest bin; the number of bins is the least multiple of `world` that fits, so
-    every rank runs equally many (some may be empty). A tree beyond the budget gets a bin to itself. Bin i
-    belongs to rank i % world. Returns indices into `sizes`, ascending within a bin.
+    Trees that share a long prefix stand together: a tree costs a bin what it adds to it. The number of bins is the least
+    multiple of `world` that is found to fit, so every rank runs equally many (some may be empty, from the last on). A tree
+    beyond the budget gets a bin to itself. Bin i belongs to rank i % world. Returns indices, ascending within a bin.
     """
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    # at least as many bins as the tokens need; more when they do not pack that well
-    num_bins = world * max(1, -(-sum(sizes) // (budget * world)))
-    while True:
-        bins: list[list[int]] = [[] for _ in range(num_bins)]
-        load = [0] * num_bins
-        for i in order:
-            emptiest = min(range(num_bins), key=lambda b: (load[b], b))
-            bins[emptiest].append(i)
-            load[emptiest] += sizes[i]
-        if all(total <= budget or len(members) == 1 for total, members in zip(load, bins, strict=True)):
-            return [sorted(members) for members in bins]
+    sizes = np.array([computed_tokens(tree, layout) for tree in trees], np.int64)
+    shared = shared_tokens(trees) if layout == "tree" else np.zeros((len(trees), len(trees)), np.int64)
+    # what everything together costs, were there one bin: each tree shares most with one of those before it
+    least = int(sum(sizes[i] - shared[i, :i].max(initial=0) for i in range(len(trees))))
+    num_bins = world * max(1, -(-least // (budget * world)))
+    while (bins := _filled(sizes, shared, budget, num_bins)) is None:
         num_bins += world
+    # the first bins are the fullest then; lower limits level them, and the one that takes least time is kept
+    low, high = least // num_bins, min(max(bins.load), budget)
+    limits = range(high - 1, low, -max(1, (high - low) // _LIMITS)) if shared.any() else ()
+    found = (bins, *(_filled(sizes, shared, limit, num_bins) for limit in limits))
+    return min((bins for bins in found if bins), key=lambda bins: bins.time(world)).members
+
+
+class _Bins(NamedTuple):
+    """Trees by bin, and what each bin computes."""
+
+    members: list[list[int]]
+    load: list[int]
+
+    def time(self, world: int) -> tuple[int, int]:
+        """Tokens until the slowest rank of every round is done; then the largest bin, which bounds memory."""
+        return sum(max(self.load[i : i + world]) for i in range(0, len(self.load), world)), max(self.load)
+
+
+def _filled(sizes: np.ndarray, shared: np.ndarray, limit: int, num_bins: int) -> _Bins | None:
+    """Largest tree first, into the bin that it adds least to, of these the emptiest; None when one does not fit."""
+    members: list[list[int]] = [[] for _ in range(num_bins)]
+    load_B = np.zeros(num_bins, np.int64)
+    # what each bin already holds of the opening of each tree
+    held_BN = np.zeros((num_bins, len(sizes)), np.int64)
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        added_B = sizes[i] - held_BN[:, i]
+        fits_B = (load_B + added_B <= limit) | (load_B == 0)
+        if not fits_B.any():
+            return None
+        best = min(np.flatnonzero(fits_B).tolist(), key=lambda b: (added_B[b], load_B[b], b))
+        members[best].append(i)
+        load_B[best] += added_B[best]
+        np.maximum(held_BN[best], shared[i], out=held_BN[best])
+    return _Bins([sorted(bin_) for bin_ in members], load_B.tolist())
+
+
+def shared_tokens(trees: Sequence[TokenTree]) -> np.ndarray:
+    """Tokens with which the prompts of two trees begin alike, for every two: [N, N] int64, 0 on the diagonal."""
+    order = sorted(range(len(trees)), key=lambda i: trees[i].prompt_ids)
+    alike = np.array([_common(trees[a].prompt_ids, trees[b].prompt_ids) for a, b in pairwise(order)], np.int64)
+    shared = np.zeros((len(trees), len(trees)), np.int64)
+    for place, i in enumerate(order):
+        # between two sorted prompts nothing is shared that all between them do not share
+        run = np.minimum.accumulate(alike[place:])
+        shared[i, order[place + 1 :]] = shared[order[place + 1 :], i] = run
+    return shared
 
 
 def computed_tokens(tree: TokenTree, layout: Layout) -> int:
-    """Tokens that a tree alone costs in this layout, padding included."""
-    if layout == "tree":
-        return tree.num_tokens
-    return len(tree.response_ids) * (len(tree.prompt_ids) + max(map(len, tree.response_ids)))
+    """Tokens that a tree alone costs in this layout: common openings of its responses once, or padding included."""
+    if layout == "rows":
+        return len(tree.response_ids) * (len(tree.prompt_ids) + max(map(len, tree.response_ids)))
+    twice = sum(_common(a, b) for a, b in pairwise(sorted(tree.response_ids)))
+    return tree.num_tokens - twice
 
 
 def build(trees: Sequence[TokenTree], layout: Layout, pad_id: int = 0) -> Batch:

@@ -41,7 +41,7 @@ def measured(
         # where each tree's values begin among those of the window
         counts = [sum(map(len, tree.response_ids)) if tokens else len(tree.response_ids) for tree in window]
         begins = list(accumulate(counts, initial=0))
-        bins = batches.plan([batches.computed_tokens(tree, policy.layout) for tree in window], budget, world.size)
+        bins = batches.plan(window, policy.layout, budget, world.size)
         total = torch.empty(0)
         for first in range(0, len(bins), world.size):
             together = bins[first : first + world.size]

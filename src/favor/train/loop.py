@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from favor.config import STRICT, by_kind
-from favor.data.batches import LoaderState, Order, build, computed_tokens, plan
+from favor.data.batches import LoaderState, Order, build, plan
 from favor.data.types import Batch, TokenTree
 from favor.errors import without_places
 from favor.model.load import Policy
@@ -264,8 +264,7 @@ def num_steps(config: LoopConfig, num_trees: int) -> int:
 
 def micro_batches(trees: Sequence[TokenTree], policy: Policy, budget: int, world: World) -> list[Batch]:
     """This rank's share of an optimizer batch, cut to the token budget."""
-    sizes = [computed_tokens(tree, policy.layout) for tree in trees]
-    bins = plan(sizes, budget, world.size)[world.rank :: world.size]
+    bins = plan(trees, policy.layout, budget, world.size)[world.rank :: world.size]
     return [build([trees[i] for i in members], policy.layout) for members in bins if members]
 
 
