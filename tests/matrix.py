@@ -17,7 +17,6 @@ from oracles import tree
 from favor.data.types import Comparison, Thumb
 from favor.errors import ConfigError
 from favor.losses.table import LOSSES, needs
-from favor.model.adapters import LoraSettings
 from favor.model.batched import measured
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, frozen_copy, make_policy
@@ -51,6 +50,14 @@ VARIANTS = {kind: {"kind": kind} for kind in LOSSES} | {
         ],
     },
 }
+# the same pairs by DPO, with another way of keeping or adapting the weights: what [model] then says
+MODELS = {
+    "dpo, weights in bfloat16": {"weights": "bfloat16"},
+    "dpo, rsLoRA": {"lora": {"rslora": True}},
+    "dpo, DoRA": {"lora": {"dora": True}},
+    "dpo, DoRA on weights in bfloat16": {"weights": "bfloat16", "lora": {"dora": True}},
+}
+VARIANTS |= {name: {"kind": "dpo"} for name in MODELS}
 BETA = 0.3
 
 
@@ -95,9 +102,16 @@ def config_of(cell):
     values = {"run": "unused", "model": {"path": "unused"}, "data": {"train": "unused"}, "loss": loss}
     if not free:
         values["reference"] = {"mode": cell.reference}
-    if cell.weights == "lora":
-        values["model"]["lora"] = {"rank": 4}
+    values["model"] |= model_settings(cell)
     return TrainConfig.model_validate(values)
+
+
+def model_settings(cell):
+    """What the cell's recipe says in section [model]."""
+    found = MODELS.get(cell.variant, {})
+    if cell.weights == "lora":
+        return found | {"lora": {"rank": 4} | found.get("lora", {})}
+    return {key: value for key, value in found.items() if key != "lora"}
 
 
 def with_beta(term):
@@ -109,10 +123,12 @@ def with_beta(term):
 
 def policies(cell, trees):
     """A policy that has moved away from its reference, and that reference."""
-    settings = ModelConfig(
-        path="tiny", dtype="float32", device="cpu", lora=LoraSettings(rank=4) if cell.weights == "lora" else None
-    )
-    policy = make_policy(tiny.model("llama"), tiny.tokenizer(), settings)
+    settings = ModelConfig.model_validate({"path": "tiny", "dtype": "float32", "device": "cpu"} | model_settings(cell))
+    model = tiny.model("llama")
+    if cell.variant in MODELS:
+        # numbers that bfloat16 has too
+        model.bfloat16().float()
+    policy = make_policy(model, tiny.tokenizer(), settings)
     policy, _ = settle(policy, cell.layout, trees)
     ref = frozen_copy(policy) if cell.weights == "full" else policy
     generator = torch.Generator().manual_seed(3)
@@ -191,6 +207,10 @@ def oracle(variant, weights):
     loss = with_beta(VARIANTS[variant])
     policy, ref = policies(cell, trees)
     model = deepcopy(policy.model)
+    # plain float32 weights and layers, however the policy keeps them
+    for module in model.modules():
+        vars(module).pop("forward", None)
+    model.float()
 
     def reference_tokens(strangers=False):
         with torch.no_grad():

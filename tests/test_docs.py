@@ -37,6 +37,7 @@ NOT_HERE = {
     "favor export run=runs/dpo out=film-model push=OWNER/NAME": "uploads to a hub; tests/test_export.py has one that is none",
     "cd tests": "belongs to the next one",
     "python benchmarks/failures.py": "trains for minutes; tests/test_starting_values.py reads it",
+    "python benchmarks/memory.py": "loads the real model six times; tests/test_kept.py counts the same on a tiny one",
     "python benchmarks/starting_values.py": "trains for an hour; tests/test_starting_values.py has its table and picture",
     "python -W ignore interval_coverage.py": "simulates for minutes; tests/test_interval_coverage.py has a part of it",
 }

@@ -65,7 +65,8 @@ ALLOWED = {
 }
 # inside train/ a file imports earlier ones only
 TRAIN_ORDER = (
-    *("step", "loggers", "session", "checkpoint", "notes", "loop", "reference", "stats", "rollout", "coupled", "watch"),
+    *("step", "loggers", "session", "moments", "checkpoint", "notes", "loop", "reference", "stats", "rollout"),
+    *("coupled", "watch"),
     *("sft", "reward", "ppo", "preference", "dryrun"),
 )
 # inside data/ too; the package formats is one
@@ -74,7 +75,7 @@ DATA_ORDER = (
     *("encode", "render", "tokenize", "splits", "store", "prepare", "prompts", "batches"),
 )
 # the size of the package; a feature may raise a number to the new size in its own commit, with the reason (CONTRIBUTING.md)
-MOST_LINES, MOST_FILES = 25_351, 160
+MOST_LINES, MOST_FILES = 25_676, 162
 # comment lines per 100 of code, on the files of the story (docs/path.md)
 LEAST_COMMENTS = 5
 FILES = sorted(PACKAGE.rglob("*.py"))

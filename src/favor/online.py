@@ -22,7 +22,7 @@ from favor.generate.prefer import PreferConfig, prefer
 from favor.generate.samples import Progress, PromptsFile, Split
 from favor.guard import content, is_sealed, seal, sha
 from favor.losses.table import LossConfig, make_loss, needs
-from favor.model.load import ModelConfig
+from favor.model.load import ModelConfig, TrainedModel
 from favor.model.sample import SampleConfig
 from favor.output import hashes
 from favor.rewards.source import RewardConfig, check_scorer, identity
@@ -43,7 +43,7 @@ class OnlineConfig(BaseModel):
     resume: Resume = False
     rounds: int = Field(default=3, ge=1)
     """Number of rounds; each samples, ranks and trains."""
-    model: ModelConfig
+    model: TrainedModel
     prompts: PromptsFile
     split: Split = "train"
     columns: Columns = {}

@@ -161,7 +161,10 @@ def _leaf(key: str, field: FieldInfo, default: Any) -> Setting:
     literal = get_origin(bare) is Literal
     signs = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
     bounds = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in signs if hasattr(m, name)]
-    shape = "choice" if literal else _NAMES.get(get_origin(bare) or bare, "value")
+    parts = [get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(bare)]
+    several = get_origin(bare) in (Union, UnionType) and all((get_origin(part) or part) in _NAMES for part in parts)
+    shape = " or ".join(_NAMES[get_origin(part) or part] for part in parts) if several else "value"
+    shape = "choice" if literal else _NAMES.get(get_origin(bare) or bare, shape)
     allowed = ", ".join(map(str, get_args(bare))) if literal else " and ".join(bounds)
     return Setting(key, shape, _shown(default), allowed, field.description or "")
 

@@ -142,7 +142,7 @@ def draw(engine: Engine, source: str, jobs: Sequence[Job], how: How, keep: Keep)
 
 
 def _transformers(engine: TransformersEngine, source: str, jobs: Sequence[Job], how: How, keep: Keep) -> None:
-    policy = load_policy(engine.model)
+    policy = load_policy(engine.model, frozen=True)
     ids = _encode(engine, source, jobs, policy.tokenizer)
     settings = SampleConfig(max_new_tokens=how.max_new_tokens, temperature=how.temperature, batch=engine.batch)
     # the order of the whole job, so that a resumed one forms the same batches as an unbroken one

@@ -127,8 +127,10 @@ def _checks(config: LintConfig, rows: Sequence[Row], known: Mapping[str, frozens
         yield from noise_checks(reward_gaps(usable, make_scorer(config.reward)), "the reward", settings.noise)
     if model is not None and settings.doubt:
         other, by = settings.reference, "the implicit reward" if settings.reference else "the model"
-        reference = load_policy(model.model_copy(update={"path": other, "lora": None})) if other else None
-        yield from noise_checks(model_gaps(usable, load_policy(model), reference, config.tokens), by, settings.noise)
+        reference = load_policy(model.model_copy(update={"path": other, "lora": None}), frozen=True) if other else None
+        yield from noise_checks(
+            model_gaps(usable, load_policy(model, frozen=True), reference, config.tokens), by, settings.noise
+        )
     responses = sum(len(row.responses) for row in usable)
     yield Finding("note", "read", f"{len(rows)} rows, {len(usable)} of them usable, {responses} responses")
 

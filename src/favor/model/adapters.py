@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
 from pydantic import BaseModel, Field
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from favor.config import STRICT
@@ -29,6 +32,10 @@ class LoraSettings(BaseModel):
     """An adapter's product is multiplied by alpha / rank."""
     targets: str | tuple[str, ...] = "all-linear"
     """Which layers get one, as peft names them."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead, so that a larger rank learns no slower (rsLoRA)."""
+    dora: bool = False
+    """Let the length of every column of a weight train apart from its direction (DoRA); products in float32 only."""
 
 
 def with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
@@ -37,7 +44,13 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Peft
     # SEQ_CLS also trains and saves the scalar head
     task = "SEQ_CLS" if "ForSequenceClassification" in type(model).__name__ else "CAUSAL_LM"
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0, task_type=task
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=targets,
+        lora_dropout=0.0,
+        task_type=task,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -45,11 +58,24 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Peft
             adapted = get_peft_model(model, config).eval()
         except (ValueError, re.error) as error:
             raise ConfigError(f"model.lora.targets = {settings.targets!r}: {error}") from None
+    if settings.dora:
+        _lengths_in_float32(adapted)
     base = Path(model.name_or_path or "")
     if model.name_or_path and base.exists():
         # a relative path would name another folder for whoever loads the adapter from elsewhere
         adapted.peft_config["default"].base_model_name_or_path = str(base.resolve())
     return adapted
+
+
+def _lengths_in_float32(adapted: PeftModel) -> None:
+    """Where peft measures columns in the format that the weights are kept in: rounded, policy and reference would differ."""
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer):
+            for length in layer.lora_magnitude_vector.values():
+                assert isinstance(length, DoraLinearLayer)
+                weight = layer.get_base_layer().weight
+                assert isinstance(weight, Tensor)
+                length.weight.data = length.get_weight_norm(weight.detach().float(), weight.new_zeros(()), 1.0)
 
 
 def load_adapted(

@@ -23,14 +23,15 @@ from favor.model.logprobs import head_states, logps_of_states, scored_logps
 _LM_HEAD = frozenset({"lm_head.weight", "lm_head.bias", "embed_out.weight", "output.weight"})
 
 
-def load_scalar_model(config: ModelConfig, seed: int = 0, *, fresh: bool = False) -> Policy:
+def load_scalar_model(config: ModelConfig, seed: int = 0, *, fresh: bool = False, frozen: bool = False) -> Policy:
     """A causal LM with a scalar head, as transformers' sequence classifier with one output.
 
     fresh: the start of a reward model, whose folder may be a plain LM: a head that it does not have begins at zero, so
-    every first score is 0. Raises CheckpointError for a model that is missing or incomplete, gives more than one number,
-    or (unless fresh) has no trained head.
+    every first score is 0. frozen: none of it will train.
+    Raises CheckpointError for a model that is missing or incomplete, gives more than one number, or (unless fresh) has no
+    trained head.
     """
-    model, tokenizer, found = load_parts(AutoModelForSequenceClassification, config, num_labels=1)
+    model, tokenizer, found = load_parts(AutoModelForSequenceClassification, config, frozen=frozen, num_labels=1)
     headless = "score.weight" in found.missing
     if headless and not fresh:
         raise CheckpointError(
@@ -50,7 +51,7 @@ def load_scalar_model(config: ModelConfig, seed: int = 0, *, fresh: bool = False
         )
     if headless:
         nn.init.zeros_(model.get_submodule("score").weight)
-    policy = make_policy(model, tokenizer, config, seed)
+    policy = make_policy(model, tokenizer, config, seed, frozen=frozen)
     _pad_without_end(policy, tokenizer)
     return policy
 

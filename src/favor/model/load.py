@@ -11,11 +11,11 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import PeftModel
-from pydantic import BaseModel, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,7 +25,13 @@ from favor.config import STRICT
 from favor.data.types import Layout
 from favor.errors import CheckpointError, ConfigError
 from favor.model.adapters import LoraSettings, load_adapted, with_lora
+from favor.model.kept import keep
 from favor.model.weights import Unmatched, check_path, check_there, load_weights, readable
+
+_ALL_TRAIN = (
+    "model.weights = 'bfloat16' is how weights that do not train are kept, and without [model.lora] all of them train; "
+    "add [model.lora], or leave model.weights at float32"
+)
 
 
 class ModelConfig(BaseModel):
@@ -39,11 +45,13 @@ class ModelConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it is computed; auto takes the GPU where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What products are computed in while training; the weights are float32 either way."""
+    """What products are computed in while training; the weights are read as float32 numbers either way."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """How weights that do not train (LoRA's base, a judge) are kept in memory; bfloat16 takes half and changes no number."""
     layout: Literal["auto", "tree", "rows"] = "auto"
     """Prompt trees or one padded row per response; auto takes trees where they are exact for this model."""
-    gradient_checkpointing: bool = False
-    """Recompute layers in the backward pass: less memory, more time."""
+    gradient_checkpointing: bool | Annotated[int, Field(ge=2)] = False
+    """Recompute layers in the backward pass: less memory, more time; a number k: every k-th layer alone."""
     trust_remote_code: bool = False
     """Run the code that comes with the model."""
     lora: LoraSettings | None = None
@@ -55,14 +63,33 @@ class ModelConfig(BaseModel):
             raise ValueError("model.device is 'cuda' but torch sees no GPU; set model.device=auto")
         return self
 
+    @model_validator(mode="after")
+    def _starts_at_its_reference(self) -> "ModelConfig":
+        if self.lora is not None and self.lora.dora and self.dtype != "float32":
+            raise ValueError(
+                f"model.lora.dora measures weights in the format of products, so with model.dtype = {self.dtype!r} the policy "
+                "would not start as its reference; set model.dtype=float32, or model.lora.dora=false"
+            )
+        return self
+
+
+def _something_is_frozen(config: ModelConfig) -> ModelConfig:
+    if config.weights == "bfloat16" and config.lora is None:
+        raise ValueError(_ALL_TRAIN)
+    return config
+
+
+# [model] of a command that trains it
+TrainedModel = Annotated[ModelConfig, AfterValidator(_something_is_frozen)]
+
 
 @dataclass(frozen=True)
 class Policy:
     """A causal LM ready to be scored or trained.
 
     `model` is what trains and saves (a PeftModel under LoRA); `backbone` ends before the LM head;
-    `fast_head` is a plain linear head, or None when the model does more to its logits. Weights are
-    float32; `compute_dtype` bfloat16 means autocast. `layout` says whether trees may be computed.
+    `fast_head` is a plain linear head, or None when the model does more to its logits. Weights are float32 (model.weights:
+    `kept_bytes` of them in bfloat16); `compute_dtype` bfloat16 means autocast. `layout` says whether trees may be computed.
     """
 
     model: Any
@@ -74,6 +101,7 @@ class Policy:
     layout: Layout
     plain_attention: str
     source: str
+    kept_bytes: int = 0
 
     @property
     def lora(self) -> bool:
@@ -119,17 +147,26 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(config: ModelConfig, seed: int = 0) -> Policy:
-    """Weights and tokenizer, and LoRA adapters when asked (their start depends on `seed`).
+def load_policy(config: ModelConfig, seed: int = 0, *, frozen: bool = False) -> Policy:
+    """Weights and tokenizer, and LoRA adapters when asked (their start depends on `seed`). frozen: none of it will train.
 
     Raises CheckpointError for a missing, unreadable or incomplete model, ConfigError for settings that cannot work.
     """
-    model, tokenizer, found = load_parts(AutoModelForCausalLM, config)
+    model, tokenizer, found = load_parts(AutoModelForCausalLM, config, frozen=frozen)
     found.refuse(config.path)
-    return make_policy(model, tokenizer, config, seed)
+    return make_policy(model, tokenizer, config, seed, frozen=frozen)
 
 
-def load_parts(loader: Any, config: ModelConfig, **more: Any) -> tuple[Any, PreTrainedTokenizerBase, Unmatched]:
+def keeps(config: ModelConfig, *, frozen: bool) -> bool:
+    """Whether the weights are kept in bfloat16. Raises ConfigError where they train."""
+    if config.weights == "bfloat16" and config.lora is None and not frozen:
+        raise ConfigError(_ALL_TRAIN)
+    return config.weights == "bfloat16"
+
+
+def load_parts(
+    loader: Any, config: ModelConfig, *, frozen: bool = False, **more: Any
+) -> tuple[Any, PreTrainedTokenizerBase, Unmatched]:
     """Model, tokenizer, and the weights that files and model do not share. Raises also for new adapters on an adapter."""
     check_path(config.path)
     tokenizer = load_tokenizer(config)
@@ -142,7 +179,16 @@ def load_parts(loader: Any, config: ModelConfig, **more: Any) -> tuple[Any, PreT
             f"{config.path}: holds an adapter, and new adapters on it could not be loaded without it; "
             "remove [model.lora] to train in full, or merge it into its model first (peft's merge_and_unload)"
         )
-    model, found = load_adapted(loader, *where, adapter, **more) if adapter else load_weights(loader, *where, **more)
+    kept = keeps(config, frozen=frozen)
+    if adapter is None:
+        model, found = load_weights(loader, *where, kept=kept, **more)
+        return model, tokenizer, found
+    if kept:
+        raise ConfigError(
+            f"{config.path}: holds an adapter, which is folded into its base in float32, so weights = 'bfloat16' would round "
+            "it; leave it at float32, or name a merged copy (favor export run=RUN out=FOLDER)"
+        )
+    model, found = load_adapted(loader, *where, adapter, **more)
     return model, tokenizer, found
 
 
@@ -159,13 +205,20 @@ def check_ids(policy: "Policy", largest: int) -> None:
 
 
 def make_policy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    seed: int = 0,
+    *,
+    frozen: bool = False,
 ) -> Policy:
     """Wrap a model already in memory (the tests' and notebooks' way in)."""
     if model._hf_peft_config_loaded:  # pyright: ignore[reportPrivateUsage]
         raise ConfigError(f"{config.path}: has an adapter inside; give peft's merge_and_unload() of it, or its folder")
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
+    # before it moves: a GPU never holds the float32 ones
+    kept = keep(model, config.path) if keeps(config, frozen=frozen) else 0
     model.to(device).eval()  # pyright: ignore[reportArgumentType]
     row_by_row(model)
     head = model.get_output_embeddings()
@@ -179,9 +232,10 @@ def make_policy(
         compute_dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
         layout="rows",
         source=config.path,
+        kept_bytes=kept,
     )
     if config.gradient_checkpointing:
-        _checkpoint_layers(policy)
+        _checkpoint_layers(policy, int(config.gradient_checkpointing))
     return policy
 
 
@@ -211,7 +265,9 @@ def weights_hash(policy: Policy) -> str:
     for name, tensor in policy.causal_lm.state_dict().items():
         if ".lora_" not in name:
             digest.update(name.replace(".base_layer", "").encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            # kept in bfloat16 it is the same reference
+            values = tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()
+            digest.update(values.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -238,8 +294,8 @@ def attention_name(model: PreTrainedModel) -> str:
     return model.config._attn_implementation or "eager"  # pyright: ignore[reportPrivateUsage]
 
 
-def _checkpoint_layers(policy: Policy) -> None:
-    """Recompute layers in the backward. Only the layers' own flag says `training`: dropout stays off."""
+def _checkpoint_layers(policy: Policy, every: int) -> None:
+    """Recompute every so many-th layer in the backward. Only the layers' own flag says `training`: dropout stays off."""
     model = policy.causal_lm
     if model.supports_gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -248,7 +304,11 @@ def _checkpoint_layers(policy: Policy) -> None:
         raise ConfigError(
             f"model.gradient_checkpointing: {type(model).__name__} has no layers that can be recomputed; set it to false"
         )
-    for layer in layers:
+    if every > len(layers):
+        raise ConfigError(
+            f"model.gradient_checkpointing: every {every}th layer of {len(layers)} is none; set a smaller number, or false"
+        )
+    for layer in layers[every - 1 :: every]:
         layer.training = True
 
 

@@ -135,6 +135,8 @@ class _ScoredHead(torch.autograd.Function):
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, edge_head_E, edge_target_E)
         count, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
         needed = any(ctx.needs_input_grad)
+        # widened or narrowed once, not once a tile
+        cast_VH = weight_VH.to(hidden_NH.dtype)
         # 4 bytes a float32: 2,000 places of a 49,152-word vocabulary are 0.4 GB
         keep = needed and count * vocabulary * 4 <= _KEEP_BYTES
         probs_NV = hidden_NH.new_empty((count, vocabulary), dtype=torch.float32) if keep else None
@@ -142,7 +144,7 @@ class _ScoredHead(torch.autograd.Function):
         logit_E = hidden_NH.new_empty(edge_head_E.shape[0], dtype=torch.float32)
         for start, stop, edges in _tiles(count, vocabulary, edge_head_E):
             # [tile, V]: the one moment at which these logits exist
-            logits = _logits(hidden_NH[start:stop], weight_VH, bias_V)
+            logits = _logits(hidden_NH[start:stop], cast_VH, bias_V)
             logit_E[edges] = logits[edge_head_E[edges] - start, edge_target_E[edges]]
             peak, where = logits.max(-1)
             probs = probs_NV[start:stop] if probs_NV is not None else torch.empty_like(logits)
@@ -164,7 +166,7 @@ class _ScoredHead(torch.autograd.Function):
         cast = weight_VH.to(hidden_NH.dtype)
         for start, stop, edges in _tiles(*_grid(ctx.probs_NV, hidden_NH, weight_VH), edge_head_E):
             # [tile, V]: -c softmax, then + g at the scored tokens
-            grad = _probabilities(ctx, start, stop).mul_(-share_N[start:stop, None])
+            grad = _probabilities(ctx, cast, start, stop).mul_(-share_N[start:stop, None])
             grad.index_put_((edge_head_E[edges] - start, edge_target_E[edges]), grad_E[edges], accumulate=True)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
@@ -188,11 +190,11 @@ def _add_product(total_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor) -> None:
         total_VH.add_(grad_NV.T @ hidden_NH)
 
 
-def _probabilities(ctx: Any, start: int, stop: int) -> Tensor:
+def _probabilities(ctx: Any, weight_VH: Tensor, start: int, stop: int) -> Tensor:
     """Softmax of a tile, kept from the forward or computed again; the caller overwrites it, so it is used once."""
     if ctx.probs_NV is not None:
         return ctx.probs_NV[start:stop]
-    hidden_NH, weight_VH, bias_V, *_ = ctx.saved_tensors
+    hidden_NH, _, bias_V, *_ = ctx.saved_tensors
     logits = _logits(hidden_NH[start:stop], weight_VH, bias_V)
     return logits.sub_(ctx.lse_N[start:stop, None]).exp_()
 

@@ -3,11 +3,14 @@
 In: a model's architecture, what is trained of it. Out: Sizes, bytes. Next: ../train/dryrun.py.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from favor.model.kept import keepable
 from favor.model.load import ModelConfig
 from favor.model.weights import readable
 
@@ -37,24 +40,40 @@ def architecture_of(model: ModelConfig) -> PreTrainedConfig:
 
 def parameters(architecture: PreTrainedConfig) -> int:
     """Numbers in its weights. Raises what transformers raises for an architecture that is no causal language model."""
+    return _numbers(_shapes(architecture).parameters())
+
+
+def _shapes(architecture: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture)
-    return sum(parameter.numel() for parameter in model.parameters())
+        return AutoModelForCausalLM.from_config(architecture)
+
+
+def _numbers(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def sizes(
-    architecture: PreTrainedConfig, model: ModelConfig, tokens: int, *, states: int = 3, copies: int = 0
+    architecture: PreTrainedConfig, model: ModelConfig, tokens: int, *, trained_bytes: int = 12, copies: int = 0
 ) -> Sizes:
-    """Weights, gradients and optimizer state in float32, activations of a pack of `tokens`, its logits.
+    """Weights (as model.weights keeps them), gradients and optimizer state, activations of a pack of `tokens`, its logits.
 
-    states: numbers kept for each that is trained (its gradient, and two moments of AdamW); copies: frozen copies of the weights.
+    trained_bytes: bytes for each number that is trained beside it (its gradient, and two moments of AdamW); copies: frozen
+    copies of the weights.
     Per token and layer a transformer block keeps about 14 vectors of the hidden and 4 of the MLP width for its backward
     (measured on Llama blocks, docs/log.md); recomputation keeps one hidden vector a layer.
     """
-    total, text = parameters(architecture), architecture.get_text_config()
+    shapes, text = _shapes(architecture), architecture.get_text_config()
+    total, matrices = _numbers(shapes.parameters()), _numbers(keepable(shapes))
     trained = total if model.lora is None else 0
     hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     width = text.to_dict().get("intermediate_size") or 4 * hidden
-    a_layer = hidden if model.gradient_checkpointing else 14 * hidden + 4 * width
-    state = 4 * total * (1 + copies) + 4 * trained * states
-    return Sizes(state, 4 * tokens * layers * a_layer, min(4 * tokens * vocabulary, GIB))
+    every = int(model.gradient_checkpointing)
+    recomputed = layers // every if every else 0
+    kept = recomputed * hidden + (layers - recomputed) * (14 * hidden + 4 * width)
+    state = 4 * total * (1 + copies) + trained * trained_bytes
+    if model.weights == "bfloat16":
+        state -= 2 * matrices
+    elif model.dtype == "bfloat16":
+        # float32 weights are rounded for every product, and the backward reads the copies
+        state += 2 * matrices
+    return Sizes(state, 4 * tokens * kept, min(4 * tokens * vocabulary, GIB))

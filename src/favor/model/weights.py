@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import Generator, Mapping, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,28 +99,40 @@ def readable(path: str, what: str = "language model") -> Generator[None]:
         ) from None
 
 
-def load_weights(loader: Any, path: str, revision: str | None, trust: bool, **more: Any) -> tuple[Any, Unmatched]:
+def load_weights(
+    loader: Any, path: str, revision: str | None, trust: bool, *, kept: bool = False, **more: Any
+) -> tuple[Any, Unmatched]:
     """A model by one of transformers' Auto classes, float32, from safetensors only.
 
-    Raises CheckpointError for what cannot be loaded, for numbers that are no floats, and for quantized weights.
+    kept: bfloat16 where the files are, so that no float32 copy of them is ever held. Raises CheckpointError for what
+    cannot be loaded, for numbers that are no floats, and for quantized weights.
     """
     with readable(path):
-        model, info = loader.from_pretrained(
+        load = partial(
+            loader.from_pretrained,
             path,
             revision=revision,
-            dtype=torch.float32,
             trust_remote_code=trust,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **more,
         )
+        model, info = load(dtype=torch.bfloat16 if kept else torch.float32)
         tensors = tensors_of(Path(str(cached_file(path, CONFIG_NAME, revision=revision))).parent)
+        if kept and not _is_bfloat16(model, tensors):
+            model, info = load(dtype=torch.float32)
     _check_kinds(path, model, tensors)
     missing, unexpected = frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"])
     leftover = frozenset(name for name in unexpected if _is_mask(name, tensors))
     mismatched = {str(name): (here, there) for name, here, there in info["mismatched_keys"]}
     return model, Unmatched(missing, unexpected - leftover, mismatched)
+
+
+def _is_bfloat16(model: Any, tensors: Mapping[str, tuple[str, list[int]]]) -> bool:
+    """Whether it is in bfloat16 what it would be in float32: no number in its files, and none that it made up, was rounded."""
+    made_up = any(value.dtype == torch.bfloat16 for value in model.buffers())
+    return not made_up and all(kind not in _FLOATS or kind == "BF16" for kind, _ in tensors.values())
 
 
 def tensors_of(folder: Path) -> dict[str, tuple[str, list[int]]]:

@@ -81,9 +81,10 @@ def load_pair(run: str, reference: str | None) -> tuple[Policy, Policy]:
     """A run's trained policy and its reference (the model it started from, or another one), in float32."""
     folder, recipe = read_run(run)
     start = recipe.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
-    other = {} if reference is None else {"path": reference, "revision": None}
-    policy = load_policy(start.model_copy(update={"path": str(folder.model), "revision": None}))
-    base = load_policy(start.model_copy(update=other))
+    # what was trained, and any other model, may hold numbers that bfloat16 has not
+    whole = start.model_copy(update={"weights": "float32", "revision": None})
+    policy = load_policy(whole.model_copy(update={"path": str(folder.model)}))
+    base = load_policy(start if reference is None else whole.model_copy(update={"path": reference}), frozen=True)
     began = read_json(folder.inputs).get("weights") if folder.inputs.exists() else None
     if reference is None and began not in (None, weights_hash(base)):
         raise CheckpointError(
@@ -93,9 +94,9 @@ def load_pair(run: str, reference: str | None) -> tuple[Policy, Policy]:
     return policy, base
 
 
-def model_scorer(path: str, tokens: ScoredTokens) -> Scorer:
-    """The scalar of a sequence classifier with one output at each response's last token, float32."""
-    policy = load_scalar_model(ModelConfig(path=path))
+def model_scorer(path: str, tokens: ScoredTokens, weights: Literal["float32", "bfloat16"] = "float32") -> Scorer:
+    """The scalar of a sequence classifier with one output at each response's last token, float32; weights: as they are kept."""
+    policy = load_scalar_model(ModelConfig(path=path, weights=weights), frozen=True)
     settled = _settled_once(lambda trees: settle_scores(policy, "auto", trees)[0])
 
     def score(prompts: Sequence[Text], responses: Sequence[str]) -> list[float]:

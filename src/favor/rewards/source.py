@@ -32,6 +32,8 @@ class ModelReward(BaseModel):
     kind: Literal["model"] = "model"
     path: str
     """A folder of `favor reward`, or any sequence classifier with one output."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """How its weights are kept in memory, as model.weights."""
     tokens: ScoredTokens = ScoredTokens()
 
 
@@ -136,7 +138,7 @@ def make_scorer(config: RewardConfig) -> Scorer:
 
 def _scorer(config: RewardConfig) -> Scorer:
     if isinstance(config, ModelReward):
-        return model_scorer(config.path, config.tokens)
+        return model_scorer(config.path, config.tokens, config.weights)
     if isinstance(config, ImplicitReward):
         return implicit_scorer(config.path, config.reference, config.beta, config.tokens)
     if isinstance(config, CallableReward):

@@ -20,6 +20,7 @@ from favor.errors import CheckpointError
 from favor.guard import file_hash, length_and_hash, sha
 from favor.ranks import barrier
 from favor.run import atomic_folder, fsync, refuse_changed, remove_folder
+from favor.train import moments
 from favor.train.session import Session, TrainingState
 from favor.train.step import Learner
 
@@ -66,12 +67,12 @@ def save(session: Session, learner: Learner, state: TrainingState, keep: int) ->
 
 
 def _write(folder: Path, learner: Learner, state: TrainingState) -> None:
-    moments = {
+    remembered = {
         f"{key}.{name}": value
         for name, parameter in learner.parameters.items()
-        for key, value in learner.optimizer.state[parameter].items()
+        for key, value in moments.kept(learner.optimizer.state[parameter]).items()
     }
-    parts = {_POLICY: learner.parameters, _OPTIMIZER: moments, _REFERENCE: learner.moving}
+    parts = {_POLICY: learner.parameters, _OPTIMIZER: remembered, _REFERENCE: learner.moving}
     with atomic_folder(folder / f"step-{state.step:06d}") as aside:
         files: dict[str, str] = {}
         for name, tensors in parts.items():
@@ -119,15 +120,14 @@ def restore(stored: Stored, learner: Learner, expected: TrainingState) -> Traini
     refuse_changed(str(stored.path), stored.state.inputs, expected.inputs)
     _check_fit(f"{stored.path}, weights", stored.policy, learner.parameters)
     _check_fit(f"{stored.path}, reference", stored.reference, learner.moving)
-    moments = _moments(stored, learner.parameters)
+    remembered = _moments(stored, learner.parameters)
     with torch.no_grad():
         for name, parameter in learner.parameters.items():
             parameter.copy_(stored.policy[name])
         for name, tensor in learner.moving.items():
             tensor.copy_(stored.reference[name])
     for name, parameter in learner.parameters.items():
-        mine = moments[name]
-        learner.optimizer.state[parameter] = {k: v if v.dim() == 0 else v.to(parameter.device) for k, v in mine.items()}
+        learner.optimizer.state[parameter] = moments.restored(learner.optimizer, parameter, remembered[name])
     return stored.state
 
 
@@ -152,12 +152,14 @@ def _moments(stored: Stored, parameters: Mapping[str, nn.Parameter]) -> dict[str
     for key, value in stored.moments.items():
         kind, _, name = key.partition(".")
         wanted = parameters.get(name)
-        if wanted is None or (value.dim() and value.shape != wanted.shape) or not value.isfinite().all():
+        if wanted is None or not moments.fits(kind, value, wanted):
             raise CheckpointError(
                 f"{stored.path}: optimizer state '{key}' does not fit; delete this folder to resume from the one before"
             )
         found[name][kind] = value
-    if len({frozenset(mine) for mine in found.values() if mine}) > 1 or bool(stored.state.step) != any(found.values()):
+    if len({moments.names(mine) for mine in found.values() if mine}) > 1 or bool(stored.state.step) != any(
+        found.values()
+    ):
         raise CheckpointError(
             f"{stored.path}: optimizer state is missing; delete this folder to resume from the one before"
         )

@@ -17,7 +17,7 @@ from favor.lint.cheap import CHECKS
 from favor.model.layout import config_obstacle, longest_path
 from favor.model.load import end_ids, load_tokenizer, precision_of
 from favor.model.size import GIB, architecture_of, parameters, sizes
-from favor.train.loop import learning_rate, length_notes, num_steps, warmup
+from favor.train.loop import STATE_BYTES, learning_rate, length_notes, num_steps, warmup
 from favor.train.preference import TrainConfig
 from favor.train.stats import usable
 
@@ -71,7 +71,7 @@ def _disk(config: TrainConfig, architecture: PreTrainedConfig) -> str:
     place = Path(config.run).absolute()
     free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
     weights = 0 if config.model.lora else 4 * parameters(architecture)
-    kept = weights * (3 if config.optim.kind == "adamw" else 2)
+    kept = weights + weights * STATE_BYTES[config.optim.kind] // 4
     size = f"model {weights / GIB:.2f} GiB, each checkpoint {kept / GIB:.2f}" if weights else "adapters alone"
     return f"disk (estimate): {size}; {free / GIB:.1f} GiB free"
 
@@ -84,7 +84,7 @@ def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence
         architecture,
         config.model,
         pack,
-        states=3 if config.optim.kind == "adamw" else 2,
+        trained_bytes=4 + STATE_BYTES[config.optim.kind],
         # under adapters the model without them is the reference
         copies=1 if live and not config.model.lora else 0,
     )

@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal, Protocol, TypeAlias, cast
 
 import torch
-from pydantic import AfterValidator, BaseModel, Field, Tag
+from pydantic import AfterValidator, BaseModel, Field, Tag, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -25,6 +26,7 @@ from favor.ranks import World, barrier, largest
 from favor.run import atomic_folder, read_jsonl
 from favor.stop import StoppedError
 from favor.train import checkpoint, notes
+from favor.train.moments import adamw_8bit
 from favor.train.session import Bar, Session, TrainingState
 from favor.train.step import Learner, Stepped
 
@@ -68,6 +70,30 @@ class AdamW(BaseModel):
     clip: Clip = 1.0
 
 
+class AdamW8bit(BaseModel):
+    """Section [optim], kind "adamw8bit": AdamW whose running means take 2 bytes a number, not 8; by bitsandbytes."""
+
+    model_config = STRICT
+    kind: Literal["adamw8bit"] = "adamw8bit"
+    lr: Rate = 5e-6
+    schedule: Schedule = "linear"
+    warmup: Warmup = 0
+    weight_decay: Decay = 0.0
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """What the running means of gradient and square keep of a step."""
+    eps: Eps = 1e-8
+    clip: Clip = 1.0
+
+    @model_validator(mode="after")
+    def _is_installed(self) -> "AdamW8bit":
+        if find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "optim.kind = 'adamw8bit' needs bitsandbytes, not installed here; run: pip install 'favor[bitsandbytes]', or "
+                "set optim.kind=adamw"
+            )
+        return self
+
+
 class Rmsprop(BaseModel):
     """Section [optim], kind "rmsprop": the paper's, with lr 1e-6, 150 warm-up steps and batches of 64."""
 
@@ -82,10 +108,12 @@ class Rmsprop(BaseModel):
 
 
 OptimConfig: TypeAlias = Annotated[
-    Annotated[AdamW, Tag("adamw")] | Annotated[Rmsprop, Tag("rmsprop")],
+    Annotated[AdamW, Tag("adamw")] | Annotated[AdamW8bit, Tag("adamw8bit")] | Annotated[Rmsprop, Tag("rmsprop")],
     by_kind("adamw"),
     Field(description="The optimizer."),
 ]
+# what an optimizer remembers, bytes for each number that it trains
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "rmsprop": 4}
 
 
 class LoopConfig(BaseModel):
@@ -314,11 +342,13 @@ def warmup(config: OptimConfig, num_steps: int) -> int:
 
 
 def make_optimizer(config: OptimConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW (fused) or RMSprop; weight decay reaches matrices only."""
+    """AdamW (fused, or in 8 bits) or RMSprop; weight decay reaches matrices only."""
     matrices = [p for p in parameters.values() if p.dim() >= 2]
     vectors = [p for p in parameters.values() if p.dim() < 2]
     decays = ((matrices, config.weight_decay), (vectors, 0.0))
     groups = [{"params": some, "weight_decay": decay} for some, decay in decays if some]
     if config.kind == "rmsprop":
         return torch.optim.RMSprop(groups, lr=config.lr, alpha=0.99, eps=config.eps)
+    if config.kind == "adamw8bit":
+        return adamw_8bit(groups, config.lr, config.betas, config.eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -25,7 +25,7 @@ from favor.guard import sha
 from favor.losses import ppo
 from favor.model.heads import Critic, logps_and_values, make_critic
 from favor.model.layout import sampled_tree, settle
-from favor.model.load import ModelConfig, Policy, load_policy
+from favor.model.load import Policy, TrainedModel, load_policy
 from favor.model.logprobs import position_M
 from favor.model.sample import SampleConfig
 from favor.rewards.source import RewardConfig, check_scorer, make_scorer
@@ -170,7 +170,7 @@ class PpoConfig(BaseModel):
     run: Run
     seed: Seed = 0
     resume: Resume = False
-    model: ModelConfig
+    model: TrainedModel
     data: PromptsConfig
     tokens: PromptTokens = PromptTokens()
     reward: RewardConfig

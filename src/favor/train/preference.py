@@ -27,7 +27,7 @@ from favor.losses.table import LossConfig, make_loss, needs
 from favor.losses.view import RATIOS, Scored
 from favor.model.batched import measured
 from favor.model.layout import sampled_tree, settle
-from favor.model.load import ModelConfig, Policy, load_policy, precise
+from favor.model.load import Policy, TrainedModel, load_policy, precise
 from favor.model.logprobs import mean_overlap, response_logps, scored_logps, sum_tokens
 from favor.ranks import World
 from favor.rewards.source import RewardConfig, check_scorer, make_scorer
@@ -62,7 +62,7 @@ class TrainConfig(BaseModel):
     run: Run
     seed: Seed = 0
     resume: Resume = False
-    model: ModelConfig
+    model: TrainedModel
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
     loss: LossConfig = make_loss()

@@ -24,7 +24,7 @@ from favor.eval.figures import Calibration, calibrate, pair_names, pair_records,
 from favor.losses.pairwise import bradley_terry, centering, rao_kupper_tie
 from favor.model.batched import measured
 from favor.model.heads import load_scalar_model, response_scores, settle_scores
-from favor.model.load import ModelConfig, Policy, precise
+from favor.model.load import Policy, TrainedModel, precise
 from favor.ranks import World
 from favor.run import write_json, write_jsonl
 from favor.train.loggers import LoggedConfig
@@ -57,7 +57,7 @@ class RewardTrainConfig(BaseModel):
     run: Run
     seed: Seed = 0
     resume: Resume = False
-    model: ModelConfig
+    model: TrainedModel
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
     bradley_terry: BradleyTerryConfig = BradleyTerryConfig()

@@ -19,7 +19,7 @@ from favor.data.types import Batch, TokenTree
 from favor.errors import DataError
 from favor.model.batched import measured
 from favor.model.layout import settle
-from favor.model.load import ModelConfig, Policy, load_policy, precise
+from favor.model.load import Policy, TrainedModel, load_policy, precise
 from favor.model.logprobs import response_logps
 from favor.train.loggers import LoggedConfig
 from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, Training, make_training, turns
@@ -36,7 +36,7 @@ class SftConfig(BaseModel):
     run: Run
     seed: Seed = 0
     resume: Resume = False
-    model: ModelConfig
+    model: TrainedModel
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
     optim: OptimConfig = AdamW(lr=2e-5)

@@ -163,8 +163,10 @@ def _rate(values: _Values) -> Lines:
     optimizer = str(values.of.get("optim", "adamw_torch"))
     if optimizer == "rmsprop":
         yield Line("optim.kind", "rmsprop")
+    elif optimizer in ("adamw_8bit", "adamw_bnb_8bit"):
+        yield Line("optim.kind", "adamw8bit", "needs favor[bitsandbytes]")
     elif not optimizer.startswith("adamw") or any(part in optimizer for part in ("bit", "bnb", "4", "8")):
-        yield Line("", comment=f"optim = {optimizer!r} has no equal: favor has adamw (float32) and rmsprop")
+        yield Line("", comment=f"optim = {optimizer!r} has no equal: favor has adamw, adamw8bit and rmsprop")
 
 
 def _precision(values: _Values) -> Lines:

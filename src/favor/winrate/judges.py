@@ -244,7 +244,7 @@ def _callable(config: CallableJudge) -> Judge:
 
 def _hf(config: ModelJudge) -> Judge:
     """Log-probs of whole replies, end of turn included, so no tokenisation of the letters has to be guessed."""
-    policy, layout = load_policy(config.model), config.model.layout
+    policy, layout = load_policy(config.model, frozen=True), config.model.layout
     marks = [mark for mark in _MARKS if mark in config.prompt]
     special = [text for text in policy.tokenizer.all_special_tokens if text.strip()]
     if policy.tokenizer.chat_template is None:

@@ -1,0 +1,102 @@
+"""Weights kept in bfloat16 and computed as the float32 numbers that they are: half the memory, and no other figure.
+
+In: a model whose weights do not train. Out: the same one; its linear layers and embeddings are kept in bfloat16 and widened
+where they are read. Next: load.py.
+"""
+
+from collections import defaultdict
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from favor.errors import CheckpointError, ConfigError
+
+# heads that adapters train beside them, as peft's modules_to_save
+_TRAINS = ("score",)
+
+
+def keep(model: nn.Module, source: str) -> int:
+    """Keep the matrices of linear layers and embeddings in bfloat16, in place; all else is float32, and nothing trains.
+
+    A shared matrix is kept where all that share it can read it. Returns the bytes so kept. Raises CheckpointError where a
+    matrix holds numbers that bfloat16 does not have.
+    """
+    model.requires_grad_(False)
+    matrices = keepable(model)
+    lossy, kept = list[str](), 0
+    for name, parameter in model.named_parameters():
+        if parameter not in matrices or not _exact(parameter):
+            lossy += [name] if parameter in matrices else []
+            parameter.data = parameter.data.float()
+            continue
+        parameter.data = parameter.data.bfloat16()
+        kept += parameter.nbytes
+        for module in matrices[parameter]:
+            module.forward = partial(_READ[type(module)], module)
+    if lossy:
+        raise CheckpointError(
+            f"{source}: weights = 'bfloat16' keeps what the files hold, but {len(lossy)} matrices ({lossy[0]}) hold numbers "
+            "that bfloat16 does not have, so it would be another model; leave it at float32, or name a copy in bfloat16, "
+            "as favor export run=RUN out=FOLDER writes it of a run, and transformers' save_pretrained of a model loaded with "
+            "dtype=torch.bfloat16"
+        )
+    return kept
+
+
+def keepable(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
+    """The matrices of linear layers and embeddings that can be kept in bfloat16, each with the modules that read it."""
+    places: dict[nn.Parameter, list[nn.Module]] = defaultdict(list)
+    others = set[nn.Parameter]()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "weight" and path.rpartition(".")[2] not in _TRAINS and _reads(module):
+                places[parameter].append(module)
+            else:
+                others.add(parameter)
+    return {parameter: modules for parameter, modules in places.items() if parameter not in others}
+
+
+def _reads(module: nn.Module) -> bool:
+    # a class made from these may do something else with its weight
+    return type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None)
+
+
+def _exact(parameter: Tensor) -> bool:
+    """Whether bfloat16 has every number of it."""
+    return parameter.dtype == torch.bfloat16 or bool((parameter == parameter.bfloat16()).all())
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        return functional.linear(x, module.weight, module.bias)
+    if x.dtype != torch.float32:
+        raise ConfigError(
+            "its layers compute in the format of their weights, so weights kept in bfloat16 would round; set weights=float32"
+        )
+    return cast(Tensor, _Widened.apply(x, module.weight, module.bias))
+
+
+def _embedding(module: nn.Embedding, ids: Tensor) -> Tensor:
+    # rows are picked first: never a float32 copy of the table
+    return functional.embedding(ids, module.weight, module.padding_idx).float()
+
+
+_READ: dict[type[nn.Module], Any] = {nn.Linear: _linear, nn.Embedding: _embedding}
+
+
+class _Widened(torch.autograd.Function):
+    """x W^T + b in float32. The wide copy of W lives for this one product; the backward makes it again rather than keep it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert not any(ctx.needs_input_grad[1:]), "kept weights do not train"
+        ctx.save_for_backward(weight)
+        return functional.linear(x, weight.float(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return grads[0] @ weight.float(), None, None
