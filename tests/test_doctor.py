@@ -21,8 +21,9 @@ import torch
 from huggingface_hub import constants
 
 from favor.doctor import caches, machine, software, speed, subject
-from favor.doctor.machine import Room
 from favor.doctor.settings import DoctorConfig, Sign, size
+from favor.model import room
+from favor.model.room import Room
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -242,8 +243,8 @@ def write(path, text):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_a_container_may_use(monkeypatch, tmp_path, version):
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    whole = machine.memory()
+    monkeypatch.setattr(room, "_CGROUP", tmp_path)
+    whole = room.memory()
     assert whole.name == "memory"
     cores = machine.cores()
     if version == 2:
@@ -258,12 +259,12 @@ def test_what_a_container_may_use(monkeypatch, tmp_path, version):
         write(tmp_path / "memory/memory.usage_in_bytes", f"{3 << 28}\n")
         write(tmp_path / "memory/memory.stat", f"anon 1\ninactive_file {1 << 28}\n")
     assert machine.cores() == 1 <= cores
-    assert machine.memory() == Room(1 << 30, 1 << 29, "memory that this container may use")
+    assert room.memory() == Room(1 << 30, 1 << 29, "memory that this container may use")
     for name in ("cpu.max", "memory.max"):
         (tmp_path / name).unlink(missing_ok=True)
         write(tmp_path / name, "max 100000\n")
     if version == 2:
-        assert (machine.cores(), machine.memory().total) == (cores, whole.total)
+        assert (machine.cores(), room.memory().total) == (cores, whole.total)
 
 
 def test_threads_and_cores(monkeypatch):

@@ -45,7 +45,7 @@ ALLOWED = {
     "live": {"errors", "run", "guard", "label.gate", "label.run"},
     "demo": BASE | {"stop", "rewards", "eval", "train", "report"},
     "online": BASE | {"output", "stop", "data", "losses", "model", "rewards", "generate", "train"},
-    "doctor": BASE | {"data.tokenize", "model", "train.loop"},
+    "doctor": BASE | {"data.tokenize", "model", "train.packs"},
     "init": BASE | {"data", "settings", "train", "words"},
     "trl": BASE | {"losses", "train"},
     # favor in Python: what the commands call, called
@@ -65,8 +65,8 @@ ALLOWED = {
 }
 # inside train/ a file imports earlier ones only
 TRAIN_ORDER = (
-    *("step", "loggers", "session", "moments", "checkpoint", "notes", "loop", "reference", "stats", "rollout"),
-    *("coupled", "watch"),
+    *("step", "loggers", "session", "moments", "checkpoint", "notes", "loop", "packs", "reference", "stats"),
+    *("rollout", "coupled", "watch"),
     *("sft", "reward", "ppo", "preference", "dryrun"),
 )
 # inside data/ too; the package formats is one

@@ -214,10 +214,9 @@ def test_gradient_does_not_depend_on_layout_or_packing(small, layout):
         settings = PpoSettings()
         policy, _ = settle(actors.policy, asked, out.trees)
         objective = make_objective(settings, policy, actors.critic, out, make_targets(settings, out, 0.1))
-        sizes = [batches.computed_tokens(t, policy.layout) for t in out.trees]
         total = sum(
             objective.loss(batches.build([out.trees[i] for i in members], policy.layout))[0]
-            for members in batches.plan(sizes, budget)
+            for members in batches.plan(out.trees, policy.layout, budget)
             if members
         )
         found.append(

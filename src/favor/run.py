@@ -40,6 +40,7 @@ class RunFolder:
     config = _Inside("config.toml")  # the resolved recipe
     given = _Inside("given")  # what Python held in memory: models, rows (JSONL), and in a .favor.json their hashes
     inputs = _Inside("inputs.json")  # hashes of what entered
+    packs = _Inside("packs.json")  # how many tokens are computed at once, where the run chose it
     data_report = _Inside("data.json")  # what was read, merged, cut and dropped
     metrics = _Inside("metrics.jsonl")  # one object a line; `kind` says which: step, eval, event (docs/metrics.md)
     reference = _Inside("reference.safetensors")  # the reference store, unless the recipe names another place
@@ -67,7 +68,17 @@ _A = RunFolder(Path())
 # what may be there before a recipe is; a reference store is checked before it is reused
 _BEFORE = {_A.mark.name, _A.lock.name, _A.reference.name}
 # what a start writes before anything is made of it
-_RECORDS = (_A.mark, _A.lock, _A.config, _A.inputs, _A.data_report, _A.metrics, _A.prompts, _A.winrate_settings)
+_RECORDS = (
+    _A.mark,
+    _A.lock,
+    _A.config,
+    _A.inputs,
+    _A.packs,
+    _A.data_report,
+    _A.metrics,
+    _A.prompts,
+    _A.winrate_settings,
+)
 _OPENING = frozenset(path.name for path in _RECORDS)
 
 

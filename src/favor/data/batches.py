@@ -55,18 +55,35 @@ def plan(trees: Sequence[TokenTree], layout: Layout, budget: int, world: int = 1
     multiple of `world` that is found to fit, so every rank runs equally many (some may be empty, from the last on). A tree
     beyond the budget gets a bin to itself. Bin i belongs to rank i % world. Returns indices, ascending within a bin.
     """
-    sizes = np.array([computed_tokens(tree, layout) for tree in trees], np.int64)
-    shared = shared_tokens(trees) if layout == "tree" else np.zeros((len(trees), len(trees)), np.int64)
-    # what everything together costs, were there one bin: each tree shares most with one of those before it
-    least = int(sum(sizes[i] - shared[i, :i].max(initial=0) for i in range(len(trees))))
-    num_bins = world * max(1, -(-least // (budget * world)))
-    while (bins := _filled(sizes, shared, budget, num_bins)) is None:
-        num_bins += world
+    sizes, shared, bins = _fitted(trees, layout, budget, world)
+    num_bins = len(bins.load)
     # the first bins are the fullest then; lower limits level them, and the one that takes least time is kept
-    low, high = least // num_bins, min(max(bins.load), budget)
+    low, high = _together(sizes, shared) // num_bins, min(max(bins.load), budget)
     limits = range(high - 1, low, -max(1, (high - low) // _LIMITS)) if shared.any() else ()
     found = (bins, *(_filled(sizes, shared, limit, num_bins) for limit in limits))
     return min((bins for bins in found if bins), key=lambda bins: bins.time(world)).members
+
+
+def planned_tokens(trees: Sequence[TokenTree], layout: Layout, budget: int, world: int = 1) -> int:
+    """Tokens that an optimizer batch costs under a budget, over all its micro-batches."""
+    return sum(_fitted(trees, layout, budget, world)[2].load)
+
+
+def _fitted(
+    trees: Sequence[TokenTree], layout: Layout, budget: int, world: int
+) -> tuple[np.ndarray, np.ndarray, "_Bins"]:
+    """Sizes of trees, what two of them share, and as few bins as are found to hold them."""
+    sizes = np.array([computed_tokens(tree, layout) for tree in trees], np.int64)
+    shared = shared_tokens(trees) if layout == "tree" else np.zeros((len(trees), len(trees)), np.int64)
+    num_bins = world * max(1, -(-_together(sizes, shared) // (budget * world)))
+    while (bins := _filled(sizes, shared, budget, num_bins)) is None:
+        num_bins += world
+    return sizes, shared, bins
+
+
+def _together(sizes: np.ndarray, shared: np.ndarray) -> int:
+    """What all trees cost, were there one bin: each shares most with one of those before it."""
+    return int(sum(sizes[i] - shared[i, :i].max(initial=0) for i in range(len(sizes))))
 
 
 class _Bins(NamedTuple):

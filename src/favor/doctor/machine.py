@@ -1,6 +1,6 @@
 """The machine: processors, cores, memory, disks; what limits a container sets to them.
 
-In: the operating system's figures. Out: Signs, Room. Next: speed.py.
+In: the operating system's figures. Out: Signs. Next: speed.py.
 """
 
 import os
@@ -10,12 +10,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 
 from favor.doctor.settings import Sign, size
 from favor.errors import refused
+from favor.model.room import Room, numbers
 from favor.run import cache_folder
 
 # bytes a weight of training in full (weights, gradients, two moments of AdamW) and of adapters (the frozen weights), float32
@@ -24,60 +24,15 @@ FULL, LORA = 16, 4
 _NO_DISK, _LITTLE_DISK = 64 << 20, 20 << 30
 # what is written to see whether a disk takes anything
 _TRIED = 1 << 20
-_CGROUP = Path("/sys/fs/cgroup")
 # cores busy with something else from which times are not those of this machine alone
 _BUSY = 0.5
-
-
-class Room(NamedTuple):
-    """Memory for a model, bytes: all there is and what is free; the name of where it is."""
-
-    total: int
-    free: int
-    name: str
 
 
 def cores() -> int:
     """Cores that this process may use: those it may run on, within what its container allows."""
     allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    quota, period = _numbers(_CGROUP / "cpu.max", _CGROUP / "cpu/cpu.cfs_quota_us", _CGROUP / "cpu/cpu.cfs_period_us")
+    quota, period = numbers("cpu.max", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
     return max(1, min(allowed, -(-quota // period))) if quota > 0 and period > 0 else allowed
-
-
-def memory() -> Room:
-    """The machine's memory, or what its container allows of it; what the system keeps of files counts as free."""
-    found = psutil.virtual_memory()
-    limit, used = _numbers(
-        _CGROUP / "memory.max", _CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"
-    )
-    if limit > 0 and used == 0:
-        used, _ = _numbers(_CGROUP / "memory.current")
-    if not 0 < limit < found.total:
-        return Room(found.total, found.available, "memory")
-    kept = _kept_of_files(_CGROUP / "memory.stat", _CGROUP / "memory/memory.stat")
-    return Room(limit, min(found.available, limit - used + kept), "memory that this container may use")
-
-
-def _numbers(both: Path, *apart: Path) -> tuple[int, int]:
-    """Two numbers: of one file (control groups, version 2), or of two (version 1); 0 for `max` and for what is not there."""
-    words = _words(both) or [word for path in apart for word in _words(path)[:1]]
-    first, second, *_ = [*(int(word) if word.lstrip("-").isdigit() else 0 for word in words[:2]), 0, 0]
-    return first, second
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text("utf-8").split()
-    except OSError:
-        return []
-
-
-def _kept_of_files(*places: Path) -> int:
-    for path in places:
-        words = _words(path)
-        if "inactive_file" in words:
-            return int(words[words.index("inactive_file") + 1])
-    return 0
 
 
 def processor() -> Sign:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from favor.doctor.machine import Room, cores, memory
+from favor.doctor.machine import cores
 from favor.doctor.settings import Sign, size
+from favor.model.room import Room, memory
 
 # side of the matrices of the probe, bytes that are copied, seconds of each part
 _SIDE, _COPIED, _SECONDS = 1024, 64 << 20, 0.3

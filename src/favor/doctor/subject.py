@@ -10,16 +10,16 @@ from huggingface_hub import try_to_load_from_cache
 
 from favor.config import read
 from favor.data.tokenize import TokensConfig
-from favor.doctor.machine import Room
 from favor.doctor.settings import Sign, size
 from favor.errors import CheckpointError, ConfigError
 from favor.model.adapters import LoraSettings
 from favor.model.layout import config_obstacle
 from favor.model.load import ModelConfig, load_tokenizer
+from favor.model.room import Room
 from favor.model.size import architecture_of, parameters, sizes
 from favor.model.weights import check_path, readable, tensors_of
 from favor.run import RunFolder, read_json
-from favor.train.loop import LoopConfig
+from favor.train.packs import LEAST
 
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
@@ -88,7 +88,7 @@ def _looked_at(path: str, place: str, room: Room) -> Iterator[Sign]:
     kind = (architecture.architectures or [architecture.model_type])[0]
     yield Sign("ok", "model", f"{base or path}: {kind}, {count:,} parameters, {text.num_hidden_layers} layers")
     yield _weights(Path(config.path), architecture.to_dict().get("quantization_config") is not None)
-    pack = LoopConfig().max_tokens_per_pack
+    pack = LEAST
     full = sum(sizes(architecture, config, pack))
     lora = sum(sizes(architecture, config.model_copy(update={"lora": LoraSettings()}), pack))
     yield _fits(full, lora, room)

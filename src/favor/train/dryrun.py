@@ -12,12 +12,13 @@ from transformers import PreTrainedConfig
 
 from favor.data import batches
 from favor.data.prepare import check_sources, prepare
-from favor.data.types import TokenTree
+from favor.data.types import Layout, TokenTree
 from favor.lint.cheap import CHECKS
 from favor.model.layout import config_obstacle, longest_path
 from favor.model.load import end_ids, load_tokenizer, precision_of
 from favor.model.size import GIB, architecture_of, parameters, sizes
 from favor.train.loop import STATE_BYTES, learning_rate, length_notes, num_steps, warmup
+from favor.train.packs import chosen
 from favor.train.preference import TrainConfig
 from favor.train.stats import usable
 
@@ -48,7 +49,7 @@ def describe(config: TrainConfig) -> str:
         f"steps: {steps}, each of up to {size} prompts",
         *_rate(config, steps),
         *_held_out(config),
-        _memory(config, architecture, trees),
+        _memory(config, architecture, trees, layout),
         _disk(config, architecture),
     ]
     return "\n".join(lines)
@@ -76,9 +77,12 @@ def _disk(config: TrainConfig, architecture: PreTrainedConfig) -> str:
     return f"disk (estimate): {size}; {free / GIB:.1f} GiB free"
 
 
-def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence[TokenTree]) -> str:
+def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence[TokenTree], layout: Layout) -> str:
     live = config.reference.mode == "live" or config.watch.kl
-    pack = max(config.train.max_tokens_per_pack, max(tree.num_tokens for tree in trees))
+    asked = config.train.max_tokens_per_pack
+    # what is free when training starts may make it less
+    budget = chosen(config.train, layout, trees) if asked == "auto" else asked
+    pack = max(budget, max(tree.num_tokens for tree in trees))
     pack = min(pack, sum(tree.num_tokens for tree in trees))
     found = sizes(
         architecture,
@@ -88,4 +92,4 @@ def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence
         # under adapters the model without them is the reference
         copies=1 if live and not config.model.lora else 0,
     )
-    return f"memory (estimate): {found}"
+    return f"memory (estimate): {found}, in packs of up to {budget:,} tokens"

@@ -122,14 +122,20 @@ class LoopConfig(BaseModel):
     model_config = STRICT
     batch_prompts: int = Field(default=16, ge=1)
     """Prompts in an optimizer batch, over all ranks."""
-    max_tokens_per_pack: int = Field(default=1024, ge=1)
-    """Tokens computed at once on a rank; it bounds memory and changes no result."""
+    max_tokens_per_pack: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Tokens computed at once on a rank; it changes no result. auto: 1,024, more where prompts open alike and memory allows."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the prompts."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps, even within an epoch."""
     shuffle: bool = True
     """Whether every epoch has an order of its own, drawn from the seed."""
+
+    @property
+    def budget(self) -> int:
+        """max_tokens_per_pack as a number, which packs.py makes of auto before anything is computed."""
+        assert self.max_tokens_per_pack != "auto", "packs.settled comes first"
+        return self.max_tokens_per_pack
 
 
 class SaveConfig(BaseModel):
@@ -169,7 +175,7 @@ class Training:
 
     def micro_batches(self, trees: Sequence[TokenTree]) -> list[Batch]:
         """This rank's share of an optimizer batch, cut to the token budget."""
-        return micro_batches(trees, self.policy, self.recipe.train.max_tokens_per_pack, self.session.world)
+        return micro_batches(trees, self.policy, self.recipe.train.budget, self.session.world)
 
 
 def make_training(

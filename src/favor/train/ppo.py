@@ -33,6 +33,7 @@ from favor.rewards.source import identity as reward_identity
 from favor.train import checkpoint
 from favor.train.loggers import LoggedConfig
 from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, Training, finish, make_training, turns
+from favor.train.packs import settled
 from favor.train.reference import base_of, identity
 from favor.train.rollout import Models, Prompt, Rollout, collect
 from favor.train.session import OpenSession, Session, TrainingState, recipe_hash, running
@@ -206,6 +207,8 @@ def _improve(config: PpoConfig, session: Session) -> None:
     probe = [sampled_tree(prompt.ids, config.sample.max_new_tokens) for prompt in prompts]
     policy, why = settle(policy, config.model.layout, probe, train=True)
     session.self_check(policy, why)
+    packs = settled(config.train, config.model, policy, probe, session, resume=config.resume)
+    config = config.model_copy(update={"train": packs})
     critic = make_critic(policy, gae.value) if isinstance(gae := config.ppo.advantage, Gae) else None
     _loop(config, prompts, Models(policy, critic, base_of(policy), make_scorer(config.reward)), session)
 
@@ -287,7 +290,7 @@ def make_objective(
 
 def _loop(config: PpoConfig, prompts: Sequence[Prompt], models: Models, session: Session) -> None:
     """Rollout, targets, updates, until the last rollout; checkpoints are of states whose KL has been seen to be sound."""
-    settings, policy, budget = config.ppo, models.policy, config.train.max_tokens_per_pack
+    settings, policy, budget = config.ppo, models.policy, config.train.budget
     inputs = recipe_hash(config) | identity(models.reference, config.tokens.full)
     inputs["prompts"] = sha(json.dumps([(prompt.text, prompt.ids) for prompt in prompts]))
     inputs["reward"] = reward_identity(config.reward)

@@ -45,6 +45,7 @@ from favor.train.loop import (
     micro_batches,
     turns,
 )
+from favor.train.packs import settled
 from favor.train.reference import Reference, ReferenceConfig
 from favor.train.session import Bar, OpenSession, Session, TrainingState, load_splits, recipe_hash, running
 from favor.train.stats import STATS, batch_sums, displacement, means, shown, usable
@@ -114,6 +115,8 @@ def _train(config: TrainConfig, session: Session) -> None:
     # trees where they are exact for this model and these lengths, else one row per response
     policy, why = settle(policy, config.model.layout, splits.train, also=_beyond(config, splits), train=True)
     session.self_check(policy, why)
+    packs = settled(config.train, config.model, policy, [splits.train[i] for i in used], session, resume=config.resume)
+    config = config.model_copy(update={"train": packs})
     # hashing the weights takes its time: once, for the store and for what entered
     identity = reference.identity(policy, config.tokens)
     references = _references(config, policy, splits, identity, session)
@@ -178,7 +181,7 @@ def _stored(
     began, reused = time.monotonic(), path.exists()
 
     def build(trees: Sequence[TokenTree]) -> Tensor:
-        computed, budget = precise(policy) if trees is parts.get("eval") else policy, config.train.max_tokens_per_pack
+        computed, budget = precise(policy) if trees is parts.get("eval") else policy, config.train.budget
         with Bar(session, "reference", len(trees)) as bar, reference.frozen(computed) as ref:
             return measured(ref, trees, lambda batch: response_logps(ref, batch), budget, session.world, bar.advance)
 
@@ -227,7 +230,7 @@ def _held_out(
     loss, asked, trees = config.loss, config.watch.eval, splits.eval
     if not trees or not measurable(loss, trees, session, asked=asked is not None):
         return None
-    ref, budget = references.of["eval"], config.train.max_tokens_per_pack
+    ref, budget = references.of["eval"], config.train.budget
     return HeldOut(
         lambda: evaluate(loss, policy, ref, trees, budget, session.world), session, asked.every if asked else None
     )
@@ -261,7 +264,7 @@ def plan_step(
     config: TrainConfig, policy: Policy, references: References, trees: Sequence[TokenTree], world: World
 ) -> tuple[list[Batch], Objective]:
     """Micro-batches and objective of one optimizer batch, in one pass or in two."""
-    budget, ref, needed, zero = config.train.max_tokens_per_pack, references.of["train"], needs(config.loss), 0.0
+    budget, ref, needed, zero = config.train.budget, references.of["train"], needs(config.loss), 0.0
     if needed.zero:
         assert references.live is not None
         zero = coupled.kto_zero(policy, references.live, trees, budget, world)

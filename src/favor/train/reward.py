@@ -29,6 +29,7 @@ from favor.ranks import World
 from favor.run import write_json, write_jsonl
 from favor.train.loggers import LoggedConfig
 from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, make_training, turns
+from favor.train.packs import settled
 from favor.train.reference import identity
 from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, running
 from favor.train.step import Objective, step
@@ -82,8 +83,10 @@ def _learn(config: RewardTrainConfig, session: Session) -> Calibration | None:
     _check_options(config.bradley_terry, splits)
     policy, why = settle_scores(policy, config.model.layout, splits.train, also=splits.eval, train=True)
     session.self_check(policy, why)
+    packs = settled(config.train, config.model, policy, splits.train, session, resume=config.resume)
+    config = config.model_copy(update={"train": packs})
     held_out = [tree for tree in splits.eval if tree.comparisons]
-    budget, world = config.train.max_tokens_per_pack, session.world
+    budget, world = config.train.budget, session.world
 
     made: list[tuple[np.ndarray, np.ndarray]] = []
 

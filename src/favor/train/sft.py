@@ -23,6 +23,7 @@ from favor.model.load import Policy, TrainedModel, load_policy, precise
 from favor.model.logprobs import response_logps
 from favor.train.loggers import LoggedConfig
 from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, Training, make_training, turns
+from favor.train.packs import settled
 from favor.train.reference import identity
 from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, running
 from favor.train.step import Objective, step
@@ -65,6 +66,9 @@ def _tune(config: SftConfig, session: Session) -> None:
     every = (preferred_only(tree) for tree in (*(splits.train[i] for i in used), *_held_out(splits)))
     policy, why = settle(policy, config.model.layout, first, also=every, train=True)
     session.self_check(policy, why)
+    trees = [preferred_only(splits.train[i]) for i in used]
+    packs = settled(config.train, config.model, policy, trees, session, resume=config.resume)
+    config = config.model_copy(update={"train": packs})
     inputs = recipe_hash(config) | identity(policy, config.tokens) | {"data": splits.identity}
     training = make_training(config, policy, used, session)
     objective = make_objective(policy)
@@ -91,7 +95,7 @@ def _held_out(splits: Splits) -> list[TokenTree]:
 def _evaluate(training: Training, splits: Splits) -> dict[str, object]:
     """Held-out loss in nats a token, in float32."""
     policy, trees = precise(training.policy), [preferred_only(tree) for tree in _held_out(splits)]
-    budget, world = training.recipe.train.max_tokens_per_pack, training.session.world
+    budget, world = training.recipe.train.budget, training.session.world
     logp_R = measured(policy, trees, lambda batch: response_logps(policy, batch), budget, world)
     tokens = sum(len(response) for tree in trees for response in tree.response_ids)
     return {"loss": -float(logp_R.sum()) / tokens, "tokens": tokens}

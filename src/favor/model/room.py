@@ -1,0 +1,53 @@
+"""How much memory a model may use: the machine's, within what a container allows.
+
+In: the operating system's figures. Out: Room. Next: size.py.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class Room(NamedTuple):
+    """Memory for a model, bytes: all there is and what is free; the name of where it is."""
+
+    total: int
+    free: int
+    name: str
+
+
+def memory() -> Room:
+    """The machine's memory, or what its container allows of it; what the system keeps of files counts as free."""
+    found = psutil.virtual_memory()
+    limit, used = numbers("memory.max", "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    if limit > 0 and used == 0:
+        used, _ = numbers("memory.current")
+    if not 0 < limit < found.total:
+        return Room(found.total, found.available, "memory")
+    kept = _kept_of_files("memory.stat", "memory/memory.stat")
+    return Room(limit, min(found.available, limit - used + kept), "memory that this container may use")
+
+
+def numbers(both: str, *apart: str) -> tuple[int, int]:
+    """Two numbers of control groups, of one file (version 2) or two (version 1); 0 for `max` and for what is not there."""
+    words = _words(both) or [word for path in apart for word in _words(path)[:1]]
+    first, second, *_ = [*(int(word) if word.lstrip("-").isdigit() else 0 for word in words[:2]), 0, 0]
+    return first, second
+
+
+def _words(path: str) -> list[str]:
+    try:
+        return (_CGROUP / path).read_text("utf-8").split()
+    except OSError:
+        return []
+
+
+def _kept_of_files(*places: str) -> int:
+    for path in places:
+        words = _words(path)
+        if "inactive_file" in words:
+            return int(words[words.index("inactive_file") + 1])
+    return 0
