@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from favor.cli import COMMANDS
 from favor.settings import Setting, settings
+from favor.words import OF_A_RUN, SHORT
 
 PAGE = Path(__file__).with_suffix(".md")
 HELP = PAGE.parent.parent / "src/favor/help.json"
@@ -57,7 +58,7 @@ def text() -> str:
 
 
 def help_text() -> str:
-    """What `favor COMMAND --help` and the shell know of the settings: a line a setting."""
+    """What `favor COMMAND --help` and the shell know: the short names of a command, then a line a setting."""
     told: dict[str, list[list[object]]] = {}
     for command, make in COMMANDS.items():
         plain = {setting.key: setting for setting in settings(make().config)}
@@ -68,8 +69,14 @@ def help_text() -> str:
             if setting.type in ("choice", "true or false"):
                 values = shown.split(", ") if setting.type == "choice" else ["true", "false"]
             told[command].append([key, shown, setting.default, setting.sentence, values, key in plain])
-    lines = [f"{json.dumps(command)}: [\n{_rows(found)}\n]" for command, found in told.items()]
+    lines = [f"{json.dumps(command)}: [\n{_rows([_short(command), *found])}\n]" for command, found in told.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _short(command: str) -> list[object]:
+    """Pairs of a short name and what stands for it."""
+    of_a_run = [["run", "what a finished run trained"]] if command in OF_A_RUN else []
+    return [*([name, f"{key}="] for name, key in SHORT.get(command, {}).items()), *of_a_run]
 
 
 def _rows(found: list[list[object]]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -332,22 +331,18 @@ def test_recipe_file_and_overrides(inputs, favor, tmp_path):
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_quick_and_imports_no_torch(command):
-    program = "import sys; sys.argv = ['favor', *sys.argv[1:]]; from favor.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
-    best = 9.0
-    for _ in range(3):
-        began = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [sys.executable, "-c", program, *([command] if command else []), "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        # CPU seconds, as other work on the machine would stretch those of the clock
-        now = resource.getrusage(resource.RUSAGE_CHILDREN)
-        best = min(best, now.ru_utime + now.ru_stime - began.ru_utime - began.ru_stime)
-    assert "Usage" in done.stdout
-    assert done.stdout.strip().endswith("False")
-    assert best < 1.0, "budget 0.3 s on an idle machine; this bound only catches a heavy import"
+    program = "import sys; sys.argv = ['favor', *sys.argv[1:]]; from favor.cli import main\ntry: main()\nfinally: print(*sys.modules)"
+    told = subprocess.run(
+        [sys.executable, "-c", program, *([command] if command else []), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    imported = told.splitlines()[-1].split()
+    assert "Usage" in told
+    # what is imported, not seconds: a busy machine made a bound on time fail where nothing was wrong
+    assert not {"torch", "numpy", "transformers", "datasets"} & set(imported)
+    assert len(imported) < 600, "0.3 s on an idle machine; something heavy is imported for a page of help"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # command -> an example, then what to do next
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
@@ -79,10 +79,20 @@ class Entry(NamedTuple):
 
 def entries(command: str) -> list[Entry]:
     """The settings of a command; none for a command without a recipe."""
-    found = json.loads(files("favor").joinpath("help.json").read_text("utf-8")).get(command, [])
+    _, *found = _told(command)
     return [
         Entry(key, allowed, default, said, tuple(values), plain) for key, allowed, default, said, values, plain in found
     ]
+
+
+def short_names(command: str) -> dict[str, str]:
+    """What a command takes beside its own keys, and what each stands for."""
+    return dict(_told(command)[0])
+
+
+def _told(command: str) -> list[Any]:
+    """The short names, then a row a setting. The file was made from the code, as words.py would import pydantic."""
+    return json.loads(files("favor").joinpath("help.json").read_text("utf-8")).get(command, [[]])
 
 
 def below(command: str, width: int) -> str:
@@ -103,10 +113,7 @@ def below(command: str, width: int) -> str:
 
 def _short(command: str, width: int) -> list[str]:
     """What may be typed in place of longer keys, and a run in place of a model."""
-    from favor.words import OF_A_RUN, SHORT
-
-    said = [f"{name}= for {key}=" for name, key in SHORT.get(command, {}).items()]
-    said += ["run=FOLDER for what a finished run trained"] if command in OF_A_RUN else []
+    said = [f"{name}= for {meant}" for name, meant in short_names(command).items()]
     return textwrap.wrap(f"Short: {', '.join(said)}", min(width, _WIDTH)) if said else []
 
 
@@ -147,13 +154,6 @@ def completions(command: str, before: Sequence[str], incomplete: str) -> list[st
         return [f"{key}={each}" for each in known.get(key, ()) if each.startswith(value)]
     keys = sorted({*(f"{key}=" for key in known), *short})
     return [word for word in (*keys, *_recipes(incomplete)) if word.startswith(incomplete)]
-
-
-def short_names(command: str) -> list[str]:
-    """The short names that a command takes beside its own keys."""
-    from favor.words import OF_A_RUN, SHORT
-
-    return [*SHORT.get(command, {}), *(["run"] if command in OF_A_RUN else [])]
 
 
 def _recipes(incomplete: str) -> list[str]:
