@@ -15,7 +15,6 @@ import pytest
 import tiny
 from rich.console import Console
 
-from favor import closing
 from favor.cli import COMMANDS
 from favor.config import load
 from favor.errors import ConfigError
@@ -280,7 +279,7 @@ def test_of_several_processes_one_speaks(favor, monkeypatch, tmp_path):
     [(0.04, "0.0 s"), (9.96, "10 s"), (59.6, "1 min 0 s"), (312, "5 min 12 s"), (7384, "2 h 3 min")],
 )
 def test_durations(seconds, said):
-    assert closing.duration(seconds) == said
+    assert notes.duration(seconds) == said
 
 
 def test_the_time_left_is_whole_at_80_columns():

@@ -67,7 +67,7 @@ ALLOWED = {
 TRAIN_ORDER = (
     *("step", "loggers", "session", "moments", "checkpoint", "notes", "loop", "packs", "reference", "stats"),
     *("rollout", "coupled", "watch"),
-    *("sft", "reward", "ppo", "preference", "dryrun"),
+    *("sft", "reward", "ppo", "preference", "dryrun", "measure", "fit"),
 )
 # inside data/ too; the package formats is one
 DATA_ORDER = (
@@ -75,7 +75,7 @@ DATA_ORDER = (
     *("encode", "render", "tokenize", "splits", "store", "prepare", "prompts", "batches"),
 )
 # the size of the package; a feature may raise a number to the new size in its own commit, with the reason (CONTRIBUTING.md)
-MOST_LINES, MOST_FILES = 25_819, 164
+MOST_LINES, MOST_FILES = 26_247, 166
 # comment lines per 100 of code, on the files of the story (docs/path.md)
 LEAST_COMMENTS = 5
 FILES = sorted(PACKAGE.rglob("*.py"))

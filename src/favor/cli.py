@@ -12,7 +12,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -57,6 +58,10 @@ Listed = Annotated[
     bool, typer.Option("--settings", help="List the settings: key, type, default, what is allowed, a sentence each.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be trained; read the data, load no weights.")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="With --dry-run: load the model, compute a few steps, say memory and time.")
+]
+Card = Annotated[float | None, typer.Option("--card", min=0.1, help="As --measure, for a card: GiB of its memory.")]
 Fix = Annotated[str | None, typer.Option("--fix", help="Write a cleaned copy of the training rows here.")]
 Hub = Annotated[bool, typer.Option("--hub", help="Ask the hub, too; nothing leaves the machine without it.")]
 # the parts of `favor --help`
@@ -105,13 +110,19 @@ def _train() -> Command:
     return Command(TrainConfig, run)
 
 
-def _dry_run() -> Command:
+def _dry_run(*, measured: bool = False, card: float | None = None) -> Command:
     from favor.train.dryrun import describe
     from favor.train.preference import TrainConfig
 
     def run(config: TrainConfig, terminal: Terminal) -> Done:
         print(text := describe(config))
-        found = {name: said for name, _, said in (line.partition(": ") for line in text.splitlines())}
+        found: dict[str, Any] = {name: said for name, _, said in (line.partition(": ") for line in text.splitlines())}
+        if measured:
+            from favor.train.fit import report
+
+            lines, figures = report(config, card, terminal.recipe, terminal.overrides)
+            print("\n".join(lines))
+            found |= figures
         return Done(("nothing was trained",), found, {}, (typed("train", *terminal.words),))
 
     return Command(TrainConfig, run)
@@ -160,12 +171,17 @@ def train(
     words: Words = None,
     settings: Listed = False,
     dry_run: DryRun = False,
+    measured: Measure = False,
+    card: Card = None,
     quiet: Quiet = False,
     as_json: Json = False,
     _page: Help = False,
 ) -> None:
     """Train on preferences: DPO and its family, on prompt trees."""
-    _call(_dry_run if dry_run else _train, words or [], Speech("train", quiet, as_json), listed=settings)
+    if (measured or card is not None) and not dry_run:
+        raise typer.BadParameter("it measures a run before it is begun; add --dry-run", param_hint="--measure, --card")
+    make = partial(_dry_run, measured=measured or card is not None, card=card) if dry_run else _train
+    _call(make, words or [], Speech("train", quiet, as_json), listed=settings)
 
 
 @app.command(help=OTHERS["lint"].__doc__, add_help_option=False, rich_help_panel=_PARTS["lint"])

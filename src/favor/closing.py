@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from favor.errors import clipped
 from favor.run import RunFolder, read_jsonl
-from favor.train.notes import cut
+from favor.train.notes import cut, duration
 
 if TYPE_CHECKING:
     from favor.data.types import Finding
@@ -99,16 +99,6 @@ def ended(speech: Speech, work: Callable[[], Done]) -> None:
     speech.end(done)
     if done.failed:
         sys.exit(1)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 0.8 s, 42 s, 5 min 12 s, 2 h 3 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def typed(*words: str) -> str:

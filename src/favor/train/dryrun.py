@@ -16,7 +16,7 @@ from favor.data.types import Layout, TokenTree
 from favor.lint.cheap import CHECKS
 from favor.model.layout import config_obstacle, longest_path
 from favor.model.load import end_ids, load_tokenizer, precision_of
-from favor.model.size import GIB, architecture_of, parameters, sizes
+from favor.model.size import GIB, Sizes, architecture_of, parameters, sizes
 from favor.train.loop import STATE_BYTES, learning_rate, length_notes, num_steps, warmup
 from favor.train.packs import chosen
 from favor.train.preference import TrainConfig
@@ -78,18 +78,22 @@ def _disk(config: TrainConfig, architecture: PreTrainedConfig) -> str:
 
 
 def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence[TokenTree], layout: Layout) -> str:
-    live = config.reference.mode == "live" or config.watch.kl
     asked = config.train.max_tokens_per_pack
     # what is free when training starts may make it less
     budget = chosen(config.train, layout, trees) if asked == "auto" else asked
     pack = max(budget, max(tree.num_tokens for tree in trees))
     pack = min(pack, sum(tree.num_tokens for tree in trees))
-    found = sizes(
+    return f"memory (estimate): {estimated(config, architecture, pack)}, in packs of up to {budget:,} tokens"
+
+
+def estimated(config: TrainConfig, architecture: PreTrainedConfig, tokens: int) -> Sizes:
+    """Memory of training in packs of so many tokens, by the architecture alone."""
+    live = config.reference.mode == "live" or config.watch.kl
+    return sizes(
         architecture,
         config.model,
-        pack,
+        tokens,
         trained_bytes=4 + STATE_BYTES[config.optim.kind],
         # under adapters the model without them is the reference
         copies=1 if live and not config.model.lora else 0,
     )
-    return f"memory (estimate): {found}, in packs of up to {budget:,} tokens"

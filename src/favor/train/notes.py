@@ -94,3 +94,13 @@ def _unmoved(steps: Sequence[Step]) -> str | None:
 def _last(steps: Sequence[Step]) -> Sequence[Step]:
     """The last tenth of the steps, three at least."""
     return steps[-max(3, len(steps) // 10) :]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 0.8 s, 42 s, 5 min 12 s, 2 h 3 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel, model_validator
@@ -107,19 +108,20 @@ def train(config: TrainConfig, open_session: OpenSession) -> None:
         _train(config, session)
 
 
+class Begun(NamedTuple):
+    """What training begins with. config: with the number of tokens of a pack; used: indices of the trees it trains on."""
+
+    config: TrainConfig
+    policy: Policy
+    splits: Splits
+    used: Sequence[int]
+
+
 def _train(config: TrainConfig, session: Session) -> None:
-    policy = load_policy(config.model, config.seed)
-    splits = load_splits(config.data, config.tokens, policy, session)
-    # trees without an item of the loss (a prompt whose answers only tie) are read and not trained on
-    used = usable(config.loss, splits.train, config.data.training)
-    # trees where they are exact for this model and these lengths, else one row per response
-    policy, why = settle(policy, config.model.layout, splits.train, also=_beyond(config, splits), train=True)
-    session.self_check(policy, why)
-    packs = settled(config.train, config.model, policy, [splits.train[i] for i in used], session, resume=config.resume)
-    config = config.model_copy(update={"train": packs})
+    config, policy, splits, used = begin(config, session)
     # hashing the weights takes its time: once, for the store and for what entered
     identity = reference.identity(policy, config.tokens)
-    references = _references(config, policy, splits, identity, session)
+    references = make_references(config, policy, splits, identity, session)
     ref = references.of["train"]
     inputs = recipe_hash(config) | identity | {"reference": ref.identity, "data": splits.identity}
     inputs |= {"reward": reward_identity(config.reward)} if config.reward else {}
@@ -130,6 +132,19 @@ def _train(config: TrainConfig, session: Session) -> None:
     moving = ref.weights if config.reference.sync else {}
     training = make_training(config, policy, used, session, moving=moving)
     _loop(config, training, splits, references, TrainingState(inputs=inputs))
+
+
+def begin(config: TrainConfig, session: Session) -> Begun:
+    """Load the policy, read the data, and settle how they are computed."""
+    policy = load_policy(config.model, config.seed)
+    splits = load_splits(config.data, config.tokens, policy, session)
+    # trees without an item of the loss (a prompt whose answers only tie) are read and not trained on
+    used = usable(config.loss, splits.train, config.data.training)
+    # trees where they are exact for this model and these lengths, else one row per response
+    policy, why = settle(policy, config.model.layout, splits.train, also=_beyond(config, splits), train=True)
+    session.self_check(policy, why)
+    packs = settled(config.train, config.model, policy, [splits.train[i] for i in used], session, resume=config.resume)
+    return Begun(config.model_copy(update={"train": packs}), policy, splits, used)
 
 
 def _beyond(config: TrainConfig, splits: Splits) -> Iterator[TokenTree]:
@@ -143,7 +158,7 @@ def _beyond(config: TrainConfig, splits: Splits) -> Iterator[TokenTree]:
         yield sampled_tree(prompt, max(len(response) for tree in splits.train for response in tree.response_ids))
 
 
-def _references(
+def make_references(
     config: TrainConfig, policy: Policy, splits: Splits, identity: Mapping[str, str], session: Session
 ) -> References:
     """The reference of every split and, where the KL probe or KTO's z0 need it, a live one; a scorer of probes.
