@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--precompute", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     rows = [json.loads(line) for line in open(args.data, encoding="utf-8")]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -67,7 +68,7 @@ def main() -> None:
         max_grad_norm=1.0,
         beta=0.1,
         max_length=None,
-        bf16=False,
+        bf16=args.bf16,
         gradient_checkpointing=False,
         use_cpu=True,
         disable_dropout=True,
