@@ -18,8 +18,8 @@ from favor.losses.table import make_loss
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_tokenizer, make_policy
 from favor.ranks import World
-from favor.train.loop import AdamW, AdamW8bit, make_optimizer
 from favor.train.moments import kept
+from favor.train.optim import AdamW, AdamW8bit, make_optimizer
 from favor.train.preference import make_objective
 from favor.train.reference import none
 from favor.train.step import Learner, step

@@ -12,7 +12,7 @@ from favor.errors import ConfigError
 from favor.generate.samples import SamplesConfig
 from favor.online import OnlineConfig
 from favor.settings import settings
-from favor.train.loop import AdamW, Rmsprop, learning_rate, warmup
+from favor.train.optim import AdamW, Rmsprop, learning_rate, warmup
 from favor.train.ppo import PpoConfig
 from favor.train.preference import TrainConfig
 from favor.train.reward import RewardTrainConfig

@@ -23,7 +23,8 @@ from favor.model.layout import config_obstacle, settle
 from favor.model.load import ModelConfig, frozen_copy, make_policy
 from favor.model.logprobs import response_logps
 from favor.ranks import World
-from favor.train.loop import AdamW, make_optimizer, micro_batches
+from favor.train.loop import micro_batches
+from favor.train.optim import AdamW, make_optimizer
 from favor.train.preference import make_objective
 from favor.train.reference import Reference, frozen
 from favor.train.step import Learner, step

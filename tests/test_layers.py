@@ -27,15 +27,16 @@ ALLOWED = {
     "closing": {"errors", "run", "data.types", "doctor.settings", "train.notes"},
     "data": {"errors", "config", "guard", "run"},
     "losses": {"errors", "config", "data.types"},
-    "model": {"errors", "config", "data.types", "data.batches", "ranks"},
+    "model": {"errors", "config", "data.types", "data.batches", "ranks", "parts"},
     "ranks": {"errors"},
+    "parts": set(),
     "server": {"errors", "config"},
     "rewards": BASE | {"stop", "data", "losses", "model"},
     "generate": BASE | {"output", "data", "model", "rewards", "server"},
     "winrate": BASE | {"output", "data", "model", "eval", "generate", "rewards", "server"},
     "eval": BASE | {"output", "data", "model", "losses", "ranks", "rewards", "generate"},
     "train": BASE
-    | {"stop", "data", "losses", "model", "ranks", "rewards"}
+    | {"stop", "data", "losses", "model", "ranks", "parts", "rewards"}
     | {"lint.cheap", "eval.figures", "eval.intervals"},
     "lint": BASE | {"output", "settings", "data", "model", "rewards", "report.frame", "report.words"},
     "label": BASE | {"output", "data", "eval.intervals"},
@@ -65,7 +66,7 @@ ALLOWED = {
 }
 # inside train/ a file imports earlier ones only
 TRAIN_ORDER = (
-    *("step", "loggers", "session", "moments", "checkpoint", "notes", "loop", "packs", "reference", "stats"),
+    *("step", "loggers", "session", "moments", "checkpoint", "notes", "optim", "loop", "packs", "reference", "stats"),
     *("rollout", "coupled", "watch"),
     *("sft", "reward", "ppo", "preference", "dryrun", "measure", "fit"),
 )
@@ -75,7 +76,7 @@ DATA_ORDER = (
     *("encode", "render", "tokenize", "splits", "store", "prepare", "prompts", "batches"),
 )
 # the size of the package; a feature may raise a number to the new size in its own commit, with the reason (CONTRIBUTING.md)
-MOST_LINES, MOST_FILES = 26_247, 166
+MOST_LINES, MOST_FILES = 26_853, 170
 # comment lines per 100 of code, on the files of the story (docs/path.md)
 LEAST_COMMENTS = 5
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -11,10 +11,10 @@ from torch import nn
 
 from favor.config import load
 from favor.errors import CheckpointError
-from favor.train import loop, moments
+from favor.train import moments, optim
 from favor.train.checkpoint import Stored, _moments
 from favor.train.dryrun import describe
-from favor.train.loop import AdamW, AdamW8bit, make_optimizer
+from favor.train.optim import AdamW, AdamW8bit, make_optimizer
 from favor.train.preference import TrainConfig
 from favor.train.session import TrainingState
 
@@ -69,9 +69,9 @@ def test_its_state_takes_two_bytes_a_number():
         optimizer.step()
         state = moments.kept(optimizer.state[parameter])
         sizes[config.kind] = sum(t.nbytes for t in state.values()) / parameter.numel()
-    assert sizes["adamw"] == pytest.approx(loop.STATE_BYTES["adamw"], abs=1e-3)
+    assert sizes["adamw"] == pytest.approx(optim.STATE_BYTES["adamw"], abs=1e-3)
     # two sizes of 4 bytes for every 256 numbers beside them
-    assert sizes["adamw8bit"] == pytest.approx(loop.STATE_BYTES["adamw8bit"] + 8 / 256, abs=1e-3)
+    assert sizes["adamw8bit"] == pytest.approx(optim.STATE_BYTES["adamw8bit"] + 8 / 256, abs=1e-3)
 
 
 def test_resume_bit_for_bit(inputs, favor, tmp_path):
@@ -127,7 +127,7 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path, spoilt):
 
 
 def test_where_it_is_not_installed(inputs, favor, monkeypatch):
-    monkeypatch.setattr(loop, "find_spec", lambda name: None)
+    monkeypatch.setattr(optim, "find_spec", lambda name: None)
     code, _, err = favor(*recipe(inputs, "optim.kind=adamw8bit"))
     assert code == 2
     assert "needs bitsandbytes, not installed here; run: pip install 'favor[bitsandbytes]'" in err
@@ -143,6 +143,6 @@ def test_the_dry_run_counts_it(inputs):
         assert f"memory (estimate): {0:.1f}" in describe(config)
         from favor.model.size import architecture_of, sizes
 
-        trained = 4 + loop.STATE_BYTES[kind]
+        trained = 4 + optim.STATE_BYTES[kind]
         found[kind] = sizes(architecture_of(config.model), config.model, 1, trained_bytes=trained).state / numbers
     assert found == pytest.approx({"adamw": 16, "adamw8bit": 10, "rmsprop": 12})

@@ -29,7 +29,8 @@ from favor.rewards.source import RewardConfig, check_scorer, identity
 from favor.run import RunFolder, make_folder, read_json, remove_folder, same_inputs, write_json, write_jsonl, write_text
 from favor.stop import StoppedError
 from favor.train.checkpoint import checkpoints
-from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig
+from favor.train.loop import LoopConfig, SaveConfig
+from favor.train.optim import AdamW, OptimConfig
 from favor.train.preference import TrainConfig, train
 from favor.train.session import OpenSession, Session, recipe_hash, running
 

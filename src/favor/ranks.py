@@ -7,13 +7,17 @@ import contextlib
 import os
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from favor.errors import ConfigError
 
+# how weights are spread: on every rank, split over all of them, or over those of each machine
+Shard: TypeAlias = Literal["none", "full", "hybrid"]
 _REMEDY = "start several processes with torchrun, or unset WORLD_SIZE to train in one (SLURM and others set it)"
 
 
@@ -108,11 +112,14 @@ def largest(number: int, members: World, device: torch.device) -> int:
 def sum_gradients_(parameters: Iterable[nn.Parameter], members: World) -> None:
     """Sum gradients over ranks, in place. A parameter this rank did not touch counts as zero.
 
-    Sums, not means: the loss was divided by the global count before the backward.
+    Sums, not means: the loss was divided by the global count before the backward. Those of parameters that are split over
+    ranks were summed in the backward.
     """
     if members.size == 1:
         return
     for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)

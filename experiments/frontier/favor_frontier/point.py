@@ -23,7 +23,8 @@ from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
 from favor.rewards.source import Scorer, make_scorer
 from favor.run import RunFolder, make_folder, read_json, read_jsonl, write_json, write_jsonl
-from favor.train.loop import AdamW, LoopConfig, SaveConfig
+from favor.train.loop import LoopConfig, SaveConfig
+from favor.train.optim import AdamW
 from favor.train.ppo import AdaptiveKl, PpoConfig, PpoSettings, PromptsConfig, train_ppo
 from favor.train.preference import TrainConfig, train
 from favor.train.reference import ReferenceConfig

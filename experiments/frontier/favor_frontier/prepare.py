@@ -26,7 +26,8 @@ from favor.rewards.model import ScoredTokens
 from favor.rewards.source import ClassifierReward, ModelReward, RewardConfig, make_scorer
 from favor.run import RunFolder, cache_folder, make_folder, read_jsonl, write_json, write_jsonl
 from favor.train import reference
-from favor.train.loop import AdamW, LoopConfig, SaveConfig
+from favor.train.loop import LoopConfig, SaveConfig
+from favor.train.optim import AdamW
 from favor.train.reward import RewardTrainConfig, train_reward
 from favor.train.session import OpenSession, load_splits
 from favor.train.sft import SftConfig, sft

@@ -158,6 +158,7 @@ def build(trees: Sequence[TokenTree], layout: Layout, pad_id: int = 0) -> Batch:
         **_scored(paths, starts, where),
         **_comparisons(trees),
         num_naive_tokens=sum(map(len, paths)),
+        idle=False,
     )
 
 

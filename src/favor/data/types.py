@@ -126,7 +126,7 @@ class Batch:
     int64 index R; weight_P, margin_P and label_P float32. ranking_QK int64, best first, padded with -1; weight_Q
     float32; drop_QK float32 is how far each member's score lies below the best one's (0 where unknown). tie_U2 int64
     indexes R, weight_U float32. thumb_I int64 indexes R, good_I bool, weight_I float32. index_R int64 is the
-    data-set-wide response index.
+    data-set-wide response index. `idle`: computed beside other ranks by one that has no trees; it counts for nothing.
     """
 
     ids_BT: Tensor
@@ -158,6 +158,7 @@ class Batch:
     good_I: Tensor
     weight_I: Tensor
     num_naive_tokens: int
+    idle: bool = False
 
     @property
     def num_responses(self) -> int:

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "train",
     "watch",
     "save",
+    "ranks",
     "ppo",
     "sample",
     "bradley_terry",

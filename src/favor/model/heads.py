@@ -16,16 +16,21 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from favor.data.types import Batch, TokenTree
 from favor.errors import CheckpointError, ConfigError
 from favor.model.layout import Method, settle
-from favor.model.load import ModelConfig, Policy, load_parts, make_policy
-from favor.model.logprobs import head_states, logps_of_states, scored_logps
+from favor.model.load import ModelConfig, Policy, load_parts, make_policy, sharded
+from favor.model.logprobs import edge_logps, head_states, logps_of_states, scored_logps, within
+from favor.parts import assign_, whole
+from favor.ranks import Shard
 
 # names under which a causal LM keeps the head that a reward model replaces
 _LM_HEAD = frozenset({"lm_head.weight", "lm_head.bias", "embed_out.weight", "output.weight"})
 
 
-def load_scalar_model(config: ModelConfig, seed: int = 0, *, fresh: bool = False, frozen: bool = False) -> Policy:
+def load_scalar_model(
+    config: ModelConfig, seed: int = 0, shard: Shard = "none", *, fresh: bool = False, frozen: bool = False
+) -> Policy:
     """A causal LM with a scalar head, as transformers' sequence classifier with one output.
 
+    shard: as ranks.shard.
     fresh: the start of a reward model, whose folder may be a plain LM: a head that it does not have begins at zero, so
     every first score is 0. frozen: none of it will train.
     Raises CheckpointError for a model that is missing or incomplete, gives more than one number, or (unless fresh) has no
@@ -53,7 +58,7 @@ def load_scalar_model(config: ModelConfig, seed: int = 0, *, fresh: bool = False
         nn.init.zeros_(model.get_submodule("score").weight)
     policy = make_policy(model, tokenizer, config, seed, frozen=frozen)
     _pad_without_end(policy, tokenizer)
-    return policy
+    return sharded(policy, shard)
 
 
 def _pad_without_end(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -72,13 +77,17 @@ def _pad_without_end(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None
 
 def response_scores(policy: Policy, batch: Batch) -> Tensor:
     """The scalar at the last token of every response, its end-of-turn token included: float64 [R], differentiable."""
-    hidden_RH = head_states(policy, batch, batch.last_R)
-    return policy.causal_lm.score(hidden_RH.float()).squeeze(-1).double()  # pyright: ignore[reportCallIssue]
+
+    def forward() -> Tensor:
+        hidden_RH = head_states(policy, batch, batch.last_R)
+        return policy.causal_lm.score(hidden_RH.float()).squeeze(-1).double()  # pyright: ignore[reportCallIssue]
+
+    return within(policy, forward)
 
 
 def plain_score(policy: Policy, ids_1T: Tensor, _start: int) -> Tensor:
     """The score of one unpadded row by plain transformers, wherever its response begins: float64 scalar."""
-    return policy.model(input_ids=ids_1T, use_cache=False).logits[0, 0].double()
+    return within(policy, lambda: policy.model(input_ids=ids_1T, use_cache=False).logits[0, 0].double())
 
 
 SCORES = Method(response_scores, plain_score, causal=False)
@@ -90,15 +99,13 @@ def settle_scores(
     """`settle` by scores. A head that starts at zero is random meanwhile, or every way of computing would agree."""
     weight = policy.causal_lm.get_submodule("score").weight
     assert isinstance(weight, Tensor)
-    before = weight.detach().clone()
+    before = whole(weight.detach()).clone()
     try:
-        with torch.no_grad():
-            generator = torch.Generator(weight.device).manual_seed(0)
-            weight.copy_(torch.empty_like(weight).normal_(0, weight.shape[1] ** -0.5, generator=generator))
+        generator = torch.Generator(weight.device).manual_seed(0)
+        assign_(weight, torch.empty_like(before).normal_(0, weight.shape[1] ** -0.5, generator=generator))
         return settle(policy, asked, trees, SCORES, also=also, train=train)
     finally:
-        with torch.no_grad():
-            weight.copy_(before)
+        assign_(weight, before)
 
 
 @dataclass(frozen=True)
@@ -140,8 +147,12 @@ def logps_and_values(policy: Policy, critic: Critic | None, batch: Batch) -> tup
     """
     if critic is None:
         return scored_logps(policy, batch), None
-    states_NH = head_states(critic.trunk or policy, batch, batch.head_N)
-    shared = critic.trunk is None and policy.fast_head is not None
-    logp_E = logps_of_states(policy, batch, states_NH) if shared else scored_logps(policy, batch)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        states_NH = head_states(critic.trunk or policy, batch, batch.head_N)
+        shared = critic.trunk is None and policy.fast_head is not None
+        return logps_of_states(policy, batch, states_NH) if shared else edge_logps(policy, batch), states_NH
+
+    logp_E, states_NH = within(policy, forward)
     seen_NH = states_NH.detach() if critic.mode == "detached" else states_NH
     return logp_E, critic.head(seen_NH.float()).squeeze(-1)[batch.edge_head_E]

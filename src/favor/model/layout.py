@@ -12,13 +12,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from favor.data.batches import build
 from favor.data.types import Batch, Layout, TokenTree
 from favor.errors import CheckpointError, ConfigError, NumericsError, first_line
-from favor.model import attention
+from favor.model import attention, split
 from favor.model.load import Policy, check_ids, length_dependent, precise, use_attention
-from favor.model.logprobs import plain_logits, plain_logp, response_logps
+from favor.model.logprobs import plain_logits, plain_logp, response_logps, within
 
 # Layer types of transformers' configs in which a token sees its whole past through softmax attention.
 _TREE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -218,20 +219,27 @@ def _difference(policy: Policy, truth: Probe, method: Method) -> str | None:
 
 def _worst_gradient(found: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[str, float]:
     """The parameter whose gradient is furthest off, relative to its norm (or a hundredth of the largest norm)."""
-    floor = 1e-2 * max(float(gradient.norm()) for gradient in truth.values())
+    norms = {name: _norm(gradient) for name, gradient in truth.items()}
+    floor = 1e-2 * max(norms.values())
     off = {
-        name: float((found[name] - gradient).norm() if name in found else gradient.norm())
-        / max(float(gradient.norm()), floor, 1e-30)
+        name: (_norm(found[name] - gradient) if name in found else norms[name]) / max(norms[name], floor, 1e-30)
         for name, gradient in truth.items()
     }
-    off |= {name: float(extra.norm()) / max(floor, 1e-30) for name, extra in found.items() if name not in truth}
+    off |= {name: _norm(extra) / max(floor, 1e-30) for name, extra in found.items() if name not in truth}
     # one that is missing is no matter of rounding, however small it is
-    off |= {name: 1.0 for name, g in truth.items() if name not in found and float(g.norm()) > 1e-4 * floor}
+    off |= {name: 1.0 for name, norm in norms.items() if name not in found and norm > 1e-4 * floor}
     return max(off.items(), key=lambda item: float("inf") if math.isnan(item[1]) else item[1])
+
+
+def _norm(gradient: Tensor) -> float:
+    norm = gradient.norm()
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _gradient(policy: Policy, value: Tensor) -> dict[str, Tensor]:
     parameters = policy.trainable()
+    if policy.root is not None:
+        return split.gradient(parameters, value)
     # what the value does not depend on has none
     gradients = cast(
         "tuple[Tensor | None, ...]", torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
@@ -286,7 +294,8 @@ def _moved(policy: Policy, ids_2T: Tensor, cut: int) -> tuple[float, float]:
     """How far two rows are apart in the log-probs of their first `cut` places, and how far rounding may bring them."""
     with torch.no_grad():
         first, second = (
-            plain_logits(policy, row_T[None], len(row_T))[:cut].log_softmax(-1) for row_T in ids_2T.unbind()
+            within(policy, lambda row_T=row_T: plain_logits(policy, row_T[None], len(row_T)))[:cut].log_softmax(-1)
+            for row_T in ids_2T.unbind()
         )
     _check_finite(policy, first)
     # what is not a number is never within

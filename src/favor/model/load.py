@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import find_adapter_config_file
@@ -27,6 +28,7 @@ from favor.errors import CheckpointError, ConfigError
 from favor.model.adapters import LoraSettings, load_adapted, with_lora
 from favor.model.kept import keep
 from favor.model.weights import Unmatched, check_path, check_there, load_weights, readable
+from favor.ranks import Shard, current
 
 _ALL_TRAIN = (
     "model.weights = 'bfloat16' is how weights that do not train are kept, and without [model.lora] all of them train; "
@@ -90,6 +92,7 @@ class Policy:
     `model` is what trains and saves (a PeftModel under LoRA); `backbone` ends before the LM head;
     `fast_head` is a plain linear head, or None when the model does more to its logits. Weights are float32 (model.weights:
     `kept_bytes` of them in bfloat16); `compute_dtype` bfloat16 means autocast. `layout` says whether trees may be computed.
+    `root`: what forwards run within when weights are split over ranks (split.py), else None.
     """
 
     model: Any
@@ -102,6 +105,7 @@ class Policy:
     plain_attention: str
     source: str
     kept_bytes: int = 0
+    root: Any = None
 
     @property
     def lora(self) -> bool:
@@ -147,14 +151,31 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(config: ModelConfig, seed: int = 0, *, frozen: bool = False) -> Policy:
-    """Weights and tokenizer, and LoRA adapters when asked (their start depends on `seed`). frozen: none of it will train.
+def load_policy(config: ModelConfig, seed: int = 0, shard: Shard = "none", *, frozen: bool = False) -> Policy:
+    """Weights and tokenizer, and LoRA adapters when asked (their start depends on `seed`).
 
+    shard: as ranks.shard. frozen: none of it will train.
     Raises CheckpointError for a missing, unreadable or incomplete model, ConfigError for settings that cannot work.
     """
+    if shard != "none" and (members := current()).size > 1:
+        from favor.model.pieces import load
+
+        policy = load(config, seed, shard, members)
+        if policy is not None:
+            return policy
     model, tokenizer, found = load_parts(AutoModelForCausalLM, config, frozen=frozen)
     found.refuse(config.path)
-    return make_policy(model, tokenizer, config, seed, frozen=frozen)
+    return sharded(make_policy(model, tokenizer, config, seed, frozen=frozen), shard)
+
+
+def sharded(policy: Policy, shard: Shard) -> Policy:
+    """The policy with its weights split over ranks, where that is asked and there are several. Raises what `split` raises."""
+    members = current()
+    if shard == "none" or members.size == 1:
+        return policy
+    from favor.model.split import split
+
+    return split(policy, shard, members)
 
 
 def keeps(config: ModelConfig, *, frozen: bool) -> bool:
@@ -211,15 +232,18 @@ def make_policy(
     seed: int = 0,
     *,
     frozen: bool = False,
+    place: bool = True,
 ) -> Policy:
-    """Wrap a model already in memory (the tests' and notebooks' way in)."""
+    """Wrap a model already in memory (the tests' and notebooks' way in). place: move it to its device."""
     if model._hf_peft_config_loaded:  # pyright: ignore[reportPrivateUsage]
         raise ConfigError(f"{config.path}: has an adapter inside; give peft's merge_and_unload() of it, or its folder")
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
     # before it moves: a GPU never holds the float32 ones
     kept = keep(model, config.path) if keeps(config, frozen=frozen) else 0
-    model.to(device).eval()  # pyright: ignore[reportArgumentType]
+    if place:
+        model.to(device)  # pyright: ignore[reportArgumentType]
+    model.eval()
     row_by_row(model)
     head = model.get_output_embeddings()
     policy = Policy(
@@ -253,6 +277,10 @@ def precision_of(dtype: torch.dtype | str) -> str:
 
 def frozen_copy(policy: Policy) -> Policy:
     """The reference of a full fine-tune: a copy of the weights as they are now, that never trains."""
+    if policy.root is not None:
+        from favor.model.split import copied
+
+        return copied(policy)
     model = deepcopy(policy.causal_lm).requires_grad_(False)
     head = model.get_output_embeddings()
     fast = head if policy.fast_head is not None and type(head) is nn.Linear else None
@@ -265,8 +293,9 @@ def weights_hash(policy: Policy) -> str:
     for name, tensor in policy.causal_lm.state_dict().items():
         if ".lora_" not in name:
             digest.update(name.replace(".base_layer", "").encode())
+            held: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             # kept in bfloat16 it is the same reference
-            values = tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()
+            values = held.detach().float() if held.dtype == torch.bfloat16 else held.detach()
             digest.update(values.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

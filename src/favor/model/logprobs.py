@@ -4,7 +4,8 @@ In: a Policy and a Batch. Out: logp_R, the sum in nats over each response's toke
 token included, prompt excluded. Next: attention.py.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from favor.data.types import Batch
 from favor.model.load import Policy
 
+T = TypeVar("T")
 # Keep the probabilities of a batch for the backward up to this size, else compute the tiles again.
 _KEEP_BYTES = 1 << 30
 # A tile of logits of this size stays in a last-level cache between the matrix product and the softmax.
@@ -44,6 +46,23 @@ def position_M(batch: Batch) -> Tensor:
 
 def scored_logps(policy: Policy, batch: Batch) -> Tensor:
     """Log-probability of every scored token, each once: float32 [E], nats."""
+    return within(policy, lambda: edge_logps(policy, batch))
+
+
+def within(policy: Policy, forward: Callable[[], T]) -> T:
+    """What forwards of a model give. One whose weights are split over ranks collects them for the time of the block."""
+    if policy.root is None:
+        return forward()
+    try:
+        return policy.root(forward)
+    except BaseException:
+        # what a self-check tried may fail; the weights go back to their ranks
+        policy.root.reset_iter_state()
+        raise
+
+
+def edge_logps(policy: Policy, batch: Batch) -> Tensor:
+    """`scored_logps`, inside `within`."""
     # head_N are places, edge_E is which place and which token: "a" -> "b" and "a" -> "c" share a place, not an edge
     if policy.fast_head is None:
         with precision(policy):
@@ -53,7 +72,7 @@ def scored_logps(policy: Policy, batch: Batch) -> Tensor:
 
 
 def plain_logits(policy: Policy, ids_1T: Tensor, keep: int) -> Tensor:
-    """The last `keep` rows of model(input_ids).logits, by plain transformers: float32 [keep, V]."""
+    """The last `keep` rows of model(input_ids).logits, by plain transformers, inside `within`: float32 [keep, V]."""
     # the logits of a long row would not fit: then only those that are read are made
     fewer = {"logits_to_keep": keep} if ids_1T.shape[1] > _LONG_ROW else {}
     return policy.model(input_ids=ids_1T, use_cache=False, **fewer).logits[0, -keep:].float()
@@ -62,25 +81,30 @@ def plain_logits(policy: Policy, ids_1T: Tensor, keep: int) -> Tensor:
 def plain_logp(policy: Policy, ids_1T: Tensor, start: int) -> Tensor:
     """Sum of the log-probs of ids[start:] of one unpadded row, nats, by plain transformers: float64 scalar."""
     targets_E = ids_1T[0, start:]
-    logp_EV = plain_logits(policy, ids_1T, len(targets_E) + 1)[:-1].log_softmax(-1)
-    return logp_EV.gather(1, targets_E[:, None]).double().sum()
+
+    def forward() -> Tensor:
+        logp_EV = plain_logits(policy, ids_1T, len(targets_E) + 1)[:-1].log_softmax(-1)
+        return logp_EV.gather(1, targets_E[:, None]).double().sum()
+
+    return within(policy, forward)
 
 
 def mean_overlap(policy: Policy, batch: Batch) -> Tensor:
     """Mean over a response's tokens of log sum_v pi(v | prefix)^2, without a graph: float64 [R], nats."""
-    with torch.no_grad():
+
+    def forward() -> Tensor:
         with precision(policy):
-            logits_NV = (
-                _full_head(policy, batch, _inputs(batch))
-                if policy.fast_head is None
-                else _logits(head_states(policy, batch, batch.head_N), policy.fast_head.weight, policy.fast_head.bias)
-            )
-        overlap_N = (2 * logits_NV.float().log_softmax(-1)).logsumexp(-1)
+            if policy.fast_head is None:
+                return _full_head(policy, batch, _inputs(batch))
+            return _logits(head_states(policy, batch, batch.head_N), policy.fast_head.weight, policy.fast_head.bias)
+
+    with torch.no_grad():
+        overlap_N = (2 * within(policy, forward).float().log_softmax(-1)).logsumexp(-1)
         return sum_tokens(batch, overlap_N[batch.edge_head_E]) / batch.length_R
 
 
 def head_states(policy: Policy, batch: Batch, flat_index: Tensor) -> Tensor:
-    """The backbone's last hidden states at flat positions of the batch: [positions, hidden], in the compute dtype."""
+    """The backbone's last hidden states at flat places of the batch: [positions, hidden], in the compute dtype; inside `within`."""
     # [B, T, H] -> [B T, H] -> [N, H]: the head sees only the places that score a token
     with precision(policy):
         return policy.backbone(**_inputs(batch)).last_hidden_state.flatten(0, 1)[flat_index]
@@ -97,7 +121,9 @@ def logps_of_states(policy: Policy, batch: Batch, hidden_NH: Tensor) -> Tensor:
 
 def precision(policy: Policy) -> torch.autocast:
     """The products' number format: bfloat16 where the policy asks for it, float32 weights either way."""
-    return torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.compute_dtype == torch.bfloat16)
+    # split weights are freed after their layer; a cache would hold them all in bfloat16
+    cached, wanted = policy.root is None, policy.compute_dtype == torch.bfloat16
+    return torch.autocast(policy.device.type, torch.bfloat16, enabled=wanted, cache_enabled=cached)
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from favor.config import STRICT
 from favor.errors import ConfigError, NumericsError
 from favor.model.load import Policy, attention_name, check_ids, use_attention
-from favor.model.logprobs import precision
+from favor.model.logprobs import precision, within
 
 
 class SampleConfig(BaseModel):
@@ -97,13 +97,19 @@ def _sample_batch(
     settings = GenerationConfig(
         max_new_tokens=config.max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad, use_cache=True
     )
-    out = policy.causal_lm.generate(  # pyright: ignore[reportCallIssue]
-        ids,
-        attention_mask=mask,
-        generation_config=settings,
-        logits_processor=LogitsProcessorList([_PerPromptNoise(seeds, config.temperature, policy)]),
-        streamer=_Streamer(told) if told else None,
-    )
+
+    def forward() -> Tensor:
+        return policy.causal_lm.generate(  # pyright: ignore[reportCallIssue]
+            ids,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([_PerPromptNoise(seeds, config.temperature, policy)]),
+            streamer=_Streamer(told) if told else None,
+            # of split weights every rank computes as many tokens as the longest sample of any
+            synced_gpus=policy.root is not None,
+        )
+
+    out = within(policy, forward)
     rows: list[list[int]] = out[:, width:].tolist()
     # what follows the first end of turn is padding
     lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]

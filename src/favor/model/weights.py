@@ -122,9 +122,9 @@ def load_weights(
         tensors = tensors_of(Path(str(cached_file(path, CONFIG_NAME, revision=revision))).parent)
         if kept and not _is_bfloat16(model, tensors):
             model, info = load(dtype=torch.float32)
-    _check_kinds(path, model, tensors)
+    check_kinds(path, model, tensors)
     missing, unexpected = frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"])
-    leftover = frozenset(name for name in unexpected if _is_mask(name, tensors))
+    leftover = frozenset(name for name in unexpected if is_mask(name, tensors))
     mismatched = {str(name): (here, there) for name, here, there in info["mismatched_keys"]}
     return model, Unmatched(missing, unexpected - leftover, mismatched)
 
@@ -146,7 +146,7 @@ def tensors_of(folder: Path) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def _check_kinds(path: str, model: Any, tensors: Mapping[str, tuple[str, list[int]]]) -> None:
+def check_kinds(path: str, model: Any, tensors: Mapping[str, tuple[str, list[int]]]) -> None:
     """Raises CheckpointError for weights that would be read as other numbers than they stand for."""
     quantized = model.config.to_dict().get("quantization_config")
     if quantized:
@@ -169,7 +169,7 @@ def _check_kinds(path: str, model: Any, tensors: Mapping[str, tuple[str, list[in
         )
 
 
-def _is_mask(name: str, tensors: Mapping[str, tuple[str, list[int]]]) -> bool:
+def is_mask(name: str, tensors: Mapping[str, tuple[str, list[int]]]) -> bool:
     """Causal masks and their fill value, which old files keep beside the weights and no model reads any more."""
     kind, shape = tensors.get(name, ("", [0]))
     square = len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3]

@@ -5,11 +5,10 @@ for bit, or a refusal. Next: preference.py.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from favor.config import STRICT
 from favor.errors import CheckpointError
 from favor.guard import file_hash, length_and_hash, sha
+from favor.parts import assign_, in_files, whole
 from favor.ranks import barrier
 from favor.run import atomic_folder, fsync, refuse_changed, remove_folder
 from favor.train import moments
@@ -56,33 +56,43 @@ def save(session: Session, learner: Learner, state: TrainingState, keep: int) ->
         # what a checkpoint comes after must not be lost with the power
         fsync(session.folder.metrics)
         now = state.model_copy(update={"metrics": length_and_hash(session.folder.metrics)})
-        _write(session.folder.checkpoints, learner, now)
+        with atomic_folder(session.folder.checkpoints / f"step-{state.step:06d}") as aside:
+            _write(aside, learner, now)
         found = checkpoints(session.folder.checkpoints)
         kept = [old for old in found if _step(old) <= state.step][-keep:]
         # later ones were damaged, or this run would stand where they are
         for old in found:
             if old not in kept:
                 remove_folder(old)
+    else:
+        # weights that are split over ranks are put together by all of them
+        for _ in _gathered(learner):
+            pass
     barrier(session.world)
 
 
-def _write(folder: Path, learner: Learner, state: TrainingState) -> None:
+def _write(aside: Path, learner: Learner, state: TrainingState) -> None:
+    files: dict[str, str] = {}
+    for name, tensors in _gathered(learner):
+        save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, aside / name)
+        files[name] = file_hash(aside / name)
+    sealed = _Sealed(state=state, files=files)
+    sealed = sealed.model_copy(update={"sha256": sealed.seal()})
+    (aside / _STATE).write_text(sealed.model_dump_json(indent=2) + "\n", "utf-8")
+
+
+def _gathered(learner: Learner) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The files of a checkpoint, one after the other: its name and whole tensors. Of split weights all ranks must ask."""
     remembered = {
         f"{key}.{name}": value
         for name, parameter in learner.parameters.items()
         for key, value in moments.kept(learner.optimizer.state[parameter]).items()
     }
     parts = {_POLICY: learner.parameters, _OPTIMIZER: remembered, _REFERENCE: learner.moving}
-    with atomic_folder(folder / f"step-{state.step:06d}") as aside:
-        files: dict[str, str] = {}
-        for name, tensors in parts.items():
-            if tensors or name != _REFERENCE:
-                file = aside / f"{name}.safetensors"
-                save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, file)
-                files[file.name] = file_hash(file)
-        sealed = _Sealed(state=state, files=files)
-        sealed = sealed.model_copy(update={"sha256": sealed.seal()})
-        (aside / _STATE).write_text(sealed.model_dump_json(indent=2) + "\n", "utf-8")
+    for name, tensors in parts.items():
+        if tensors or name != _REFERENCE:
+            for file, keys in in_files(name, tensors):
+                yield file, {key: whole(tensors[key].detach()) for key in keys}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -104,10 +114,11 @@ def read(path: Path) -> Stored:
         for name, expected in sealed.files.items():
             if file_hash(path / name) != expected:
                 raise CheckpointError(f"{path}: damaged checkpoint ({name} is not what was written)")
-        parts = {name: load_file(path / name) for name in sealed.files}
-        return Stored(
-            path, sealed.state, *(parts.get(f"{n}.safetensors", {}) for n in (_POLICY, _OPTIMIZER, _REFERENCE))
-        )
+        parts: dict[str, dict[str, Tensor]] = {_POLICY: {}, _OPTIMIZER: {}, _REFERENCE: {}}
+        for name in sealed.files:
+            # policy.safetensors, or policy-00001-of-00003.safetensors
+            parts[name.removesuffix(".safetensors").partition("-")[0]] |= load_file(path / name)
+        return Stored(path, sealed.state, *parts.values())
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})") from None
 
@@ -121,11 +132,10 @@ def restore(stored: Stored, learner: Learner, expected: TrainingState) -> Traini
     _check_fit(f"{stored.path}, weights", stored.policy, learner.parameters)
     _check_fit(f"{stored.path}, reference", stored.reference, learner.moving)
     remembered = _moments(stored, learner.parameters)
-    with torch.no_grad():
-        for name, parameter in learner.parameters.items():
-            parameter.copy_(stored.policy[name])
-        for name, tensor in learner.moving.items():
-            tensor.copy_(stored.reference[name])
+    for name, parameter in learner.parameters.items():
+        assign_(parameter, stored.policy[name])
+    for name, tensor in learner.moving.items():
+        assign_(tensor, stored.reference[name])
     for name, parameter in learner.parameters.items():
         learner.optimizer.state[parameter] = moments.restored(learner.optimizer, parameter, remembered[name])
     return stored.state

@@ -17,7 +17,8 @@ from favor.lint.cheap import CHECKS
 from favor.model.layout import config_obstacle, longest_path
 from favor.model.load import end_ids, load_tokenizer, precision_of
 from favor.model.size import GIB, Sizes, architecture_of, parameters, sizes
-from favor.train.loop import STATE_BYTES, learning_rate, length_notes, num_steps, warmup
+from favor.train.loop import length_notes, num_steps
+from favor.train.optim import STATE_BYTES, learning_rate, warmup
 from favor.train.packs import chosen
 from favor.train.preference import TrainConfig
 from favor.train.stats import usable
@@ -83,7 +84,10 @@ def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence
     budget = chosen(config.train, layout, trees) if asked == "auto" else asked
     pack = max(budget, max(tree.num_tokens for tree in trees))
     pack = min(pack, sum(tree.num_tokens for tree in trees))
-    return f"memory (estimate): {estimated(config, architecture, pack)}, in packs of up to {budget:,} tokens"
+    parts = {"none": "", "full": "processes", "hybrid": "processes of a machine"}[config.ranks.shard]
+    return f"memory (estimate): {estimated(config, architecture, pack)}, in packs of up to {budget:,} tokens" + (
+        f"; the first is divided by the number of {parts} (ranks.shard)" if parts else ""
+    )
 
 
 def estimated(config: TrainConfig, architecture: PreTrainedConfig, tokens: int) -> Sizes:

@@ -3,117 +3,30 @@
 In: a recipe, what learns, and from what. Out: one Turn per optimizer step. Next: step.py.
 """
 
-import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Literal, Protocol, TypeAlias, cast
+from typing import Annotated, Literal, Protocol, TypeVar, cast
 
-import torch
-from pydantic import AfterValidator, BaseModel, Field, Tag, model_validator
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from favor.config import STRICT, by_kind
+from favor.config import STRICT
 from favor.data.batches import LoaderState, Order, build, plan
 from favor.data.types import Batch, TokenTree
 from favor.errors import without_places
-from favor.model.load import Policy
-from favor.ranks import World, barrier, largest
+from favor.model import split
+from favor.model.load import ModelConfig, Policy
+from favor.ranks import Shard, World, barrier, largest
 from favor.run import atomic_folder, read_jsonl
 from favor.stop import StoppedError
 from favor.train import checkpoint, notes
-from favor.train.moments import adamw_8bit
+from favor.train.optim import OptimConfig, learning_rate, make_optimizer, warmup
 from favor.train.session import Bar, Session, TrainingState
 from favor.train.step import Learner, Stepped
-
-
-def _whole_from_one(warmup: float) -> float:
-    if warmup >= 1 and not warmup.is_integer():
-        raise ValueError("from 1 on it counts steps, so it must be a whole number; a share is below 1")
-    return warmup
-
-
-# a share that a running mean keeps: at 1 it would never learn anything, and AdamW divides by 1 - beta^step
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(gt=0, le=1e3, description="Learning rate after the warm-up.")]
-Schedule = Annotated[
-    Literal["constant", "linear", "cosine"], Field(description="How the rate falls to zero over the run, if it does.")
-]
-Warmup = Annotated[
-    float,
-    Field(
-        ge=0, description="Steps over which the rate rises from zero; a number below 1 is a share of the run's steps."
-    ),
-    AfterValidator(_whole_from_one),
-]
-Decay = Annotated[float, Field(ge=0, description="Decay of weight matrices, times the learning rate.")]
-Eps = Annotated[float, Field(gt=0, description="Added to the denominator of the update (epsilon).")]
-Clip = Annotated[float, Field(gt=0, description="Largest norm of the gradient; a larger one is scaled down.")]
-
-
-class AdamW(BaseModel):
-    """Section [optim], kind "adamw"."""
-
-    model_config = STRICT
-    kind: Literal["adamw"] = "adamw"
-    lr: Rate = 5e-6
-    schedule: Schedule = "linear"
-    warmup: Warmup = 0
-    weight_decay: Decay = 0.0
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """What the running means of gradient and square keep of a step."""
-    eps: Eps = 1e-8
-    clip: Clip = 1.0
-
-
-class AdamW8bit(BaseModel):
-    """Section [optim], kind "adamw8bit": AdamW whose running means take 2 bytes a number, not 8; by bitsandbytes."""
-
-    model_config = STRICT
-    kind: Literal["adamw8bit"] = "adamw8bit"
-    lr: Rate = 5e-6
-    schedule: Schedule = "linear"
-    warmup: Warmup = 0
-    weight_decay: Decay = 0.0
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """What the running means of gradient and square keep of a step."""
-    eps: Eps = 1e-8
-    clip: Clip = 1.0
-
-    @model_validator(mode="after")
-    def _is_installed(self) -> "AdamW8bit":
-        if find_spec("bitsandbytes") is None:
-            raise ValueError(
-                "optim.kind = 'adamw8bit' needs bitsandbytes, not installed here; run: pip install 'favor[bitsandbytes]', or "
-                "set optim.kind=adamw"
-            )
-        return self
-
-
-class Rmsprop(BaseModel):
-    """Section [optim], kind "rmsprop": the paper's, with lr 1e-6, 150 warm-up steps and batches of 64."""
-
-    model_config = STRICT
-    kind: Literal["rmsprop"] = "rmsprop"
-    lr: Rate = 5e-6
-    schedule: Schedule = "linear"
-    warmup: Warmup = 0
-    weight_decay: Decay = 0.0
-    eps: Eps = 1e-8
-    clip: Clip = 1.0
-
-
-OptimConfig: TypeAlias = Annotated[
-    Annotated[AdamW, Tag("adamw")] | Annotated[AdamW8bit, Tag("adamw8bit")] | Annotated[Rmsprop, Tag("rmsprop")],
-    by_kind("adamw"),
-    Field(description="The optimizer."),
-]
-# what an optimizer remembers, bytes for each number that it trains
-STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "rmsprop": 4}
 
 
 class LoopConfig(BaseModel):
@@ -138,6 +51,14 @@ class LoopConfig(BaseModel):
         return self.max_tokens_per_pack
 
 
+class RanksConfig(BaseModel):
+    """Section [ranks]: how the processes of a run, started with torchrun, hold the model."""
+
+    model_config = STRICT
+    shard: Shard = "none"
+    """full: each holds a part of weights, gradients and optimizer state; hybrid: of those within its machine; none: all of them."""
+
+
 class SaveConfig(BaseModel):
     """Section [save]: checkpoints, from which a stopped run resumes bit for bit."""
 
@@ -153,9 +74,29 @@ class Recipe(Protocol):
 
     seed: int
     resume: bool
+    model: ModelConfig
     optim: OptimConfig
     train: LoopConfig
+    ranks: RanksConfig
     save: SaveConfig
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+def can_be_split(recipe: R) -> R:
+    """The recipe as it is. Raises ValueError for what weights that are split over ranks do not go with yet."""
+    if recipe.ranks.shard != "none" and recipe.model.weights == "bfloat16":
+        raise ValueError(
+            "ranks.shard splits float32 weights only, and model.weights is 'bfloat16'; leave model.weights at float32, "
+            "or set ranks.shard=none"
+        )
+    if recipe.ranks.shard != "none" and recipe.optim.kind == "adamw8bit":
+        raise ValueError(
+            "optim.kind = 'adamw8bit' keeps one size for 256 numbers of a whole weight, which ranks.shard cuts; "
+            "set optim.kind=adamw, or ranks.shard=none"
+        )
+    return recipe
 
 
 @dataclass(frozen=True)
@@ -190,7 +131,9 @@ def make_training(
     """What [optim] teaches: the policy's weights and those `beside` it. moving: as in Learner."""
     parameters = {**policy.trainable(), **beside}
     optimizer = make_optimizer(recipe.optim, parameters)
-    learner = Learner(parameters, optimizer, recipe.optim.clip, policy.device, session.world, moving)
+    learner = Learner(
+        parameters, optimizer, recipe.optim.clip, policy.device, session.world, moving, policy.root is not None
+    )
     return Training(recipe, policy, learner, used, session)
 
 
@@ -298,14 +241,22 @@ def num_steps(config: LoopConfig, num_trees: int) -> int:
 
 def micro_batches(trees: Sequence[TokenTree], policy: Policy, budget: int, world: World) -> list[Batch]:
     """This rank's share of an optimizer batch, cut to the token budget."""
-    bins = plan(trees, policy.layout, budget, world.size)[world.rank :: world.size]
-    return [build([trees[i] for i in members], policy.layout) for members in bins if members]
+    bins = plan(trees, policy.layout, budget, world.size)
+    mine = [build([trees[i] for i in members], policy.layout) for members in bins[world.rank :: world.size] if members]
+    if policy.root is not None:
+        # split weights are collected by all ranks together: all run as many passes as the main rank, if only over one small tree
+        rounds = sum(map(bool, bins[:: world.size])) - len(mine)
+        least = min(trees, key=lambda tree: tree.num_tokens)
+        mine += [replace(build([least], policy.layout), idle=True)] * rounds
+    return mine
 
 
 def finish(policy: Policy, state: TrainingState, session: Session) -> None:
     """Write the final model."""
     if session.world.is_main:
         save_model(policy, session.folder.model)
+    elif policy.root is not None:
+        split.save(policy, None)
     counted = f"{state.step} step{'s' * (state.step != 1)}"
     session.event(state.step, "finished", f"trained {counted}; model in {session.folder.model}")
     barrier(session.world)
@@ -314,7 +265,10 @@ def finish(policy: Policy, state: TrainingState, session: Session) -> None:
 def save_model(policy: Policy, folder: Path) -> None:
     """The final model folder, as transformers (or PEFT, for adapters) loads it, with its tokenizer."""
     with atomic_folder(folder) as aside:
-        policy.model.save_pretrained(aside)
+        if policy.root is None:
+            policy.model.save_pretrained(aside)
+        else:
+            split.save(policy, aside)
         # of a full disk the tokenizers library says so by a bare Exception: our own write of the same bytes meets it first
         probe = aside / "tokenizer.json"
         probe.write_text(cast(PreTrainedTokenizerFast, policy.tokenizer).backend_tokenizer.to_str(pretty=True), "utf-8")
@@ -324,37 +278,3 @@ def save_model(policy: Policy, folder: Path) -> None:
         if card.exists():
             # PEFT's names the base model by its path on this machine; adapter_config.json needs it, readers do not
             card.write_text(without_places(card.read_text("utf-8"), [policy.source]), "utf-8")
-
-
-def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Rate of optimizer step `step` (0-based): linear warm-up, then constant, linear or cosine to zero.
-
-    The first step after the warm-up has the full rate; the step after the last would have zero.
-    """
-    rising = warmup(config, num_steps)
-    if step < rising:
-        return config.lr * (step + 1) / (rising + 1)
-    done = (step - rising) / max(1, num_steps - rising)
-    if config.schedule == "linear":
-        return config.lr * (1 - done)
-    if config.schedule == "cosine":
-        return config.lr * (1 + math.cos(math.pi * done)) / 2
-    return config.lr
-
-
-def warmup(config: OptimConfig, num_steps: int) -> int:
-    """Steps over which the rate rises; of a share they are rounded up."""
-    return math.ceil(config.warmup * num_steps) if config.warmup < 1 else int(config.warmup)
-
-
-def make_optimizer(config: OptimConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW (fused, or in 8 bits) or RMSprop; weight decay reaches matrices only."""
-    matrices = [p for p in parameters.values() if p.dim() >= 2]
-    vectors = [p for p in parameters.values() if p.dim() < 2]
-    decays = ((matrices, config.weight_decay), (vectors, 0.0))
-    groups = [{"params": some, "weight_decay": decay} for some, decay in decays if some]
-    if config.kind == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=config.lr, alpha=0.99, eps=config.eps)
-    if config.kind == "adamw8bit":
-        return adamw_8bit(groups, config.lr, config.betas, config.eps)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

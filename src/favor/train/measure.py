@@ -28,8 +28,9 @@ from favor.model.logprobs import response_logps
 from favor.ranks import World
 from favor.run import fsync
 from favor.train import reference
-from favor.train.loop import STATE_BYTES, Training, make_training, num_steps
+from favor.train.loop import Training, make_training, num_steps
 from favor.train.moments import kept
+from favor.train.optim import STATE_BYTES
 from favor.train.preference import Begun, TrainConfig, begin, make_references, plan_step
 from favor.train.session import OpenSession, Session, in_session
 from favor.train.step import step

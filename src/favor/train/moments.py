@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from favor.parts import split_like
+
 # bitsandbytes keeps a largest size for every block of so many numbers, and one table of the 256 values for all of them
 _BLOCK = 256
 _SIZES = frozenset({"absmax1", "absmax2"})
@@ -35,7 +37,7 @@ def kept(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def restored(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, mine: Mapping[str, Tensor]) -> dict[str, Any]:
     """The state of one parameter from what `kept` gave."""
-    found: dict[str, Any] = {name: v if v.dim() == 0 else v.to(parameter.device) for name, v in mine.items()}
+    found: dict[str, Any] = {name: v if v.dim() == 0 else split_like(parameter, v) for name, v in mine.items()}
     if "state1" in mine:
         found["step"] = int(mine["step"])
     if _in_8_bits(mine):

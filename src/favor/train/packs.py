@@ -13,6 +13,7 @@ from favor.data.types import Layout, TokenTree
 from favor.model.load import ModelConfig, Policy
 from favor.model.room import memory
 from favor.model.size import sizes
+from favor.parts import num_here
 from favor.ranks import largest
 from favor.run import read_json, write_json
 from favor.train.loop import LoopConfig
@@ -77,6 +78,6 @@ def chosen(config: LoopConfig, layout: Layout, trees: Sequence[TokenTree], world
 def _room(model: ModelConfig, policy: Policy, world: int) -> int:
     """Tokens whose activations fit into the share of the memory that is free beside gradients and the optimizer's state."""
     free = torch.cuda.mem_get_info(policy.device)[0] if policy.device.type == "cuda" else memory().free // world
-    to_come = 12 * sum(parameter.numel() for parameter in policy.trainable().values())
+    to_come = 12 * sum(num_here(parameter) for parameter in policy.trainable().values())
     one = sizes(policy.causal_lm.config, model, 1)
     return int(_SHARE * (free - to_come)) // (one.activations + one.logits)

@@ -32,7 +32,8 @@ from favor.rewards.source import RewardConfig, check_scorer, make_scorer
 from favor.rewards.source import identity as reward_identity
 from favor.train import checkpoint
 from favor.train.loggers import LoggedConfig
-from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, Training, finish, make_training, turns
+from favor.train.loop import LoopConfig, RanksConfig, SaveConfig, Training, can_be_split, finish, make_training, turns
+from favor.train.optim import AdamW, OptimConfig
 from favor.train.packs import settled
 from favor.train.reference import base_of, identity
 from favor.train.rollout import Models, Prompt, Rollout, collect
@@ -168,6 +169,7 @@ class PpoConfig(BaseModel):
     """A recipe for `favor ppo`. train.batch_prompts prompts form one rollout; train.max_steps counts rollouts."""
 
     model_config = STRICT
+    _split = model_validator(mode="after")(can_be_split)
     run: Run
     seed: Seed = 0
     resume: Resume = False
@@ -179,8 +181,18 @@ class PpoConfig(BaseModel):
     sample: SampleConfig = SampleConfig()
     optim: OptimConfig = AdamW(lr=1e-5, schedule="constant")
     train: LoopConfig = LoopConfig()
+    ranks: RanksConfig = RanksConfig()
     save: SaveConfig = SaveConfig(every=10)
     watch: LoggedConfig = LoggedConfig()
+
+    @model_validator(mode="after")
+    def _one_model_is_split(self) -> "PpoConfig":
+        gae = self.ppo.advantage
+        if self.ranks.shard != "none" and isinstance(gae, Gae) and gae.value == "separate":
+            raise ValueError(
+                "ppo.advantage.value = 'separate' is a second model, which ranks.shard does not split; use shared or detached"
+            )
+        return self
 
     @model_validator(mode="after")
     def _own_distribution(self) -> "PpoConfig":
@@ -199,7 +211,7 @@ def train_ppo(config: PpoConfig, open_session: OpenSession) -> None:
 
 
 def _improve(config: PpoConfig, session: Session) -> None:
-    policy = load_policy(config.model, config.seed)
+    policy = load_policy(config.model, config.seed, config.ranks.shard)
     numbered = read_prompts(config.data.train, config.data.split, config.data.max_prompts, config.data.columns)
     ids = encode_prompts(config.data.train, numbered, policy.tokenizer, config.tokens.full)
     prompts = [Prompt(text, i, index) for index, ((_, text), i) in enumerate(zip(numbered, ids, strict=True))]

@@ -36,16 +36,17 @@ from favor.rewards.source import identity as reward_identity
 from favor.run import same_inputs
 from favor.train import coupled, reference
 from favor.train.loop import (
-    AdamW,
     LoopConfig,
-    OptimConfig,
+    RanksConfig,
     SaveConfig,
     Training,
     Turn,
+    can_be_split,
     make_training,
     micro_batches,
     turns,
 )
+from favor.train.optim import AdamW, OptimConfig
 from favor.train.packs import settled
 from favor.train.reference import Reference, ReferenceConfig
 from favor.train.session import Bar, OpenSession, Session, TrainingState, load_splits, recipe_hash, running
@@ -61,6 +62,7 @@ class TrainConfig(BaseModel):
     """A recipe for `favor train`. [reward], if there, scores the samples of the KL probe; it trains nothing."""
 
     model_config = STRICT
+    _split = model_validator(mode="after")(can_be_split)
     run: Run
     seed: Seed = 0
     resume: Resume = False
@@ -71,6 +73,7 @@ class TrainConfig(BaseModel):
     optim: OptimConfig = AdamW()
     reference: ReferenceConfig = ReferenceConfig()
     train: LoopConfig = LoopConfig()
+    ranks: RanksConfig = RanksConfig()
     save: SaveConfig = SaveConfig()
     watch: WatchConfig = WatchConfig()
     reward: RewardConfig | None = None
@@ -136,7 +139,7 @@ def _train(config: TrainConfig, session: Session) -> None:
 
 def begin(config: TrainConfig, session: Session) -> Begun:
     """Load the policy, read the data, and settle how they are computed."""
-    policy = load_policy(config.model, config.seed)
+    policy = load_policy(config.model, config.seed, config.ranks.shard)
     splits = load_splits(config.data, config.tokens, policy, session)
     # trees without an item of the loss (a prompt whose answers only tie) are read and not trained on
     used = usable(config.loss, splits.train, config.data.training)

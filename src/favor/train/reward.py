@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from favor.config import STRICT, Resume, Run, Seed, dump
@@ -28,7 +28,8 @@ from favor.model.load import Policy, TrainedModel, precise
 from favor.ranks import World
 from favor.run import write_json, write_jsonl
 from favor.train.loggers import LoggedConfig
-from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, make_training, turns
+from favor.train.loop import LoopConfig, RanksConfig, SaveConfig, can_be_split, make_training, turns
+from favor.train.optim import AdamW, OptimConfig
 from favor.train.packs import settled
 from favor.train.reference import identity
 from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, running
@@ -55,6 +56,7 @@ class RewardTrainConfig(BaseModel):
     """A recipe for `favor reward`."""
 
     model_config = STRICT
+    _split = model_validator(mode="after")(can_be_split)
     run: Run
     seed: Seed = 0
     resume: Resume = False
@@ -64,6 +66,7 @@ class RewardTrainConfig(BaseModel):
     bradley_terry: BradleyTerryConfig = BradleyTerryConfig()
     optim: OptimConfig = AdamW(lr=1e-5)
     train: LoopConfig = LoopConfig()
+    ranks: RanksConfig = RanksConfig()
     save: SaveConfig = SaveConfig()
     watch: LoggedConfig = LoggedConfig()
 
@@ -77,7 +80,7 @@ def train_reward(config: RewardTrainConfig, open_session: OpenSession) -> Calibr
 
 
 def _learn(config: RewardTrainConfig, session: Session) -> Calibration | None:
-    policy = load_scalar_model(config.model, config.seed, fresh=True)
+    policy = load_scalar_model(config.model, config.seed, config.ranks.shard, fresh=True)
     splits = load_splits(config.data, config.tokens, policy, session)
     splits.need_comparisons()
     _check_options(config.bradley_terry, splits)

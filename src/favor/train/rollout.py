@@ -92,10 +92,13 @@ def sampled(
 ) -> list[tuple[int, ...]]:
     """One response per prompt, each rank sampling its share; equal on all ranks."""
     mine = range(world.rank, len(prompts), world.size)
-    found = sample(policy, [prompts[i] for i in mine], [seeds[i] for i in mine], config) if mine else []
+    # split weights are collected by all ranks together, so one that has a prompt less draws one more, which is not kept
+    idle = [0] if policy.root is not None and len(mine) * world.size < len(prompts) else []
+    drawn = [*mine, *idle]
+    found = sample(policy, [prompts[i] for i in drawn], [seeds[i] for i in drawn], config) if drawn else []
     # token ids + 1, so that 0 marks what is not there; the sum over ranks puts every rank's rows together
     table = torch.zeros(len(prompts), config.max_new_tokens, dtype=torch.int64, device=policy.device)
-    for i, response in zip(mine, found, strict=True):
+    for i, response in zip(mine, found, strict=not idle):
         table[i, : len(response)] = torch.tensor(response) + 1
     return [tuple(token - 1 for token in row if token) for row in sum_(table, world).tolist()]
 

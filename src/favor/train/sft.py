@@ -7,7 +7,7 @@ Next: preference.py.
 import contextlib
 from collections.abc import Mapping, Sequence
 
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 from torch import Tensor
 
 from favor.config import STRICT, Resume, Run, Seed, dump
@@ -22,7 +22,8 @@ from favor.model.layout import settle
 from favor.model.load import Policy, TrainedModel, load_policy, precise
 from favor.model.logprobs import response_logps
 from favor.train.loggers import LoggedConfig
-from favor.train.loop import AdamW, LoopConfig, OptimConfig, SaveConfig, Training, make_training, turns
+from favor.train.loop import LoopConfig, RanksConfig, SaveConfig, Training, can_be_split, make_training, turns
+from favor.train.optim import AdamW, OptimConfig
 from favor.train.packs import settled
 from favor.train.reference import identity
 from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, running
@@ -34,6 +35,7 @@ class SftConfig(BaseModel):
     """A recipe for `favor sft`."""
 
     model_config = STRICT
+    _split = model_validator(mode="after")(can_be_split)
     run: Run
     seed: Seed = 0
     resume: Resume = False
@@ -42,6 +44,7 @@ class SftConfig(BaseModel):
     tokens: TokensConfig = TokensConfig()
     optim: OptimConfig = AdamW(lr=2e-5)
     train: LoopConfig = LoopConfig()
+    ranks: RanksConfig = RanksConfig()
     save: SaveConfig = SaveConfig()
     watch: LoggedConfig = LoggedConfig()
 
@@ -55,7 +58,7 @@ def sft(config: SftConfig, open_session: OpenSession) -> None:
 
 
 def _tune(config: SftConfig, session: Session) -> None:
-    policy = load_policy(config.model, config.seed)
+    policy = load_policy(config.model, config.seed, config.ranks.shard)
     splits = load_splits(config.data, config.tokens, policy, session)
     used = [i for i, tree in enumerate(splits.train) if preferred(tree)]
     if not used:

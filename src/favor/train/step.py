@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from favor.data.types import Batch
 from favor.errors import NumericsError
+from favor.parts import clip_
 from favor.ranks import World, sum_, sum_gradients_
 
 
@@ -39,7 +40,10 @@ class Stepped(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """What learns, and how. moving: weights that move without being trained, such as TR-DPO's reference; checkpoints keep them."""
+    """What learns, and how. moving: weights that move without being trained, such as TR-DPO's reference; checkpoints keep them.
+
+    split: some of the parameters are split over ranks.
+    """
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -47,6 +51,7 @@ class Learner(NamedTuple):
     device: torch.device
     world: World
     moving: Mapping[str, Tensor] = MappingProxyType({})
+    split: bool = False
 
 
 def step(learner: Learner, batches: Sequence[Batch], objective: Objective) -> Stepped:
@@ -62,7 +67,7 @@ def step(learner: Learner, batches: Sequence[Batch], objective: Objective) -> St
     sums = _accumulate(learner, batches, objective, total)
     sum_gradients_(learner.parameters.values(), learner.world)
     values = sum_(sums, learner.world)
-    norm = nn.utils.clip_grad_norm_(learner.parameters.values(), learner.clip)
+    norm = (clip_ if learner.split else nn.utils.clip_grad_norm_)(learner.parameters.values(), learner.clip)
     # the step's one synchronisation: a broken step must be seen before it reaches the weights
     *numbers, grad_norm = torch.cat([values, norm.double().view(1)]).tolist()
     result = Stepped(dict(zip(("loss", *objective.stats), numbers, strict=True)), grad_norm)
@@ -76,7 +81,8 @@ def global_count(learner: Learner, batches: Iterable[Batch], objective: Objectiv
     """Items of the optimizer batch over all micro-batches and ranks: float64 [terms]."""
     local = torch.zeros(objective.num_terms, dtype=torch.float64)
     for batch in batches:
-        local += torch.tensor(objective.count(batch), dtype=torch.float64)
+        if not batch.idle:
+            local += torch.tensor(objective.count(batch), dtype=torch.float64)
     total = sum_(local.to(learner.device), learner.world)
     assert bool((total > 0).any()), "an optimizer batch holds at least one item"
     return total
@@ -90,8 +96,11 @@ def _accumulate(learner: Learner, batches: Sequence[Batch], objective: Objective
         loss, stats = objective.loss(batch.to(learner.device))
         # a term without items in this optimizer batch adds nothing
         loss = (torch.atleast_1d(loss) / total.clamp_min(1e-12)).sum()
+        if batch.idle:
+            loss = 0 * loss
         loss.backward()
-        sums += torch.stack([loss.detach(), *(stats[name] for name in objective.stats)]).double()
+        if not batch.idle:
+            sums += torch.stack([loss.detach(), *(stats[name] for name in objective.stats)]).double()
     return sums
 
 

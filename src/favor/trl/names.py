@@ -97,8 +97,8 @@ SAID: Mapping[str, str] = {
     "generate_during_eval": "favor eval samples from policy and reference",
     "load_in_4bit": "favor trains float weights; adapters (model.lora.rank) need the least memory",
     "load_in_8bit": "favor trains float weights; adapters (model.lora.rank) need the least memory",
-    "deepspeed": "weights are replicated: torchrun splits the batch over processes; adapters (model.lora.rank) save memory",
-    "fsdp": "weights are replicated: torchrun splits the batch over processes; adapters (model.lora.rank) save memory",
+    "deepspeed": "torchrun splits the batch over processes, ranks.shard=full the model too (docs/scale.md)",
+    "fsdp": "torchrun splits the batch over processes, ranks.shard=full the model too (docs/scale.md)",
 }
 # TRL's loss_type -> favor's kind, and what of [loss] goes with it
 LOSSES: Mapping[str, tuple[str, Mapping[str, bool]]] = {

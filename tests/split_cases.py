@@ -1,0 +1,336 @@
+"""What split weights must give, each against one process; started with torchrun by test_split.py: FOLDER CASE ..."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import test_invariance
+import tiny
+import torch
+from rich.console import Console
+
+from favor.losses.table import make_loss
+from favor.model import split
+from favor.model.adapters import LoraSettings
+from favor.model.layout import settle
+from favor.model.load import ModelConfig, frozen_copy, make_policy, sharded, weights_hash
+from favor.model.logprobs import response_logps
+from favor.parts import whole
+from favor.ranks import World, barrier, world
+from favor.run import RunFolder
+from favor.stop import stop_signals
+from favor.train import ppo, preference, reward, sft
+from favor.train.loop import micro_batches
+from favor.train.optim import AdamW, make_optimizer
+from favor.train.reference import Reference, live
+from favor.train.session import Session
+from favor.train.step import Learner, step
+
+ALONE = World()
+MAKES = {
+    # name -> family, and settings of the model
+    "tied": ("llama", {}),
+    "untied, biases": ("qwen2", {}),
+    "gpt2, checkpointing": ("gpt2", {"gradient_checkpointing": True}),
+    "adapters": ("llama", {"lora": LoraSettings(rank=3)}),
+    "adapters, checkpointing": ("qwen3", {"lora": LoraSettings(rank=3), "gradient_checkpointing": True}),
+}
+
+
+def made(family, shard="none", **settings):
+    """A settled policy: the same weights and adapters each time, split over the ranks or whole."""
+    config = ModelConfig(path="tiny", **settings)
+    policy = make_policy(tiny.model(family), tiny.tokenizer(), config)
+    with torch.no_grad():
+        for name, parameter in policy.trainable().items():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) / 9)
+    policy = sharded(policy, shard)
+    return settle(policy, "auto", test_invariance.forest(), train=True)[0]
+
+
+def updated(policy, trees, members, budget):
+    """What two SGD steps by DPO against another model did, and the weights after them."""
+    other = made("mistral")
+
+    def ref_logps(batch):
+        with torch.no_grad():
+            return response_logps(other, batch)
+
+    parameters = policy.trainable()
+    learner = Learner(
+        parameters,
+        torch.optim.SGD(parameters.values(), lr=0.1),
+        1.0,
+        policy.device,
+        members,
+        split=policy.root is not None,
+    )
+    objective = preference.make_objective(make_loss("dpo", beta=0.2), policy, Reference(ref_logps, ""))
+    done = [step(learner, micro_batches(trees, policy, budget, members), objective) for _ in range(2)]
+    return done, {name: whole(p.detach()).clone() for name, p in parameters.items()}
+
+
+def case_quick(folder, members):
+    """The two most unlike models of `updates`."""
+    case_updates(folder, members, names=("tied", "adapters, checkpointing"))
+
+
+def case_updates(folder, members, shard="full", names=tuple(MAKES)):
+    """Loss, statistics, norm and weights to 1e-5, over trees enough for all ranks, and one tree for all of them."""
+    for name in names:
+        family, settings = MAKES[name]
+        for trees, budget in ((test_invariance.forest(), 40), (test_invariance.forest()[3:], 40)):
+            parted, alone = made(family, shard, **settings), made(family, **settings)
+            assert weights_hash(parted) == weights_hash(alone), name
+            start = {n: p.detach().clone() for n, p in alone.trainable().items()}
+            done, weights = updated(parted, trees, members, budget)
+            expected, true = updated(alone, trees, ALONE, budget)
+            moved = max(float((true[n] - start[n]).abs().max()) for n in start)
+            for found, right in zip(done, expected, strict=True):
+                close(found.grad_norm, right.grad_norm, name)
+                for key, value in right.sums.items():
+                    close(found.sums[key], value, f"{name}: {key}")
+            for n in start:
+                assert float((weights[n] - true[n]).abs().max()) <= 1e-5 * moved, (name, n)
+
+
+def case_hybrid(folder, members):
+    """Two machines of half the ranks each."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(members.size // 2)
+    case_updates(folder, members, "hybrid")
+
+
+def case_bytes(folder, members):
+    """Parameters, gradients and optimizer state of a rank are its share of them, up to the rounding of rows."""
+    policy = made("llama", "full")
+    parameters = policy.trainable()
+    optimizer = make_optimizer(AdamW(), parameters)
+    learner = Learner(parameters, optimizer, 1.0, policy.device, members, split=policy.root is not None)
+    seen = []
+
+    def held(*_):
+        values = [v for p in parameters.values() for v in (p, p.grad, *optimizer.state[p].values()) if v is not None]
+        seen.append(sum(v.to_local().nbytes for v in values if v.dim()))
+
+    optimizer.register_step_post_hook(held)
+    objective = preference.make_objective(make_loss("dpo"), policy, none())
+    step(learner, micro_batches(test_invariance.forest(), policy, 40, members), objective)
+    total = sum(4 * p.numel() for p in parameters.values()) * 4
+    # a tensor of n rows is cut to ceil(n / ranks)
+    rounding = sum(16 * p.numel() // p.shape[0] for p in parameters.values())
+    assert total / members.size <= seen[0] + rounding, (seen, total)
+    assert seen[0] <= total / members.size + rounding, (seen, total)
+    assert rounding < total / members.size / 4, "the rounding must not hide what is not split"
+    # nothing beside the parts outlives the step
+    assert all(p.to_local().untyped_storage().nbytes() <= p.numel() * 4 for p in parameters.values())
+
+
+def none():
+    from favor.train import reference
+
+    return reference.none()
+
+
+def case_pieces(folder, members):
+    """Read from files by rows: the weights, adapters and buffers of the model that is read whole, which nobody reads."""
+    from favor.model import load
+
+    whole_way = load.load_parts
+    for family, lora in (("llama", None), ("qwen2", LoraSettings(rank=3)), ("gpt2", None), ("gpt_neox", None)):
+        place = folder / f"pieces-{family}"
+        if members.is_main:
+            tiny.model(family).save_pretrained(place, max_shard_size="9KB")
+            tiny.tokenizer().save_pretrained(place)
+        barrier(members)
+        config = ModelConfig(path=str(place), lora=lora)
+        # the files of gpt_neox name the head otherwise than the model does
+        load.load_parts = whole_way if family == "gpt_neox" else refused
+        found = load.load_policy(config, 3, "full")
+        load.load_parts = whole_way
+        right = load.load_policy(config, 3)
+        assert found.root is not None
+        assert weights_hash(found) == weights_hash(right), family
+        assert found.trainable().keys() == right.trainable().keys()
+        for name, parameter in right.trainable().items():
+            assert torch.equal(whole(found.trainable()[name].detach()), parameter), name
+        for (a, mine), (b, theirs) in zip(found.model.named_buffers(), right.model.named_buffers(), strict=True):
+            assert a == b
+            assert torch.equal(mine, theirs), a
+        assert found.causal_lm.generation_config.to_dict() == right.causal_lm.generation_config.to_dict()
+        assert found.causal_lm.config.to_dict() == right.causal_lm.config.to_dict()
+        head, table = found.causal_lm.get_output_embeddings(), found.causal_lm.get_input_embeddings()
+        assert (head.weight is table.weight) == found.causal_lm.config.tie_word_embeddings
+        settled, _ = settle(found, "auto", test_invariance.forest(), train=True)
+        batch = micro_batches(test_invariance.forest(), settled, 1000, ALONE)[0]
+        other, _ = settle(right, "auto", test_invariance.forest())
+        assert (response_logps(settled, batch) - response_logps(other, batch)).abs().max() < 1e-4
+
+
+def refused(*unused, **unread):
+    raise AssertionError("read whole")
+
+
+def case_bfloat16(folder, members):
+    """Products in bfloat16: the numbers and the gradient of one process, all ranks computing the same batch."""
+    for settings in ({}, {"gradient_checkpointing": True}):
+        policy, alone = (made("qwen2", shard, dtype="bfloat16", **settings) for shard in ("full", "none"))
+        batch = micro_batches(test_invariance.forest(), policy, 1000, ALONE)[0]
+        found, right = response_logps(policy, batch), response_logps(alone, batch)
+        assert torch.equal(found, right)
+        gradients = split.gradient(policy.trainable(), found.sum())
+        for (name, parameter), theirs in zip(
+            alone.trainable().items(), torch.autograd.grad(right.sum(), list(alone.trainable().values())), strict=True
+        ):
+            assert (
+                float((whole(gradients[name]) / members.size - theirs).norm()) <= 1e-5 * float(theirs.norm()) + 1e-6
+            ), name
+            assert policy.trainable()[name].dtype == parameter.dtype == torch.float32
+
+
+def case_copy(folder, members):
+    """The frozen copy of split weights is split, and gives the same numbers."""
+    policy = made("llama", "full")
+    copy = frozen_copy(policy)
+    batch = micro_batches(test_invariance.forest(), policy, 1000, ALONE)[0]
+    with torch.no_grad():
+        expected = response_logps(policy, batch)
+    assert torch.equal(live(copy, "").logps(batch), expected)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1.1)
+    assert torch.equal(live(copy, "").logps(batch), expected)
+    assert all(not p.requires_grad for p in copy.model.parameters())
+
+
+COMMANDS = {
+    "train": (preference.TrainConfig, preference.train),
+    "sft": (sft.SftConfig, sft.sft),
+    "reward": (reward.RewardTrainConfig, reward.train_reward),
+    "ppo": (ppo.PpoConfig, ppo.train_ppo),
+}
+
+
+def run(command, folder, name, members, words):
+    """A command on a recipe, as the command line runs it; `members` alone: on the main rank, while the others wait."""
+    schema, function = COMMANDS[command]
+    config = schema.model_validate({**words, "run": str(folder / name)})
+    if members.is_main or members.size > 1:
+        with (folder / f"{name}-{members.rank}.out").open("a") as out, stop_signals("") as stop:
+            quiet = Console(file=out)
+            function(config, lambda root: Session(RunFolder(root), members, quiet, stop))
+
+
+def recipe(folder, **more):
+    """Few rows, uneven over ranks: 4 prompts in batches of 3."""
+    if not (folder / "model").exists():
+        tiny.save(folder / "model")
+        rows = [{"prompt": f"Film {i % 4}?", "chosen": f"good {i} film", "rejected": f"bad {i}"} for i in range(10)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "length.py").write_text(
+            "def score(prompts, responses):\n    return [len(r) / 9 for r in responses]\n"
+        )
+    return {
+        "model": {"path": str(folder / "model")},
+        "data": {"train": str(folder / "rows.jsonl")},
+        "train": {"batch_prompts": 3, "max_steps": 4, "epochs": 9, "max_tokens_per_pack": 60},
+        "optim": {"kind": "rmsprop", "lr": 1e-3, "eps": 1e-3},
+    } | more
+
+
+def both(command, folder, members, name, **more):
+    """The same run split and alone; what they wrote must agree."""
+    if members.is_main:
+        recipe(folder)
+    barrier(members)
+    words = recipe(folder, **more)
+    run(command, folder, f"{name}-split", members, words | {"ranks": {"shard": "full"}})
+    if members.is_main:
+        run(command, folder, f"{name}-alone", ALONE, words)
+        agree(folder / f"{name}-split", folder / f"{name}-alone")
+    barrier(members)
+
+
+def agree(found, expected):
+    """Curves to 1e-4 and weights to 2e-5, as test_dist.py asks."""
+    from safetensors.torch import load_file
+
+    curves = [
+        [r for r in map(json.loads, (one / "metrics.jsonl").read_text().splitlines()) if r["kind"] in ("step", "eval")]
+        for one in (found, expected)
+    ]
+    assert len(curves[0]) == len(curves[1]) >= 4
+    for a, b in zip(*curves, strict=True):
+        for key in ("loss", "grad_norm", "kl", "reward", "accuracy", "margin", "ended"):
+            if b.get(key) is not None:
+                close(a[key], b[key], f"{found.name}: {key} at {b['step']}", 1e-4)
+    files = [sorted(p.name for p in (one / "model").iterdir()) for one in (found, expected)]
+    assert files[0] == files[1], files
+    for file in (expected / "model").glob("*.safetensors"):
+        mine, theirs = load_file(found / "model" / file.name), load_file(file)
+        assert mine.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert float((mine[name] - tensor).abs().max()) < 2e-5, name
+    for file in (expected / "model").glob("*.json"):
+        assert (found / "model" / file.name).read_text() == file.read_text(), file.name
+
+
+def case_train(folder, members):
+    """A stored reference, held-out figures, a live one for the KL probe, checkpoints."""
+    data = {"train": str(folder / "rows.jsonl"), "hold_out": {"share": 0.3}}
+    watch = {"kl": {"every": 2, "prompts": 3, "tokens": 5}}
+    both("train", folder, members, "train", data=data, watch=watch, save={"every": 2, "keep": 9})
+
+
+def case_options(folder, members):
+    """A reference that follows; a loss in two passes; adapters."""
+    follows = {"mode": "live", "sync": {"every": 2, "weight": 0.5}}
+    both("train", folder, members, "follows", reference=follows, save={"every": 3})
+    terms = {"kind": "sum", "terms": [{"kind": "bco"}, {"kind": "aot"}, {"kind": "kto"}]}
+    both("train", folder, members, "passes", loss=terms)
+    adapted = {"path": str(folder / "model"), "lora": {"rank": 2}}
+    both("train", folder, members, "adapters", model=adapted, reference={"mode": "live"})
+
+
+def case_commands(folder, members):
+    """SFT, a reward model, PPO with a value head."""
+    both("sft", folder, members, "sft")
+    both("reward", folder, members, "reward", data={"train": str(folder / "rows.jsonl"), "hold_out": {"share": 0.3}})
+    scorer = {"kind": "callable", "path": f"{folder / 'length.py'}:score"}
+    settings = {"samples_per_prompt": 3, "updates": 1}
+    both("ppo", folder, members, "ppo", reward=scorer, sample={"max_new_tokens": 6}, ppo=settings)
+
+
+def case_resumed(folder, members):
+    """From the checkpoint after step 2 that other ranks left, on to the end."""
+    run("train", folder, "resumed", members, resumable(folder, resume=True))
+
+
+def case_left(folder, members):
+    """What `resumed` begins with; the main rank keeps the final weights aside."""
+    if members.is_main:
+        recipe(folder)
+    barrier(members)
+    run("train", folder, "resumed", members, resumable(folder))
+
+
+def resumable(folder, **more):
+    return recipe(
+        folder, save={"every": 2, "keep": 9}, optim={"kind": "adamw", "lr": 1e-3}, ranks={"shard": "full"}, **more
+    )
+
+
+def close(found, expected, what, share=1e-5):
+    assert abs(found - expected) <= share * max(1, abs(expected)), f"{what}: {found}, not {expected}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    place = Path(sys.argv[1])
+    with world() as group:
+        for case in sys.argv[2:]:
+            globals()[f"case_{case}"](place, group)
+            # in one write, or the ranks' lines would mix
+            sys.stdout.write(f"done {case} {group.rank}\n")
+            sys.stdout.flush()

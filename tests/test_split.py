@@ -1,0 +1,133 @@
+"""Weights that are split over ranks (ranks.shard) give what one process gives. The cases stand in split_cases.py."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import split_cases
+import tiny
+from safetensors.torch import load_file
+
+from favor.config import load
+from favor.errors import ConfigError
+from favor.model.split import mesh
+from favor.ranks import World
+
+PROGRAM = Path(__file__).with_name("split_cases.py")
+
+
+def on_ranks(count, folder, *cases):
+    """Run cases on so many gloo processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", f"--master-port={port}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, *launch, str(PROGRAM), str(folder), *cases],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("done ") == count * len(cases)
+
+
+@pytest.mark.dist
+def test_two_ranks_hold_half_each_and_train_as_one(tmp_path):
+    on_ranks(2, tmp_path, "bytes", "copy", "pieces", "quick", "train")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "cases"),
+    [
+        (2, ["bfloat16", "updates"]),
+        (2, ["options"]),
+        (2, ["commands"]),
+        (4, ["bytes", "updates"]),
+        (4, ["hybrid"]),
+        (4, ["train", "commands"]),
+    ],
+    ids=str,
+)
+def test_any_number_of_ranks_gives_what_one_gives(tmp_path, count, cases):
+    on_ranks(count, tmp_path, *cases)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_run_resumes_on_another_number_of_ranks(tmp_path):
+    """Begun on two ranks; from its checkpoint after step 2 on to the end on four, and in one process."""
+    on_ranks(2, tmp_path, "left")
+    run = tmp_path / "resumed"
+    expected = load_file(run / "model/model.safetensors")
+    for count in (4, 1):
+        shutil.rmtree(run / "model")
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002"]
+        if count > 1:
+            on_ranks(count, tmp_path, "resumed")
+        else:
+            split_cases.case_resumed(tmp_path, World())
+        found = load_file(run / "model/model.safetensors")
+        assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 2e-5
+
+
+def test_a_model_that_is_large_is_written_in_several_files(tmp_path, monkeypatch):
+    """A budget of a few KiB a file, on the one process that holds all: names, index and weights as transformers reads them."""
+    from transformers import AutoModelForCausalLM
+
+    from favor import parts
+    from favor.model import split
+    from favor.model.load import ModelConfig, make_policy
+
+    monkeypatch.setattr(parts, "_FILE_BYTES", 9000)
+    policy = make_policy(tiny.model("llama"), tiny.tokenizer(), ModelConfig(path="tiny"))
+    split.save(policy, tmp_path)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
+    assert not (tmp_path / "model.safetensors").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, tensor in policy.model.state_dict().items():
+        assert (loaded[name] == tensor).all()
+
+
+def test_machines_must_hold_equally_many_ranks(monkeypatch):
+    import torch
+
+    for said in ("", "3", "x"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+        with pytest.raises(ConfigError, match="start equally many on every machine"):
+            mesh("hybrid", torch.device("cpu"), World(0, 4))
+
+
+def test_ppo_splits_one_model_only(tmp_path):
+    (tmp_path / "recipe.toml").write_text("")
+    words = ["run=r", "model.path=m", "data.train=d", "reward.kind=callable", "reward.path=f:g"]
+    from favor.train.ppo import PpoConfig
+
+    with pytest.raises(ConfigError, match="which ranks.shard does not split"):
+        load(PpoConfig, None, [*words, "ranks.shard=full", "ppo.advantage.value=separate"])
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "reward", "ppo"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model.lora.rank=2", "model.weights=bfloat16"], "splits float32 weights only"),
+        (["optim.kind=adamw8bit"], "which ranks.shard cuts"),
+    ],
+)
+def test_what_split_weights_do_not_go_with_is_refused(command, words, said):
+    schema, _ = split_cases.COMMANDS[command]
+    plain = ["run=r", "model.path=m", "data.train=d"]
+    plain += ["reward.kind=callable", "reward.path=f:g"] if command == "ppo" else []
+    load(schema, None, [*plain, *words])
+    with pytest.raises(ConfigError, match=said):
+        load(schema, None, [*plain, *words, "ranks.shard=full"])
