@@ -34,6 +34,7 @@ ROWS: dict[str, dict[str, object]] = {
     "LoRA": LORA,
     'LoRA, `model.dtype = "bfloat16"`': LORA | {"dtype": "bfloat16"},
     'LoRA, `model.weights = "bfloat16"`': LORA | {"weights": "bfloat16"},
+    'LoRA, `model.weights = "nf4"`': LORA | {"weights": "nf4"},
     'LoRA, `model.weights` and `model.dtype = "bfloat16"`': LORA | {"weights": "bfloat16", "dtype": "bfloat16"},
 }
 PAIR = TokenTree((5, 6, 7, 8), ((9, 10, 11, 2), (12, 13, 2)), (True, True), (Comparison((0, 1)),), 0, 1)
@@ -49,7 +50,7 @@ def counted(path: str, said: dict[str, object]) -> dict[str, float]:
     )
     policy = make_policy(model, load_tokenizer(config), config)
     policy, _ = settle(policy, "auto", [PAIR])
-    found = {"weights": _bytes(policy.model.parameters()), "copies": _copies(policy)}
+    found = {"weights": _bytes([*policy.model.parameters(), *policy.model.buffers()]), "copies": _copies(policy)}
     parameters = policy.trainable()
     optimizer = make_optimizer(optim, parameters)
     learner = Learner(parameters, optimizer, 1.0, policy.device, World())

@@ -17,6 +17,7 @@ from oracles import tree
 from favor.data.types import Comparison, Thumb
 from favor.errors import ConfigError
 from favor.losses.table import LOSSES, needs
+from favor.model import four_bits
 from favor.model.batched import measured
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, frozen_copy, make_policy
@@ -53,6 +54,7 @@ VARIANTS = {kind: {"kind": kind} for kind in LOSSES} | {
 # the same pairs by DPO, with another way of keeping or adapting the weights: what [model] then says
 MODELS = {
     "dpo, weights in bfloat16": {"weights": "bfloat16"},
+    "dpo, weights in 4 bits": {"weights": "nf4"},
     "dpo, rsLoRA": {"lora": {"rslora": True}},
     "dpo, DoRA": {"lora": {"dora": True}},
     "dpo, DoRA on weights in bfloat16": {"weights": "bfloat16", "lora": {"dora": True}},
@@ -208,8 +210,11 @@ def oracle(variant, weights):
     policy, ref = policies(cell, trees)
     model = deepcopy(policy.model)
     # plain float32 weights and layers, however the policy keeps them
-    for module in model.modules():
+    for name, module in model.named_modules():
         vars(module).pop("forward", None)
+        if "absmax" in dict(module.named_buffers(recurse=False)):
+            unpacked = four_bits.numbers(model, f"{name}.weight", module.weight)
+            module.weight = torch.nn.Parameter(unpacked, requires_grad=False)
     model.float()
 
     def reference_tokens(strangers=False):

@@ -175,7 +175,7 @@ def test_a_layer_that_computes_in_its_weights_format_is_refused():
     # what is made from a linear layer is left alone
     model = tiny.model("qwen2").bfloat16().float()
     model.model.layers[0].mlp.gate_proj = other = Rounds(32, 48, bias=False)
-    kept.keep(model, "tiny")
+    kept.keep(model, "tiny", "bfloat16")
     assert other.weight.dtype == torch.float32
     assert model.model.layers[1].mlp.gate_proj.weight.dtype == torch.bfloat16
 

@@ -154,7 +154,9 @@ def test_smaller_packs_come_first_and_adapters_last(inputs, tmp_path):
     assert {"model.lora.rank=16", "model.weights=bfloat16"} <= set(said)
     # whose files hold float32, cannot be kept in bfloat16; what has adapters is not offered some
     said, *_ = asked(inputs, tmp_path, 1.2)
-    assert said == []
+    assert "model.weights=nf4" in said
+    assert "model.weights=bfloat16" not in said
+    assert asked(inputs, tmp_path, 0.1)[0] == []
     assert not any("lora" in word for word in asked(inputs, tmp_path, 1.9, "model.lora.rank=8", dtype="bfloat16")[0])
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from favor.config import STRICT
 from favor.errors import CheckpointError, ConfigError
+from favor.model.four_bits import is_marked, round_
 from favor.model.weights import Unmatched, check_objects, check_path, load_weights, readable, tensors_of
 
 
@@ -90,6 +91,8 @@ def load_adapted(
     except CheckpointError as error:
         raise CheckpointError(f"{path}: an adapter whose base model cannot be loaded: {error}") from None
     model, found = load_weights(loader, base, None, trust, **more)
+    if is_marked(path, revision):
+        round_(model)
     with readable(path, "adapter"):
         adapted = PeftModel.from_pretrained(model, path, revision=revision)
         wanted = frozenset(get_peft_model_state_dict(adapted))

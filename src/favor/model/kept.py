@@ -1,7 +1,7 @@
 """Weights kept in bfloat16 and computed as the float32 numbers that they are: half the memory, and no other figure.
 
 In: a model whose weights do not train. Out: the same one; its linear layers and embeddings are kept in bfloat16 and widened
-where they are read. Next: load.py.
+where they are read. With "nf4" the linear layers are rounded to 4 bits first (four_bits.py). Next: load.py.
 """
 
 from collections import defaultdict
@@ -11,23 +11,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from favor.errors import CheckpointError, ConfigError
+from favor.model.four_bits import pack
 
 # heads that adapters train beside them, as peft's modules_to_save
 _TRAINS = ("score",)
 
 
-def keep(model: nn.Module, source: str) -> int:
+def keep(model: PreTrainedModel, source: str, weights: str) -> int:
     """Keep the matrices of linear layers and embeddings in bfloat16, in place; all else is float32, and nothing trains.
 
     A shared matrix is kept where all that share it can read it. Returns the bytes so kept. Raises CheckpointError where a
-    matrix holds numbers that bfloat16 does not have.
+    matrix holds numbers that bfloat16 does not have. weights "nf4": layers are rounded to 4 bits, and such matrices are float32.
     """
     model.requires_grad_(False)
-    matrices = keepable(model)
-    lossy, kept = list[str](), 0
+    kept = pack(model) if weights == "nf4" else 0
+    matrices, lossy = keepable(model), list[str]()
     for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.uint8:
+            continue
         if parameter not in matrices or not _exact(parameter):
             lossy += [name] if parameter in matrices else []
             parameter.data = parameter.data.float()
@@ -36,7 +40,7 @@ def keep(model: nn.Module, source: str) -> int:
         kept += parameter.nbytes
         for module in matrices[parameter]:
             module.forward = partial(_READ[type(module)], module)
-    if lossy:
+    if lossy and weights == "bfloat16":
         raise CheckpointError(
             f"{source}: weights = 'bfloat16' keeps what the files hold, but {len(lossy)} matrices ({lossy[0]}) hold numbers "
             "that bfloat16 does not have, so it would be another model; leave it at float32, or name a copy in bfloat16, "

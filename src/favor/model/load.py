@@ -11,6 +11,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 import torch
@@ -26,12 +27,13 @@ from favor.config import STRICT
 from favor.data.types import Layout
 from favor.errors import CheckpointError, ConfigError
 from favor.model.adapters import LoraSettings, load_adapted, with_lora
+from favor.model.four_bits import numbers
 from favor.model.kept import keep
 from favor.model.weights import Unmatched, check_path, check_there, load_weights, readable
 from favor.ranks import Shard, current
 
 _ALL_TRAIN = (
-    "model.weights = 'bfloat16' is how weights that do not train are kept, and without [model.lora] all of them train; "
+    "model.weights = '{}' is how weights that do not train are kept, and without [model.lora] all of them train; "
     "add [model.lora], or leave model.weights at float32"
 )
 
@@ -48,8 +50,8 @@ class ModelConfig(BaseModel):
     """Where it is computed; auto takes the GPU where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What products are computed in while training; the weights are read as float32 numbers either way."""
-    weights: Literal["float32", "bfloat16"] = "float32"
-    """How weights that do not train (LoRA's base, a judge) are kept in memory; bfloat16 takes half and changes no number."""
+    weights: Literal["float32", "bfloat16", "nf4"] = "float32"
+    """How weights that do not train are kept: bfloat16 takes half and changes no number; nf4 (QLoRA) rounds a base to 4 bits."""
     layout: Literal["auto", "tree", "rows"] = "auto"
     """Prompt trees or one padded row per response; auto takes trees where they are exact for this model."""
     gradient_checkpointing: bool | Annotated[int, Field(ge=2)] = False
@@ -72,12 +74,25 @@ class ModelConfig(BaseModel):
                 f"model.lora.dora measures weights in the format of products, so with model.dtype = {self.dtype!r} the policy "
                 "would not start as its reference; set model.dtype=float32, or model.lora.dora=false"
             )
+        if self.lora is not None and self.lora.dora and self.weights == "nf4":
+            raise ValueError(
+                "model.lora.dora measures weights, and those in 4 bits cannot be; set model.lora.dora=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _four_bits_can_be_read(self) -> "ModelConfig":
+        if self.weights == "nf4" and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "model.weights = 'nf4' needs bitsandbytes, not installed here; run: pip install 'favor[bitsandbytes]', or set "
+                "model.weights=bfloat16"
+            )
         return self
 
 
 def _something_is_frozen(config: ModelConfig) -> ModelConfig:
-    if config.weights == "bfloat16" and config.lora is None:
-        raise ValueError(_ALL_TRAIN)
+    if config.weights != "float32" and config.lora is None:
+        raise ValueError(_ALL_TRAIN.format(config.weights))
     return config
 
 
@@ -90,8 +105,8 @@ class Policy:
     """A causal LM ready to be scored or trained.
 
     `model` is what trains and saves (a PeftModel under LoRA); `backbone` ends before the LM head;
-    `fast_head` is a plain linear head, or None when the model does more to its logits. Weights are float32 (model.weights:
-    `kept_bytes` of them in bfloat16); `compute_dtype` bfloat16 means autocast. `layout` says whether trees may be computed.
+    `fast_head` is a plain linear head, or None when the model does more to its logits. Weights are float32 but for
+    `kept_bytes` in the format `weights`; `compute_dtype` bfloat16 means autocast. `layout` says whether trees may be computed.
     `root`: what forwards run within when weights are split over ranks (split.py), else None.
     """
 
@@ -105,6 +120,7 @@ class Policy:
     plain_attention: str
     source: str
     kept_bytes: int = 0
+    weights: str = "float32"
     root: Any = None
 
     @property
@@ -179,10 +195,10 @@ def sharded(policy: Policy, shard: Shard) -> Policy:
 
 
 def keeps(config: ModelConfig, *, frozen: bool) -> bool:
-    """Whether the weights are kept in bfloat16. Raises ConfigError where they train."""
-    if config.weights == "bfloat16" and config.lora is None and not frozen:
-        raise ConfigError(_ALL_TRAIN)
-    return config.weights == "bfloat16"
+    """Whether weights are kept in less than float32. Raises ConfigError where they train."""
+    if config.weights != "float32" and config.lora is None and not frozen:
+        raise ConfigError(_ALL_TRAIN.format(config.weights))
+    return config.weights != "float32"
 
 
 def load_parts(
@@ -206,8 +222,8 @@ def load_parts(
         return model, tokenizer, found
     if kept:
         raise ConfigError(
-            f"{config.path}: holds an adapter, which is folded into its base in float32, so weights = 'bfloat16' would round "
-            "it; leave it at float32, or name a merged copy (favor export run=RUN out=FOLDER)"
+            f"{config.path}: holds an adapter, which is folded into its base in float32, so weights = '{config.weights}' would "
+            "round it; leave it at float32, or name a merged copy (favor export run=RUN out=FOLDER)"
         )
     model, found = load_adapted(loader, *where, adapter, **more)
     return model, tokenizer, found
@@ -240,7 +256,7 @@ def make_policy(
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
     # before it moves: a GPU never holds the float32 ones
-    kept = keep(model, config.path) if keeps(config, frozen=frozen) else 0
+    kept = keep(model, config.path, config.weights) if keeps(config, frozen=frozen) else 0
     if place:
         model.to(device)  # pyright: ignore[reportArgumentType]
     model.eval()
@@ -257,6 +273,7 @@ def make_policy(
         layout="rows",
         source=config.path,
         kept_bytes=kept,
+        weights=config.weights,
     )
     if config.gradient_checkpointing:
         _checkpoint_layers(policy, int(config.gradient_checkpointing))
@@ -294,7 +311,9 @@ def weights_hash(policy: Policy) -> str:
         if ".lora_" not in name:
             digest.update(name.replace(".base_layer", "").encode())
             held: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            # kept in bfloat16 it is the same reference
+            # kept in bfloat16 it is the same reference; in 4 bits, that of the rounded numbers
+            if held.dtype == torch.uint8:
+                held = numbers(policy.causal_lm, name, held)
             values = held.detach().float() if held.dtype == torch.bfloat16 else held.detach()
             digest.update(values.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from favor.model.four_bits import layers
 from favor.model.kept import keepable
 from favor.model.load import ModelConfig
 from favor.model.weights import readable
@@ -48,7 +49,7 @@ def _shapes(architecture: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(architecture)
 
 
-def _numbers(parameters: Iterable[nn.Parameter]) -> int:
+def _numbers(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
@@ -65,14 +66,16 @@ def sizes(
     shapes, text = _shapes(architecture), architecture.get_text_config()
     total, matrices = _numbers(shapes.parameters()), _numbers(keepable(shapes))
     trained = total if model.lora is None else 0
-    hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
+    hidden, depth, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     width = text.to_dict().get("intermediate_size") or 4 * hidden
     every = int(model.gradient_checkpointing)
-    recomputed = layers // every if every else 0
-    kept = recomputed * hidden + (layers - recomputed) * (14 * hidden + 4 * width)
+    recomputed = depth // every if every else 0
+    kept = recomputed * hidden + (depth - recomputed) * (14 * hidden + 4 * width)
     state = 4 * total * (1 + copies) + trained * trained_bytes
-    if model.weights == "bfloat16":
+    if model.weights != "float32":
         state -= 2 * matrices
+        # from 2 bytes a number to 4 bits and a float32 for every 64
+        state -= round(1.4375 * _numbers(m.weight for m in layers(shapes))) if model.weights == "nf4" else 0
     elif model.dtype == "bfloat16":
         # float32 weights are rounded for every product, and the backward reads the copies
         state += 2 * matrices

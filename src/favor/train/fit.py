@@ -26,6 +26,7 @@ _SAVING = (
     "optim.kind=adamw8bit",
     "model.lora.rank=16",
     "model.weights=bfloat16",
+    "model.weights=nf4",
 )
 # what CUDA and its libraries hold of a card beside tensors: an assumption, not measured
 _CONTEXT = GIB // 2
@@ -117,7 +118,7 @@ def fitting(
 
 def _possible(saving: str, config: TrainConfig, architecture: PreTrainedConfig) -> bool:
     """Whether a model can have it: kept in bfloat16 are weights that its files hold in bfloat16, and adapters may be there."""
-    if saving.startswith("model.weights"):
+    if saving == "model.weights=bfloat16":
         return architecture.dtype == torch.bfloat16
     return config.model.lora is None or not saving.startswith("model.lora")
 

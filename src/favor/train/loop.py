@@ -19,6 +19,7 @@ from favor.data.batches import LoaderState, Order, build, plan
 from favor.data.types import Batch, TokenTree
 from favor.errors import without_places
 from favor.model import split
+from favor.model.four_bits import write_mark
 from favor.model.load import ModelConfig, Policy
 from favor.ranks import Shard, World, barrier, largest
 from favor.run import atomic_folder, read_jsonl
@@ -86,9 +87,9 @@ R = TypeVar("R", bound=Recipe)
 
 def can_be_split(recipe: R) -> R:
     """The recipe as it is. Raises ValueError for what weights that are split over ranks do not go with yet."""
-    if recipe.ranks.shard != "none" and recipe.model.weights == "bfloat16":
+    if recipe.ranks.shard != "none" and recipe.model.weights != "float32":
         raise ValueError(
-            "ranks.shard splits float32 weights only, and model.weights is 'bfloat16'; leave model.weights at float32, "
+            f"ranks.shard splits float32 weights only, and model.weights is '{recipe.model.weights}'; leave it at float32, "
             "or set ranks.shard=none"
         )
     if recipe.ranks.shard != "none" and recipe.optim.kind == "adamw8bit":
@@ -269,6 +270,8 @@ def save_model(policy: Policy, folder: Path) -> None:
             policy.model.save_pretrained(aside)
         else:
             split.save(policy, aside)
+        if policy.weights == "nf4":
+            write_mark(aside)
         # of a full disk the tokenizers library says so by a bare Exception: our own write of the same bytes meets it first
         probe = aside / "tokenizer.json"
         probe.write_text(cast(PreTrainedTokenizerFast, policy.tokenizer).backend_tokenizer.to_str(pretty=True), "utf-8")

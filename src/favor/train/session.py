@@ -86,7 +86,11 @@ class Session:
 
     def self_check(self, policy: Policy, layout: str) -> None:
         """How the model is computed, and why."""
-        kept = f"; {policy.kept_bytes / (1 << 30):.2f} GiB of weights kept in bfloat16" if policy.kept_bytes else ""
+        kept = (
+            f"; {policy.kept_bytes / (1 << 30):.2f} GiB of weights kept in {policy.weights}"
+            if policy.kept_bytes
+            else ""
+        )
         self.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}{kept}; layout: {layout}")
 
 

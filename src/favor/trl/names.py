@@ -95,7 +95,7 @@ SAID: Mapping[str, str] = {
     "torch_dtype": "products are model.dtype, weights float32; those that do not train may be kept in bfloat16: model.weights",
     "attn_implementation": "favor computes attention over prompt trees itself, where that is exact",
     "generate_during_eval": "favor eval samples from policy and reference",
-    "load_in_4bit": "favor trains float weights; adapters (model.lora.rank) need the least memory",
+    "load_in_4bit": "LoRA's base is kept in 4 bits by model.weights=nf4",
     "load_in_8bit": "favor trains float weights; adapters (model.lora.rank) need the least memory",
     "deepspeed": "torchrun splits the batch over processes, ranks.shard=full the model too (docs/scale.md)",
     "fsdp": "torchrun splits the batch over processes, ranks.shard=full the model too (docs/scale.md)",
