@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo fault frontier matrix zoo coverage broken-models bad-settings bad-sources settings-doc docs test test-all check smoke lock bench clean
+.PHONY: demo fault frontier matrix zoo coverage broken-models bad-settings bad-sources settings-doc docs test dist test-all check smoke lock bench clean
 
 demo: .venv/.ready
 	$(BIN)/favor demo
@@ -45,6 +45,10 @@ docs: .venv/.ready
 
 test: .venv/.ready
 	$(BIN)/pytest -m "not slow"
+
+# runs over 2 and 4 processes against one
+dist: .venv/.ready
+	$(BIN)/pytest -m dist
 
 test-all: .venv/.ready
 	$(BIN)/pytest

@@ -38,6 +38,7 @@ NOT_HERE = {
     "cd tests": "belongs to the next one",
     "python benchmarks/failures.py": "trains for minutes; tests/test_starting_values.py reads it",
     "python benchmarks/memory.py": "loads the real model six times; tests/test_kept.py counts the same on a tiny one",
+    "python benchmarks/scale.py": "tests/test_scale.py holds its tables against the page",
     "python benchmarks/starting_values.py": "trains for an hour; tests/test_starting_values.py has its table and picture",
     "python -W ignore interval_coverage.py": "simulates for minutes; tests/test_interval_coverage.py has a part of it",
 }

@@ -20,11 +20,15 @@ from favor.ranks import World
 PROGRAM = Path(__file__).with_name("split_cases.py")
 
 
-def on_ranks(count, folder, *cases):
-    """Run cases on so many gloo processes."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def on_ranks(count, folder, *cases):
+    """Run cases on so many gloo processes."""
+    port = free_port()
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", f"--master-port={port}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
@@ -40,15 +44,17 @@ def on_ranks(count, folder, *cases):
 
 
 @pytest.mark.dist
-def test_two_ranks_hold_half_each_and_train_as_one(tmp_path):
-    on_ranks(2, tmp_path, "bytes", "copy", "pieces", "quick", "train")
+def test_two_ranks_hold_half_each_and_give_what_one_gives(tmp_path):
+    on_ranks(2, tmp_path, "bytes", "copy", "pieces", "quick")
 
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("count", "cases"),
     [
+        (2, ["train"]),
         (2, ["bfloat16", "updates"]),
         (2, ["options"]),
         (2, ["commands"]),
@@ -64,6 +70,7 @@ def test_any_number_of_ranks_gives_what_one_gives(tmp_path, count, cases):
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_resumes_on_another_number_of_ranks(tmp_path):
     """Begun on two ranks; from its checkpoint after step 2 on to the end on four, and in one process."""
     on_ranks(2, tmp_path, "left")

@@ -64,6 +64,10 @@ class ServerError(FavorError):
     """A model server refused a request, or gave no usable reply however often it was asked."""
 
 
+class LostError(FavorError):
+    """Another process of the run ended, or cannot be reached."""
+
+
 class StorageError(FavorError):
     """The operating system refuses a file: the disk is full, read-only, or the path cannot be."""
 

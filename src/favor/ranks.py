@@ -12,12 +12,16 @@ from typing import Literal, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from favor.errors import ConfigError
+from favor.errors import ConfigError, LostError, first_line
 
 # how weights are spread: on every rank, split over all of them, or over those of each machine
 Shard: TypeAlias = Literal["none", "full", "hybrid"]
+# what gloo says when the process at the other end is gone, or silent for half an hour; nccl has an error of its own
+_GONE = ("reset by peer", "closed by peer", "broken pipe", "connection refused", "timed out", "timeout")
+_TRIES = "TORCHELASTIC_RESTART_COUNT"
 _REMEDY = "start several processes with torchrun, or unset WORLD_SIZE to train in one (SLURM and others set it)"
 
 
@@ -38,7 +42,8 @@ class World:
 def world() -> Generator[World]:
     """Join the process group when torchrun started us (gloo on CPU, nccl on GPU) and leave it at the end.
 
-    Raises ConfigError when the environment speaks of several processes and does not say how they find each other.
+    Raises ConfigError when the environment speaks of several processes and does not say how they find each other, and
+    LostError when one of them ends before the block does.
     """
     size = _number("WORLD_SIZE", 1) if os.environ.get("WORLD_SIZE", "").strip() else 1
     if size == 1:
@@ -51,11 +56,42 @@ def world() -> Generator[World]:
     _number("MASTER_PORT", 1)
     if torch.cuda.is_available():
         torch.cuda.set_device(_local_rank())
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    joined = False
     try:
+        _join()
+        joined = True
         yield World(dist.get_rank(), size)
+    except RuntimeError as error:
+        said = _lost(error)
+        if said is None:
+            raise
+        raise LostError(
+            f"another process of this run ended, or cannot be reached, so this one ends too ({said}); what the other one "
+            "said says why. Continue from the newest checkpoint with resume=true"
+        ) from None
     finally:
-        dist.destroy_process_group()
+        if joined:
+            dist.destroy_process_group()
+
+
+def _join() -> None:
+    # torchrun keeps what the processes told each other before it started them anew: every try has names of its own
+    store, rank, size = next(rendezvous("env://"))
+    named = dist.PrefixStore(f"try-{os.environ.get(_TRIES, '0')}", store)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=named, rank=rank, world_size=size)
+
+
+def _lost(error: RuntimeError) -> str | None:
+    """How another process was lost; None for an error that says something else."""
+    said = str(error).lower()
+    if "/gloo/" in said:
+        return next((words for words in _GONE if words in said), None)
+    return first_line(error) if isinstance(error, dist.DistError) else None
+
+
+def started_again() -> bool:
+    """Whether torchrun started the run anew after one of its processes died (`torchrun --max-restarts`)."""
+    return os.environ.get(_TRIES, "0") != "0"
 
 
 def _number(name: str, least: int) -> int:

@@ -37,7 +37,7 @@ from favor.train.optim import AdamW, OptimConfig
 from favor.train.packs import settled
 from favor.train.reference import base_of, identity
 from favor.train.rollout import Models, Prompt, Rollout, collect
-from favor.train.session import OpenSession, Session, TrainingState, recipe_hash, running
+from favor.train.session import OpenSession, Session, TrainingState, recipe_hash, resumes, running
 from favor.train.step import Objective, step
 
 # sums over the response tokens of a batch
@@ -205,6 +205,7 @@ def train_ppo(config: PpoConfig, open_session: OpenSession) -> None:
     """Train a policy on a reward. Raises the errors of every part; NumericsError when the KL explodes."""
     sources.check(config.data.train)
     check_scorer(config.reward)
+    config = config.model_copy(update={"resume": resumes(config.run, config.resume)})
     logger, recipe = config.watch.logger, dump(config)
     with running(config.run, recipe, resume=config.resume, open_session=open_session, logger=logger) as session:
         _improve(config, session)

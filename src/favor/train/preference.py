@@ -49,7 +49,7 @@ from favor.train.loop import (
 from favor.train.optim import AdamW, OptimConfig
 from favor.train.packs import settled
 from favor.train.reference import Reference, ReferenceConfig
-from favor.train.session import Bar, OpenSession, Session, TrainingState, load_splits, recipe_hash, running
+from favor.train.session import Bar, OpenSession, Session, TrainingState, load_splits, recipe_hash, resumes, running
 from favor.train.stats import STATS, batch_sums, displacement, means, shown, usable
 from favor.train.step import Objective, Stepped, step
 from favor.train.watch import HeldOut, References, WatchConfig, evaluate, measurable, probe
@@ -106,6 +106,7 @@ def train(config: TrainConfig, open_session: OpenSession) -> None:
     check_sources(config.data)
     if config.reward is not None:
         check_scorer(config.reward)
+    config = config.model_copy(update={"resume": resumes(config.run, config.resume)})
     logger, recipe = config.watch.logger, dump(config)
     with running(config.run, recipe, resume=config.resume, open_session=open_session, logger=logger) as session:
         _train(config, session)

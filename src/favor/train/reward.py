@@ -32,7 +32,7 @@ from favor.train.loop import LoopConfig, RanksConfig, SaveConfig, can_be_split, 
 from favor.train.optim import AdamW, OptimConfig
 from favor.train.packs import settled
 from favor.train.reference import identity
-from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, running
+from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, resumes, running
 from favor.train.step import Objective, step
 from favor.train.watch import HeldOut
 
@@ -74,6 +74,7 @@ class RewardTrainConfig(BaseModel):
 def train_reward(config: RewardTrainConfig, open_session: OpenSession) -> Calibration | None:
     """Train a reward model; held-out figures go to eval.json. Raises the errors of every part."""
     check_sources(config.data)
+    config = config.model_copy(update={"resume": resumes(config.run, config.resume)})
     logger, recipe = config.watch.logger, dump(config)
     with running(config.run, recipe, resume=config.resume, open_session=open_session, logger=logger) as session:
         return _learn(config, session)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeAlias, TypeVar
 
+import torch
 from pydantic import BaseModel, Field
 from rich.console import Console, Group
 from rich.live import Live
@@ -26,7 +27,7 @@ from favor.data.tokenize import TokensConfig
 from favor.guard import sha
 from favor.lint.cheap import CHECKS
 from favor.model.load import Policy, memory_settings, precision_of
-from favor.ranks import World, current, on_main, world
+from favor.ranks import World, current, largest, on_main, started_again, world
 from favor.run import RunFolder, append, start, write_json
 from favor.stop import StopRequest, stop_signals
 from favor.train.loggers import Logger, following
@@ -103,6 +104,15 @@ def in_session(run: Callable[[OpenSession], T], kept: str = _NOTHING_KEPT, conso
     console = console or Console(highlight=False)
     with world() as members, stop_signals(kept) as stop:
         return run(lambda root: Session(RunFolder(root), members, console, stop))
+
+
+def resumes(run: str, asked: bool) -> bool:
+    """Whether a run continues: it was asked to, or torchrun started it anew and its folder is there. Equal on all ranks."""
+    members = current()
+    if asked or not started_again():
+        return asked
+    left = members.is_main and RunFolder(Path(run)).config.exists()
+    return bool(largest(int(left), members, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def recipe_hash(config: BaseModel) -> dict[str, str]:

@@ -26,7 +26,7 @@ from favor.train.loop import LoopConfig, RanksConfig, SaveConfig, Training, can_
 from favor.train.optim import AdamW, OptimConfig
 from favor.train.packs import settled
 from favor.train.reference import identity
-from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, running
+from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, resumes, running
 from favor.train.step import Objective, step
 from favor.train.watch import HeldOut
 
@@ -52,6 +52,7 @@ class SftConfig(BaseModel):
 def sft(config: SftConfig, open_session: OpenSession) -> None:
     """Maximise the likelihood of preferred responses: loss = -(sum of token log-probs) / (number of tokens), nats a token."""
     check_sources(config.data)
+    config = config.model_copy(update={"resume": resumes(config.run, config.resume)})
     logger, recipe = config.watch.logger, dump(config)
     with running(config.run, recipe, resume=config.resume, open_session=open_session, logger=logger) as session:
         _tune(config, session)
