@@ -17,7 +17,6 @@ from favor.ranks import World
 from favor.run import RunFolder, read_json
 from favor.stop import StopRequest
 from favor.train import packs
-from favor.train.loop import LoopConfig
 from favor.train.preference import TrainConfig, train
 from favor.train.session import Session
 
@@ -39,8 +38,8 @@ def trees(count, opening, own=40, response=30):
 
 def test_nothing_shared_keeps_the_least():
     """100 tokens a tree: 64 of them cost as much in any packs."""
-    assert packs.chosen(LoopConfig(batch_prompts=64), "tree", trees(64, 0)) == 1024
-    assert packs.chosen(LoopConfig(batch_prompts=64), "rows", trees(64, 600)) == 1024
+    assert packs.chosen("tree", [trees(64, 0)]) == 1024
+    assert packs.chosen("rows", [trees(64, 600)]) == 1024
 
 
 @pytest.mark.parametrize(("opening", "count"), [(600, 8), (600, 64), (2000, 16)])
@@ -49,7 +48,7 @@ def test_a_shared_opening_is_worth_a_larger_pack(opening, count):
     least = opening + 100 * count
     costs = {size: planned_tokens(trees(count, opening), "tree", size) for size in (1024 << k for k in range(7))}
     assert costs[65_536] == least
-    found = packs.chosen(LoopConfig(batch_prompts=count), "tree", trees(count, opening))
+    found = packs.chosen("tree", [trees(count, opening)])
     assert costs[found] * 0.97 <= least
     assert found == 1024 or costs[found // 2] * 0.97 > least
     # what is planned is what is built

@@ -9,25 +9,33 @@ import sys
 import threading
 import time
 import tracemalloc
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import tiny
 from filelock import FileLock
+from rich.console import Console
 
+from favor.config import load
 from favor.data import prepare as preparing
 from favor.data import store
 from favor.data.grow import ReadReport
 from favor.data.prepare import prepare_split
 from favor.data.read import DataConfig, read, splits_of
 from favor.data.settings import SourceConfig
-from favor.data.splits import WINDOW, Recipe, Streams, hash_all, hash_ids
+from favor.data.splits import WINDOW, Recipe, Streams, extremes, hash_all, hash_ids, outlines
 from favor.data.store import describe, group
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Comparison, Thumb, TokenTree
 from favor.errors import DataError
 from favor.lint.cheap import CHECKS
+from favor.model.layout import longest_path
+from favor.ranks import World
+from favor.run import RunFolder
+from favor.stop import StopRequest
+from favor.train.preference import TrainConfig, train
+from favor.train.session import Session
 
 END = frozenset({2})
 FILES = ["trees.arrow", "prompts.arrow", "report.json", "hashes.json"]
@@ -168,7 +176,7 @@ def test_sequence(tmp_path):
     ]
     streams = Streams()
     assert list(store.write_trees(tmp_path, trees, streams)) == trees
-    found = store.stored_trees(tmp_path, streams.digests())
+    found = store.stored_trees(tmp_path, streams.notes())
     assert list(found) == trees
     assert (len(found), found[0], found[-1], found[WINDOW]) == (len(trees), trees[0], trees[-1], trees[WINDOW])
     assert found[WINDOW - 2 : WINDOW + 2] == trees[WINDOW - 2 : WINDOW + 2]
@@ -177,11 +185,66 @@ def test_sequence(tmp_path):
         found[len(trees)]
     names = "prompt_ids response_ids complete comparisons first_response row ties thumbs source"
     assert [field.name for field in fields(TokenTree)] == names.split(), (
-        "splits.encode and store.decode must learn the new field"
+        "splits.encode and store's readers must learn the new field"
     )
     assert hash_all({"a": found}) == hash_all({"a": trees})
     assert hash_all({"a": found}) != hash_all({"a": trees[:-1]})
     assert hash_all({"a": trees[:3], "b": trees[3:5]}) != hash_all({"a": trees[:2], "b": trees[2:5]})
+    # without tokens everything else is there, as in memory
+    assert outlines(trees) is trees
+    empty = [replace(tree, prompt_ids=(), response_ids=((), ())) for tree in trees]
+    assert list(outlines(found)) == empty
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_trees_with_most_are_noted(tmp_path, seed):
+    """Of many equals the first: as a pass over all of them would find it."""
+    rng = random.Random(seed)
+
+    def path(shortest):
+        return tuple(rng.randrange(50) for _ in range(rng.randint(shortest, 4)))
+
+    trees = []
+    for i in range(2 * WINDOW + 7):
+        responses = tuple(path(1) for _ in range(rng.randint(1, 3)))
+        trees.append(TokenTree(path(0), responses, (True,) * len(responses), (), 0, i + 1, source="s"))
+    streams = Streams()
+    assert list(store.write_trees(tmp_path, trees, streams)) == trees
+    few = extremes(store.stored_trees(tmp_path, streams.notes()))
+    assert extremes(trees) is trees
+    assert len(few) <= 4
+    most = (
+        longest_path,
+        lambda tree: len(tree.prompt_ids),
+        lambda tree: max(map(len, tree.response_ids)),
+        lambda tree: max(*tree.prompt_ids, *max(tree.response_ids, key=max), 0),
+    )
+    for size in most:
+        assert max(few, key=size) == max(trees, key=size)
+
+
+def test_a_start_from_the_cache_reads_few_trees(tmp_path, monkeypatch):
+    """Whatever the number of rows: those of the self-check, the packs looked at, the steps and the reference, nothing twice."""
+    tiny.save(tmp_path / "model")
+    write(tmp_path / "p.jsonl", [row for row in make_rows(400, 400) if row["chosen"] and "tie" not in row])
+    read, made = store._trees, []
+
+    def counted(batch):
+        for tree in read(batch):
+            made.append(tree)
+            yield tree
+
+    monkeypatch.setattr(store, "_trees", counted)
+    pieces = {"model.path": f"{tmp_path}/model", "data.train": f"{tmp_path}/p.jsonl", "data.cache": "true"}
+    pieces |= {"data.bad_rows": "drop", "loss.kind": "simpo", "train.max_steps": "1", "train.batch_prompts": "2"}
+    for run in ("first", "second"):
+        made.clear()
+        words = [f"run={tmp_path}/{run}", *(f"{key}={value}" for key, value in pieces.items())]
+        train(
+            load(TrainConfig, None, words),
+            lambda root: Session(RunFolder(root), World(), Console(quiet=True), StopRequest()),
+        )
+    assert 4 < len(made) <= 2 + 4 + 4 * 2 + 2
 
 
 def test_reused_without_reading(tmp_path, tok, monkeypatch):

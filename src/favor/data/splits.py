@@ -6,7 +6,7 @@ and in a cache, for which memory does not grow with the data. Next: store.py.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -100,7 +100,7 @@ class Splits:
     def need_comparisons(self) -> None:
         """Raises DataError when a split holds no comparison."""
         for name, trees in {"train": self.train, "eval": self.eval}.items():
-            if name in self.report and not any(tree.comparisons for tree in trees):
+            if name in self.report and not any(tree.comparisons for tree in outlines(trees)):
                 names = self.report[name]["read"]["source"]
                 raise DataError(
                     f"{names}: no comparison left to train on; give chosen and rejected, a ranking or scores"
@@ -118,28 +118,71 @@ def refuse_changed(splits: Sequence[SplitSpec], before: list[list[sources.Stamp]
         raise sources.changed(", ".join(dict.fromkeys(source.path for split in splits for source in split.sources)))
 
 
-@runtime_checkable
-class Digested(Protocol):
-    """Trees whose digests were taken when they were written."""
+class Notes(NamedTuple):
+    """What would take a pass over all trees: hashes of ids, lengths, paths and comparisons; places of some trees.
 
-    digests: list[str]
+    extremes: the first with the longest path, with the longest prompt, with the longest response, with the largest id.
+    """
+
+    digests: tuple[str, ...]
+    extremes: tuple[int, ...]
+
+
+@runtime_checkable
+class Noted(Protocol):
+    """Trees in a file, with what was noted when they were written."""
+
+    noted: Notes
+
+    def outlines(self) -> Iterator[TokenTree]:
+        """The trees without their tokens."""
+        ...
 
 
 class Streams:
-    """A running hash of each column, so that it does not matter where windows are cut."""
+    """A running hash of each column, so that it does not matter where windows are cut; and the trees with most of something."""
 
     def __init__(self) -> None:
         self._hashes = [hashlib.sha256() for _ in range(4)]
+        self._most = [(-1, 0)] * 4
+        self._seen = 0
 
     def add(self, columns: Columns) -> None:
         """Take in some trees."""
         for stream, column in zip(self._hashes, columns[:3], strict=False):
             stream.update(np.ascontiguousarray(column).tobytes())
         self._hashes[3].update("".join(text + "\n" for text in columns[3]).encode())
+        for i, values in enumerate(_extents(columns)):
+            # of equals the first
+            self._most[i] = max(self._most[i], (int(values.max()), -self._seen - int(values.argmax())))
+        self._seen += len(columns[2])
 
-    def digests(self) -> list[str]:
-        """Of ids, lengths, paths and comparisons."""
-        return [stream.hexdigest() for stream in self._hashes]
+    def notes(self) -> Notes:
+        """Of all trees so far."""
+        digests = tuple(stream.hexdigest() for stream in self._hashes)
+        return Notes(digests, tuple(sorted({-place for _, place in self._most})))
+
+
+def _extents(columns: Columns) -> tuple[np.ndarray, ...]:
+    """Of every tree: tokens of its longest path, of its prompt, of its longest response; its largest id."""
+    ids, lengths, paths, _ = columns
+    first = np.cumsum(paths) - paths
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    prompts, responses = lengths[first], lengths.copy()
+    responses[first] = 0
+    longest = np.maximum.reduceat(responses, first)
+    # one more, so that a last tree without tokens has a place to look at
+    return prompts + longest, prompts, longest, np.maximum.reduceat(np.append(ids, 0), starts[first])
+
+
+def extremes(trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
+    """All trees, or of those in a file the few among which are the longest path, prompt and response and the largest id."""
+    return [trees[i] for i in trees.noted.extremes] if isinstance(trees, Noted) else trees
+
+
+def outlines(trees: Iterable[TokenTree]) -> Iterable[TokenTree]:
+    """The trees for whoever reads nothing of their tokens: those in a file come without, which is faster."""
+    return trees.outlines() if isinstance(trees, Noted) else trees
 
 
 def hash_ids(splits: Mapping[str, Sequence[TokenTree]]) -> str:
@@ -159,12 +202,12 @@ def _whole(digests: Mapping[str, list[str]]) -> str:
 
 
 def _digests(trees: Sequence[TokenTree]) -> list[str]:
-    if isinstance(trees, Digested):
-        return trees.digests
+    if isinstance(trees, Noted):
+        return list(trees.noted.digests)
     streams = Streams()
     for start in range(0, len(trees), WINDOW):
         streams.add(encode(trees[start : start + WINDOW]))
-    return streams.digests()
+    return list(streams.notes().digests)
 
 
 def encode(trees: Sequence[TokenTree]) -> Columns:

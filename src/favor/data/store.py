@@ -11,7 +11,7 @@ import sqlite3
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import groupby, islice
@@ -29,7 +29,18 @@ from favor.data import sources, tables
 from favor.data.grow import ReadReport, grow
 from favor.data.read import Half, joined, judge, judged, need_prompts, tree_key
 from favor.data.settings import DataConfig, SourceConfig
-from favor.data.splits import WINDOW, Checks, OnMain, Prepared, Recipe, Streams, encode, refuse_changed, stamps_of
+from favor.data.splits import (
+    WINDOW,
+    Checks,
+    Notes,
+    OnMain,
+    Prepared,
+    Recipe,
+    Streams,
+    encode,
+    refuse_changed,
+    stamps_of,
+)
 from favor.data.tokenize import TokenReport, tokenized
 from favor.data.types import Comparison, Finding, PromptTree, Text, Thumb, TokenTree
 from favor.errors import DataError
@@ -197,7 +208,7 @@ def _fill(folder: Path, recipe: Recipe, checks: Checks, work: Path) -> dict[str,
 
     findings = [finding._asdict() for finding in checks.split(written(), token_report)]
     read, tokens = asdict(joined(reports)), asdict(token_report)
-    return {"read": read, "tokens": tokens, "findings": findings, "digests": streams.digests()}
+    return {"read": read, "tokens": tokens, "findings": findings, **streams.notes()._asdict()}
 
 
 def group(
@@ -232,11 +243,20 @@ def group(
 
 
 class Stored(Sequence[Item], Generic[Item]):
-    """What lies in an Arrow file, as `read(record batch, place)` makes it; what is not asked for stays on the disk."""
+    """What lies in an Arrow file, as `read(record batch)` makes it; what is not asked for stays on the disk.
 
-    def __init__(self, path: Path, read: Callable[[_RecordBatch, int], Item], digests: Sequence[str] = ()) -> None:
-        self._batches, self._read = pa.ipc.open_file(pa.memory_map(str(path))), read
-        self.digests = list(digests)
+    outline: the same without what takes long to make. noted: of trees what `Streams` says.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        read: Callable[[_RecordBatch], Iterator[Item]],
+        outline: Callable[[_RecordBatch], Iterator[Item]] | None = None,
+        noted: Notes | None = None,
+    ) -> None:
+        self._batches, self._read, self._outline = pa.ipc.open_file(pa.memory_map(str(path))), read, outline or read
+        self.noted = noted or Notes((), ())
         last = self._batches.num_record_batches - 1
         self._len = last * WINDOW + self._batches.get_batch(last).num_rows if last >= 0 else 0
 
@@ -244,9 +264,15 @@ class Stored(Sequence[Item], Generic[Item]):
         return self._len
 
     def __iter__(self) -> Iterator[Item]:
+        return self._each(self._read)
+
+    def outlines(self) -> Iterator[Item]:
+        """Every item without what takes long to make."""
+        return self._each(self._outline)
+
+    def _each(self, read: Callable[[_RecordBatch], Iterator[Item]]) -> Iterator[Item]:
         for number in range(self._batches.num_record_batches):
-            batch = self._batches.get_batch(number)
-            yield from (self._read(batch, i) for i in range(batch.num_rows))
+            yield from read(self._batches.get_batch(number))
 
     @overload
     def __getitem__(self, index: int) -> Item: ...
@@ -256,7 +282,7 @@ class Stored(Sequence[Item], Generic[Item]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(self._len))]
         number, place = divmod(range(self._len)[index], WINDOW)
-        return self._read(self._batches.get_batch(number), place)
+        return next(self._read(self._batches.get_batch(number).slice(place, 1)))
 
 
 def write_prompts(folder: Path, texts: Iterable[PromptTree]) -> Iterator[PromptTree]:
@@ -317,37 +343,38 @@ def open_cache(folder: Path) -> Prepared | None:
         return None
     findings = [Finding(**finding) for finding in report["findings"]]
     findings = [f._replace(rows=tuple(map(tuple, f.rows)), examples=tuple(f.examples)) for f in findings]
-    trees, texts = stored_trees(folder, report["digests"]), Stored(folder / _PROMPTS, _prompt)
+    noted = Notes(tuple(report["digests"]), tuple(report["extremes"]))
+    trees, texts = stored_trees(folder, noted), Stored(folder / _PROMPTS, _prompts)
     return Prepared(trees, texts, report["read"], report["tokens"], findings)
 
 
-def stored_trees(folder: Path, digests: Sequence[str]) -> Stored[TokenTree]:
+def stored_trees(folder: Path, noted: Notes) -> Stored[TokenTree]:
     """The token trees of a folder."""
-    return Stored(folder / _TREES, _tree, digests)
+    return Stored(folder / _TREES, _trees, _outlines, noted)
 
 
-def _prompt(batch: _RecordBatch, i: int) -> PromptTree:
-    source, row, prompt = (column[i].as_py() for column in batch.columns)
-    value: Text = json.loads(prompt)
-    return PromptTree(value if isinstance(value, str) else tuple(value), (), (), (row,), source)
+def _prompts(batch: _RecordBatch) -> Iterator[PromptTree]:
+    for source, row, prompt in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        value: Text = json.loads(prompt)
+        yield PromptTree(value if isinstance(value, str) else tuple(value), (), (), (row,), source)
 
 
-def _tree(batch: _RecordBatch, i: int) -> TokenTree:
-    ids, lengths = (batch.column(name)[i].values.to_numpy().tolist() for name in ("ids", "lengths"))
-    judgments, source, row, first_response = (column[i].as_py() for column in batch.columns[2:])
-    return decode(ids, lengths, judgments, (source, row), first_response)
+def _trees(batch: _RecordBatch) -> Iterator[TokenTree]:
+    ids, lengths = (batch.column(name).flatten().to_numpy() for name in ("ids", "lengths"))
+    stops = np.cumsum(lengths, dtype=np.int64)
+    # one path at a time becomes Python's numbers, so memory holds a tree of them
+    paths = (tuple(ids[start:stop].tolist()) for start, stop in zip(stops - lengths, stops, strict=True))
+    for prompt, outline in zip(paths, _outlines(batch), strict=False):
+        responses = tuple(islice(paths, len(outline.response_ids)))
+        yield replace(outline, prompt_ids=prompt, response_ids=responses)
 
 
-def decode(
-    ids: Sequence[int], lengths: Sequence[int], judgments: str, place: tuple[str, int], first_response: int
-) -> TokenTree:
-    """One tree back from its share of the columns; place: its source and row."""
-    remaining = iter(ids)
-    prompt, *responses = (tuple(islice(remaining, length)) for length in lengths)
-    complete, comparisons, ties, thumbs = _judged(judgments)
-    return TokenTree(
-        prompt, tuple(responses), complete, comparisons, first_response, place[1], ties, thumbs, source=place[0]
-    )
+def _outlines(batch: _RecordBatch) -> Iterator[TokenTree]:
+    """The trees of a batch with no token in their prompt and responses."""
+    for judgments, source, row, first in zip(*(column.to_pylist() for column in batch.columns[2:]), strict=True):
+        complete, comparisons, ties, thumbs = _judged(judgments)
+        empty = ((),) * len(complete)
+        yield TokenTree((), empty, complete, comparisons, first, row, ties, thumbs, source=source)
 
 
 @lru_cache(4096)

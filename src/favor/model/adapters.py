@@ -7,12 +7,9 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.dora import DoraLinearLayer
 from pydantic import BaseModel, Field
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +18,10 @@ from favor.config import STRICT
 from favor.errors import CheckpointError, ConfigError
 from favor.model.four_bits import is_marked, round_
 from favor.model.weights import Unmatched, check_objects, check_path, load_weights, readable, tensors_of
+
+if TYPE_CHECKING:
+    # it takes seconds to import, and bitsandbytes with it where that is installed: runs without adapters need neither
+    from peft import PeftModel
 
 
 class LoraSettings(BaseModel):
@@ -39,8 +40,10 @@ class LoraSettings(BaseModel):
     """Let the length of every column of a weight train apart from its direction (DoRA); products in float32 only."""
 
 
-def with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
+def with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> "PeftModel":
     """The model with new adapters, whose start depends on `seed`. Raises ConfigError for targets that it does not have."""
+    from peft import LoraConfig, get_peft_model
+
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
     # SEQ_CLS also trains and saves the scalar head
     task = "SEQ_CLS" if "ForSequenceClassification" in type(model).__name__ else "CAUSAL_LM"
@@ -68,8 +71,11 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Peft
     return adapted
 
 
-def _lengths_in_float32(adapted: PeftModel) -> None:
+def _lengths_in_float32(adapted: "PeftModel") -> None:
     """Where peft measures columns in the format that the weights are kept in: rounded, policy and reference would differ."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.dora import DoraLinearLayer
+
     for layer in adapted.modules():
         if isinstance(layer, LoraLayer):
             for length in layer.lora_magnitude_vector.values():
@@ -83,6 +89,8 @@ def load_adapted(
     loader: Any, path: str, revision: str | None, trust: bool, file: str, **more: Any
 ) -> tuple[Any, Unmatched]:
     """`load_weights` of the base that the adapter_config.json `file` names, with the adapter folded in."""
+    from peft import PeftModel, get_peft_model_state_dict
+
     folder = Path(file).parent
     check_objects(folder)
     base = str(json.loads(Path(file).read_text("utf-8")).get("base_model_name_or_path"))
@@ -104,7 +112,7 @@ def load_adapted(
     return merged(adapted, path), Unmatched(missing, unexpected, mismatched)
 
 
-def merged(adapted: PeftModel, path: str) -> Any:
+def merged(adapted: "PeftModel", path: str) -> Any:
     """The base with its adapter folded in. Raises CheckpointError where that changes what the model says."""
     ids = torch.arange(1, 9, device=next(adapted.parameters()).device)[None]
     with readable(path, "adapter"), warnings.catch_warnings(), torch.no_grad():

@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 import torch
-from peft import PeftModel
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -126,7 +125,8 @@ class Policy:
     @property
     def lora(self) -> bool:
         """Whether the policy is an adapter on a frozen model."""
-        return isinstance(self.model, PeftModel)
+        # a PeftModel is none of transformers' models; asking for its class would import peft
+        return not isinstance(self.model, PreTrainedModel)
 
     @property
     def causal_lm(self) -> PreTrainedModel:

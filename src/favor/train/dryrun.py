@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from favor.data import batches
 from favor.data.prepare import check_sources, prepare
+from favor.data.splits import outlines
 from favor.data.types import Layout, TokenTree
 from favor.lint.cheap import CHECKS
 from favor.model.layout import config_obstacle, longest_path
@@ -19,7 +20,7 @@ from favor.model.load import end_ids, load_tokenizer, precision_of
 from favor.model.size import GIB, Sizes, architecture_of, parameters, sizes
 from favor.train.loop import length_notes, num_steps
 from favor.train.optim import STATE_BYTES, learning_rate, warmup
-from favor.train.packs import chosen
+from favor.train.packs import chosen, looked_at
 from favor.train.preference import TrainConfig
 from favor.train.stats import usable
 
@@ -30,7 +31,7 @@ def describe(config: TrainConfig) -> str:
     tokenizer, lines = load_tokenizer(config.model), list[str]()
     splits = prepare(config.data, config.tokens, (tokenizer, end_ids(tokenizer, None)), CHECKS, lines.append)
     # as training, on the trees that hold items of the loss
-    trees = [splits.train[i] for i in usable(config.loss, splits.train, config.data.training)]
+    trees = [splits.train[i] for i in usable(config.loss, outlines(splits.train), config.data.training)]
     architecture = architecture_of(config.model)
     longest = max(map(longest_path, splits.train))
     obstacle = config_obstacle(architecture.get_text_config().to_dict(), longest)
@@ -81,7 +82,8 @@ def _disk(config: TrainConfig, architecture: PreTrainedConfig) -> str:
 def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence[TokenTree], layout: Layout) -> str:
     asked = config.train.max_tokens_per_pack
     # what is free when training starts may make it less
-    budget = chosen(config.train, layout, trees) if asked == "auto" else asked
+    few = [[trees[i] for i in some] for some in looked_at(config.train, range(len(trees)))]
+    budget = chosen(layout, few) if asked == "auto" else asked
     pack = max(budget, max(tree.num_tokens for tree in trees))
     pack = min(pack, sum(tree.num_tokens for tree in trees))
     parts = {"none": "", "full": "processes", "hybrid": "processes of a machine"}[config.ranks.shard]

@@ -33,12 +33,14 @@ def settled(
     config: LoopConfig,
     model: ModelConfig,
     policy: Policy,
-    trees: Sequence[TokenTree],
+    batches: Sequence[Sequence[TokenTree]],
     session: Session,
     *,
     resume: bool,
 ) -> LoopConfig:
     """The section with max_tokens_per_pack as a number: the recipe's own, that of the run that is continued, or chosen now.
+
+    batches: trees of the batches that `looked_at` names.
 
     A run that is continued computes in the packs that it began with, so it stays equal to the bit.
     """
@@ -49,7 +51,7 @@ def settled(
         tokens = int(read_json(kept)["max_tokens_per_pack"])
     else:
         least = LEAST_ON_A_GPU if policy.device.type == "cuda" else LEAST
-        tokens = chosen(config, policy.layout, trees, world.size, least)
+        tokens = chosen(policy.layout, batches, world.size, least)
         # the memory is looked at where it could decide
         most = _room(model, policy, world.size) if tokens > LEAST else tokens
         while tokens > max(most, LEAST):
@@ -63,10 +65,14 @@ def settled(
     return config.model_copy(update={"max_tokens_per_pack": tokens})
 
 
-def chosen(config: LoopConfig, layout: Layout, trees: Sequence[TokenTree], world: int = 1, least: int = LEAST) -> int:
+def looked_at(config: LoopConfig, used: Sequence[int]) -> list[list[int]]:
+    """The trees of a few optimizer batches, which stand for all; used: the indices of what trains."""
+    order = Order(len(used), config.batch_prompts, 0, config.shuffle)
+    return [[used[i] for i in indices] for indices, _ in islice(order.batches(LoaderState()), _LOOKED_AT)]
+
+
+def chosen(layout: Layout, batches: Sequence[Sequence[TokenTree]], world: int = 1, least: int = LEAST) -> int:
     """The smallest power of two from `least` whose packs compute hardly more tokens than the best larger ones."""
-    order = Order(len(trees), config.batch_prompts, 0, config.shuffle)
-    batches = [[trees[i] for i in indices] for indices, _ in islice(order.batches(LoaderState()), _LOOKED_AT)]
     whole = max(sum(computed_tokens(tree, layout) for tree in batch) for batch in batches)
     budgets = [least]
     while budgets[-1] < min(whole, _MOST):

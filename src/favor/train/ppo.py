@@ -34,7 +34,7 @@ from favor.train import checkpoint
 from favor.train.loggers import LoggedConfig
 from favor.train.loop import LoopConfig, RanksConfig, SaveConfig, Training, can_be_split, finish, make_training, turns
 from favor.train.optim import AdamW, OptimConfig
-from favor.train.packs import settled
+from favor.train.packs import looked_at, settled
 from favor.train.reference import base_of, identity
 from favor.train.rollout import Models, Prompt, Rollout, collect
 from favor.train.session import OpenSession, Session, TrainingState, recipe_hash, resumes, running
@@ -220,7 +220,8 @@ def _improve(config: PpoConfig, session: Session) -> None:
     probe = [sampled_tree(prompt.ids, config.sample.max_new_tokens) for prompt in prompts]
     policy, why = settle(policy, config.model.layout, probe, train=True)
     session.self_check(policy, why)
-    packs = settled(config.train, config.model, policy, probe, session, resume=config.resume)
+    few = [[probe[i] for i in some] for some in looked_at(config.train, range(len(probe)))]
+    packs = settled(config.train, config.model, policy, few, session, resume=config.resume)
     config = config.model_copy(update={"train": packs})
     critic = make_critic(policy, gae.value) if isinstance(gae := config.ppo.advantage, Gae) else None
     _loop(config, prompts, Models(policy, critic, base_of(policy), make_scorer(config.reward)), session)

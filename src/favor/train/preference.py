@@ -19,7 +19,7 @@ from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data.batches import build
 from favor.data.prepare import check_sources
 from favor.data.read import DataConfig
-from favor.data.splits import Splits
+from favor.data.splits import Splits, extremes, outlines
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import NumericsError
@@ -47,7 +47,7 @@ from favor.train.loop import (
     turns,
 )
 from favor.train.optim import AdamW, OptimConfig
-from favor.train.packs import settled
+from favor.train.packs import looked_at, settled
 from favor.train.reference import Reference, ReferenceConfig
 from favor.train.session import Bar, OpenSession, Session, TrainingState, load_splits, recipe_hash, resumes, running
 from favor.train.stats import STATS, batch_sums, displacement, means, shown, usable
@@ -143,23 +143,26 @@ def begin(config: TrainConfig, session: Session) -> Begun:
     policy = load_policy(config.model, config.seed, config.ranks.shard)
     splits = load_splits(config.data, config.tokens, policy, session)
     # trees without an item of the loss (a prompt whose answers only tie) are read and not trained on
-    used = usable(config.loss, splits.train, config.data.training)
+    used = usable(config.loss, outlines(splits.train), config.data.training)
     # trees where they are exact for this model and these lengths, else one row per response
-    policy, why = settle(policy, config.model.layout, splits.train, also=_beyond(config, splits), train=True)
+    policy, why = settle(policy, config.model.layout, splits.train[:2], also=_computed(config, splits), train=True)
     session.self_check(policy, why)
-    packs = settled(config.train, config.model, policy, [splits.train[i] for i in used], session, resume=config.resume)
+    few = [[splits.train[i] for i in some] for some in looked_at(config.train, used)]
+    packs = settled(config.train, config.model, policy, few, session, resume=config.resume)
     return Begun(config.model_copy(update={"train": packs}), policy, splits, used)
 
 
-def _beyond(config: TrainConfig, splits: Splits) -> Iterator[TokenTree]:
-    """What is computed beside the training trees: held-out ones, samples of probes, KTO's mismatched pairs."""
-    yield from splits.eval
+def _computed(config: TrainConfig, splits: Splits) -> Iterator[TokenTree]:
+    """The longest of what is computed: trees of both splits, samples of probes, KTO's mismatched pairs."""
+    yield from extremes(splits.train)
+    yield from extremes(splits.eval)
     if (kl := config.watch.kl) is not None:
         trees = splits.eval or splits.train
         yield from (sampled_tree(tree.prompt_ids, kl.tokens) for tree in trees[: kl.prompts])
     if needs(config.loss).zero:
-        prompt = max((tree.prompt_ids for tree in splits.train), key=len)
-        yield sampled_tree(prompt, max(len(response) for tree in splits.train for response in tree.response_ids))
+        few = extremes(splits.train)
+        prompt = max((tree.prompt_ids for tree in few), key=len)
+        yield sampled_tree(prompt, max(len(response) for tree in few for response in tree.response_ids))
 
 
 def make_references(

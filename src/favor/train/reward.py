@@ -16,7 +16,7 @@ from torch import Tensor
 from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data.prepare import check_sources
 from favor.data.read import DataConfig
-from favor.data.splits import Splits
+from favor.data.splits import Splits, extremes, outlines
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import ConfigError
@@ -30,7 +30,7 @@ from favor.run import write_json, write_jsonl
 from favor.train.loggers import LoggedConfig
 from favor.train.loop import LoopConfig, RanksConfig, SaveConfig, can_be_split, make_training, turns
 from favor.train.optim import AdamW, OptimConfig
-from favor.train.packs import settled
+from favor.train.packs import looked_at, settled
 from favor.train.reference import identity
 from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, resumes, running
 from favor.train.step import Objective, step
@@ -85,9 +85,11 @@ def _learn(config: RewardTrainConfig, session: Session) -> Calibration | None:
     splits = load_splits(config.data, config.tokens, policy, session)
     splits.need_comparisons()
     _check_options(config.bradley_terry, splits)
-    policy, why = settle_scores(policy, config.model.layout, splits.train, also=splits.eval, train=True)
+    every = (*extremes(splits.train), *extremes(splits.eval))
+    policy, why = settle_scores(policy, config.model.layout, splits.train[:2], also=every, train=True)
     session.self_check(policy, why)
-    packs = settled(config.train, config.model, policy, splits.train, session, resume=config.resume)
+    few = [[splits.train[i] for i in some] for some in looked_at(config.train, range(len(splits.train)))]
+    packs = settled(config.train, config.model, policy, few, session, resume=config.resume)
     config = config.model_copy(update={"train": packs})
     held_out = [tree for tree in splits.eval if tree.comparisons]
     budget, world = config.train.budget, session.world
@@ -124,7 +126,7 @@ def _loop(
     config: RewardTrainConfig, policy: Policy, splits: Splits, session: Session, held_out: HeldOut | None
 ) -> None:
     width = config.bradley_terry.tie_width
-    used = [i for i, tree in enumerate(splits.train) if tree.comparisons or (width is not None and tree.ties)]
+    used = [i for i, tree in enumerate(outlines(splits.train)) if tree.comparisons or (width is not None and tree.ties)]
     inputs = recipe_hash(config) | identity(policy, config.tokens) | {"data": splits.identity}
     training = make_training(config, policy, used, session)
     objective = make_objective(config.bradley_terry, policy)
@@ -174,9 +176,9 @@ def gaps(policy: Policy, trees: Sequence[TokenTree], budget: int, world: World) 
 
 def _check_options(config: BradleyTerryConfig, splits: Splits) -> None:
     """An option that the data cannot feed is an error, not a silence."""
-    if config.margin_scale and not any(c.gaps for tree in splits.train for c in tree.comparisons):
+    if config.margin_scale and not any(c.gaps for tree in outlines(splits.train) for c in tree.comparisons):
         raise ConfigError("bradley_terry.margin_scale is set, but no row has a margin or scores; remove it")
-    if config.tie_width is not None and not any(tree.ties for tree in splits.train):
+    if config.tie_width is not None and not any(tree.ties for tree in outlines(splits.train)):
         raise ConfigError(
             "bradley_terry.tie_width is set, but the data holds no ties (tie = true, or equal scores); remove it"
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data.prepare import check_sources
 from favor.data.read import DataConfig
-from favor.data.splits import Splits
+from favor.data.splits import Splits, outlines
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
 from favor.errors import DataError
@@ -24,7 +24,7 @@ from favor.model.logprobs import response_logps
 from favor.train.loggers import LoggedConfig
 from favor.train.loop import LoopConfig, RanksConfig, SaveConfig, Training, can_be_split, make_training, turns
 from favor.train.optim import AdamW, OptimConfig
-from favor.train.packs import settled
+from favor.train.packs import looked_at, settled
 from favor.train.reference import identity
 from favor.train.session import OpenSession, Session, TrainingState, load_splits, recipe_hash, resumes, running
 from favor.train.step import Objective, step
@@ -61,7 +61,7 @@ def sft(config: SftConfig, open_session: OpenSession) -> None:
 def _tune(config: SftConfig, session: Session) -> None:
     policy = load_policy(config.model, config.seed, config.ranks.shard)
     splits = load_splits(config.data, config.tokens, policy, session)
-    used = [i for i, tree in enumerate(splits.train) if preferred(tree)]
+    used = [i for i, tree in enumerate(outlines(splits.train)) if preferred(tree)]
     if not used:
         raise DataError(
             f"{config.data.training}: no response to learn from, each is rejected by some row; give preferred ones"
@@ -70,8 +70,8 @@ def _tune(config: SftConfig, session: Session) -> None:
     every = (preferred_only(tree) for tree in (*(splits.train[i] for i in used), *_held_out(splits)))
     policy, why = settle(policy, config.model.layout, first, also=every, train=True)
     session.self_check(policy, why)
-    trees = [preferred_only(splits.train[i]) for i in used]
-    packs = settled(config.train, config.model, policy, trees, session, resume=config.resume)
+    few = [[preferred_only(splits.train[i]) for i in some] for some in looked_at(config.train, used)]
+    packs = settled(config.train, config.model, policy, few, session, resume=config.resume)
     config = config.model_copy(update={"train": packs})
     inputs = recipe_hash(config) | identity(policy, config.tokens) | {"data": splits.identity}
     training = make_training(config, policy, used, session)

@@ -48,9 +48,10 @@ def usable(config: LossConfig, trees: Iterable[TokenTree], source: str) -> list[
     """
     kept: list[int] = []
     found = terms(config)
+    reads = [(term, term.loss.reads()) for term in found]
     items = [0] * len(found)
     for index, tree in enumerate(trees):
-        _check_tree(found, tree, source)
+        _check_tree(reads, tree, source)
         counts = [_num_items(term.loss.items, tree) for term in found]
         items = [a + b for a, b in zip(items, counts, strict=True)]
         if any(counts):
@@ -69,11 +70,10 @@ def _num_items(items: str, tree: TokenTree) -> int:
     return len(tree.comparisons) + extra.get(items, 0)
 
 
-def _check_tree(found: Sequence[Term], tree: TokenTree, source: str) -> None:
+def _check_tree(found: Sequence[tuple[Term, set[str]]], tree: TokenTree, source: str) -> None:
     soft = any(comparison.label != 1.0 for comparison in tree.comparisons)
     unmarked = any(not _has_margins(comparison.gaps) for comparison in tree.comparisons)
-    for term in found:
-        reads = term.loss.reads()
+    for term, reads in found:
         if soft and "label_P" not in reads:
             raise ConfigError(
                 f"{source}, row {tree.row}: it has a soft label, which loss '{term.kind}' does not read; "
