@@ -6,7 +6,7 @@ Pure and deterministic. Next: ../model/logprobs.py.
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, combinations, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -155,7 +155,7 @@ def build(trees: Sequence[TokenTree], layout: Layout, pad_id: int = 0) -> Batch:
         position_BT=torch.from_numpy(position_BT),
         mask_BT=None if mask_BT is None else torch.from_numpy(mask_BT),
         nodes=nodes,
-        **_scored(paths, starts, where),
+        **_scored(paths, starts, where, ids_BT.shape[1]),
         **_comparisons(trees),
         num_naive_tokens=sum(map(len, paths)),
         idle=False,
@@ -249,8 +249,8 @@ def _padded(paths: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np
 
 
 def _scored(
-    paths: Sequence[Sequence[int]], starts: Sequence[int], where: Sequence[np.ndarray]
-) -> dict[str, torch.Tensor]:
+    paths: Sequence[Sequence[int]], starts: Sequence[int], where: Sequence[np.ndarray], width: int
+) -> dict[str, Any]:
     """Which positions need logits, which tokens are scored there, and which response each belongs to."""
     token_M = np.concatenate([w[start:] for w, start in zip(where, starts, strict=True)])
     # the logits that score a token stand at the position before it on its own path
@@ -260,19 +260,26 @@ def _scored(
     # a packed token has one parent, so the token's index names the scored edge
     _, first_E, edge_M = np.unique(token_M, return_index=True, return_inverse=True)
     head_N, edge_head_E = np.unique(parent_M[first_E], return_inverse=True)
+    # in the order of their heads: a range of heads scores a range of edges
+    order_E = np.argsort(edge_head_E, kind="stable")
+    column_C, head_column_N = np.unique(head_N % width, return_inverse=True)
     arrays = {
         "head_N": head_N,
-        "edge_head_E": edge_head_E,
-        "edge_target_E": target_M[first_E],
-        "member_edge_M": edge_M,
+        "edge_head_E": edge_head_E[order_E],
+        "edge_target_E": target_M[first_E][order_E],
+        "column_C": column_C,
+        "head_column_N": head_column_N,
+        "member_edge_M": np.argsort(order_E)[edge_M],
         "member_response_M": np.repeat(np.arange(len(paths)), length_R),
         "length_R": length_R,
         "last_R": np.array([w[-1] for w in where], np.int64),
     }
-    return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+    begins = np.searchsorted(arrays["edge_head_E"], np.arange(len(head_N) + 1))
+    made = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+    return made | {"edge_begins": tuple(begins.tolist())}
 
 
-def _comparisons(trees: Sequence[TokenTree]) -> dict[str, torch.Tensor]:
+def _comparisons(trees: Sequence[TokenTree]) -> dict[str, Any]:
     """Comparisons as index tensors: every pair a ranking implies, the rankings themselves, ties and thumbs."""
     rankings: list[Comparison] = []
     ties: list[Comparison] = []

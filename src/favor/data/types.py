@@ -121,12 +121,14 @@ class Batch:
     ids_BT, position_BT int64; `nodes` describe the tree attention of the packed row and are empty for
     padded rows, whose `mask_BT` (bool) marks real tokens. head_N int64 are flat indices into B*T of the
     positions whose next-token logits are needed; edge_head_E int64 indexes head_N and edge_target_E
-    int64 is the token scored there. member_edge_M / member_response_M int64 say which scored tokens make up
-    which response; last_R int64 is the flat index of each response's last token. chosen_P / rejected_P
-    int64 index R; weight_P, margin_P and label_P float32. ranking_QK int64, best first, padded with -1; weight_Q
-    float32; drop_QK float32 is how far each member's score lies below the best one's (0 where unknown). tie_U2 int64
-    indexes R, weight_U float32. thumb_I int64 indexes R, good_I bool, weight_I float32. index_R int64 is the
-    data-set-wide response index. `idle`: computed beside other ranks by one that has no trees; it counts for nothing.
+    int64 is the token scored there; edges are in the order of their heads, those of head n are edge_begins[n] to [n + 1].
+    column_C int64 are the columns of the rows that hold heads, head_column_N int64 which of them each head is in.
+    member_edge_M / member_response_M int64 say which scored tokens make up which response; last_R int64 is the flat
+    index of each response's last token. chosen_P / rejected_P int64 index R; weight_P, margin_P and label_P float32.
+    ranking_QK int64, best first, padded with -1; weight_Q float32; drop_QK float32 is how far each member's score lies
+    below the best one's (0 where unknown). tie_U2 int64 indexes R, weight_U float32. thumb_I int64 indexes R, good_I
+    bool, weight_I float32. index_R int64 is the data-set-wide response index. `idle`: computed beside other
+    ranks by one that has no trees; it counts for nothing.
     """
 
     ids_BT: Tensor
@@ -137,6 +139,10 @@ class Batch:
     head_N: Tensor
     edge_head_E: Tensor
     edge_target_E: Tensor
+    # known to the host, so that nothing waits for the device
+    edge_begins: tuple[int, ...]
+    column_C: Tensor
+    head_column_N: Tensor
     # and a response is the sum of its members: an edge that two responses share counts in both
     member_edge_M: Tensor
     member_response_M: Tensor
@@ -172,5 +178,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        mine = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if device.type == "cuda" and self.ids_BT.device.type == "cpu":
+            # what is not pinned is copied while everything waits
+            mine = {name: value.pin_memory() for name, value in mine.items()}
+        moved = {name: value.to(device, non_blocking=True) for name, value in mine.items()}
         return replace(self, **moved)  # pyright: ignore[reportArgumentType] (tensor fields only)

@@ -46,8 +46,9 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """Attention function in transformers' form: q [1, Hq, T, D], k and v [1, Hkv, T, D] -> [1, T, Hq, D].
 
-    `tree_nodes` (tuple of Node) arrives from the model call. Raises ConfigError when the model asks for
-    something that trees do not compute (soft-capping, sinks, a mask); the self-check turns that into rows.
+    `tree_nodes` (tuple of Node; on a GPU a function of q, k, v and scale, from engines.py) arrives from the model call.
+    Raises ConfigError when the model asks for something that trees do not compute (soft-capping, sinks, a mask); the
+    self-check turns that into rows.
     """
     asked = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if asked or attention_mask is not None:
@@ -57,8 +58,11 @@ def tree_attention(
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     key, value = key.to(query.dtype), value.to(query.dtype)
+    tree = kwargs["tree_nodes"]
     # [1, Hq, T, D] in, [1, Hq, T, D] out; transformers wants [1, T, Hq, D]
-    out = _TreeAttention.apply(query, key, value, kwargs["tree_nodes"], scale)
+    if not isinstance(tree, tuple):
+        return tree(query, key, value, scale).transpose(1, 2), None
+    out = _TreeAttention.apply(query, key, value, tree, scale)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2), None
 

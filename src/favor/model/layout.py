@@ -53,6 +53,18 @@ class Probe(NamedTuple):
     gradient: dict[str, Tensor]
 
 
+class Limits(NamedTuple):
+    """How far a way may be off: of a log-prob a token, of a gradient."""
+
+    value: float
+    gradient: float
+
+
+_EXACT = Limits(_TOLERANCE, _GRADIENT)
+# A GPU's attention may be off so many times what padded rows in bfloat16 are, and this beside.
+_TIMES, _FLOOR = 3, Limits(2e-3, 2e-2)
+
+
 def settle(
     policy: Policy,
     asked: str,
@@ -64,9 +76,10 @@ def settle(
 ) -> tuple[Policy, str]:
     """Choose trees where they are exact, else one row per response; returns the policy and the reason.
 
-    trees and `also` are all that will be computed, for the longest path counts. With `train` gradients must agree too.
-    Raises ConfigError when `layout = "tree"` was asked of a model that cannot; CheckpointError when the model does not
-    run, or a later token changes an earlier log-prob; NumericsError when no way of computing it equals plain transformers.
+    trees and `also` are all that will be computed, for the longest path counts. With `train` gradients must agree too, and
+    a GPU's ways of computing are timed. Raises ConfigError when trees were asked of a model that cannot; CheckpointError
+    when the model does not run, or a later token changes an earlier log-prob; NumericsError when no way of computing it
+    equals plain transformers.
     """
     row, exact = _longest(policy, itertools.chain(trees, also)), precise(policy)
     config, longest = policy.causal_lm.config.get_text_config().to_dict(), longest_path(row)
@@ -82,9 +95,12 @@ def settle(
         found, obstacle = _try(exact, "tree", truths, method)
         if found is not None:
             why = "prompt trees, checked against the plain path on this model"
+            if policy.device.type != "cpu":
+                found, how = _on_gpu(policy, found, asked, truths, method, trees if train else ())
+                why = f"{why}; {how}" if found.layout == "tree" else how
             return _finished(policy, found, why, truths[0], method)
-    if asked == "tree":
-        raise ConfigError(f"model.layout is 'tree', but {obstacle}; set model.layout=auto")
+    if asked not in ("auto", "rows"):
+        raise ConfigError(f"model.layout is {asked!r}, but {obstacle}; set model.layout=auto")
     found, difference = _try(exact, "rows", truths, method)
     if found is None:
         raise NumericsError(
@@ -196,8 +212,19 @@ def _try(policy: Policy, layout: Layout, truths: Sequence[Probe], method: Method
     return None, problem
 
 
-def _difference(policy: Policy, truth: Probe, method: Method) -> str | None:
+def _difference(policy: Policy, truth: Probe, method: Method, limits: Limits = _EXACT) -> str | None:
     """How far the policy is from plain transformers, when rounding does not explain it."""
+    value, name, gradient = _off(policy, truth, method)
+    if value > limits.value:
+        what = "log-probs {:.2g} nats per token" if method.causal else "scores {:.2g}"
+        return f"the self-check found {what.format(value)} off the plain path"
+    if gradient > limits.gradient:
+        return f"the self-check found gradients of {name} {gradient:.2g} of their norm off the plain path"
+    return None
+
+
+def _off(policy: Policy, truth: Probe, method: Method) -> tuple[float, str, float]:
+    """How far the policy is from plain transformers: a token, and the parameter whose gradient is furthest, relative to it."""
     batch = build(truth.trees, policy.layout).to(policy.device)
     with torch.set_grad_enabled(bool(truth.gradient)):
         value_R = method.measure(policy, batch)
@@ -206,15 +233,48 @@ def _difference(policy: Policy, truth: Probe, method: Method) -> str | None:
     size_R = batch.length_R if method.causal else torch.ones_like(batch.length_R)
     off_R = (value_R.detach().double() - truth.value_R).abs() / (size_R + truth.value_R.abs())
     worst = float(off_R.nan_to_num(float("inf")).max())
-    if worst > _TOLERANCE:
-        what = "log-probs {:.2g} nats per token" if method.causal else "scores {:.2g}"
-        return f"the self-check found {what.format(worst)} off the plain path"
-    if not truth.gradient:
-        return None
-    name, worst = _worst_gradient(found, truth.gradient)
-    if worst > _GRADIENT:
-        return f"the self-check found gradients of {name} {worst:.2g} of their norm off the plain path"
-    return None
+    name, gradient = _worst_gradient(found, truth.gradient) if truth.gradient else ("", 0.0)
+    return worst, name, math.inf if math.isnan(gradient) else gradient
+
+
+def _on_gpu(
+    policy: Policy, exact: Policy, asked: str, truths: Sequence[Probe], method: Method, timed: Sequence[TokenTree]
+) -> tuple[Policy, str]:
+    """Which attention computes the trees there: checked against plain transformers, in bfloat16 as near as its own rows are."""
+    from favor.model import engines
+
+    limits = {torch.float32: _EXACT}
+    if policy.compute_dtype != torch.float32:
+        limits[policy.compute_dtype] = _rounding(replace(exact, compute_dtype=policy.compute_dtype), truths, method)
+
+    def attend(candidate: Policy) -> None:
+        use_attention(candidate, attention.NAME if candidate.layout == "tree" else policy.plain_attention)
+
+    def check(candidate: Policy) -> str | None:
+        allowed = limits[candidate.compute_dtype]
+        try:
+            attend(candidate)
+            return next(filter(None, (_difference(candidate, truth, method, allowed) for truth in truths)), None)
+        except _FAILURES as error:
+            return first_line(error)
+
+    def clock(candidate: Policy) -> float:
+        attend(candidate)
+        return engines.seconds_of(
+            candidate, timed, lambda batch: _gradient(candidate, method.measure(candidate, batch).sum())
+        )
+
+    found, why = engines.chosen(policy, exact, asked, check, clock if timed else None)
+    attend(found)
+    return found, why
+
+
+def _rounding(policy: Policy, truths: Sequence[Probe], method: Method) -> Limits:
+    """A few times what these products cost padded rows under the model's own attention."""
+    use_attention(policy, policy.plain_attention)
+    rows = replace(policy, layout="rows", attention="parts")
+    values, _, gradients = zip(*(_off(rows, truth, method) for truth in truths), strict=True)
+    return Limits(_TIMES * max(values) + _FLOOR.value, _TIMES * max(gradients) + _FLOOR.gradient)
 
 
 def _worst_gradient(found: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[str, float]:

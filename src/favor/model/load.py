@@ -4,9 +4,7 @@ In: ModelConfig. Out: Policy. LoRA through peft; the policy stays in eval mode, 
 Rotary frequencies that depend on the longest row of a batch are made to depend on each row alone. Next: attention.py.
 """
 
-import ctypes
 import hashlib
-import platform
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -51,8 +49,8 @@ class ModelConfig(BaseModel):
     """What products are computed in while training; the weights are read as float32 numbers either way."""
     weights: Literal["float32", "bfloat16", "nf4"] = "float32"
     """How weights that do not train are kept: bfloat16 takes half and changes no number; nf4 (QLoRA) rounds a base to 4 bits."""
-    layout: Literal["auto", "tree", "rows"] = "auto"
-    """Prompt trees or one padded row per response; auto takes trees where they are exact for this model."""
+    layout: Literal["auto", "tree", "rows", "fa2", "fa3", "fa4", "flex"] = "auto"
+    """Prompt trees where they are exact (auto), or one padded row per response; on a GPU a name chooses the trees' attention."""
     gradient_checkpointing: bool | Annotated[int, Field(ge=2)] = False
     """Recompute layers in the backward pass: less memory, more time; a number k: every k-th layer alone."""
     trust_remote_code: bool = False
@@ -64,6 +62,17 @@ class ModelConfig(BaseModel):
     def _device_exists(self) -> "ModelConfig":
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("model.device is 'cuda' but torch sees no GPU; set model.device=auto")
+        return self
+
+    @model_validator(mode="after")
+    def _layout_can_run(self) -> "ModelConfig":
+        if self.layout not in ("auto", "tree", "rows"):
+            if self.device == "cpu" or not torch.cuda.is_available():
+                raise ValueError(f"model.layout = {self.layout!r} is for GPUs alone; set model.layout=auto")
+            if self.layout != "flex" and self.dtype == "float32":
+                raise ValueError(
+                    f"model.layout = {self.layout!r} computes in bfloat16 alone; set model.dtype=bfloat16, or model.layout=auto"
+                )
         return self
 
     @model_validator(mode="after")
@@ -105,7 +114,8 @@ class Policy:
 
     `model` is what trains and saves (a PeftModel under LoRA); `backbone` ends before the LM head;
     `fast_head` is a plain linear head, or None when the model does more to its logits. Weights are float32 but for
-    `kept_bytes` in the format `weights`; `compute_dtype` bfloat16 means autocast. `layout` says whether trees may be computed.
+    `kept_bytes` in the format `weights`; `compute_dtype` bfloat16 means autocast. `layout` says whether trees may be computed,
+    `attention` how (engines.py; "parts" is attention.py's own), `exact_attention` how in float32.
     `root`: what forwards run within when weights are split over ranks (split.py), else None.
     """
 
@@ -121,6 +131,8 @@ class Policy:
     kept_bytes: int = 0
     weights: str = "float32"
     root: Any = None
+    attention: str = "parts"
+    exact_attention: str = "parts"
 
     @property
     def lora(self) -> bool:
@@ -282,7 +294,7 @@ def make_policy(
 
 def precise(policy: Policy) -> Policy:
     """The same policy with float32 products: how everything is measured."""
-    return replace(policy, compute_dtype=torch.float32)
+    return replace(policy, compute_dtype=torch.float32, attention=policy.exact_attention)
 
 
 def precision_of(dtype: torch.dtype | str) -> str:
@@ -324,16 +336,6 @@ def use_attention(policy: Policy, name: str) -> None:
     # models of several parts refuse the very name they came with, as one part does not know it
     if attention_name(policy.causal_lm) != name:
         policy.causal_lm.set_attn_implementation(name)
-
-
-def memory_settings() -> None:
-    """Let glibc keep freed memory (Linux): large CPU tensors are then not paged in again at every step."""
-    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL("libc.so.6")
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    libc.mallopt(m_mmap_threshold, 1 << 30)
-    libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def attention_name(model: PreTrainedModel) -> str:

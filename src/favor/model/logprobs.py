@@ -4,7 +4,7 @@ In: a Policy and a Batch. Out: logp_R, the sum in nats over each response's toke
 token included, prompt excluded. Next: attention.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -16,8 +16,8 @@ from favor.model.load import Policy
 T = TypeVar("T")
 # Keep the probabilities of a batch for the backward up to this size, else compute the tiles again.
 _KEEP_BYTES = 1 << 30
-# A tile of logits of this size stays in a last-level cache between the matrix product and the softmax.
-_TILE_BYTES = 1 << 24
+# A tile of logits of this size stays in a last-level cache between the matrix product and the softmax; GPUs want more.
+_TILE_BYTES, _GPU_TILE_BYTES = 1 << 24, 1 << 28
 # Tokens of a row from which on plain transformers is not asked for all its logits.
 _LONG_ROW = 512
 
@@ -66,7 +66,7 @@ def edge_logps(policy: Policy, batch: Batch) -> Tensor:
     # head_N are places, edge_E is which place and which token: "a" -> "b" and "a" -> "c" share a place, not an edge
     if policy.fast_head is None:
         with precision(policy):
-            logits_NV = _full_head(policy, batch, _inputs(batch))
+            logits_NV = _full_head(policy, batch)
         return logits_NV.float().log_softmax(-1)[batch.edge_head_E, batch.edge_target_E]
     return logps_of_states(policy, batch, head_states(policy, batch, batch.head_N))
 
@@ -95,7 +95,7 @@ def mean_overlap(policy: Policy, batch: Batch) -> Tensor:
     def forward() -> Tensor:
         with precision(policy):
             if policy.fast_head is None:
-                return _full_head(policy, batch, _inputs(batch))
+                return _full_head(policy, batch)
             return _logits(head_states(policy, batch, batch.head_N), policy.fast_head.weight, policy.fast_head.bias)
 
     with torch.no_grad():
@@ -105,16 +105,18 @@ def mean_overlap(policy: Policy, batch: Batch) -> Tensor:
 
 def head_states(policy: Policy, batch: Batch, flat_index: Tensor) -> Tensor:
     """The backbone's last hidden states at flat places of the batch: [positions, hidden], in the compute dtype; inside `within`."""
+    inputs, index_N = _inputs(policy, batch, flat_index)
     # [B, T, H] -> [B T, H] -> [N, H]: the head sees only the places that score a token
     with precision(policy):
-        return policy.backbone(**_inputs(batch)).last_hidden_state.flatten(0, 1)[flat_index]
+        return policy.backbone(**inputs).last_hidden_state.flatten(0, 1)[index_N]
 
 
 def logps_of_states(policy: Policy, batch: Batch, hidden_NH: Tensor) -> Tensor:
     """Log-probability of every scored token from the states at head_N, through the linear head: float32 [E], nats."""
     assert policy.fast_head is not None
     weight_VH, bias_V = policy.fast_head.weight, policy.fast_head.bias
-    logp_E = _ScoredHead.apply(hidden_NH, weight_VH, bias_V, batch.edge_head_E, batch.edge_target_E)
+    edges = (batch.edge_head_E, batch.edge_target_E, batch.edge_begins)
+    logp_E = _ScoredHead.apply(hidden_NH, weight_VH, bias_V, *edges)
     assert isinstance(logp_E, Tensor)
     return logp_E
 
@@ -126,20 +128,25 @@ def precision(policy: Policy) -> torch.autocast:
     return torch.autocast(policy.device.type, torch.bfloat16, enabled=wanted, cache_enabled=cached)
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
+def _inputs(policy: Policy, batch: Batch, index: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """What the model is called with, and where the tokens of an index stand in it."""
     common = {"input_ids": batch.ids_BT, "position_ids": batch.position_BT, "use_cache": False}
+    if batch.mask_BT is not None:
+        return common | {"attention_mask": batch.mask_BT.long()}, index
     # a packed row has no mask: tree_nodes reach attention.py through the model's own keyword arguments
-    if batch.mask_BT is None:
-        return common | {"tree_nodes": batch.nodes}
-    return common | {"attention_mask": batch.mask_BT.long()}
+    if policy.attention == "parts":
+        return common | {"tree_nodes": batch.nodes}, index
+    # only GPUs come here
+    from favor.model import engines
+
+    return engines.inputs(policy.attention, batch, common, index)
 
 
-def _full_head(policy: Policy, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+def _full_head(policy: Policy, batch: Batch) -> Tensor:
     """The model's own head with everything it does to logits, on the columns that hold a scored position."""
-    width = batch.ids_BT.shape[1]
-    columns, column_N = torch.unique(batch.head_N % width, return_inverse=True)
-    logits = policy.model(**inputs, logits_to_keep=columns).logits
-    return logits[batch.head_N // width, column_N]
+    inputs, column_C = _inputs(policy, batch, batch.column_C)
+    logits = policy.model(**inputs, logits_to_keep=column_C).logits
+    return logits[batch.head_N // batch.ids_BT.shape[1], batch.head_column_N]
 
 
 class _ScoredHead(torch.autograd.Function):
@@ -157,8 +164,10 @@ class _ScoredHead(torch.autograd.Function):
         bias_V: Tensor | None,
         edge_head_E: Tensor,
         edge_target_E: Tensor,
+        edge_begins: tuple[int, ...],
     ) -> Tensor:
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, edge_head_E, edge_target_E)
+        ctx.edge_begins = edge_begins
         count, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
         needed = any(ctx.needs_input_grad)
         # widened or narrowed once, not once a tile
@@ -168,7 +177,7 @@ class _ScoredHead(torch.autograd.Function):
         probs_NV = hidden_NH.new_empty((count, vocabulary), dtype=torch.float32) if keep else None
         top_N = hidden_NH.new_empty(count, dtype=torch.float32)
         logit_E = hidden_NH.new_empty(edge_head_E.shape[0], dtype=torch.float32)
-        for start, stop, edges in _tiles(count, vocabulary, edge_head_E):
+        for start, stop, edges in _tiles(count, _rows(hidden_NH, vocabulary), edge_begins):
             # [tile, V]: the one moment at which these logits exist
             logits = _logits(hidden_NH[start:stop], cast_VH, bias_V)
             logit_E[edges] = logits[edge_head_E[edges] - start, edge_target_E[edges]]
@@ -190,7 +199,10 @@ class _ScoredHead(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         cast = weight_VH.to(hidden_NH.dtype)
-        for start, stop, edges in _tiles(*_grid(ctx.probs_NV, hidden_NH, weight_VH), edge_head_E):
+        count = hidden_NH.shape[0]
+        # kept probabilities are one big tile: fewer, larger products
+        rows = count if ctx.probs_NV is not None else _rows(hidden_NH, weight_VH.shape[0])
+        for start, stop, edges in _tiles(count, rows, ctx.edge_begins):
             # [tile, V]: -c softmax, then + g at the scored tokens
             grad = _probabilities(ctx, cast, start, stop).mul_(-share_N[start:stop, None])
             grad.index_put_((edge_head_E[edges] - start, edge_target_E[edges]), grad_E[edges], accumulate=True)
@@ -201,12 +213,7 @@ class _ScoredHead(torch.autograd.Function):
             if grad_weight is not None:
                 _add_product(grad_weight, grad, hidden_NH[start:stop])
         ctx.probs_NV = None
-        return grad_hidden, grad_weight, grad_bias, None, None
-
-
-def _grid(probs_NV: Tensor | None, hidden_NH: Tensor, weight_VH: Tensor) -> tuple[int, int]:
-    """Kept probabilities are one big tile in the backward: fewer, larger products."""
-    return hidden_NH.shape[0], 1 if probs_NV is not None else weight_VH.shape[0]
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def _add_product(total_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor) -> None:
@@ -230,13 +237,13 @@ def _logits(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
     return nn.functional.linear(hidden, weight_VH.to(hidden.dtype), bias).float()
 
 
-def _tiles(count: int, vocabulary: int, edge_head_E: Tensor) -> list[tuple[int, int, Tensor]]:
+def _rows(hidden: Tensor, vocabulary: int) -> int:
+    """Positions whose logits make up a tile."""
+    return max(1, (_TILE_BYTES if hidden.device.type == "cpu" else _GPU_TILE_BYTES) // (4 * vocabulary))
+
+
+def _tiles(count: int, rows: int, edge_begins: tuple[int, ...]) -> Iterator[tuple[int, int, slice]]:
     """Row ranges of one tile each, with the scored tokens whose position falls into them."""
-    rows = max(1, _TILE_BYTES // (4 * vocabulary))
-    if rows >= count:
-        return [(0, count, torch.arange(edge_head_E.shape[0], device=edge_head_E.device))]
-    tile_E = edge_head_E // rows
-    return [
-        (start, min(start + rows, count), (tile_E == index).nonzero().squeeze(1))
-        for index, start in enumerate(range(0, count, rows))
-    ]
+    for start in range(0, count, rows):
+        stop = min(start + rows, count)
+        yield start, stop, slice(edge_begins[start], edge_begins[stop])

@@ -69,12 +69,13 @@ def surrogate(config: LossConfig, policy: Policy, whole: Whole, stats: Mapping[s
     value = (term_sums(config, seen, all_of_it) / counts.clamp_min(1e-12)).sum()
     (coefficient_M,) = torch.autograd.grad(value, leaf_M)
     start_R = all_of_it.length_R.cumsum(0) - all_of_it.length_R
-    row_of = {index: row for row, index in enumerate(all_of_it.index_R.tolist())}
+    index_R, row_R = all_of_it.index_R.sort()
     reports = _once(value.detach() * all_of_it.num_responses, stats, here=world.is_main)
 
     def loss(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        row_R = torch.tensor([row_of[index] for index in batch.index_R.tolist()], device=leaf_M.device)
-        place_M = start_R[row_R][batch.member_response_M] + position_M(batch)
+        place_M = start_R[row_R[torch.searchsorted(index_R, batch.index_R)]][batch.member_response_M] + position_M(
+            batch
+        )
         logp_M = scored_logps(policy, batch).double()[batch.member_edge_M]
         linear = (coefficient_M[place_M] * logp_M).sum() * all_of_it.num_responses
         share, figures = next(reports)

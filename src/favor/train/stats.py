@@ -110,8 +110,8 @@ def batch_sums(config: LossConfig, scored: Scored, batch: Batch) -> dict[str, Te
         "referenced": none if free else ones_P.sum(),
         "good": batch.good_I.double().sum(),
         "bad": (~batch.good_I).double().sum(),
-        "reward_good": thumb_I[batch.good_I].sum(),
-        "reward_bad": thumb_I[~batch.good_I].sum(),
+        "reward_good": thumb_I.where(batch.good_I, 0).sum(),
+        "reward_bad": thumb_I.where(~batch.good_I, 0).sum(),
     }
 
 

@@ -69,7 +69,8 @@ def step(learner: Learner, batches: Sequence[Batch], objective: Objective) -> St
     values = sum_(sums, learner.world)
     norm = (clip_ if learner.split else nn.utils.clip_grad_norm_)(learner.parameters.values(), learner.clip)
     # the step's one synchronisation: a broken step must be seen before it reaches the weights
-    *numbers, grad_norm = torch.cat([values, norm.double().view(1)]).tolist()
+    *numbers, grad_norm, items = torch.cat([values, norm.double().view(1), total.sum().view(1)]).tolist()
+    assert items > 0, "an optimizer batch holds at least one item"
     result = Stepped(dict(zip(("loss", *objective.stats), numbers, strict=True)), grad_norm)
     _check(result)
     learner.optimizer.step()
@@ -83,9 +84,7 @@ def global_count(learner: Learner, batches: Iterable[Batch], objective: Objectiv
     for batch in batches:
         if not batch.idle:
             local += torch.tensor(objective.count(batch), dtype=torch.float64)
-    total = sum_(local.to(learner.device), learner.world)
-    assert bool((total > 0).any()), "an optimizer batch holds at least one item"
-    return total
+    return sum_(local.to(learner.device), learner.world)
 
 
 def _accumulate(learner: Learner, batches: Sequence[Batch], objective: Objective, total: Tensor) -> Tensor:
