@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo fault frontier matrix zoo coverage broken-models bad-settings bad-sources settings-doc docs test dist test-all check smoke lock bench clean
+.PHONY: demo fault frontier matrix zoo coverage broken-models bad-settings bad-sources settings-doc docs test dist test-all check smoke lock bench bench-gpu clean
 
 demo: .venv/.ready
 	$(BIN)/favor demo
@@ -80,6 +80,11 @@ lock:
 	echo "torch; sys_platform == 'none'" > build/lock/without-torch.txt
 	build/lock/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
 		--constraint constraints.txt --override build/lock/without-torch.txt --output-file requirements.lock pyproject.toml
+
+# on a GPU: MFU, pairs a second, peak memory, beside TRL
+bench-gpu: .venv/.ready
+	$(BIN)/pip install --quiet --constraint constraints.txt -e ".[bench]"
+	$(BIN)/python benchmarks/gpu.py
 
 bench: .venv/.ready
 	$(BIN)/pip install --quiet --constraint constraints.txt -e ".[bench]"

@@ -9,6 +9,7 @@ import time
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--precompute", action="store_true")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--gpu", action="store_true")
     args = parser.parse_args()
     rows = [json.loads(line) for line in open(args.data, encoding="utf-8")]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -70,7 +72,7 @@ def main() -> None:
         max_length=None,
         bf16=args.bf16,
         gradient_checkpointing=False,
-        use_cpu=True,
+        use_cpu=not args.gpu,
         disable_dropout=True,
         train_sampling_strategy="sequential",
         precompute_ref_log_probs=args.precompute,
@@ -89,6 +91,7 @@ def main() -> None:
     began = time.monotonic()
     trainer.train()
     result = {
+        "peak_bytes": torch.cuda.max_memory_allocated() if args.gpu else 0,
         "train_s": clock.seconds[-1] - began,
         "reference_s": trainer.reference_seconds,
         "step_s": [b - a for a, b in zip([began, *clock.seconds], clock.seconds, strict=False)],
