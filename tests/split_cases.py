@@ -14,16 +14,16 @@ from favor.losses.table import make_loss
 from favor.model import split
 from favor.model.adapters import LoraSettings
 from favor.model.layout import settle
-from favor.model.load import ModelConfig, frozen_copy, make_policy, sharded, weights_hash
+from favor.model.load import ModelConfig, frozen_copy, load_policy, make_policy, sharded, weights_hash
 from favor.model.logprobs import response_logps
-from favor.parts import whole
+from favor.parts import assign_, whole
 from favor.ranks import World, barrier, world
 from favor.run import RunFolder
 from favor.stop import stop_signals
 from favor.train import ppo, preference, reward, sft
 from favor.train.loop import micro_batches
 from favor.train.optim import AdamW, make_optimizer
-from favor.train.reference import Reference, live
+from favor.train.reference import Reference, base_of, live
 from favor.train.session import Session
 from favor.train.step import Learner, step
 
@@ -187,6 +187,47 @@ def case_bfloat16(folder, members):
                 float((whole(gradients[name]) / members.size - theirs).norm()) <= 1e-5 * float(theirs.norm()) + 1e-6
             ), name
             assert policy.trainable()[name].dtype == parameter.dtype == torch.float32
+
+
+def case_kept(folder, members):
+    """LoRA on a base kept in bfloat16: the numbers, bit for bit, and the gradient of one process; half the bytes are split."""
+    place = folder / "kept"
+    if members.is_main:
+        model = tiny.model("llama")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())
+        model.save_pretrained(place)
+        tiny.tokenizer().save_pretrained(place)
+    barrier(members)
+    for more in ({}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}):
+        words = {"path": str(place), "lora": LoraSettings(rank=2), **more}
+        found, right = (load_policy(ModelConfig(**words, weights="bfloat16"), 3, how) for how in ("full", "none"))
+        assert found.root is not None
+        assert weights_hash(found) == weights_hash(right)
+        kept = [p for p in found.model.parameters() if p.dtype == torch.bfloat16]
+        assert len(kept) == 2 * 7 + 1, "the matrices of two layers, and the embedding that is the head too"
+        assert sum(p.to_local().numel() for p in kept) <= sum(p.numel() for p in kept) / members.size + 9 * 48
+        found, right = (settle(one, "auto", test_invariance.forest(), train=True)[0] for one in (found, right))
+        batch = micro_batches(test_invariance.forest(), found, 1000, ALONE)[0]
+        # adapters begin at zero: the policy is its reference
+        with torch.no_grad():
+            assert torch.equal(response_logps(found, batch), live(base_of(found), "").logps(batch))
+        for policy in (found, right):
+            with torch.no_grad():
+                for name, parameter in policy.trainable().items():
+                    if "lora_B" in name:
+                        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) / 9
+                        assign_(parameter, noise)
+        mine, theirs = response_logps(found, batch), response_logps(right, batch)
+        assert torch.equal(mine, theirs)
+        gradients = split.gradient(found.trainable(), mine.sum())
+        expected = torch.autograd.grad(theirs.sum(), list(right.trainable().values()))
+        for name, value in zip(right.trainable(), expected, strict=True):
+            away = float((whole(gradients[name]) / members.size - value).norm())
+            assert away <= 1e-5 * float(value.norm()) + 1e-6, name
+    adapted = {"path": str(place), "lora": {"rank": 2}, "weights": "bfloat16"}
+    both("train", folder, members, "on-kept", model=adapted)
 
 
 def case_copy(folder, members):

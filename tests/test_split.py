@@ -56,6 +56,7 @@ def test_two_ranks_hold_half_each_and_give_what_one_gives(tmp_path):
     [
         (2, ["train"]),
         (2, ["bfloat16", "updates"]),
+        (2, ["kept"]),
         (2, ["options"]),
         (2, ["commands"]),
         (4, ["bytes", "updates"]),
@@ -127,7 +128,7 @@ def test_ppo_splits_one_model_only(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["model.lora.rank=2", "model.weights=bfloat16"], "splits float32 weights only"),
+        (["model.lora.rank=2", "model.weights=nf4"], "which ranks.shard cuts"),
         (["optim.kind=adamw8bit"], "which ranks.shard cuts"),
     ],
 )

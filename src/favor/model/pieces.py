@@ -37,6 +37,9 @@ def load(config: ModelConfig, seed: int, how: Shard, members: World) -> Policy |
 
     Raises CheckpointError for a model that cannot be read, ConfigError as `split` and `make_policy` do.
     """
+    if config.weights != "float32":
+        # which of them bfloat16 holds exactly is known when they are read
+        return None
     check_path(config.path)
     tokenizer = load_tokenizer(config)
     with readable(config.path):

@@ -87,10 +87,10 @@ R = TypeVar("R", bound=Recipe)
 
 def can_be_split(recipe: R) -> R:
     """The recipe as it is. Raises ValueError for what weights that are split over ranks do not go with yet."""
-    if recipe.ranks.shard != "none" and recipe.model.weights != "float32":
+    if recipe.ranks.shard != "none" and recipe.model.weights == "nf4":
         raise ValueError(
-            f"ranks.shard splits float32 weights only, and model.weights is '{recipe.model.weights}'; leave it at float32, "
-            "or set ranks.shard=none"
+            "model.weights = 'nf4' packs two numbers in a byte, with one size for 64 of them, which ranks.shard cuts; "
+            "set model.weights=bfloat16, or ranks.shard=none"
         )
     if recipe.ranks.shard != "none" and recipe.optim.kind == "adamw8bit":
         raise ValueError(
