@@ -58,7 +58,11 @@ MODELS = {
     "dpo, rsLoRA": {"lora": {"rslora": True}},
     "dpo, DoRA": {"lora": {"dora": True}},
     "dpo, DoRA on weights in bfloat16": {"weights": "bfloat16", "lora": {"dora": True}},
+    "dpo, products in bfloat16x2": {"dtype": "bfloat16x2"},
 }
+# how far from plain float32 a cell may be: DiscoPOP's slope is 1/tau = 20 times DPO's, and so is what float32 log-probs leave
+# in it; activations in bfloat16 are rounded to 8 bits
+WITHIN = {"discopop": 5e-5, "dpo, products in bfloat16x2": 2e-2}
 VARIANTS |= {name: {"kind": "dpo"} for name in MODELS}
 BETA = 0.3
 
@@ -277,8 +281,8 @@ def main():
         for column in columns:
             kind, what = outcome(Cell(variant, *column))
             if kind == "equal":
-                worst = max(worst, what)
-                row.append("ok" if what < 1e-5 else f"{what:.0e}")
+                worst = max(worst, what if variant not in WITHIN else 0.0)
+                row.append("ok" if what < WITHIN.get(variant, 1e-5) else f"{what:.0e}")
             else:
                 refusals.add(what)
                 row.append("refused")

@@ -115,7 +115,7 @@ def _evaluate(
         config.max_tokens_per_pack,
         lambda done: progress("held-out pairs", done, total),
     )
-    figures = {"beta": subject.beta, "precision": precision_of(policy.compute_dtype), **pairs.as_json(), "kl": None}
+    figures = {"beta": subject.beta, "precision": precision_of(policy.products), **pairs.as_json(), "kl": None}
     if config.sample_prompts:
         records, found = _samples(config, subject, progress)
         figures |= found
@@ -147,7 +147,7 @@ def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) 
     drawn = [sampled_tree(tree.prompt_ids, config.sample.max_new_tokens) for tree in trees[: config.sample_prompts]]
     policy, why = settle(policy, recipe.model.layout, trees, also=drawn)
     reference, _ = settle(reference, policy.layout, trees, also=drawn)
-    say(f"precision: {precision_of(policy.compute_dtype)}; layout: {why}")
+    say(f"precision: {precision_of(policy.products)}; layout: {why}")
     return Subject(policy, reference, texts, trees, config.beta or recipe.scale)
 
 

@@ -18,8 +18,9 @@ from favor.data.batches import build
 from favor.data.types import Batch, Layout, TokenTree
 from favor.errors import CheckpointError, ConfigError, NumericsError, first_line
 from favor.model import attention, split
-from favor.model.load import Policy, check_ids, length_dependent, precise, use_attention
+from favor.model.load import Policy, check_ids, precise, use_attention
 from favor.model.logprobs import plain_logits, plain_logp, response_logps, within
+from favor.model.rotary import length_dependent
 
 # Layer types of transformers' configs in which a token sees its whole past through softmax attention.
 _TREE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -318,10 +319,10 @@ def _finished(policy: Policy, found: Policy, why: str, truth: Probe, method: Met
     if found.compute_dtype == torch.float32:
         return found, why
     if not bool(torch.isfinite(value_R).all()):
-        raise NumericsError(f"{policy.source}: its outputs overflow in bfloat16; set model.dtype=float32")
+        raise NumericsError(f"{policy.source}: its outputs overflow in {found.products}; set model.dtype=float32")
     off_R = (value_R - truth.value_R).abs()
     return found, (
-        f"{why}; bfloat16 costs {float(off_R.mean()):.2g} nats a response on average and {float(off_R.max()):.2g} at most, "
+        f"{why}; {found.products} costs {float(off_R.mean()):.2g} nats a response on average and {float(off_R.max()):.2g} at most, "
         "on the rows checked"
     )
 

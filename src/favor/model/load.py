@@ -5,16 +5,14 @@ Rotary frequencies that depend on the longest row of a batch are made to depend 
 """
 
 import hashlib
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -26,6 +24,7 @@ from favor.errors import CheckpointError, ConfigError
 from favor.model.adapters import LoraSettings, load_adapted, with_lora
 from favor.model.four_bits import numbers
 from favor.model.kept import keep
+from favor.model.rotary import row_by_row
 from favor.model.weights import Unmatched, check_path, check_there, load_weights, readable
 from favor.ranks import Shard, current
 
@@ -45,8 +44,8 @@ class ModelConfig(BaseModel):
     """Branch, tag or commit on the hub."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it is computed; auto takes the GPU where there is one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What products are computed in while training; the weights are read as float32 numbers either way."""
+    dtype: Literal["float32", "bfloat16", "bfloat16x2"] = "float32"
+    """What products are computed in while training: bfloat16 reads 8 bits of every weight, bfloat16x2 16 or more, in two parts."""
     weights: Literal["float32", "bfloat16", "nf4"] = "float32"
     """How weights that do not train are kept: bfloat16 takes half and changes no number; nf4 (QLoRA) rounds a base to 4 bits."""
     layout: Literal["auto", "tree", "rows", "fa2", "fa3", "fa4", "flex"] = "auto"
@@ -89,6 +88,15 @@ class ModelConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _two_parts_can_be_read(self) -> "ModelConfig":
+        if self.dtype == "bfloat16x2" and self.weights == "nf4":
+            raise ValueError(
+                "model.weights = 'nf4' has weights of 4 bits, of which model.dtype = 'bfloat16x2' would read one part; "
+                "set model.dtype=float32 or bfloat16"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _four_bits_can_be_read(self) -> "ModelConfig":
         if self.weights == "nf4" and find_spec("bitsandbytes") is None:
             raise ValueError(
@@ -114,8 +122,8 @@ class Policy:
 
     `model` is what trains and saves (a PeftModel under LoRA); `backbone` ends before the LM head;
     `fast_head` is a plain linear head, or None when the model does more to its logits. Weights are float32 but for
-    `kept_bytes` in the format `weights`; `compute_dtype` bfloat16 means autocast. `layout` says whether trees may be computed,
-    `attention` how (engines.py; "parts" is attention.py's own), `exact_attention` how in float32.
+    `kept_bytes` in the format `weights`; `compute_dtype` bfloat16 means autocast (`two_parts`: two_parts.py). `layout` says whether
+    trees may be computed, `attention` how (engines.py; "parts" is attention.py's own), `exact_attention` how in float32.
     `root`: what forwards run within when weights are split over ranks (split.py), else None.
     """
 
@@ -133,6 +141,14 @@ class Policy:
     root: Any = None
     attention: str = "parts"
     exact_attention: str = "parts"
+    two_parts: bool = False
+
+    @property
+    def products(self) -> str:
+        """What products are computed in, as model.dtype has it."""
+        if self.compute_dtype == torch.float32:
+            return "float32"
+        return "bfloat16x2" if self.two_parts else "bfloat16"
 
     @property
     def lora(self) -> bool:
@@ -281,12 +297,17 @@ def make_policy(
         fast_head=head if type(head) is nn.Linear else None,
         tokenizer=tokenizer,
         device=device,
-        compute_dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
+        compute_dtype=torch.float32 if config.dtype == "float32" else torch.bfloat16,
         layout="rows",
         source=config.path,
         kept_bytes=kept,
         weights=config.weights,
+        two_parts=config.dtype == "bfloat16x2",
     )
+    if policy.two_parts:
+        from favor.model.two_parts import read_in_two_parts  # which no other precision needs
+
+        read_in_two_parts(model, policy.model)
     if config.gradient_checkpointing:
         _checkpoint_layers(policy, int(config.gradient_checkpointing))
     return policy
@@ -297,11 +318,12 @@ def precise(policy: Policy) -> Policy:
     return replace(policy, compute_dtype=torch.float32, attention=policy.exact_attention)
 
 
-def precision_of(dtype: torch.dtype | str) -> str:
-    """The number format of products, for people; `dtype` as a policy or section [model] has it."""
-    if dtype in (torch.float32, "float32"):
+def precision_of(products: str) -> str:
+    """The number format of products, for people; as a policy or section [model] has it."""
+    if products == "float32":
         return "float32"
-    return "bfloat16 products on float32 weights (what is measured is float32)"
+    read = {"bfloat16": "bfloat16 products on", "bfloat16x2": "bfloat16 products, in two parts, on"}[products]
+    return f"{read} float32 weights (what is measured is float32)"
 
 
 def frozen_copy(policy: Policy) -> Policy:
@@ -360,38 +382,3 @@ def _checkpoint_layers(policy: Policy, every: int) -> None:
         )
     for layer in layers[every - 1 :: every]:
         layer.training = True
-
-
-def length_dependent(config: dict[str, Any]) -> tuple[str, int] | None:
-    """(rope_type, tokens): beyond so many tokens a row's length chooses its frequencies; None where it never does."""
-    rope = config.get("rope_parameters") or {}
-    kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    found: list[tuple[str, int]] = []
-    for kind in kinds:
-        name = str(kind.get("rope_type"))
-        if name == "longrope":
-            found.append((name, int(kind["original_max_position_embeddings"])))
-        elif "dynamic" in name:
-            found.append((name, int(config["max_position_embeddings"])))
-    return min(found, key=lambda item: item[1], default=None)
-
-
-def row_by_row(model: PreTrainedModel) -> None:
-    """Let every rotary embedding of this kind see one row at a time. Padding must repeat a row's last position."""
-    for module in model.modules():
-        kinds = vars(module).get("rope_type")
-        names = kinds.values() if isinstance(kinds, dict) else [kinds]
-        if any(isinstance(name, str) and ("dynamic" in name or name == "longrope") for name in names):
-            # a partial of a bound method: a deep copy of the model then calls its own module
-            module.forward = partial(_each_row, module.forward)
-
-
-def _each_row(forward: Callable[..., Any], x: Tensor, position_ids: Tensor, *more: Any, **named: Any) -> Any:
-    found: list[Any] = []
-    for row in range(position_ids.shape[0]):
-        # "dynamic" remembers the longest row it has met; position 0 makes it forget
-        forward(x[:1], position_ids.new_zeros((1, 1)), *more, **named)
-        found.append(forward(x[:1], position_ids[row : row + 1], *more, **named))
-    if isinstance(found[0], Tensor):
-        return torch.cat(found)
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))

@@ -93,10 +93,12 @@ def mean_overlap(policy: Policy, batch: Batch) -> Tensor:
     """Mean over a response's tokens of log sum_v pi(v | prefix)^2, without a graph: float64 [R], nats."""
 
     def forward() -> Tensor:
-        with precision(policy):
-            if policy.fast_head is None:
+        if policy.fast_head is None:
+            with precision(policy):
                 return _full_head(policy, batch)
-            return _logits(head_states(policy, batch, batch.head_N), policy.fast_head.weight, policy.fast_head.bias)
+        # outside of it, as the head of the log-probs is
+        states_NH = head_states(policy, batch, batch.head_N)
+        return _logits(states_NH, policy.fast_head.weight, policy.fast_head.bias)
 
     with torch.no_grad():
         overlap_N = (2 * within(policy, forward).float().log_softmax(-1)).logsumexp(-1)
@@ -108,7 +110,9 @@ def head_states(policy: Policy, batch: Batch, flat_index: Tensor) -> Tensor:
     inputs, index_N = _inputs(policy, batch, flat_index)
     # [B, T, H] -> [B T, H] -> [N, H]: the head sees only the places that score a token
     with precision(policy):
-        return policy.backbone(**inputs).last_hidden_state.flatten(0, 1)[index_N]
+        states_NH = policy.backbone(**inputs).last_hidden_state.flatten(0, 1)[index_N]
+    # the head reads its whole weights then; of most models these states are float32 anyway
+    return states_NH.float() if policy.two_parts else states_NH
 
 
 def logps_of_states(policy: Policy, batch: Batch, hidden_NH: Tensor) -> Tensor:
@@ -122,7 +126,7 @@ def logps_of_states(policy: Policy, batch: Batch, hidden_NH: Tensor) -> Tensor:
 
 
 def precision(policy: Policy) -> torch.autocast:
-    """The products' number format: bfloat16 where the policy asks for it, float32 weights either way."""
+    """The products' number format: bfloat16 where the policy asks for it (of both parts of a weight: two_parts.py)."""
     # split weights are freed after their layer; a cache would hold them all in bfloat16
     cached, wanted = policy.root is None, policy.compute_dtype == torch.bfloat16
     return torch.autocast(policy.device.type, torch.bfloat16, enabled=wanted, cache_enabled=cached)

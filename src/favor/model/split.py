@@ -23,7 +23,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from favor.errors import ConfigError
-from favor.model.load import Policy, row_by_row
+from favor.model.load import Policy
+from favor.model.rotary import row_by_row
 from favor.parts import in_files, whole
 from favor.ranks import Shard, World
 

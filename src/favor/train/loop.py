@@ -92,6 +92,11 @@ def can_be_split(recipe: R) -> R:
             "model.weights = 'nf4' packs two numbers in a byte, with one size for 64 of them, which ranks.shard cuts; "
             "set model.weights=bfloat16, or ranks.shard=none"
         )
+    if recipe.ranks.shard != "none" and recipe.model.dtype == "bfloat16x2":
+        raise ValueError(
+            "model.dtype = 'bfloat16x2' was not tried on weights that are split over ranks; set model.dtype=float32 or "
+            "bfloat16, or ranks.shard=none"
+        )
     if recipe.ranks.shard != "none" and recipe.optim.kind == "adamw8bit":
         raise ValueError(
             "optim.kind = 'adamw8bit' keeps one size for 256 numbers of a whole weight, which ranks.shard cuts; "

@@ -88,7 +88,7 @@ def identity(policy: Policy, tokens: TokensConfig) -> dict[str, str]:
         "tokenizer": _tokenizer_hash(policy.tokenizer),
         "template": sha(f"{tokens.template}\n{chat}"),
         "truncation": f"{tokens.truncation} at {tokens.max_tokens}",
-        "dtype": str(policy.compute_dtype).removeprefix("torch."),
+        "dtype": policy.products,
         "favor": _CODE,
     }
 

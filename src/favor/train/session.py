@@ -94,7 +94,7 @@ class Session:
             if policy.kept_bytes
             else ""
         )
-        self.event(0, "self_check", f"precision: {precision_of(policy.compute_dtype)}{kept}; layout: {layout}")
+        self.event(0, "self_check", f"precision: {precision_of(policy.products)}{kept}; layout: {layout}")
 
 
 OpenSession: TypeAlias = Callable[[Path], Session]
