@@ -72,6 +72,12 @@ def test_measuring_is_part_of_a_dry_run(inputs, favor, option, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_one_process_cannot_say_what_several_hold(inputs, favor):
+    code, _, err = favor("train", *words(inputs, "ranks.shard=full"), "--dry-run", "--measure")
+    assert code == 2
+    assert "docs/scale.md computes what each holds" in err
+
+
 def begun(sizes, budget, batch, inputs):
     config = load(
         TrainConfig, None, words(inputs, f"train.max_tokens_per_pack={budget}", f"train.batch_prompts={batch}")

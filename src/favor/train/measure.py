@@ -74,8 +74,13 @@ class _Counted(NamedTuple):
 def measure(config: TrainConfig) -> Measured:
     """Load the model, compute three optimizer steps on the recipe's own data, and extrapolate.
 
-    Raises what training would raise, and ConfigError where several processes run.
+    Raises what training would raise, and ConfigError where several processes run or would share the model.
     """
+    if config.ranks.shard != "none":
+        raise ConfigError(
+            "--measure runs as one process, and ranks.shard splits the model over several; docs/scale.md computes what each holds, "
+            "or set ranks.shard=none to measure one that holds everything"
+        )
 
     def run(opened: OpenSession) -> Measured:
         session = opened(Path(place))
