@@ -6,7 +6,7 @@ transformers leaves them. In: a model. Out: the same one, packed or rounded. Nex
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,15 +23,15 @@ from favor.errors import CheckpointError
 MARK = "favor.json"
 _ROUNDED = {"base_weights": "nf4"}
 _BLOCK = 64
-# a head that trains beside adapters
-_TRAINS = ("score",)
+# heads that adapters train beside them, as peft's modules_to_save
+TRAINS = ("score",)
 
 
 def layers(model: PreTrainedModel) -> Iterator[nn.Linear]:
     """The linear layers that are rounded."""
     head = model.get_output_embeddings()
     for path, module in model.named_modules():
-        if type(module) is nn.Linear and module is not head and path.rpartition(".")[2] not in _TRAINS:
+        if type(module) is nn.Linear and module is not head and path.rpartition(".")[2] not in TRAINS:
             yield module
 
 
@@ -54,14 +54,14 @@ def round_(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for module in layers(model):
             packed, absmax = _packed(module.weight)
-            module.weight.copy_(_values(packed, absmax, module.weight.shape, torch.float32))
+            module.weight.copy_(_values(packed, absmax, torch.float32, module.weight.shape))
 
 
 def numbers(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """A packed tensor of a state dict as the float32 numbers that are computed with."""
     module = model.get_submodule(name.rpartition(".")[0])
     assert isinstance(module, nn.Linear)
-    return _values(tensor, cast(Tensor, module.absmax), _shape(module), torch.float32)
+    return _values(tensor, cast(Tensor, module.absmax), torch.float32, _shape(module))
 
 
 def write_mark(folder: Path) -> None:
@@ -94,7 +94,7 @@ def _packed(weight: Tensor) -> tuple[Tensor, Tensor]:
     return packed, state.absmax
 
 
-def _values(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _values(packed: Tensor, absmax: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 
     code = get_4bit_type("nf4", device=packed.device)
@@ -109,21 +109,28 @@ def _shape(module: nn.Linear) -> torch.Size:
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return cast(Tensor, _Unpacked.apply(x, module.weight, module.absmax, _shape(module), dtype, module.bias))
+    widen = partial(_values, shape=_shape(module))
+    return widened(x, widen, dtype, module.bias, module.weight, cast(Tensor, module.absmax))
 
 
-class _Unpacked(torch.autograd.Function):
-    """x W^T + b. The wide copy of W lives for this one product; the backward makes it again rather than keep it."""
+def widened(
+    x: Tensor, widen: Callable[..., Tensor], dtype: torch.dtype, bias: Tensor | None, *stored: Tensor
+) -> Tensor:
+    """X W^T + b where `widen` makes W of what is stored, for this one product; the backward makes it again rather than keep it."""
+    return cast(Tensor, _Widened.apply(x, widen, dtype, bias, *stored))
 
+
+class _Widened(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype, bias: Tensor | None
+        ctx: Any, x: Tensor, widen: Callable[..., Tensor], dtype: torch.dtype, bias: Tensor | None, *stored: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(packed, absmax)
-        ctx.shape = shape
-        return functional.linear(x, _values(packed, absmax, shape, dtype), bias)
+        assert not any(ctx.needs_input_grad[1:]), "kept weights do not train"
+        ctx.save_for_backward(*stored)
+        ctx.widen = widen
+        return functional.linear(x, widen(*stored, dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        packed, absmax = ctx.saved_tensors
-        return grads[0] @ _values(packed, absmax, ctx.shape, grads[0].dtype), None, None, None, None, None
+        stored = ctx.saved_tensors
+        return grads[0] @ ctx.widen(*stored, grads[0].dtype), None, None, None, *(None for _ in stored)

@@ -6,7 +6,7 @@ where they are read. With "nf4" the linear layers are rounded to 4 bits first (f
 
 from collections import defaultdict
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from favor.errors import CheckpointError, ConfigError
-from favor.model.four_bits import pack
-
-# heads that adapters train beside them, as peft's modules_to_save
-_TRAINS = ("score",)
+from favor.model.four_bits import TRAINS, pack, widened
 
 
 def keep(model: PreTrainedModel, source: str, weights: str) -> int:
@@ -56,7 +53,7 @@ def keepable(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
     others = set[nn.Parameter]()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if name == "weight" and path.rpartition(".")[2] not in _TRAINS and _reads(module):
+            if name == "weight" and path.rpartition(".")[2] not in TRAINS and _reads(module):
                 places[parameter].append(module)
             else:
                 others.add(parameter)
@@ -80,7 +77,7 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
         raise ConfigError(
             "its layers compute in the format of their weights, so weights kept in bfloat16 would round; set weights=float32"
         )
-    return cast(Tensor, _Widened.apply(x, module.weight, module.bias))
+    return widened(x, Tensor.to, torch.float32, module.bias, module.weight)
 
 
 def _embedding(module: nn.Embedding, ids: Tensor) -> Tensor:
@@ -89,18 +86,3 @@ def _embedding(module: nn.Embedding, ids: Tensor) -> Tensor:
 
 
 _READ: dict[type[nn.Module], Any] = {nn.Linear: _linear, nn.Embedding: _embedding}
-
-
-class _Widened(torch.autograd.Function):
-    """x W^T + b in float32. The wide copy of W lives for this one product; the backward makes it again rather than keep it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        assert not any(ctx.needs_input_grad[1:]), "kept weights do not train"
-        ctx.save_for_backward(weight)
-        return functional.linear(x, weight.float(), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return grads[0] @ weight.float(), None, None

@@ -99,8 +99,9 @@ def _measured(config: TrainConfig, session: Session) -> Measured:
     begun = begin(config.model_copy(update={"resume": False, "reference": unstored}), session)
     seconds = {"start": time.time() - psutil.Process().create_time()}
     counted = _counted(begun)
-    batches_ = _chosen(begun, counted)
-    some = replace(begun.splits, train=_renumbered([tree for trees in batches_ for tree in trees]), eval=())
+    longest = max((begun.splits.train[i] for i in begun.used), key=lambda tree: tree.num_tokens)
+    parts = _chosen(counted, longest, begun.config.train.budget)
+    some = replace(begun.splits, train=_renumbered([tree for part in parts for tree in part]), eval=())
     references = _references(begun._replace(splits=some), session)
     training = make_training(begun.config, begun.policy, [], session)
     num, tokens = num_steps(begun.config.train, len(begun.used)), sum(sum(batch.tokens) for batch in counted)
@@ -108,13 +109,12 @@ def _measured(config: TrainConfig, session: Session) -> Measured:
     # in the order of a run, as what was freed before shapes what is held later
     seconds |= _passes(begun, references, some.train, tokens, num)
     trees = iter(some.train)
-    _, worst, ordinary = (_step(begun, training, references, list(islice(trees, len(part)))) for part in batches_)
-    longest = max(begun.splits.train[i].num_tokens for i in begun.used)
+    _, worst, ordinary = (_step(begun, training, references, list(islice(trees, len(part)))) for part in parts)
     most = _peak(begun.policy.device)
     seconds |= {"steps": num * ordinary.update + tokens * ordinary.per_token} | _saving(config, training, num)
     state = _state(begun, training)
     rest = max(0, most - state - (before if begun.policy.device.type == "cpu" else 0))
-    return Measured(most, state, rest, worst.largest, min(longest, worst.largest), num, tokens, seconds)
+    return Measured(most, state, rest, worst.largest, min(longest.num_tokens, worst.largest), num, tokens, seconds)
 
 
 def _counted(begun: Begun) -> list[_Counted]:
@@ -130,7 +130,7 @@ def _counted(begun: Begun) -> list[_Counted]:
     return found
 
 
-def _chosen(begun: Begun, counted: Sequence[_Counted]) -> tuple[Pack, Pack, Pack]:
+def _chosen(counted: Sequence[_Counted], longest: TokenTree, budget: int) -> tuple[Pack, Pack, Pack]:
     """Trees of three steps: an ordinary batch, which makes the optimizer's state; the largest pack; an ordinary batch again."""
     middle = sorted(counted, key=lambda batch: sum(batch.tokens))[len(counted) // 2]
     spread = middle.packs[:: -(-len(middle.packs) // _TIMED)]
@@ -139,8 +139,7 @@ def _chosen(begun: Begun, counted: Sequence[_Counted]) -> tuple[Pack, Pack, Pack
     most = max(behind, key=lambda batch: max(batch.tokens[1:], default=batch.tokens[0]))
     second = most.tokens[1:].index(max(most.tokens[1:])) + 1 if len(most.tokens) > 1 else 0
     worst = [tree for i in sorted({0, second}) for tree in most.packs[i]]
-    longest = max((begun.splits.train[i] for i in begun.used), key=lambda tree: tree.num_tokens)
-    if longest.num_tokens > max(most.tokens[0], begun.config.train.budget):
+    if longest.num_tokens > max(most.tokens[0], budget):
         worst = [longest, *most.packs[second]]
     ordinary = [tree for pack in spread for tree in pack]
     return ordinary, worst, ordinary
