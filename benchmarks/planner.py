@@ -1,6 +1,6 @@
 """`favor train --dry-run --measure` beside the run that it speaks of: peak memory and time, five recipes.
 
-    python benchmarks/planner.py [--repeats 1]
+    python benchmarks/planner.py [--repeats 1] [--recipes NAME ...]
 
 Each recipe is measured and then trained whole, in turn, in processes of their own: SmolLM2-135M-Instruct on the demo's film
 quotes. The peak of a run is what the operating system says of its process; its time is that of the process.
@@ -20,28 +20,28 @@ from favor.run import cache_folder
 
 COMMON = ("optim.lr=1e-6", "data.hold_out.share=0.05", "save.every=0")
 RECIPES = {
-    "all weights, stored reference": ("train.max_steps=16", "train.batch_prompts=4"),
-    "all weights, live reference": ("train.max_steps=12", "train.batch_prompts=4", "reference.mode=live"),
+    "all weights, stored reference": ("train.max_steps=6", "train.batch_prompts=4"),
+    "all weights, live reference": ("train.max_steps=6", "train.batch_prompts=4", "reference.mode=live"),
     "LoRA, packs of 2,048": (
-        "train.max_steps=16",
+        "train.max_steps=6",
         "train.batch_prompts=8",
         "model.lora.rank=16",
         "train.max_tokens_per_pack=2048",
         "reference.mode=live",
     ),
     "recomputed layers, packs of 4,096": (
-        "train.max_steps=10",
+        "train.max_steps=6",
         "train.batch_prompts=12",
         "model.gradient_checkpointing=true",
         "train.max_tokens_per_pack=4096",
         "reference.mode=live",
     ),
     "KL probes, checkpoints": (
-        "train.max_steps=12",
+        "train.max_steps=6",
         "train.batch_prompts=4",
-        "watch.kl.every=6",
+        "watch.kl.every=3",
         "watch.kl.tokens=24",
-        "save.every=5",
+        "save.every=2",
         "loss.kind=ipo",
     ),
 }
@@ -51,14 +51,16 @@ def main() -> None:
     """Print a row a recipe and repeat."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=1)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    args = parser.parse_args()
     model = model_folder(cache_folder(), print)
     data = review_files(cache_folder(), print) / "train.jsonl"
     print(
         "| recipe | peak measured, GiB | peak of the run | | time measured, s | time of the run | |\n|---|---|---|---|---|---|---|"
     )
-    for _ in range(repeats):
-        for name, words in RECIPES.items():
+    for _ in range(args.repeats):
+        for name in args.recipes:
+            words = RECIPES[name]
             with tempfile.TemporaryDirectory() as place:
                 given = [f"model.path={model}", f"data.train={data}", f"run={place}/run", *COMMON, *words]
                 told = json.loads(_ran(*given, "--dry-run", "--measure", "--json")[0])["figures"]

@@ -10,6 +10,7 @@ import tiny
 import torch
 from rich.console import Console
 
+from favor.eval.evaluate import EvalConfig, evaluate
 from favor.losses.table import make_loss
 from favor.model import split
 from favor.model.adapters import LoraSettings
@@ -191,6 +192,15 @@ def case_bfloat16(folder, members):
 
 def case_kept(folder, members):
     """LoRA on a base kept in bfloat16: the numbers, bit for bit, and the gradient of one process; half the bytes are split."""
+    on_kept(folder, members, "bfloat16")
+
+
+def case_four_bits(folder, members):
+    """The same on a base rounded to 4 bits (QLoRA)."""
+    on_kept(folder, members, "nf4")
+
+
+def on_kept(folder, members, weights):
     place = folder / "kept"
     if members.is_main:
         model = tiny.model("llama")
@@ -202,11 +212,12 @@ def case_kept(folder, members):
     barrier(members)
     for more in ({}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}):
         words = {"path": str(place), "lora": LoraSettings(rank=2), **more}
-        found, right = (load_policy(ModelConfig(**words, weights="bfloat16"), 3, how) for how in ("full", "none"))
+        found, right = (load_policy(ModelConfig(**words, weights=weights), 3, how) for how in ("full", "none"))
         assert found.root is not None
         assert weights_hash(found) == weights_hash(right)
-        kept = [p for p in found.model.parameters() if p.dtype == torch.bfloat16]
+        kept = [p for p in found.model.parameters() if p.dtype in (torch.bfloat16, torch.uint8)]
         assert len(kept) == 2 * 7 + 1, "the matrices of two layers, and the embedding that is the head too"
+        assert sum(p.dtype == torch.uint8 for p in kept) == (2 * 7 if weights == "nf4" else 0)
         assert sum(p.to_local().numel() for p in kept) <= sum(p.numel() for p in kept) / members.size + 9 * 48
         found, right = (settle(one, "auto", test_invariance.forest(), train=True)[0] for one in (found, right))
         batch = micro_batches(test_invariance.forest(), found, 1000, ALONE)[0]
@@ -226,8 +237,8 @@ def case_kept(folder, members):
         for name, value in zip(right.trainable(), expected, strict=True):
             away = float((whole(gradients[name]) / members.size - value).norm())
             assert away <= 1e-5 * float(value.norm()) + 1e-6, name
-    adapted = {"path": str(place), "lora": {"rank": 2}, "weights": "bfloat16"}
-    both("train", folder, members, "on-kept", model=adapted)
+    adapted = {"path": str(place), "lora": {"rank": 2}, "weights": weights}
+    both("train", folder, members, f"on-{weights}", model=adapted)
 
 
 def case_copy(folder, members):
@@ -341,6 +352,47 @@ def case_commands(folder, members):
     scorer = {"kind": "callable", "path": f"{folder / 'length.py'}:score"}
     settings = {"samples_per_prompt": 3, "updates": 1}
     both("ppo", folder, members, "ppo", reward=scorer, sample={"max_new_tokens": 6}, ppo=settings)
+
+
+def case_evaluation(folder, members):
+    """`favor eval` on the run of `train`: figures and samples of one process, with whole weights and with split ones."""
+    results = []
+    for ranks, shard in ((ALONE, "none"), (members, "none"), (members, "full")):
+        if ranks.size > 1 or members.is_main:
+            told = []
+            config = EvalConfig.model_validate(
+                {
+                    "run": str(folder / "train-split"),
+                    "data": str(folder / "rows.jsonl"),
+                    "ranks": {"shard": shard},
+                    "sample": {"max_new_tokens": 7, "batch": 2},
+                    "sample_prompts": 3,
+                    "samples_per_prompt": 3,
+                }
+            )
+            figures = evaluate(config, lambda said: None, lambda *done, told=told: told.append(done), members=ranks)
+            # every response of every kind is told of once, by whichever rank
+            for label, total in (("samples", 18), ("answers to read", 12)):
+                assert sum(t[1] for t in told if t[0] == label) == total, (label, told)
+            if members.is_main:
+                samples = (folder / "train-split/samples.jsonl").read_text()
+                pairs = [
+                    json.loads(line) for line in (folder / "train-split/eval-pairs.jsonl").read_text().splitlines()
+                ]
+                assert json.loads((folder / "train-split/eval.json").read_text()) == json.loads(json.dumps(figures))
+                results.append((figures, samples, pairs))
+        barrier(members)
+    for figures, samples, pairs in results[1:]:
+        right, expected, theirs = results[0]
+        assert samples == expected
+        assert figures["kl"]["num_samples"] == 9
+        for key in ("accuracy", "margin", "loss"):
+            close(figures[key], right[key], key, 1e-4)
+        for key in ("mean", "se"):
+            close(figures["kl"][key], right["kl"][key], f"kl: {key}", 1e-4)
+        for a, b in zip(pairs, theirs, strict=True):
+            assert a["pair"] == b["pair"]
+            close(a["margin"], b["margin"], "margin of a pair", 1e-4)
 
 
 def case_resumed(folder, members):

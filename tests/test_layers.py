@@ -28,10 +28,10 @@ ALLOWED = {
     "data": {"errors", "config", "guard", "run"},
     "losses": {"errors", "config", "data.types"},
     "model": {"errors", "config", "data.types", "data.batches", "ranks", "parts"},
-    "ranks": {"errors"},
+    "ranks": {"errors", "config"},
     "parts": set(),
     "server": {"errors", "config"},
-    "rewards": BASE | {"stop", "data", "losses", "model"},
+    "rewards": BASE | {"stop", "data", "losses", "model", "ranks"},
     "generate": BASE | {"output", "data", "model", "rewards", "server"},
     "winrate": BASE | {"output", "data", "model", "eval", "generate", "rewards", "server"},
     "eval": BASE | {"output", "data", "model", "losses", "ranks", "rewards", "generate"},
@@ -52,9 +52,9 @@ ALLOWED = {
     # favor in Python: what the commands call, called
     "api": BASE
     | {"settings", "data", "model", "ranks", "stop", "generate", "eval", "train", "lint", "report", "winrate"}
-    | {"pages", "trl.names", "words", "favor_frontier"},
+    | {"closing", "pages", "trl.names", "words", "favor_frontier"},
     "commands": BASE
-    | {"model", "eval", "train", "report", "generate", "winrate", "demo", "online", "lint", "label", "stop"}
+    | {"model", "eval", "ranks", "train", "report", "generate", "winrate", "demo", "online", "lint", "label", "stop"}
     | {"closing", "words", "pages", "data", "doctor", "export", "chat"}
     # the paper's experiment stands on the library; nothing of the library may know it, but for its command
     | {"favor_frontier"},

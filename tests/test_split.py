@@ -54,14 +54,15 @@ def test_two_ranks_hold_half_each_and_give_what_one_gives(tmp_path):
 @pytest.mark.parametrize(
     ("count", "cases"),
     [
-        (2, ["train"]),
+        (2, ["train", "evaluation"]),
         (2, ["bfloat16", "updates"]),
         (2, ["kept"]),
+        (2, ["four_bits"]),
         (2, ["options"]),
         (2, ["commands"]),
         (4, ["bytes", "updates"]),
         (4, ["hybrid"]),
-        (4, ["train", "commands"]),
+        (4, ["train", "evaluation", "commands"]),
     ],
     ids=str,
 )
@@ -128,7 +129,6 @@ def test_ppo_splits_one_model_only(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["model.lora.rank=2", "model.weights=nf4"], "which ranks.shard cuts"),
         (["optim.kind=adamw8bit"], "which ranks.shard cuts"),
     ],
 )

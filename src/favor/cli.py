@@ -142,7 +142,7 @@ def _call(make: Callable[[], Command], words: Sequence[str], speech: Speech, *, 
     command, (recipe, overrides), console = (
         make(),
         split_arguments(expanded(speech.command, words)),
-        Console(highlight=False),
+        Console(highlight=False, quiet=not closing.speaks()),
     )
     overrides = whole(command.config, read(recipe), overrides)
     if listed:

@@ -80,7 +80,7 @@ class Speech:
 
     def end(self, done: Done) -> None:
         """The product and the last lines; of several processes one speaks."""
-        if os.environ.get("RANK", "0") not in ("", "0"):
+        if not speaks():
             return
         seconds = time.monotonic() - self.began
         if self.json:
@@ -90,6 +90,11 @@ class Speech:
             print(done.product, end="", file=self.out, flush=True)
         for line in () if self.quiet else done.lines(seconds):
             print(line, file=self.out if done.product is None else sys.stderr)
+
+
+def speaks() -> bool:
+    """Whether this process, of several that torchrun started, talks to people."""
+    return os.environ.get("RANK", "0") in ("", "0")
 
 
 def ended(speech: Speech, work: Callable[[], Done]) -> None:

@@ -136,10 +136,12 @@ def _frontier() -> Command:
 def _eval() -> Command:
     """Held-out preference accuracy, margins, sampled KL and samples of a finished run."""
     from favor.eval.evaluate import EvalConfig, evaluate
+    from favor.ranks import world
     from favor.report.table import figures_table
 
     def run(config: EvalConfig, terminal: Terminal) -> Done:
-        figures = evaluate(config, terminal.console.print, terminal.progress)
+        with world() as members:
+            figures = evaluate(config, terminal.console.print, terminal.progress, members=members)
         terminal.console.print(figures_table(figures))
         return closing.evaluation(config.run, figures)
 

@@ -11,10 +11,12 @@ from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
+from favor.config import STRICT
 from favor.errors import ConfigError, LostError, first_line
 
 # how weights are spread: on every rank, split over all of them, or over those of each machine
@@ -23,6 +25,14 @@ Shard: TypeAlias = Literal["none", "full", "hybrid"]
 _GONE = ("reset by peer", "closed by peer", "broken pipe", "connection refused", "timed out", "timeout")
 _TRIES = "TORCHELASTIC_RESTART_COUNT"
 _REMEDY = "start several processes with torchrun, or unset WORLD_SIZE to train in one (SLURM and others set it)"
+
+
+class RanksConfig(BaseModel):
+    """Section [ranks]: how the processes of a run, started with torchrun, hold the model."""
+
+    model_config = STRICT
+    shard: Shard = "none"
+    """full: each holds a part of weights, gradients and optimizer state; hybrid: of those within its machine; none: all of them."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def evaluate(
     none is given, CheckpointError when it is not finished or its start has changed.
     """
     from favor.eval import evaluate as evaluating
+    from favor.ranks import world
     from favor.report.table import figures_table
 
     with staged(evaluating.EvalConfig) as given, calling(quiet=quiet) as (console, advance):
@@ -56,7 +57,8 @@ def evaluate(
             tree["reference"] = given.model("reference", reference, tokenizer)
         config = checked(evaluating.EvalConfig, tree, "favor.evaluate")
         lay(given)
-        figures = evaluating.evaluate(config, console.print, advance)
+        with world() as members:
+            figures = evaluating.evaluate(config, console.print, advance, members=members)
         console.print(figures_table(figures))
     return figures
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from transformers.utils import logging as library
 
+from favor.closing import speaks
 from favor.errors import EXPECTED, FavorError, explained, without_secrets
 from favor.generate.samples import Progress as Advance
 from favor.stop import StoppedAtOnceError
@@ -25,7 +26,7 @@ def calling(*, quiet: bool) -> Said:
 
     Raises KeyboardInterrupt for a signal that comes where no loop looks.
     """
-    console = Console(highlight=False, quiet=quiet)
+    console = Console(highlight=False, quiet=quiet or not speaks())
     try:
         with _without_bars(), _advancing(console) as advance:
             yield console, advance

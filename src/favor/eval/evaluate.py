@@ -3,6 +3,7 @@
 In: EvalConfig, usually just a run folder. Out: eval.json, eval-pairs.jsonl and samples.jsonl. Next: figures.py.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,13 +24,15 @@ from favor.generate.samples import Progress
 from favor.model.layout import sampled_tree, settle
 from favor.model.load import Policy, precision_of
 from favor.model.logprobs import response_logps
-from favor.model.sample import SampleConfig, decode, sample
+from favor.model.sample import SampleConfig, decode, sampled
+from favor.ranks import RanksConfig, World
 from favor.rewards.model import RunRecipe, load_pair, read_run
 from favor.run import RunFolder, opened, write_json, write_jsonl
 
 # the name of what scores samples, and text -> score
 Scorer = tuple[str, Callable[[Sequence[str]], Sequence[float]]]
 _SIDES = ("reference", "policy")
+_ALONE = World()
 
 
 class EvalConfig(BaseModel):
@@ -47,6 +50,7 @@ class EvalConfig(BaseModel):
     seed: Seed = 0
     """The samples' random streams."""
     sample: SampleConfig = SampleConfig()
+    ranks: RanksConfig = RanksConfig()
     max_tokens_per_pack: int = Field(default=2048, ge=1)
     """Tokens computed at once: lower it if memory runs out."""
     max_rows: int | None = Field(default=None, ge=1)
@@ -84,6 +88,7 @@ class Subject:
     texts: Sequence[PromptTree]
     trees: list[TokenTree]
     beta: float
+    world: World
 
     def reference_logps(self, batch: Batch) -> Tensor:
         """Log ref(y|x) of every response, nats [R]."""
@@ -91,16 +96,20 @@ class Subject:
 
 
 def evaluate(
-    config: EvalConfig, say: Callable[[str], None], progress: Progress, scorer: Scorer | None = None
+    config: EvalConfig,
+    say: Callable[[str], None],
+    progress: Progress,
+    scorer: Scorer | None = None,
+    members: World = _ALONE,
 ) -> dict[str, Any]:
     """Write eval.json, eval-pairs.jsonl and samples.jsonl into the run folder and return the figures.
 
-    With a `scorer` the samples of policy and reference are compared, paired by prompt. Raises CheckpointError, DataError or
-    ConfigError when something cannot be used.
+    With a `scorer` the samples of policy and reference are compared, paired by prompt. `members` share
+    the work, and their main one writes. Raises CheckpointError, DataError or ConfigError when something cannot be used.
     """
     folder, recipe = read_run(config.run)
-    with opened(folder):
-        return _evaluate(config, folder, _subject(config, recipe, say), progress, scorer)
+    with opened(folder) if members.is_main else contextlib.nullcontext():
+        return _evaluate(config, folder, _subject(config, recipe, members, say), progress, scorer)
 
 
 def _evaluate(
@@ -114,6 +123,7 @@ def _evaluate(
         subject.beta,
         config.max_tokens_per_pack,
         lambda done: progress("held-out pairs", done, total),
+        subject.world,
     )
     figures = {"beta": subject.beta, "precision": precision_of(policy.products), **pairs.as_json(), "kl": None}
     if config.sample_prompts:
@@ -121,13 +131,15 @@ def _evaluate(
         figures |= found
         if scorer:
             figures["score"] = score_samples(records, scorer)
-        write_jsonl(folder.samples, records)
-    write_jsonl(folder.pairs, pairs.each())
-    write_json(folder.evaluation, figures)
+        if subject.world.is_main:
+            write_jsonl(folder.samples, records)
+    if subject.world.is_main:
+        write_jsonl(folder.pairs, pairs.each())
+        write_json(folder.evaluation, figures)
     return figures
 
 
-def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) -> Subject:
+def _subject(config: EvalConfig, recipe: RunRecipe, members: World, say: Callable[[str], None]) -> Subject:
     # a share held out is a share of the rows that training read
     limit = config.max_rows or (recipe.data.get("max_rows") if recipe.data.get("hold_out") else None)
     kept = {key: value for key, value in recipe.data.items() if key != "max_rows"} | (
@@ -139,7 +151,7 @@ def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) 
             f"{config.run}: the run held nothing out (data.eval, data.hold_out.share); name held-out preferences with data=FILE"
         )
     texts, report = read(config.data, data, data.eval_split) if config.data else read_splits(data)["eval"]
-    policy, reference = load_pair(config.run, config.reference)
+    policy, reference = load_pair(config.run, config.reference, config.ranks.shard)
     trees, _ = tokenize(texts, policy.tokenizer, recipe.tokens, policy.end_ids, data.bad_rows)
     trees = [tree for tree in trees if tree.comparisons]
     if not trees:
@@ -148,7 +160,7 @@ def _subject(config: EvalConfig, recipe: RunRecipe, say: Callable[[str], None]) 
     policy, why = settle(policy, recipe.model.layout, trees, also=drawn)
     reference, _ = settle(reference, policy.layout, trees, also=drawn)
     say(f"precision: {precision_of(policy.products)}; layout: {why}")
-    return Subject(policy, reference, texts, trees, config.beta or recipe.scale)
+    return Subject(policy, reference, texts, trees, config.beta or recipe.scale, members)
 
 
 def _samples(config: EvalConfig, subject: Subject, progress: Progress) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -173,7 +185,8 @@ def _samples(config: EvalConfig, subject: Subject, progress: Progress) -> tuple[
     ]
     kl = None
     if config.sample.temperature == 1.0:
-        kl = asdict(kl_of_samples(subject.policy, subject.reference_logps, prompts, drawn["policy"].ids, config.sample))
+        both = (subject.policy, subject.reference_logps)
+        kl = asdict(kl_of_samples(*both, prompts, drawn["policy"].ids, config.sample, subject.world))
     length = {name: sum(map(len, drawn[name].ids)) / len(prompts) for name in _SIDES}
     ended = {name: 1 - sum(drawn[name].cut) / len(prompts) for name in _SIDES}
     return records, {"kl": kl, "length": length, "ended": ended}
@@ -197,7 +210,7 @@ def _drawn(
     """A sample of either model for each prompt, by the same random streams."""
     found: dict[str, Drawn] = {}
     for name, model in (("reference", subject.reference), ("policy", subject.policy)):
-        ids = sample(model, prompts, seeds, config, progress)
+        ids = sampled(model, prompts, seeds, config, subject.world, progress)
         found[name] = Drawn(ids, decode(model.tokenizer, ids), [one[-1] not in model.end_ids for one in ids])
     return found
 

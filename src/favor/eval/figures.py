@@ -108,13 +108,14 @@ def pair_figures(
     beta: float,
     budget: int,
     progress: Callable[[int], None],
+    world: World = _ALONE,
 ) -> PairFigures:
-    """Implicit reward r = beta log(pi/ref) on every pair; `loss` is the mean DPO loss, nats a pair."""
+    """Implicit reward r = beta log(pi/ref) on every pair; `loss` is the mean DPO loss, nats a pair. Ranks share the work."""
 
     def both(batch: Batch) -> Tensor:
         return torch.stack([response_logps(policy, batch), reference(batch)])
 
-    policy_R, ref_R = measured(policy, trees, both, budget, progress=progress)
+    policy_R, ref_R = measured(policy, trees, both, budget, world, progress)
     chosen_P, rejected_P, prompt_P = pairs(trees)
     reward_R = beta * (policy_R - ref_R)
     margin_P = reward_R[chosen_P] - reward_R[rejected_P]

@@ -16,6 +16,7 @@ from favor.config import STRICT
 from favor.errors import ConfigError, NumericsError
 from favor.model.load import Policy, attention_name, check_ids, use_attention
 from favor.model.logprobs import precision, within
+from favor.ranks import World, sum_
 
 
 class SampleConfig(BaseModel):
@@ -64,6 +65,30 @@ def sample(
                 results[i] = response
             progress(len(members))
     return results
+
+
+def sampled(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    config: SampleConfig,
+    world: World,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[tuple[int, ...]]:
+    """As `sample`, each rank sampling its share; equal on all ranks. `progress` is told of all ranks' responses."""
+    mine = range(world.rank, len(prompts), world.size)
+    # split weights are collected by all ranks together, so one that has a prompt less draws one more, which is not kept
+    idle = [0] if policy.root is not None and len(mine) * world.size < len(prompts) else []
+    drawn = [*mine, *idle]
+    found: list[tuple[int, ...]] = []
+    if drawn:
+        found = sample(policy, [prompts[i] for i in drawn], [seeds[i] for i in drawn], config, progress)
+    progress(len(prompts) - len(drawn))
+    # token ids + 1, so that 0 marks what is not there; the sum over ranks puts every rank's rows together
+    table = torch.zeros(len(prompts), config.max_new_tokens, dtype=torch.int64, device=policy.device)
+    for i, response in zip(mine, found, strict=not idle):
+        table[i, : len(response)] = torch.tensor(response) + 1
+    return [tuple(token - 1 for token in row if token) for row in sum_(table, world).tolist()]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, responses: Sequence[Sequence[int]]) -> list[str]:

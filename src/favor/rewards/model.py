@@ -22,6 +22,7 @@ from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.layout import longest_path, settle
 from favor.model.load import ModelConfig, Policy, load_policy, weights_hash
 from favor.model.logprobs import response_logps
+from favor.ranks import Shard
 from favor.run import RunFolder, read_json
 
 Scorer: TypeAlias = Callable[[Sequence[Text], Sequence[str]], list[float]]
@@ -77,14 +78,15 @@ def base_of(run: str) -> str | None:
     return load(RunRecipe, folder.config).model.path if folder.config.exists() else None
 
 
-def load_pair(run: str, reference: str | None) -> tuple[Policy, Policy]:
-    """A run's trained policy and its reference (the model it started from, or another one), in float32."""
+def load_pair(run: str, reference: str | None, shard: Shard = "none") -> tuple[Policy, Policy]:
+    """A run's trained policy and its reference (the model it started from, or another one), in float32. shard: as ranks.shard."""
     folder, recipe = read_run(run)
     start = recipe.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
     # what was trained, and any other model, may hold numbers that bfloat16 has not
     whole = start.model_copy(update={"weights": "float32", "revision": None})
-    policy = load_policy(whole.model_copy(update={"path": str(folder.model)}))
-    base = load_policy(start if reference is None else whole.model_copy(update={"path": reference}), frozen=True)
+    policy = load_policy(whole.model_copy(update={"path": str(folder.model)}), shard=shard)
+    other = start if reference is None else whole.model_copy(update={"path": reference})
+    base = load_policy(other, shard=shard, frozen=True)
     began = read_json(folder.inputs).get("weights") if folder.inputs.exists() else None
     if reference is None and began not in (None, weights_hash(base)):
         raise CheckpointError(

@@ -21,7 +21,7 @@ from favor.errors import without_places
 from favor.model import split
 from favor.model.four_bits import write_mark
 from favor.model.load import ModelConfig, Policy
-from favor.ranks import Shard, World, barrier, largest
+from favor.ranks import RanksConfig, World, barrier, largest
 from favor.run import atomic_folder, read_jsonl
 from favor.stop import StoppedError
 from favor.train import checkpoint, notes
@@ -52,14 +52,6 @@ class LoopConfig(BaseModel):
         return self.max_tokens_per_pack
 
 
-class RanksConfig(BaseModel):
-    """Section [ranks]: how the processes of a run, started with torchrun, hold the model."""
-
-    model_config = STRICT
-    shard: Shard = "none"
-    """full: each holds a part of weights, gradients and optimizer state; hybrid: of those within its machine; none: all of them."""
-
-
 class SaveConfig(BaseModel):
     """Section [save]: checkpoints, from which a stopped run resumes bit for bit."""
 
@@ -87,11 +79,6 @@ R = TypeVar("R", bound=Recipe)
 
 def can_be_split(recipe: R) -> R:
     """The recipe as it is. Raises ValueError for what weights that are split over ranks do not go with yet."""
-    if recipe.ranks.shard != "none" and recipe.model.weights == "nf4":
-        raise ValueError(
-            "model.weights = 'nf4' packs two numbers in a byte, with one size for 64 of them, which ranks.shard cuts; "
-            "set model.weights=bfloat16, or ranks.shard=none"
-        )
     if recipe.ranks.shard != "none" and recipe.model.dtype == "bfloat16x2":
         raise ValueError(
             "model.dtype = 'bfloat16x2' was not tried on weights that are split over ranks; set model.dtype=float32 or "

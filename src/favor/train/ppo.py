@@ -28,11 +28,12 @@ from favor.model.layout import sampled_tree, settle
 from favor.model.load import Policy, TrainedModel, load_policy
 from favor.model.logprobs import position_M
 from favor.model.sample import SampleConfig
+from favor.ranks import RanksConfig
 from favor.rewards.source import RewardConfig, check_scorer, make_scorer
 from favor.rewards.source import identity as reward_identity
 from favor.train import checkpoint
 from favor.train.loggers import LoggedConfig
-from favor.train.loop import LoopConfig, RanksConfig, SaveConfig, Training, can_be_split, finish, make_training, turns
+from favor.train.loop import LoopConfig, SaveConfig, Training, can_be_split, finish, make_training, turns
 from favor.train.optim import AdamW, OptimConfig
 from favor.train.packs import looked_at, settled
 from favor.train.reference import base_of, identity

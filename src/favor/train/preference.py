@@ -30,14 +30,13 @@ from favor.model.batched import measured
 from favor.model.layout import sampled_tree, settle
 from favor.model.load import Policy, TrainedModel, load_policy, precise
 from favor.model.logprobs import mean_overlap, response_logps, scored_logps, sum_tokens
-from favor.ranks import World
+from favor.ranks import RanksConfig, World
 from favor.rewards.source import RewardConfig, check_scorer, make_scorer
 from favor.rewards.source import identity as reward_identity
 from favor.run import same_inputs
 from favor.train import coupled, reference
 from favor.train.loop import (
     LoopConfig,
-    RanksConfig,
     SaveConfig,
     Training,
     Turn,

@@ -25,10 +25,10 @@ from favor.losses.pairwise import bradley_terry, centering, rao_kupper_tie
 from favor.model.batched import measured
 from favor.model.heads import load_scalar_model, response_scores, settle_scores
 from favor.model.load import Policy, TrainedModel, precise
-from favor.ranks import World
+from favor.ranks import RanksConfig, World
 from favor.run import write_json, write_jsonl
 from favor.train.loggers import LoggedConfig
-from favor.train.loop import LoopConfig, RanksConfig, SaveConfig, can_be_split, make_training, turns
+from favor.train.loop import LoopConfig, SaveConfig, can_be_split, make_training, turns
 from favor.train.optim import AdamW, OptimConfig
 from favor.train.packs import looked_at, settled
 from favor.train.reference import identity

@@ -15,7 +15,7 @@ from favor.model.batched import measured
 from favor.model.heads import Critic, logps_and_values
 from favor.model.load import Policy
 from favor.model.logprobs import scored_logps
-from favor.model.sample import SampleConfig, decode, sample
+from favor.model.sample import SampleConfig, decode, sampled
 from favor.ranks import World, sum_
 from favor.rewards.source import Scorer
 from favor.train.reference import frozen
@@ -85,22 +85,6 @@ def collect(
         ended_R=torch.tensor([r[-1] in models.policy.end_ids for r in responses]),
         group_R=torch.arange(len(prompts)).repeat_interleave(each),
     )
-
-
-def sampled(
-    policy: Policy, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: SampleConfig, world: World
-) -> list[tuple[int, ...]]:
-    """One response per prompt, each rank sampling its share; equal on all ranks."""
-    mine = range(world.rank, len(prompts), world.size)
-    # split weights are collected by all ranks together, so one that has a prompt less draws one more, which is not kept
-    idle = [0] if policy.root is not None and len(mine) * world.size < len(prompts) else []
-    drawn = [*mine, *idle]
-    found = sample(policy, [prompts[i] for i in drawn], [seeds[i] for i in drawn], config) if drawn else []
-    # token ids + 1, so that 0 marks what is not there; the sum over ranks puts every rank's rows together
-    table = torch.zeros(len(prompts), config.max_new_tokens, dtype=torch.int64, device=policy.device)
-    for i, response in zip(mine, found, strict=not idle):
-        table[i, : len(response)] = torch.tensor(response) + 1
-    return [tuple(token - 1 for token in row if token) for row in sum_(table, world).tolist()]
 
 
 def scores(scorer: Scorer, prompts: Sequence[Text], responses: Sequence[str], world: World) -> Tensor:

@@ -21,8 +21,9 @@ from favor.model.batched import measured
 from favor.model.layout import settle
 from favor.model.load import Policy, TrainedModel, load_policy, precise
 from favor.model.logprobs import response_logps
+from favor.ranks import RanksConfig
 from favor.train.loggers import LoggedConfig
-from favor.train.loop import LoopConfig, RanksConfig, SaveConfig, Training, can_be_split, make_training, turns
+from favor.train.loop import LoopConfig, SaveConfig, Training, can_be_split, make_training, turns
 from favor.train.optim import AdamW, OptimConfig
 from favor.train.packs import looked_at, settled
 from favor.train.reference import identity

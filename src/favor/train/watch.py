@@ -19,14 +19,14 @@ from favor.eval.figures import kl_of_samples
 from favor.eval.intervals import SHARE, mean_interval, sign_share
 from favor.losses.table import LossConfig, item_weight, needs, term_sums, terms
 from favor.model.load import Policy, precise
-from favor.model.sample import SampleConfig, decode
+from favor.model.sample import SampleConfig, decode, sampled
 from favor.ranks import World
 from favor.rewards.source import Scorer
 from favor.train.checkpoint import checkpoints
 from favor.train.coupled import gather
 from favor.train.loggers import ToLogger
 from favor.train.reference import Reference
-from favor.train.rollout import sampled, scores
+from favor.train.rollout import scores
 from favor.train.session import Session
 from favor.train.stats import STATS, batch_sums, means, rewards, usable
 
