@@ -204,7 +204,7 @@ def load_policy(config: ModelConfig, seed: int = 0, shard: Shard = "none", *, fr
     if shard != "none" and (members := current()).size > 1:
         from favor.model.pieces import load
 
-        policy = load(config, seed, shard, members)
+        policy = load(config, seed, shard, members, frozen=frozen)
         if policy is not None:
             return policy
     model, tokenizer, found = load_parts(AutoModelForCausalLM, config, frozen=frozen)

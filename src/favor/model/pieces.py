@@ -4,7 +4,7 @@ In: ModelConfig. Out: a Policy, each of whose ranks has read its own rows of eve
 the weights as the model names them. Next: split.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from favor.model.kept import keepable
 from favor.model.load import ModelConfig, Policy, load_tokenizer, make_policy
 from favor.model.split import filled, split
 from favor.model.weights import check_kinds, check_path, is_mask, readable
@@ -32,13 +33,13 @@ class Place(NamedTuple):
     shape: list[int]
 
 
-def load(config: ModelConfig, seed: int, how: Shard, members: World) -> Policy | None:
+def load(config: ModelConfig, seed: int, how: Shard, members: World, *, frozen: bool) -> Policy | None:
     """A causal LM split over ranks, read by each where its rows lie. None: it must be read whole, then split.
 
     Raises CheckpointError for a model that cannot be read, ConfigError as `split` and `make_policy` do.
     """
-    if config.weights != "float32":
-        # which of them bfloat16 holds exactly is known when they are read
+    if config.weights == "nf4":
+        # blocks of 64 numbers do not end where rows do
         return None
     check_path(config.path)
     tokenizer = load_tokenizer(config)
@@ -49,9 +50,14 @@ def load(config: ModelConfig, seed: int, how: Shard, members: World) -> Policy |
     if not _fits(model, found):
         return None
     check_kinds(config.path, model, {name: (place.kind, place.shape) for name, place in found.items()})
+    narrow = keepable(model) if config.weights == "bfloat16" else {}
+    if any(found[name].kind != "BF16" for name, parameter in model.named_parameters() if parameter in narrow):
+        # whether bfloat16 holds their numbers is known when all of them are read
+        return None
     # adapters are made on the device of the weights they adapt
-    _stand_in(model)
-    policy = make_policy(model, tokenizer, config, seed, place=False)
+    _stand_in(model, set(narrow))
+    model.tie_weights()
+    policy = make_policy(model, tokenizer, config, seed, frozen=frozen, place=False)
     _stand_down(policy.model)
     policy.causal_lm.tie_weights()
     adapters = {name: p.detach().clone() for name, p in policy.model.named_parameters() if not p.is_meta}
@@ -114,13 +120,13 @@ def _fits(model: Any, found: Mapping[str, Place]) -> bool:
     )
 
 
-def _stand_in(model: nn.Module) -> None:
-    """Put a tensor of one number, seen in the weight's shape, in the place of every weight without memory."""
+def _stand_in(model: nn.Module, narrow: Set[nn.Parameter]) -> None:
+    """Put a tensor of one number, seen in the weight's shape, in the place of every weight without memory; narrow: in bfloat16."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                seen = torch.zeros(()).expand(parameter.shape)
-                setattr(module, name, nn.Parameter(seen, requires_grad=parameter.requires_grad))
+                seen = torch.zeros((), dtype=torch.bfloat16 if parameter in narrow else torch.float32)
+                setattr(module, name, nn.Parameter(seen.expand(parameter.shape), requires_grad=parameter.requires_grad))
 
 
 def _stand_down(model: nn.Module) -> None:
@@ -128,12 +134,12 @@ def _stand_down(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.untyped_storage().nbytes() < parameter.nbytes:
-                empty = torch.empty(parameter.shape, device="meta")
+                empty = torch.empty_like(parameter, device="meta")
                 setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
 
 
 def _read(policy: Policy, found: Mapping[str, Place]) -> None:
-    """Read this rank's rows of every weight, as float32, and the buffers that files hold."""
+    """Read this rank's rows of every weight, in the format it is held in, and the buffers that files hold."""
     # adapters have wrapped some layers since
     tensors = {name.replace(".base_layer", ""): tensor for name, tensor in policy.causal_lm.state_dict().items()}
     for path in sorted({place.file for place in found.values()}):
