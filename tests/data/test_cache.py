@@ -19,7 +19,7 @@ from rich.console import Console
 
 from favor.config import load
 from favor.data import prepare as preparing
-from favor.data import store
+from favor.data import shapes, store
 from favor.data.grow import ReadReport
 from favor.data.prepare import prepare_split
 from favor.data.read import DataConfig, read, splits_of
@@ -99,6 +99,19 @@ def test_through_files_equals_in_memory(tmp_path, tok, truncation):
     assert not isinstance(files.trees, list)
     assert len(memory.trees) > WINDOW
     assert_same(files, memory)
+
+
+def test_a_template_filled_in_gives_the_same_files(tmp_path, tok, monkeypatch):
+    """Byte for byte what rendering every row gives (data/shapes.py)."""
+    source = write(tmp_path / "rows.jsonl", make_rows(700, 400))
+    assert shapes.only_written(tok.chat_template) == {False}
+    get(source, tok, cache=True)
+    (folder,) = caches(tmp_path)
+    filled = [(folder / name).read_bytes() for name in FILES]
+    shutil.rmtree(folder)
+    monkeypatch.setattr(shapes, "only_written", lambda _: None)
+    get(source, tok, cache=True)
+    assert [(folder / name).read_bytes() for name in FILES] == filled
 
 
 def assert_same(files, memory):

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from favor.data.formats.fields import SAID, RowError, checked_texts, shown
+from favor.data.shapes import MARK, MARKED, Shapes
 from favor.data.types import Message, PromptTree, Text
 
 Tools = tuple[dict[str, Any], ...] | None
@@ -27,9 +28,6 @@ _CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|\[/?[A-Z_]{3,}\]|<</?[A-Z]{2,}>>")
 _SPOKEN = re.compile(r"[<\[]/?(?:think|tool|reason)", re.IGNORECASE)
 _ENDS = re.compile(r"end|eo[st]|</s>", re.IGNORECASE)
 _ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
-# stands for a text while a template is looked at
-_MARK = "zq{}favorqz"
-_MARKED = re.compile(r"zq(\d+)favorqz")
 # parts of a tool call that are not said
 _UNSAID = frozenset(("type", "id", "index"))
 _NO_PLAIN = "; use a chat template that renders it, or write it into the content"
@@ -118,17 +116,17 @@ class Renderer:
     def _shape(self, tree: PromptTree, marked: Message, prompt: str) -> list[str]:
         """What the template writes behind the prompt: its own text and, at odd places, the numbers of marked texts."""
         full = self._apply([*_turns(tree.prompt, "user"), marked], tree.tools, generation=False)
-        return _MARKED.split(full[len(prompt) :])
+        return MARKED.split(full[len(prompt) :])
 
     @cached_property
     def _frame(self) -> tuple[str, str]:
         """What the template usually writes before and after a response."""
         try:
             prompt = self._apply(_turns("hi", "user"), None, generation=True)
-            full = self._apply([*_turns("hi", "user"), *_turns(_MARK, "assistant")], None, generation=False)
+            full = self._apply([*_turns("hi", "user"), *_turns(MARK, "assistant")], None, generation=False)
         except RowError:
-            return "", _MARK
-        start, _, end = full[len(prompt) :].partition(_MARK)
+            return "", MARK
+        start, _, end = full[len(prompt) :].partition(MARK)
         return start, end
 
     @cached_property
@@ -150,8 +148,8 @@ class Renderer:
 
     def _around(self) -> str:
         """What the template writes around the turns of a conversation, as long a one as it takes."""
-        user, assistant = {"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}
-        for turns in ([{"role": "system", "content": _MARK}, user, assistant, user], [user, assistant, user], [user]):
+        user, assistant = {"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}
+        for turns in ([{"role": "system", "content": MARK}, user, assistant, user], [user, assistant, user], [user]):
             try:
                 return self._apply(turns, None, generation=False)
             except RowError:
@@ -187,7 +185,16 @@ class Renderer:
             return (response.removesuffix(eos),)
         return (response,)
 
+    @cached_property
+    def _shapes(self) -> Shapes:
+        return Shapes(self.tokenizer.chat_template, lambda turns, generation: self._render(turns, None, generation))
+
     def _apply(self, messages: list[Message], tools: Tools, *, generation: bool) -> str:
+        """What the template makes of turns. Raises RowError."""
+        filled = None if tools else self._shapes.fill(messages, generation=generation)
+        return self._render(messages, tools, generation) if filled is None else filled
+
+    def _render(self, messages: list[Message], tools: Tools, generation: bool) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
@@ -269,7 +276,7 @@ def _mark(value: Any, values: list[str], *, keys: bool = False) -> Any:
     """A value with a mark for every text that is said in it (in arguments of a call names too); the texts join `values`."""
     if isinstance(value, str):
         values.append(value)
-        return _MARK.format(len(values) - 1)
+        return MARK.format(len(values) - 1)
     if isinstance(value, dict):
         return {
             (_mark(name, values) if keys else name): inner
