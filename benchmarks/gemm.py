@@ -1,4 +1,4 @@
-"""The machine's float32 matrix-product rate at the shapes of a small language model, in GFLOP/s."""
+"""The machine's float32 matrix-product rate at the shapes of a small language model, in GFLOP/s, and its memory's."""
 
 import time
 
@@ -19,6 +19,16 @@ def rate(seconds: float = 1.0) -> float:
             a @ b
         rounds += 1
     return flops * rounds / (time.perf_counter() - began) / 1e9
+
+
+def bandwidth() -> float:
+    """Bytes a second that a product with a single row reads: the weights of a model that says one token."""
+    matrix, row = torch.randn(16384, 8192), torch.randn(8192)
+    matrix @ row
+    began = time.perf_counter()
+    for _ in range(5):
+        matrix @ row
+    return 5 * matrix.nbytes / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,7 @@ def measured(command: list[str], environment: dict[str, str] | None = None) -> t
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, env={**os.environ, **(environment or {})})
         _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         text = output.read()
     if status != 0:

@@ -6,9 +6,11 @@ import types
 
 import pytest
 import tiny
+import zoo_models
 from rich.console import Console
 
 from favor.config import dump, load
+from favor.data.prompts import sample_seeds
 from favor.data.read import DataConfig, read
 from favor.errors import ConfigError, DataError
 from favor.eval.evaluate import EvalConfig, evaluate
@@ -16,6 +18,8 @@ from favor.eval.score import ScoreConfig, score
 from favor.generate import engines
 from favor.generate.prefer import PreferConfig, prefer
 from favor.generate.samples import SamplesConfig, write_samples
+from favor.model.load import ModelConfig, make_policy
+from favor.model.sample import SampleConfig, sample
 from favor.online import OnlineConfig, loop
 from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
@@ -145,6 +149,37 @@ def test_samples_are_of_seed_and_place_alone(inputs, tmp_path):
     assert a[:2] == b
     run_sample(words(inputs, tmp_path / "a.jsonl", "seed=1", "overwrite=true"))
     assert rows_of(tmp_path / "a.jsonl") != a
+
+
+@pytest.mark.parametrize(
+    ("family", "over", "computed"),
+    [
+        ("llama", {}, 3),
+        ("gpt2", {}, 3),
+        ("bloom", {}, 3),
+        ("gemma2", {"sliding_window": 8}, 3),
+        # states of recurrent layers, a model that keeps nothing
+        ("mamba2", {}, 12),
+        ("openai-gpt", {}, 12),
+    ],
+)
+def test_a_prompt_of_several_samples_is_computed_once(family, over, computed):
+    """Its samples are those of every row by itself, and those that are drawn where nothing is shared."""
+    policy = make_policy(
+        zoo_models.build(family, **over), tiny.tokenizer(), ModelConfig(path=family, dtype="float32"), frozen=True
+    )
+    prompts = [[20 + i for i in range(length)] for length in (9, 4, 7)]
+    repeated, seeds = [prompt for prompt in prompts for _ in range(4)], sample_seeds(0, range(3), 4)
+    shapes = []
+    policy.causal_lm.get_input_embeddings().register_forward_hook(lambda _, given, __: shapes.append(given[0].shape))
+    config = SampleConfig(max_new_tokens=8)
+    found = sample(policy, repeated, seeds, config)
+    assert [tuple(shape) for shape in shapes if shape[1] == 9][-1] == (computed, 9)
+    assert found == sample(policy, repeated, seeds, config.model_copy(update={"batch": 1}))
+    assert len(set(found)) > 6
+    # prompts in another order, and one that has a single sample
+    mixed = [7, 0, 4, 1, 9, 2, 3, 6]
+    assert [found[i] for i in mixed] == sample(policy, [repeated[i] for i in mixed], [seeds[i] for i in mixed], config)
 
 
 def test_other_weights_do_not_continue(inputs, tmp_path):

@@ -5,12 +5,14 @@ the batch; their text. Next: ../generate/engines.py.
 """
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
 
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from favor.config import STRICT
 from favor.errors import ConfigError, NumericsError
@@ -119,16 +121,21 @@ def _sample_batch(
     pad = ends[0]
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=policy.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
-    settings = GenerationConfig(
-        max_new_tokens=config.max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad, use_cache=True
-    )
+    # of greedy decoding, as the noise is in the logits
+    common = {"do_sample": False, "pad_token_id": pad, "use_cache": True}
 
     def forward() -> Tensor:
+        noise = LogitsProcessorList([_PerPromptNoise(seeds, config.temperature, policy)])
+        given, seen, begun = _begun(policy, prompts, ids, mask, noise, common)
+        left = width + config.max_new_tokens - given.shape[1]
+        if left == 0:
+            return given
         return policy.causal_lm.generate(  # pyright: ignore[reportCallIssue]
-            ids,
-            attention_mask=mask,
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([_PerPromptNoise(seeds, config.temperature, policy)]),
+            given,
+            attention_mask=seen,
+            **begun,
+            generation_config=GenerationConfig(max_new_tokens=left, eos_token_id=ends, **common),
+            logits_processor=noise,
             streamer=_Streamer(told) if told else None,
             # of split weights every rank computes as many tokens as the longest sample of any
             synced_gpus=policy.root is not None,
@@ -139,6 +146,46 @@ def _sample_batch(
     # what follows the first end of turn is padding
     lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
     return [tuple(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+
+
+def _begun(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    ids: Tensor,
+    mask: Tensor,
+    noise: LogitsProcessorList,
+    common: Mapping[str, Any],
+) -> tuple[Tensor, Tensor, dict[str, DynamicCache]]:
+    """Where a prompt has several samples: it is computed once for them, and their first token is sampled.
+
+    Rows and mask with that token, and the keys and values of the prompts. As given, with nothing, where no prompt is shared or
+    a model keeps more than keys and values. It changes samples by rounding alone.
+    """
+    number: dict[tuple[int, ...], int] = {}
+    row_of = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
+    # of split weights all ranks run equally many passes
+    if policy.root is not None or len(number) == len(prompts):
+        return ids, mask, {}
+    first = [row_of.index(row) for row in number.values()]
+    once = policy.causal_lm.generate(  # pyright: ignore[reportCallIssue]
+        ids[first],
+        attention_mask=mask[first],
+        generation_config=GenerationConfig(
+            max_new_tokens=1, return_dict_in_generate=True, output_logits=True, **common
+        ),
+    )
+    cache = once.past_key_values
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    if type(cache) is not DynamicCache or any(type(layer) not in plain for layer in cache.layers):
+        return ids, mask, {}
+    # a model that keeps nothing leaves it empty
+    if cache.get_seq_length() != ids.shape[1]:
+        return ids, mask, {}
+    places = torch.tensor(row_of, device=ids.device)
+    cache.batch_select_indices(places)
+    scores_RV = noise(ids, once.logits[0][places])  # pyright: ignore[reportArgumentType]
+    token_R1 = scores_RV.argmax(-1, keepdim=True)
+    return torch.cat([ids, token_R1], 1), torch.cat([mask, torch.ones_like(token_R1)], 1), {"past_key_values": cache}
 
 
 class _Streamer:
