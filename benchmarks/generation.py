@@ -31,9 +31,6 @@ from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.size import parameters
 from favor.run import cache_folder
 
-# prompts, and samples of each
-SAMPLING = {"one": (24, 1), "eight": (4, 8)}
-GRPO = (4, 8)
 NORMS_AGREE = 1e-3
 
 
@@ -68,7 +65,8 @@ def main() -> None:
         print(
             f"{machine.flops / 1e9:.0f} GFLOP/s in float32, {machine.bytes / 1e9:.1f} GB/s; ranges over {args.repeats} turns"
         )
-        prompts = list(islice(asked(args, model), max(count for count, _ in (*SAMPLING.values(), GRPO))))
+        prompts = list(islice(asked(args, model), 4 * args.prompts))
+        assert len(prompts) == 4 * args.prompts, f"only {len(prompts)} prompts of at most {args.longest} tokens"
         if "sampling" in args.parts:
             beside_transformers(args, model, prompts, machine)
         if "grpo" in args.parts:
@@ -82,6 +80,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="model folder; default the embedded one")
     parser.add_argument("--end", default="<reponame>", help="a token that the model never says")
     parser.add_argument("--data", help="JSON lines with a prompt; default HH's")
+    parser.add_argument(
+        "--prompts", type=int, default=4, help="with --each samples; with one sample four times as many"
+    )
+    parser.add_argument("--each", type=int, default=8)
     parser.add_argument("--longest", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens of a sample")
     parser.add_argument("--repeats", type=int, default=3)
@@ -111,7 +113,7 @@ def beside_transformers(
         "| samples | favor, tokens/s | generate's best | continuous batching's best | favor / generate | favor / continuous "
         "| floor | likeliest answers equal |\n|---|---|---|---|---|---|---|---|"
     )
-    for count, each in SAMPLING.values():
+    for count, each in ((4 * args.prompts, 1), (args.prompts, args.each)):
         task = Task([ids for _, ids in prompts[:count]], each, args.new)
         print(compared(args, policy, model, task, machine), flush=True)
 
@@ -158,7 +160,7 @@ def beside_trl(
     args: argparse.Namespace, model: Path, prompts: Sequence[tuple[str, list[int]]], machine: Machine, work: Path
 ) -> None:
     """A row a part of the step."""
-    count, each = GRPO
+    count, each = args.prompts, args.each
     task = Task([ids for _, ids in prompts[:count]], each, args.new)
     data, reward, samples = work / "prompts.jsonl", work / "reward.py", work / "samples.json"
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text, _ in prompts[:count]), "utf-8")
