@@ -2,9 +2,9 @@
 
     python benchmarks/precision.py [--seeds 0 1 2] [--out FOLDER] [--pairs 200] [--read 32]
 
-The demo's start and pairs: SFT in float32, then DPO in every format from the same start, order and seed, evaluated in float32 on
-80 held-out pairs. The policy trained in float32 is then read in every format on the first held-out pairs: margins, log-ratios,
-the gradient of DPO's loss. Runs that are there are kept, so a stopped call goes on.
+The demo's start and pairs: SFT and DPO in float32, whose policy is read in every format on the first held-out pairs: margins,
+log-ratios, the gradient of DPO's loss. Then DPO in every other format from the same start, order and seed, evaluated in float32
+on 80 held-out pairs. Runs that are there are kept, so a stopped call goes on.
 """
 
 import argparse
@@ -47,19 +47,23 @@ def main() -> None:
     memory_settings()
     files = review_files(cache_folder(), print)
     model = args.model or str(model_folder(cache_folder(), print))
-    print("| seed | model.dtype | accuracy | margin | loss of the last 5 steps |\n|---|---|---|---|---|")
-    starts: dict[int, Path] = {}
-    for seed in args.seeds:
-        starts[seed] = started(model, files, args, seed)
-        for form in FORMATS:
-            print(whole(starts[seed], files, args, seed, form), flush=True)
+    starts = {seed: started(model, files, args, seed) for seed in args.seeds}
+    lines = [whole(start, files, args, seed, "float32") for seed, start in starts.items()]
     print(
-        "\n| seed | model.dtype | margin | its error | log-ratio off, nats (bias) | log-prob off | gradient's cosine | its length |"
+        "| seed | model.dtype | margin | its error | log-ratio off, nats (bias) | log-prob off | gradient's cosine | its length |"
         "\n|---|---|---|---|---|---|---|---|"
     )
     for seed, start in starts.items():
         for line in readings(start, trained_at(args.out, seed, "float32"), files, args.read):
             print(f"| {seed} | {line}", flush=True)
+    print(
+        "\n| seed | model.dtype | accuracy | margin | loss of the last 5 steps |\n|---|---|---|---|---|",
+        *lines,
+        sep="\n",
+    )
+    for form in FORMATS[1:]:
+        for seed, start in starts.items():
+            print(whole(start, files, args, seed, form), flush=True)
 
 
 def trained_at(out: Path, seed: int, form: str) -> Path:
@@ -98,6 +102,7 @@ def common(args: argparse.Namespace) -> Mapping[str, Any]:
 def whole(start: Path, files: Path, args: argparse.Namespace, seed: int, form: str) -> str:
     """A row: DPO in a format, its held-out figures in float32."""
     run = RunFolder(trained_at(args.out, seed, form))
+    settings: dict[str, Any] = {**common(args), "dtype": form}
     if not run.model.exists():
         favor.train(
             str(start),
@@ -107,7 +112,7 @@ def whole(start: Path, files: Path, args: argparse.Namespace, seed: int, form: s
             seed=seed,
             loss={"kind": "dpo", "beta": BETA},
             resume=run.config.exists(),
-            **{**common(args), "dtype": form},
+            **settings,
         )
     records = [json.loads(line) for line in run.metrics.read_text("utf-8").splitlines()]
     losses = [record["loss"] for record in records if record["kind"] == "step"]
