@@ -31,6 +31,12 @@ ROWS: dict[str, dict[str, object]] = {
     "all weights": {},
     'all weights, `optim.kind = "adamw8bit"`': {"optim": "adamw8bit"},
     'all weights, `model.dtype = "bfloat16"`': {"dtype": "bfloat16"},
+    'all weights, `model.weights` and `model.dtype = "bfloat16"`': {"weights": "bfloat16", "dtype": "bfloat16"},
+    'all weights, these two and `optim.kind = "adamw8bit"`': {
+        "weights": "bfloat16",
+        "dtype": "bfloat16",
+        "optim": "adamw8bit",
+    },
     "LoRA": LORA,
     'LoRA, `model.dtype = "bfloat16"`': LORA | {"dtype": "bfloat16"},
     'LoRA, `model.weights = "bfloat16"`': LORA | {"weights": "bfloat16"},

@@ -20,7 +20,7 @@ from favor.losses.table import LOSSES, needs
 from favor.model import four_bits
 from favor.model.batched import measured
 from favor.model.layout import settle
-from favor.model.load import ModelConfig, frozen_copy, make_policy
+from favor.model.load import ModelConfig, make_policy
 from favor.model.logprobs import response_logps
 from favor.ranks import World
 from favor.train import preference, reference
@@ -59,10 +59,11 @@ MODELS = {
     "dpo, DoRA": {"lora": {"dora": True}},
     "dpo, DoRA on weights in bfloat16": {"weights": "bfloat16", "lora": {"dora": True}},
     "dpo, products in bfloat16x2": {"dtype": "bfloat16x2"},
+    "dpo, products and weights in bfloat16": {"dtype": "bfloat16", "weights": "bfloat16"},
 }
 # how far from plain float32 a cell may be: DiscoPOP's slope is 1/tau = 20 times DPO's, and so is what float32 log-probs leave
 # in it; activations in bfloat16 are rounded to 8 bits
-WITHIN = {"discopop": 5e-5, "dpo, products in bfloat16x2": 2e-2}
+WITHIN = {"discopop": 5e-5, "dpo, products in bfloat16x2": 2e-2, "dpo, products and weights in bfloat16": 2e-2}
 VARIANTS |= {name: {"kind": "dpo"} for name in MODELS}
 BETA = 0.3
 
@@ -136,7 +137,7 @@ def policies(cell, trees):
         model.bfloat16().float()
     policy = make_policy(model, tiny.tokenizer(), settings)
     policy, _ = settle(policy, cell.layout, trees)
-    ref = frozen_copy(policy) if cell.weights == "full" else policy
+    ref = reference.base_of(policy)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in policy.trainable().values():

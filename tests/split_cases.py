@@ -253,6 +253,51 @@ def on_kept(folder, members, weights):
     both("train", folder, members, f"on-{weights}", model=adapted)
 
 
+def case_rounded(folder, members):
+    """Split float32 masters whose layers read them in bfloat16: what autocast gives, to the bit, without its copies."""
+    for family, more in (("llama", {}), ("qwen2", {"gradient_checkpointing": True}), ("gpt2", {})):
+        found, left = [], []
+        for weights in ("float32", "bfloat16"):
+            policy = made(family, "full", dtype="bfloat16", weights=weights, **more)
+            left.append(left_behind(policy))
+            done, after = updated(policy, test_invariance.forest(), members, 40)
+            found.append((*done, *after.values()))
+        assert all(a == b if isinstance(a, tuple) else torch.equal(a, b) for a, b in zip(*found, strict=True)), family
+        assert left[1] == 0, (family, left)
+        assert more or left[0] > 0, (family, left)
+    # read by rows, as the float32 weights are
+    if members.is_main:
+        recipe(folder)
+    barrier(members)
+    words = {"path": str(folder / "model"), "dtype": "bfloat16", "weights": "bfloat16"}
+    found, right = (load_policy(ModelConfig(**words), 3, how) for how in ("full", "none"))
+    assert found.root is not None
+    assert found.kept_bytes == right.kept_bytes > 0
+    found, right = (settle(one, "auto", test_invariance.forest(), train=True)[0] for one in (found, right))
+    batch = micro_batches(test_invariance.forest(), found, 1000, ALONE)[0]
+    assert torch.equal(response_logps(found, batch), response_logps(right, batch))
+
+
+def left_behind(policy):
+    """Bytes in bfloat16 and in a weight's shape that a forward leaves for its backward."""
+    shapes = {p.shape for p in policy.model.parameters() if p.dim() > 1}
+    shapes |= {torch.Size(reversed(shape)) for shape in shapes}
+    found = []
+
+    def noted(tensor):
+        if tensor.dtype == torch.bfloat16 and tensor.shape in shapes:
+            found.append(tensor.nbytes)
+        return tensor
+
+    batch = micro_batches(test_invariance.forest()[:1], policy, 1000, ALONE)[0]
+    assert all(batch.ids_BT.numel() not in shape for shape in shapes), "activations would count"
+    with torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor):
+        value = response_logps(policy, batch).sum()
+    value.backward()
+    policy.model.zero_grad()
+    return sum(found)
+
+
 def case_copy(folder, members):
     """The frozen copy of split weights is split, and gives the same numbers."""
     policy = made("llama", "full")

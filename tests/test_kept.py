@@ -9,7 +9,7 @@ import tiny
 import torch
 from oracles import plain_logps, tree
 from peft import PeftModel
-from test_cli import CALLABLE, GOOD, recipe, write
+from test_cli import GOOD, recipe, write
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -228,15 +228,6 @@ def test_training_is_the_same_to_the_bit(inputs, favor, tmp_path):
     trained(favor, inputs, "whole", *more, "resume=true")
     again = load_file(tmp_path / "whole/model/adapter_model.safetensors")
     assert all(torch.equal(adapter[name], again[name]) for name in adapter)
-
-
-@pytest.mark.parametrize("command", ["train", "sft", "reward", "ppo"])
-def test_where_all_weights_train_nothing_is_frozen(inputs, favor, tmp_path, command):
-    (tmp_path / "length.py").write_text("def score(prompts, responses):\n    return [len(r) for r in responses]\n")
-    words = [command, *recipe(inputs)[1:], *(CALLABLE if command == "ppo" else ()), "model.weights=bfloat16"]
-    code, _, err = favor(*words)
-    assert code == 2
-    assert "without [model.lora] all of them train; add [model.lora]" in err
 
 
 def test_an_adapter_is_folded_in_float32(inputs, favor, tmp_path):

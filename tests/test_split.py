@@ -55,7 +55,7 @@ def test_two_ranks_hold_half_each_and_give_what_one_gives(tmp_path):
     ("count", "cases"),
     [
         (2, ["train", "evaluation"]),
-        (2, ["bfloat16", "updates"]),
+        (2, ["bfloat16", "rounded", "updates"]),
         (2, ["kept"]),
         (2, ["four_bits"]),
         (2, ["options"]),

@@ -116,7 +116,10 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
 def widened(
     x: Tensor, widen: Callable[..., Tensor], dtype: torch.dtype, bias: Tensor | None, *stored: Tensor
 ) -> Tensor:
-    """X W^T + b where `widen` makes W of what is stored, for this one product; the backward makes it again rather than keep it."""
+    """X W^T + b where `widen` makes W of what is stored, for this one product; the backward makes it again rather than keep it.
+
+    What is stored first may train: its gradient is that of W, in the format of x.
+    """
     return cast(Tensor, _Widened.apply(x, widen, dtype, bias, *stored))
 
 
@@ -125,12 +128,16 @@ class _Widened(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, widen: Callable[..., Tensor], dtype: torch.dtype, bias: Tensor | None, *stored: Tensor
     ) -> Tensor:
-        assert not any(ctx.needs_input_grad[1:]), "kept weights do not train"
-        ctx.save_for_backward(*stored)
+        ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, *stored)
         ctx.widen = widen
         return functional.linear(x, widen(*stored, dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        stored = ctx.saved_tensors
-        return grads[0] @ ctx.widen(*stored, grads[0].dtype), None, None, None, *(None for _ in stored)
+        x, *stored = ctx.saved_tensors
+        wants_x, _, _, wants_bias, wants_weight, *_ = ctx.needs_input_grad
+        (grad,) = grads
+        dx = grad @ ctx.widen(*stored, grad.dtype) if wants_x else None
+        dbias = grad.flatten(0, -2).sum(0) if wants_bias else None
+        dweight = (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(stored[0].dtype) if wants_weight else None
+        return dx, None, None, dbias, dweight, *(None for _ in stored[1:])

@@ -23,15 +23,10 @@ from favor.data.types import Layout
 from favor.errors import CheckpointError, ConfigError
 from favor.model.adapters import LoraSettings, load_adapted, with_lora
 from favor.model.four_bits import numbers
-from favor.model.kept import keep
+from favor.model.kept import keep, read_rounded, untrainable
 from favor.model.rotary import row_by_row
 from favor.model.weights import Unmatched, check_path, check_there, load_weights, readable
 from favor.ranks import Shard, current
-
-_ALL_TRAIN = (
-    "model.weights = '{}' is how weights that do not train are kept, and without [model.lora] all of them train; "
-    "add [model.lora], or leave model.weights at float32"
-)
 
 
 class ModelConfig(BaseModel):
@@ -47,7 +42,7 @@ class ModelConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "bfloat16x2"] = "float32"
     """What products are computed in while training: bfloat16 reads 8 bits of every weight, bfloat16x2 16 or more, in two parts."""
     weights: Literal["float32", "bfloat16", "nf4"] = "float32"
-    """How weights that do not train are kept: bfloat16 takes half and changes no number; nf4 (QLoRA) rounds a base to 4 bits."""
+    """bfloat16: less memory and the same numbers, weights that train have float32 masters; nf4 (QLoRA) rounds LoRA's base."""
     layout: Literal["auto", "tree", "rows", "fa2", "fa3", "fa4", "flex"] = "auto"
     """Prompt trees where they are exact (auto), or one padded row per response; on a GPU a name chooses the trees' attention."""
     gradient_checkpointing: bool | Annotated[int, Field(ge=2)] = False
@@ -106,14 +101,15 @@ class ModelConfig(BaseModel):
         return self
 
 
-def _something_is_frozen(config: ModelConfig) -> ModelConfig:
-    if config.weights != "float32" and config.lora is None:
-        raise ValueError(_ALL_TRAIN.format(config.weights))
+def _can_train(config: ModelConfig) -> ModelConfig:
+    narrow = config.weights != "float32"
+    if narrow and config.lora is None and (reason := untrainable(config.weights, config.dtype)):
+        raise ValueError(reason)
     return config
 
 
 # [model] of a command that trains it
-TrainedModel = Annotated[ModelConfig, AfterValidator(_something_is_frozen)]
+TrainedModel = Annotated[ModelConfig, AfterValidator(_can_train)]
 
 
 @dataclass(frozen=True)
@@ -122,9 +118,10 @@ class Policy:
 
     `model` is what trains and saves (a PeftModel under LoRA); `backbone` ends before the LM head;
     `fast_head` is a plain linear head, or None when the model does more to its logits. Weights are float32 but for
-    `kept_bytes` in the format `weights`; `compute_dtype` bfloat16 means autocast (`two_parts`: two_parts.py). `layout` says whether
-    trees may be computed, `attention` how (engines.py; "parts" is attention.py's own), `exact_attention` how in float32.
-    `root`: what forwards run within when weights are split over ranks (split.py), else None.
+    `kept_bytes` in the format `weights` (in full training: what they would take that are read in it); `compute_dtype` bfloat16
+    means autocast (`two_parts`: two_parts.py). `layout` says whether trees may be computed, `attention` how (engines.py; "parts"
+    is attention.py's own), `exact_attention` how in float32. `root`: what forwards run within when weights are split over
+    ranks (split.py), else None.
     """
 
     model: Any
@@ -223,10 +220,13 @@ def sharded(policy: Policy, shard: Shard) -> Policy:
 
 
 def keeps(config: ModelConfig, *, frozen: bool) -> bool:
-    """Whether weights are kept in less than float32. Raises ConfigError where they train."""
-    if config.weights != "float32" and config.lora is None and not frozen:
-        raise ConfigError(_ALL_TRAIN.format(config.weights))
-    return config.weights != "float32"
+    """Whether weights are kept in less than float32; those that train are not. Raises ConfigError where they cannot train."""
+    if config.weights == "float32":
+        return False
+    trained = config.lora is None and not frozen
+    if trained and (reason := untrainable(config.weights, config.dtype)):
+        raise ConfigError(reason)
+    return not trained
 
 
 def load_parts(
@@ -284,7 +284,10 @@ def make_policy(
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
     # before it moves: a GPU never holds the float32 ones
-    kept = keep(model, config.path, config.weights) if keeps(config, frozen=frozen) else 0
+    held = keeps(config, frozen=frozen)
+    kept = (
+        keep(model, config.path, config.weights) if held else read_rounded(model) if config.weights != "float32" else 0
+    )
     if place:
         model.to(device)  # pyright: ignore[reportArgumentType]
     model.eval()
@@ -326,13 +329,18 @@ def precision_of(products: str) -> str:
     return f"{read} float32 weights (what is measured is float32)"
 
 
-def frozen_copy(policy: Policy) -> Policy:
-    """The reference of a full fine-tune: a copy of the weights as they are now, that never trains."""
+def frozen_copy(policy: Policy, *, moves: bool = False) -> Policy:
+    """The reference of a full fine-tune: a copy of the weights as they are now, that never trains.
+
+    Where model.weights is bfloat16 it is kept so, but for matrices that would be rounded, and if its weights will move.
+    """
     if policy.root is not None:
         from favor.model.split import copied
 
         return copied(policy)
     model = deepcopy(policy.causal_lm).requires_grad_(False)
+    if policy.weights == "bfloat16" and not moves:
+        keep(model, policy.source, policy.weights, all_of_them=False)
     head = model.get_output_embeddings()
     fast = head if policy.fast_head is not None and type(head) is nn.Linear else None
     return replace(policy, model=model, backbone=model.base_model, fast_head=fast)

@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from favor.model.kept import keepable
-from favor.model.load import ModelConfig, Policy, load_tokenizer, make_policy
+from favor.model.load import ModelConfig, Policy, keeps, load_tokenizer, make_policy
 from favor.model.split import filled, split
 from favor.model.weights import check_kinds, check_path, is_mask, readable
 from favor.parts import assign_, rows_of
@@ -50,7 +50,7 @@ def load(config: ModelConfig, seed: int, how: Shard, members: World, *, frozen: 
     if not _fits(model, found):
         return None
     check_kinds(config.path, model, {name: (place.kind, place.shape) for name, place in found.items()})
-    narrow = keepable(model) if config.weights == "bfloat16" else {}
+    narrow = keepable(model) if keeps(config, frozen=frozen) else {}
     if any(found[name].kind != "BF16" for name, parameter in model.named_parameters() if parameter in narrow):
         # whether bfloat16 holds their numbers is known when all of them are read
         return None

@@ -54,12 +54,18 @@ def _numbers(parameters: Iterable[Tensor]) -> int:
 
 
 def sizes(
-    architecture: PreTrainedConfig, model: ModelConfig, tokens: int, *, trained_bytes: int = 12, copies: int = 0
+    architecture: PreTrainedConfig,
+    model: ModelConfig,
+    tokens: int,
+    *,
+    trained_bytes: int = 12,
+    copies: int = 0,
+    moving: bool = False,
 ) -> Sizes:
     """Weights (as model.weights keeps them), gradients and optimizer state, activations of a pack of `tokens`, its logits.
 
     trained_bytes: bytes for each number that is trained beside it (its gradient, and two moments of AdamW); copies: frozen
-    copies of the weights.
+    copies of the weights; moving: or copies that follow the policy, which stay float32.
     Per token and layer a transformer block keeps about 14 vectors of the hidden and 4 of the MLP width for its backward
     (measured on Llama blocks, docs/log.md); recomputation keeps one hidden vector a layer.
     """
@@ -73,7 +79,8 @@ def sizes(
     kept = recomputed * hidden + (depth - recomputed) * (14 * hidden + 4 * width)
     state = 4 * total * (1 + copies) + trained * trained_bytes
     if model.weights != "float32":
-        state -= 2 * matrices
+        # of a model that trains in full its frozen copies are kept so; its layers leave nothing for the backward
+        state -= 2 * matrices * ((0 if moving else copies) if trained else 1)
         # from 2 bytes a number to 4 bits and a float32 for every 64
         state -= round(1.4375 * _numbers(m.weight for m in layers(shapes))) if model.weights == "nf4" else 0
     elif model.dtype == "bfloat16":

@@ -84,6 +84,8 @@ def load_pair(run: str, reference: str | None, shard: Shard = "none") -> tuple[P
     start = recipe.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
     # what was trained, and any other model, may hold numbers that bfloat16 has not
     whole = start.model_copy(update={"weights": "float32", "revision": None})
+    if recipe.model.lora is None:
+        start = start.model_copy(update={"weights": "float32"})
     policy = load_policy(whole.model_copy(update={"path": str(folder.model)}), shard=shard)
     other = start if reference is None else whole.model_copy(update={"path": reference})
     base = load_policy(other, shard=shard, frozen=True)

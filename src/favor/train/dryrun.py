@@ -102,4 +102,5 @@ def estimated(config: TrainConfig, architecture: PreTrainedConfig, tokens: int) 
         trained_bytes=4 + STATE_BYTES[config.optim.kind],
         # under adapters the model without them is the reference
         copies=1 if live and not config.model.lora else 0,
+        moving=config.reference.sync is not None,
     )

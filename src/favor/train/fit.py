@@ -22,6 +22,8 @@ from favor.train.preference import TrainConfig
 # from what costs time alone to what changes what is trained
 _SAVING = (
     "reference.mode=stored",
+    # tried again beside adapters, which it goes with in every precision
+    "model.weights=bfloat16",
     "model.gradient_checkpointing=true",
     "optim.kind=adamw8bit",
     "model.lora.rank=16",

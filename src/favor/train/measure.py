@@ -24,6 +24,7 @@ from favor.errors import ConfigError
 from favor.guard import file_hash
 from favor.losses.table import needs
 from favor.model.batched import measured
+from favor.model.kept import keepable
 from favor.model.logprobs import response_logps
 from favor.ranks import World
 from favor.run import fsync
@@ -247,7 +248,10 @@ def _state(begun: Begun, training: Training) -> int:
     copied = config.model.lora is None and (
         config.reference.mode == "live" or config.watch.kl or needs(config.loss).zero
     )
-    return weights * (2 if copied else 1) + gradients + _bytes(remembered)
+    if copied:
+        halved = begun.policy.weights == "bfloat16" and not config.reference.sync
+        weights += weights - (2 * sum(p.numel() for p in keepable(begun.policy.model)) if halved else 0)
+    return weights + gradients + _bytes(remembered)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

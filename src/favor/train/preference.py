@@ -176,7 +176,7 @@ def make_references(
     # LoRA: the policy with its adapters off; all weights: a frozen copy, made only where something reads it
     live = exact = None
     if is_live or config.watch.kl or needed.zero:
-        base = reference.base_of(policy)
+        base = reference.base_of(policy, moves=config.reference.sync is not None)
         live, exact = (reference.live(each, identity["weights"]) for each in (base, precise(base)))
     if not needed.reference:
         of = dict.fromkeys(parts, reference.none())

@@ -117,9 +117,12 @@ def stored(
     return {name: Reference(_lookup(tensors[name].to(policy.device)), whole) for name in splits}
 
 
-def base_of(policy: Policy) -> Policy:
-    """What a live reference computes with: the policy, whose adapters it switches off, or a frozen copy of its weights."""
-    return policy if policy.lora else frozen_copy(policy)
+def base_of(policy: Policy, *, moves: bool = False) -> Policy:
+    """What a live reference computes with: the policy, whose adapters it switches off, or a frozen copy of its weights.
+
+    moves: `sync` will move them.
+    """
+    return policy if policy.lora else frozen_copy(policy, moves=moves)
 
 
 def live(base: Policy, identity: str) -> Reference:

@@ -90,7 +90,7 @@ class Session:
     def self_check(self, policy: Policy, layout: str) -> None:
         """How the model is computed, and why."""
         kept = (
-            f"; {policy.kept_bytes / (1 << 30):.2f} GiB of weights kept in {policy.weights}"
+            f"; {policy.kept_bytes / (1 << 30):.2f} GiB of weights {'kept' if policy.lora else 'read'} in {policy.weights}"
             if policy.kept_bytes
             else ""
         )
