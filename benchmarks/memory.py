@@ -25,7 +25,7 @@ from favor.train.reference import none
 from favor.train.step import Learner, step
 
 DEMO = Path.home() / ".cache/favor/smollm2-135m-instruct"
-LORA = {"lora": {"rank": 16}}
+LORA: dict[str, object] = {"lora": {"rank": 16}}
 # what [model] says; "optim" is the kind of [optim]
 ROWS: dict[str, dict[str, object]] = {
     "all weights": {},
