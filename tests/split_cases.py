@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+import threading
+from itertools import product
 from pathlib import Path
 
 import test_invariance
@@ -20,12 +22,12 @@ from favor.model.logprobs import response_logps
 from favor.parts import assign_, whole
 from favor.ranks import World, barrier, world
 from favor.run import RunFolder
-from favor.stop import stop_signals
-from favor.train import ppo, preference, reward, sft
+from favor.stop import StopRequest, stop_signals
+from favor.train import checkpoint, moments, ppo, preference, reward, sft
 from favor.train.loop import micro_batches
 from favor.train.optim import AdamW, make_optimizer
 from favor.train.reference import Reference, base_of, live
-from favor.train.session import Session
+from favor.train.session import Session, TrainingState
 from favor.train.step import Learner, step
 
 ALONE = World()
@@ -128,6 +130,55 @@ def case_bytes(folder, members):
     assert all(p.to_local().untyped_storage().nbytes() <= p.numel() * 4 for p in parameters.values())
 
 
+def learning(policy, members):
+    """AdamW on all weights, and a step of DPO against zeros."""
+    parameters = policy.trainable()
+    optimizer = make_optimizer(AdamW(lr=1e-3), parameters)
+    learner = Learner(parameters, optimizer, 1.0, policy.device, members, split=policy.root is not None)
+    objective = preference.make_objective(make_loss("dpo"), policy, none())
+    cut = micro_batches(test_invariance.forest(), policy, 40, members)
+    return learner, lambda: step(learner, cut, objective)
+
+
+def session_in(folder, members):
+    if members.is_main:
+        folder.mkdir()
+        (folder / "metrics.jsonl").touch()
+    return Session(RunFolder(folder), members, Console(quiet=True), StopRequest())
+
+
+def case_saved(folder, members):
+    """A checkpoint, held until a further step is taken, is that of the step at whose end it was asked for.
+
+    Also where the one rank of a machine holds all weights.
+    """
+    for how, here in (("full", members.size), ("hybrid", 1)):
+        os.environ["LOCAL_WORLD_SIZE"] = str(here)
+        learner, steps = learning(made("llama", how), members)
+        steps()
+        session, go, write = session_in(folder / f"saved-{how}", members), threading.Event(), checkpoint.save_file
+        remembered = {
+            f"{key}.{name}": value
+            for name, parameter in learner.parameters.items()
+            for key, value in moments.kept(learner.optimizer.state[parameter]).items()
+        }
+        expected = [
+            {name: whole(tensor.detach()).clone() for name, tensor in tensors.items()}
+            for tensors in (learner.parameters, remembered)
+        ]
+        checkpoint.save_file = lambda *given, go=go, write=write: go.wait(60) and write(*given)
+        checkpoint.save(session, learner, TrainingState(step=1), 1)
+        steps()
+        go.set()
+        session.background.wait()
+        checkpoint.save_file = write
+        barrier(members)
+        stored = checkpoint.read(session.folder.checkpoints / "step-000001")
+        for found, right in zip((stored.policy, stored.moments), expected, strict=True):
+            assert found.keys() == right.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in right.items()), how
+
+
 def none():
     from favor.train import reference
 
@@ -175,8 +226,8 @@ def refused(*unused, **unread):
 
 def case_bfloat16(folder, members):
     """Products in bfloat16: the numbers and the gradient of one process, all ranks computing the same batch."""
-    for settings in ({}, {"gradient_checkpointing": True}):
-        policy, alone = (made("qwen2", shard, dtype="bfloat16", **settings) for shard in ("full", "none"))
+    for dtype, settings in product(("bfloat16", "bfloat16x2"), ({}, {"gradient_checkpointing": True})):
+        policy, alone = (made("qwen2", shard, dtype=dtype, **settings) for shard in ("full", "none"))
         batch = micro_batches(test_invariance.forest(), policy, 1000, ALONE)[0]
         found, right = response_logps(policy, batch), response_logps(alone, batch)
         assert torch.equal(found, right)
@@ -300,17 +351,18 @@ def left_behind(policy):
 
 def case_copy(folder, members):
     """The frozen copy of split weights is split, and gives the same numbers."""
-    policy = made("llama", "full")
-    copy = frozen_copy(policy)
-    batch = micro_batches(test_invariance.forest(), policy, 1000, ALONE)[0]
-    with torch.no_grad():
-        expected = response_logps(policy, batch)
-    assert torch.equal(live(copy, "").logps(batch), expected)
-    with torch.no_grad():
-        for parameter in policy.model.parameters():
-            parameter.mul_(1.1)
-    assert torch.equal(live(copy, "").logps(batch), expected)
-    assert all(not p.requires_grad for p in copy.model.parameters())
+    for dtype in ("float32", "bfloat16x2"):
+        policy = made("llama", "full", dtype=dtype)
+        copy = frozen_copy(policy)
+        batch = micro_batches(test_invariance.forest(), policy, 1000, ALONE)[0]
+        with torch.no_grad():
+            expected = response_logps(policy, batch)
+        assert torch.equal(live(copy, "").logps(batch), expected)
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                parameter.mul_(1.1)
+        assert torch.equal(live(copy, "").logps(batch), expected)
+        assert all(not p.requires_grad for p in copy.model.parameters())
 
 
 COMMANDS = {

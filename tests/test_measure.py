@@ -133,7 +133,7 @@ def asked(inputs, tmp_path, room_gib, *more, dtype="float32"):
     config = load(TrainConfig, None, given)
     architecture = architecture_of(config.model)
     size = estimated(config, architecture, 1024)
-    found = measure.Measured(0, size.state, size.activations + size.logits, 1024, 200, 10, 10_000, {"steps": 1.0})
+    found = measure.Measured(0, size.state, size.activations + size.logits, 0, 1024, 200, 10, 10_000, {"steps": 1.0})
     said, needed = fit.fitting(config, found, round(room_gib * GIB), None, given)
     return said, needed / GIB, sum(size) / GIB, given, architecture
 

@@ -45,7 +45,7 @@ def on_ranks(count, folder, *cases):
 
 @pytest.mark.dist
 def test_two_ranks_hold_half_each_and_give_what_one_gives(tmp_path):
-    on_ranks(2, tmp_path, "bytes", "copy", "pieces", "quick")
+    on_ranks(2, tmp_path, "bytes", "copy", "pieces", "quick", "saved")
 
 
 @pytest.mark.dist

@@ -225,7 +225,8 @@ def test_kill_9_at_a_random_step_and_resume(world_of_films, tmp_path):
         [*program, *words, "resume=true"], env=environment, capture_output=True, text=True, check=True
     )
     resumed = int(re.search(r"resumed after step (\d+)", done.stdout)[1])
-    assert reached - 3 <= resumed <= reached
+    # the checkpoint that was being written is lost
+    assert reached - 4 <= resumed <= reached
     whole = settings(world_of_films, tmp_path / "whole", "train.epochs=80")
     subprocess.run([*program, *whole], env=environment, check=True, capture_output=True)
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")

@@ -33,6 +33,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def collected(tensors: Mapping[str, Tensor], *, keep: bool, copy: bool = False) -> dict[str, Tensor]:
+    """Whole tensors in the memory of the machine, for a rank that keeps them; all ranks must ask, and hold one at a time.
+
+    copy: what is whole already is copied, too.
+    """
+    held: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor.detach())
+        if keep:
+            held[name] = value.to("cpu", copy=copy).contiguous()
+    return held
+
+
 def num_here(tensor: Tensor) -> int:
     """How many of a tensor's numbers this rank holds."""
     return tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()

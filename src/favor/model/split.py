@@ -25,7 +25,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from favor.errors import ConfigError
 from favor.model.load import Policy
 from favor.model.rotary import row_by_row
-from favor.parts import in_files, whole
+from favor.model.two_parts import read_in_two_parts
+from favor.parts import collected, in_files
 from favor.ranks import Shard, World
 
 
@@ -101,6 +102,8 @@ def copied(policy: Policy) -> Policy:
     model = bare(policy.causal_lm).requires_grad_(False)
     head = model.get_output_embeddings()
     fast = head if policy.fast_head is not None and type(head) is nn.Linear else None
+    if policy.two_parts:
+        read_in_two_parts(model, model)
     root = Root(model)
     copy = replace(policy, model=model, backbone=model.base_model, fast_head=fast, root=root)
     cut(root, copy, _device_mesh(parameters.values()))
@@ -139,28 +142,29 @@ def filled(model: nn.Module, device: torch.device) -> None:
 def save(policy: Policy, folder: Path | None) -> None:
     """The model's files, as its own save_pretrained writes them: every rank must ask, one gives the folder.
 
-    Tensors are put together one after the other, a file's worth at a time. Adapters, and models whose files name their
-    weights in another way than the model itself does, are put together whole in the writer's memory.
+    Tensors are put together one after the other; the one that writes keeps a file's worth at a time. Adapters, and models
+    whose files name their weights in another way than the model itself does, are put together whole in the writer's memory.
     """
+    writes = folder is not None
     if policy.lora:
-        held = {name: whole(parameter.detach()).cpu() for name, parameter in policy.trainable().items()}
-        if folder is not None:
+        held = collected(policy.trainable(), keep=writes)
+        if writes:
             policy.model.save_pretrained(folder, state_dict=held)
         return
     model = policy.causal_lm
     tensors = _saved(model)
     here = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
     if set(revert_weight_conversion(model, here)) != set(tensors):
-        held = {name: whole(tensor.detach()).cpu() for name, tensor in tensors.items()}
-        if folder is not None:
+        held = collected(tensors, keep=writes)
+        if writes:
             model.save_pretrained(folder, state_dict=held)
         return
     files = dict(in_files("model", tensors))
-    if folder is not None:
+    if writes:
         _describe(model, folder, files, sum(t.numel() * t.element_size() for t in tensors.values()))
     for file, names in files.items():
-        held = {name: whole(tensors[name].detach()).cpu().contiguous() for name in names}
-        if folder is not None:
+        held = collected({name: tensors[name] for name in names}, keep=writes)
+        if writes:
             save_file(held, folder / file, metadata={"format": "pt"})
 
 

@@ -5,10 +5,12 @@ for bit, or a refusal. Next: preference.py.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,9 +19,10 @@ from torch import Tensor, nn
 from favor.config import STRICT
 from favor.errors import CheckpointError
 from favor.guard import file_hash, length_and_hash, sha
-from favor.parts import assign_, in_files, whole
+from favor.model.room import memory, peak
+from favor.parts import assign_, collected, in_files
 from favor.ranks import barrier
-from favor.run import atomic_folder, fsync, refuse_changed, remove_folder
+from favor.run import RunFolder, atomic_folder, fsync, refuse_changed, remove_folder
 from favor.train import moments
 from favor.train.session import Session, TrainingState
 from favor.train.step import Learner
@@ -51,38 +54,56 @@ class Stored(NamedTuple):
 
 
 def save(session: Session, learner: Learner, state: TrainingState, keep: int) -> None:
-    """The main rank writes `step-NNNNNN` aside, fsyncs, renames; then removes all but the newest `keep` up to this one."""
-    if session.world.is_main:
-        # what a checkpoint comes after must not be lost with the power
-        fsync(session.folder.metrics)
-        now = state.model_copy(update={"metrics": length_and_hash(session.folder.metrics)})
-        with atomic_folder(session.folder.checkpoints / f"step-{state.step:06d}") as aside:
-            _write(aside, learner, now)
-        found = checkpoints(session.folder.checkpoints)
-        kept = [old for old in found if _step(old) <= state.step][-keep:]
-        # later ones were damaged, or this run would stand where they are
-        for old in found:
-            if old not in kept:
-                remove_folder(old)
-    else:
+    """The main rank writes `step-NNNNNN` aside, fsyncs, renames; then removes all but the newest `keep` up to this one.
+
+    Where memory allows it copies what is saved, and a thread writes while training goes on; else training waits. Raises
+    what went wrong in writing this one, if training waits, and the one before.
+    """
+    session.background.wait()
+    keeps = session.world.is_main
+    # what the first copy took, this process still holds (memory_settings)
+    copies = keeps and (session.background.used or copy_bytes(learner) > 0)
+    files = ((name, collected(tensors, keep=keeps, copy=copies)) for name, tensors in _files(learner))
+    if not keeps:
         # weights that are split over ranks are put together by all of them
-        for _ in _gathered(learner):
-            pass
-    barrier(session.world)
+        list(files)
+        return
+    now = state.model_copy(update={"metrics": length_and_hash(session.folder.metrics)})
+    if copies:
+        session.background.begin(partial(_write, session.folder, list(files), now, keep))
+    else:
+        _write(session.folder, files, now, keep)
 
 
-def _write(aside: Path, learner: Learner, state: TrainingState) -> None:
-    files: dict[str, str] = {}
-    for name, tensors in _gathered(learner):
-        save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, aside / name)
-        files[name] = file_hash(aside / name)
-    sealed = _Sealed(state=state, files=files)
-    sealed = sealed.model_copy(update={"sha256": sealed.seal()})
-    (aside / _STATE).write_text(sealed.model_dump_json(indent=2) + "\n", "utf-8")
+def copy_bytes(learner: Learner) -> int:
+    """Size of a copy of what is saved; 0 where it would take more than half of the memory that training leaves free."""
+    size = sum(t.numel() * t.element_size() for _, tensors in _files(learner) for t in tensors.values())
+    # what training has held, it will hold again
+    grows = peak() - psutil.Process().memory_info().rss
+    return size if 2 * (size + grows) <= memory().free else 0
 
 
-def _gathered(learner: Learner) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The files of a checkpoint, one after the other: its name and whole tensors. Of split weights all ranks must ask."""
+def _write(folder: RunFolder, files: Iterable[tuple[str, dict[str, Tensor]]], state: TrainingState, keep: int) -> None:
+    # what a checkpoint comes after must not be lost with the power
+    fsync(folder.metrics)
+    hashes: dict[str, str] = {}
+    with atomic_folder(folder.checkpoints / f"step-{state.step:06d}") as aside:
+        for name, tensors in files:
+            save_file(tensors, aside / name)
+            hashes[name] = file_hash(aside / name)
+        sealed = _Sealed(state=state, files=hashes)
+        sealed = sealed.model_copy(update={"sha256": sealed.seal()})
+        (aside / _STATE).write_text(sealed.model_dump_json(indent=2) + "\n", "utf-8")
+    found = checkpoints(folder.checkpoints)
+    kept = [old for old in found if _step(old) <= state.step][-keep:]
+    # later ones were damaged, or this run would stand where they are
+    for old in found:
+        if old not in kept:
+            remove_folder(old)
+
+
+def _files(learner: Learner) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The files of a checkpoint: what is in them as the ranks hold it."""
     remembered = {
         f"{key}.{name}": value
         for name, parameter in learner.parameters.items()
@@ -92,7 +113,7 @@ def _gathered(learner: Learner) -> Iterator[tuple[str, dict[str, Tensor]]]:
     for name, tensors in parts.items():
         if tensors or name != _REFERENCE:
             for file, keys in in_files(name, tensors):
-                yield file, {key: whole(tensors[key].detach()) for key in keys}
+                yield file, {key: tensors[key] for key in keys}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -202,6 +223,8 @@ def newest_sound(session: Session) -> Stored | None:
 
     Raises CheckpointError when there are some and all are damaged.
     """
+    session.background.wait()
+    barrier(session.world)
     found = checkpoints(session.folder.checkpoints)
     for path in reversed(found):
         try:

@@ -41,9 +41,10 @@ def report(
     found = measure(config)
     room, name, beside = _room(config, found, card_gib)
     needed = found.state + found.pack + beside
+    copied = f"; a copy for checkpoints {_gib(found.copy)}, made where there is room" if found.copy else ""
     lines = [
         f"memory (measured): {_gib(found.peak)} at its peak (weights, gradients, optimizer {_gib(found.state)}; "
-        f"a pack of {found.pack_tokens:,} tokens {_gib(found.pack)})",
+        f"a pack of {found.pack_tokens:,} tokens {_gib(found.pack)}{copied})",
         _time(found),
     ]
     figures: dict[str, object] = {"peak_bytes": found.peak, "seconds": found.seconds, "fits": needed <= room}
@@ -71,7 +72,7 @@ def _room(config: TrainConfig, found: Measured, card_gib: float | None) -> tuple
         return round(card_gib * GIB), "the card", _CONTEXT
     if config.model.device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory, "this GPU", _CONTEXT
-    return memory().total, "this machine", found.peak - found.state - found.pack
+    return memory().total, "this machine", found.peak - found.state - found.pack - found.copy
 
 
 def _gib(size: int) -> str:

@@ -79,11 +79,6 @@ R = TypeVar("R", bound=Recipe)
 
 def can_be_split(recipe: R) -> R:
     """The recipe as it is. Raises ValueError for what weights that are split over ranks do not go with yet."""
-    if recipe.ranks.shard != "none" and recipe.model.dtype == "bfloat16x2":
-        raise ValueError(
-            "model.dtype = 'bfloat16x2' was not tried on weights that are split over ranks; set model.dtype=float32 or "
-            "bfloat16, or ranks.shard=none"
-        )
     if recipe.ranks.shard != "none" and recipe.optim.kind == "adamw8bit":
         raise ValueError(
             "optim.kind = 'adamw8bit' keeps one size for 256 numbers of a whole weight, which ranks.shard cuts; "
@@ -176,6 +171,9 @@ class Turn:
         if number or (save.every > 0 and state.step % save.every == 0 and state.step < total):
             checkpoint.save(session, training.learner, state, save.keep)
         if number:
+            session.background.wait()
+            # a launcher ends all processes when one does
+            barrier(session.world)
             raise StoppedError(f"stopped after step {state.step} of {total}; continue with resume=true", number)
 
 
@@ -193,7 +191,8 @@ def turns(training: Training, label: str, state: TrainingState) -> Generator[Tur
             session.event(0, name, said)
     order = Order(len(used), recipe.train.batch_prompts, recipe.seed, recipe.train.shuffle)
     run_began = time.monotonic() - state.seconds
-    with session.stop.looked_at(), Bar(session, label, total, state.step) as bar:
+    ended, looked_at = session.background.ended(session.say), session.stop.looked_at()
+    with looked_at, ended, Bar(session, label, total, state.step) as bar:
         for indices, place in order.batches(LoaderState(state.epoch, state.position)):
             if state.step >= total:
                 break

@@ -26,9 +26,11 @@ from favor.losses.table import needs
 from favor.model.batched import measured
 from favor.model.kept import keepable
 from favor.model.logprobs import response_logps
+from favor.model.room import peak
 from favor.ranks import World
 from favor.run import fsync
 from favor.train import reference
+from favor.train.checkpoint import copy_bytes
 from favor.train.loop import Training, make_training, num_steps
 from favor.train.moments import kept
 from favor.train.optim import STATE_BYTES
@@ -51,13 +53,14 @@ class Measured(NamedTuple):
     """What a run takes on this machine.
 
     peak: bytes of the whole process on a CPU, of the device on a GPU. Of these, state: weights, gradients, optimizer and a
-    reference's copy; pack: what is added while the largest pack, of `pack_tokens`, is computed. longest: tokens of the
-    longest tree. seconds: by part.
+    reference's copy; pack: what is added while the largest pack, of `pack_tokens`, is computed; copy: what a checkpoint is
+    written from, which training does without where memory is scarce. longest: tokens of the longest tree. seconds: by part.
     """
 
     peak: int
     state: int
     pack: int
+    copy: int
     pack_tokens: int
     longest: int
     num_steps: int
@@ -112,10 +115,14 @@ def _measured(config: TrainConfig, session: Session) -> Measured:
     trees = iter(some.train)
     _, worst, ordinary = (_step(begun, training, references, list(islice(trees, len(part)))) for part in parts)
     most = _peak(begun.policy.device)
+    copy = copy_bytes(training.learner) if _checkpoints(config, num) else 0
     seconds |= {"steps": num * ordinary.update + tokens * ordinary.per_token} | _saving(config, training, num)
     state = _state(begun, training)
-    rest = max(0, most - state - (before if begun.policy.device.type == "cpu" else 0))
-    return Measured(most, state, rest, worst.largest, min(longest.num_tokens, worst.largest), num, tokens, seconds)
+    on_cpu = begun.policy.device.type == "cpu"
+    pack, shortest = max(0, most - state - before * on_cpu), min(longest.num_tokens, worst.largest)
+    # the copy lies in the machine's memory
+    copy *= on_cpu
+    return Measured(most + copy, state, pack, copy, worst.largest, shortest, num, tokens, seconds)
 
 
 def _counted(begun: Begun) -> list[_Counted]:
@@ -228,8 +235,7 @@ def _is_stored(config: TrainConfig) -> bool:
 def _saving(config: TrainConfig, training: Training, steps: int) -> dict[str, float]:
     """Seconds of checkpoints and of the final model, by what a small file takes in the run's place."""
     trained = sum(parameter.numel() for parameter in training.learner.parameters.values())
-    checkpoints = (steps - 1) // config.save.every if config.save.every else 0
-    size = trained * (4 + checkpoints * (4 + STATE_BYTES[config.optim.kind]))
+    size = trained * (4 + _checkpoints(config, steps) * (4 + STATE_BYTES[config.optim.kind]))
     place = Path(config.run).absolute()
     with tempfile.TemporaryDirectory(dir=next(folder for folder in place.parents if folder.is_dir())) as there:
         file = Path(there) / "written"
@@ -238,6 +244,10 @@ def _saving(config: TrainConfig, training: Training, steps: int) -> dict[str, fl
         fsync(file)
         file_hash(file)
         return {"saving": (time.perf_counter() - began) * size / _WRITTEN}
+
+
+def _checkpoints(config: TrainConfig, steps: int) -> int:
+    return (steps - 1) // config.save.every if config.save.every else 0
 
 
 def _state(begun: Begun, training: Training) -> int:
@@ -259,13 +269,5 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _peak(device: torch.device) -> int:
-    """Most bytes held until now: on a GPU of its memory by torch, else by this process (Linux; elsewhere what it holds now)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return psutil.Process().memory_info().rss
-    # not ru_maxrss, which a process takes over from the one that starts it
-    return next(
-        int(line.split()[1]) << 10 for line in status.read_text("utf-8").splitlines() if line.startswith("VmHWM")
-    )
+    """Most bytes held until now: on a GPU of its memory by torch, else by this process."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak()

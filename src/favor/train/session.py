@@ -3,13 +3,14 @@
 In: a run folder and a World. Out: a Session whose parts the loops call. Next: preference.py.
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
 import importlib.util
 import platform
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeAlias, TypeVar
@@ -26,6 +27,7 @@ from favor.data.prepare import prepare
 from favor.data.read import DataConfig
 from favor.data.splits import Splits
 from favor.data.tokenize import TokensConfig
+from favor.errors import FavorError
 from favor.guard import sha
 from favor.lint.cheap import CHECKS
 from favor.model.load import Policy, precision_of
@@ -58,6 +60,44 @@ class TrainingState(BaseModel):
     metrics: tuple[int, str] = (0, "")
 
 
+class Background:
+    """One piece of work in a thread while training goes on, such as writing a checkpoint; one at a time. used: there was one."""
+
+    def __init__(self) -> None:
+        self.used = False
+        self._work: concurrent.futures.Future[None] | None = None
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Start it, after a `wait`."""
+        assert self._work is None, "one at a time"
+        self.used = True
+        thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._work = thread.submit(work)
+        # the thread ends with it
+        thread.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Until what is under way has ended. Raises what it raised."""
+        if self._work is not None:
+            # a signal may break this off, and it is under way still
+            concurrent.futures.wait([self._work])
+            done, self._work = self._work, None
+            done.result()
+
+    @contextlib.contextmanager
+    def ended(self, say: Callable[[str], None]) -> Generator[None]:
+        """After the block nothing is under way. What went wrong is raised, or said where the block itself failed."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.wait()
+            except (FavorError, OSError) as error:
+                say(f"warning: {error}")
+            raise
+        self.wait()
+
+
 @dataclass(frozen=True)
 class Session:
     """The surroundings of one training run; files and lines are written by the main rank only."""
@@ -68,6 +108,7 @@ class Session:
     stop: StopRequest
     # what else is told of every record
     tell: Callable[[Mapping[str, object]], None] | None = None
+    background: Background = field(default_factory=Background)
 
     def say(self, text: str) -> None:
         """One line for the user."""
