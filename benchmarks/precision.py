@@ -26,8 +26,8 @@ from favor.demo import model_folder, review_files
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
+from favor.model.room import memory_settings
 from favor.run import RunFolder, cache_folder
-from favor.train.session import memory_settings
 
 FORMATS = ("float32", "bfloat16", "bfloat16x2")
 BETA = 0.1

@@ -21,7 +21,7 @@ from favor.demo import model_folder, review_files
 from favor.losses.table import make_loss
 from favor.model.layout import settle
 from favor.model.load import load_policy
-from favor.model.room import peak
+from favor.model.room import memory_settings, peak
 from favor.ranks import World
 from favor.run import RunFolder, cache_folder
 from favor.stop import StopRequest
@@ -29,7 +29,7 @@ from favor.train import checkpoint
 from favor.train.loop import make_training
 from favor.train.preference import TrainConfig, make_objective
 from favor.train.reference import none
-from favor.train.session import Session, TrainingState, load_splits, memory_settings
+from favor.train.session import Session, TrainingState, load_splits
 from favor.train.step import step
 
 

@@ -7,6 +7,7 @@ import threading
 from itertools import product
 from pathlib import Path
 
+import psutil
 import test_invariance
 import tiny
 import torch
@@ -19,6 +20,7 @@ from favor.model.adapters import LoraSettings
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, frozen_copy, load_policy, make_policy, sharded, weights_hash
 from favor.model.logprobs import response_logps
+from favor.model.room import memory_settings, peak
 from favor.parts import assign_, whole
 from favor.ranks import World, barrier, world
 from favor.run import RunFolder
@@ -177,6 +179,31 @@ def case_saved(folder, members):
         for found, right in zip((stored.policy, stored.moments), expected, strict=True):
             assert found.keys() == right.keys()
             assert all(torch.equal(found[name], tensor) for name, tensor in right.items()), how
+
+
+def case_memory(folder, members, shard="full"):
+    """Most bytes that this rank held over two steps beside what it held before; and over a checkpoint."""
+    memory_settings()
+    # what is imported, and made once, on first use
+    learning(made("llama", shard), members)[1]()
+    before = psutil.Process().memory_info().rss
+    policy = load_policy(ModelConfig(path=str(folder / "large")), 0, shard)
+    policy, _ = settle(policy, "auto", test_invariance.forest(), train=True)
+    learner, steps = learning(policy, members)
+    steps()
+    steps()
+    found = {"steps": peak() - before}
+    session = session_in(folder / f"memory-{shard}-{members.size}", members)
+    checkpoint.save(session, learner, TrainingState(step=2), 1)
+    session.background.wait()
+    found["saved"] = peak() - before
+    barrier(members)
+    (session.folder.root / f"rank-{members.rank}.json").write_text(json.dumps(found))
+
+
+def case_whole(folder, members):
+    """The same without splitting."""
+    case_memory(folder, members, "none")
 
 
 def none():

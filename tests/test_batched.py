@@ -67,8 +67,8 @@ def test_pairs_are_those_of_a_batch():
 
 PROGRAM = """
 from types import SimpleNamespace
-from favor.model import batched; from favor.train import rollout
-plain, sample, log = batched.batches.build, rollout.sample, open({log!r} + __import__("os").environ.get("RANK", "0"), "w")
+from favor.model import batched, sample as sampling
+plain, sample, log = batched.batches.build, sampling.sample, open({log!r} + __import__("os").environ.get("RANK", "0"), "w")
 def build(trees, layout, *rest):
     print("computed", len(trees), file=log, flush=True)
     return plain(trees, layout, *rest)
@@ -76,7 +76,7 @@ def counted(policy, prompts, *rest):
     print("sampled", len(prompts), file=log, flush=True)
     return sample(policy, prompts, *rest)
 batched.batches = SimpleNamespace(plan=batched.batches.plan, build=build)
-rollout.sample = counted
+sampling.sample = counted
 from favor.cli import main
 main()
 """

@@ -152,7 +152,6 @@ def test_a_run_that_was_stopped_ends_the_same(inputs, favor, tmp_path):
     [
         ((), "without [model.lora] all of them train"),
         (("model.lora.dora=true",), "model.lora.dora measures weights, and those in 4 bits cannot be"),
-        (("model.lora.rank=4", "ranks.shard=full"), "which ranks.shard cuts; set model.weights=bfloat16"),
     ],
 )
 def test_what_does_not_go_with_it(inputs, favor, more, said):

@@ -1,5 +1,6 @@
 """Weights that are split over ranks (ranks.shard) give what one process gives. The cases stand in split_cases.py."""
 
+import json
 import os
 import shutil
 import socket
@@ -139,3 +140,50 @@ def test_what_split_weights_do_not_go_with_is_refused(command, words, said):
     load(schema, None, [*plain, *words])
     with pytest.raises(ConfigError, match=said):
         load(schema, None, [*plain, *words, "ranks.shard=full"])
+
+
+# float32 weights, gradients and AdamW's two means
+STATE_BYTES = 16
+# what every rank holds beside its share: a layer or two put together, activations, buffers of the network
+BESIDE = 160 << 20
+
+
+def large(folder):
+    """A model of 77 million numbers in 24 layers, so that they and not the process are what memory goes to; its size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny.tokenizer().save_pretrained(folder)
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 24, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=tiny.model("llama").config.vocab_size, **sizes))
+    model.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def peaks(folder, shard, count):
+    """What each rank held: over its steps; with a checkpoint after them."""
+    on_ranks(count, folder, {"full": "memory", "none": "whole"}[shard])
+    found = [json.loads((folder / f"memory-{shard}-{count}/rank-{rank}.json").read_text()) for rank in range(count)]
+    return [one["steps"] for one in found], [one["saved"] for one in found]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_peak_of_a_rank_falls_with_their_number(tmp_path):
+    """a / N + b: a is known from the model's size, and b is the same for every N."""
+    numbers = large(tmp_path / "large")
+    assert STATE_BYTES * numbers > 7 * BESIDE
+
+    def falls(count, held):
+        share = STATE_BYTES * numbers / count
+        return all(0.95 * share <= each <= share + BESIDE for each in held)
+
+    for count in (1, 2, 4):
+        steps, saved = peaks(tmp_path, "full", count)
+        print(f"{count}: {[each >> 20 for each in steps]} MiB, with a checkpoint {[each >> 20 for each in saved]} MiB")
+        assert falls(count, steps), (count, steps)
+        # only the main rank keeps what all of them put together
+        assert falls(count, saved[1:]), (count, saved)
+    steps, _ = peaks(tmp_path, "none", 2)
+    print(f"2, not split: {[each >> 20 for each in steps]} MiB")
+    assert not falls(2, steps), "what does not fall must be seen"

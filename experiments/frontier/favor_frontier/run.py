@@ -16,11 +16,12 @@ from rich.console import Console
 
 from favor.config import dump, load
 from favor.guard import content
+from favor.model.room import memory_settings
 from favor.ranks import World
 from favor.rewards.source import identity
 from favor.run import RunFolder, append, same_inputs, write_json
 from favor.stop import StoppedAtOnceError, StoppedError, StopRequest
-from favor.train.session import OpenSession, Session, memory_settings, recipe_hash, running
+from favor.train.session import OpenSession, Session, recipe_hash, running
 from favor_frontier.point import make_bench, run_point
 from favor_frontier.prepare import (
     Places,

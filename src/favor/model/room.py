@@ -1,8 +1,10 @@
-"""How much memory a model may use: the machine's, within what a container allows.
+"""How much memory a model may use: the machine's, within what a container allows; what becomes of memory that is freed.
 
 In: the operating system's figures. Out: Room. Next: size.py.
 """
 
+import ctypes
+import platform
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +42,26 @@ def peak() -> int:
     return next(
         int(line.split()[1]) << 10 for line in status.read_text("utf-8").splitlines() if line.startswith("VmHWM")
     )
+
+
+def memory_settings() -> None:
+    """Let glibc keep freed memory (Linux): large CPU tensors are then not paged in again at every step."""
+    _glibc(mapped_from=1 << 30, kept=(1 << 31) - 1)
+
+
+def give_back_freed() -> None:
+    """Let glibc return every large tensor that is freed: what is collected for a moment, in ever other sizes, would add up."""
+    _glibc(mapped_from=1 << 20, kept=1 << 20)
+
+
+def _glibc(*, mapped_from: int, kept: int) -> None:
+    """Where tensors begin to have memory of their own, and how much of the rest stays when it is freed; bytes."""
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL("libc.so.6")
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc.mallopt(m_mmap_threshold, mapped_from)
+    libc.mallopt(m_trim_threshold, kept)
 
 
 def numbers(both: str, *apart: str) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from favor.errors import ConfigError
 from favor.model.load import Policy
+from favor.model.room import give_back_freed
 from favor.model.rotary import row_by_row
 from favor.model.two_parts import read_in_two_parts
 from favor.parts import collected, in_files
@@ -53,6 +54,8 @@ def cut(root: Root, policy: Policy, over: DeviceMesh) -> None:
     """Split the weights that `root` holds, layer by layer; the rest of them together."""
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
+    if policy.device.type == "cpu":
+        give_back_freed()
     layers = [module for module in policy.causal_lm.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(

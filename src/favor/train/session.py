@@ -5,9 +5,7 @@ In: a run folder and a World. Out: a Session whose parts the loops call. Next: p
 
 import concurrent.futures
 import contextlib
-import ctypes
 import importlib.util
-import platform
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,6 +29,7 @@ from favor.errors import FavorError
 from favor.guard import sha
 from favor.lint.cheap import CHECKS
 from favor.model.load import Policy, precision_of
+from favor.model.room import memory_settings
 from favor.ranks import World, current, largest, on_main, started_again, world
 from favor.run import RunFolder, append, start, write_json
 from favor.stop import StopRequest, stop_signals
@@ -139,16 +138,6 @@ class Session:
 
 
 OpenSession: TypeAlias = Callable[[Path], Session]
-
-
-def memory_settings() -> None:
-    """Let glibc keep freed memory (Linux): large CPU tensors are then not paged in again at every step."""
-    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL("libc.so.6")
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    libc.mallopt(m_mmap_threshold, 1 << 30)
-    libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def in_session(run: Callable[[OpenSession], T], kept: str = _NOTHING_KEPT, console: Console | None = None) -> T:
