@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -12,8 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from favor.config import load
 from favor.data.types import Comparison, TokenTree
+from favor.model.load import load_policy
+from favor.model.room import Room
 from favor.model.size import GIB, architecture_of
-from favor.train import fit, measure
+from favor.train import dryrun, fit, measure
 from favor.train.dryrun import estimated
 from favor.train.preference import Begun, TrainConfig
 
@@ -62,6 +65,45 @@ def test_a_card_too_small_is_told_what_would_fit(inputs, favor):
     assert re.search(
         r"^fits: no, .* of 0\.50 GiB \(the card\); no setting changes that; take a smaller model", out, re.M
     )
+
+
+def test_the_estimate_counts_adapters(inputs):
+    """Their weights, gradients and two moments, to the byte; beside the base's weights."""
+    base = load(TrainConfig, None, words(inputs))
+    adapted = load(TrainConfig, None, words(inputs, "model.lora.rank=64", "reference.mode=live"))
+    architecture = architecture_of(base.model)
+    numbers = sum(parameter.numel() for parameter in load_policy(adapted.model).trainable().values())
+    plain = sum(parameter.numel() for parameter in load_policy(base.model).trainable().values())
+    assert numbers > plain, "a rank so large that forgetting them would be seen"
+    assert estimated(adapted, architecture, 10).state == 4 * plain + 16 * numbers
+    assert estimated(base, architecture, 10).state == 16 * plain
+
+
+def test_a_dry_run_says_that_it_will_not_fit(inputs, favor, monkeypatch):
+    for room, warned in ((1 << 20, True), (1 << 40, False)):
+        monkeypatch.setattr(dryrun, "memory", lambda room=room: Room(room, room, "memory"))
+        code, out, _ = favor("train", *words(inputs), "--dry-run")
+        assert code == 0
+        assert ("warning: this machine has 0.00 GiB. Less takes: model.lora.rank=16" in out) == warned
+    monkeypatch.setattr(dryrun.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    assert "warning: 0.00 GiB are needed; save.keep=1" in favor("train", *words(inputs), "--dry-run")[1]
+
+
+def test_where_it_does_not_fit_the_next_step_is_not_to_train(inputs, favor, monkeypatch):
+    _, out, _ = favor("train", *words(inputs), "--dry-run", "--card", "0.5")
+    assert "next:" not in out
+    monkeypatch.setattr(fit, "fitting", lambda *given: (["model.lora.rank=16"], 1))
+    _, out, _ = favor("train", *words(inputs), "--dry-run", "--card", "0.5")
+    assert re.search(r"next: favor train .* model.lora.rank=16$", out, re.M)
+
+
+def test_commands_of_one_process_refuse_several(favor, monkeypatch):
+    """Started twice they would write the same file."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = favor("sample", "out=o.jsonl", "prompts=p.jsonl", "engine.kind=local", "engine.model.path=m")
+    assert code == 2
+    assert "favor sample runs in one process; start it without torchrun" in err
 
 
 @pytest.mark.parametrize("option", [["--measure"], ["--card", "24"]])

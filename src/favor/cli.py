@@ -116,6 +116,7 @@ def _dry_run(*, measured: bool = False, card: float | None = None) -> Command:
 
     def run(config: TrainConfig, terminal: Terminal) -> Done:
         print(text := describe(config))
+        then: tuple[str, ...] = (typed("train", *terminal.words),)
         found: dict[str, Any] = {name: said for name, _, said in (line.partition(": ") for line in text.splitlines())}
         if measured:
             from favor.train.fit import report
@@ -123,11 +124,15 @@ def _dry_run(*, measured: bool = False, card: float | None = None) -> Command:
             lines, figures = report(config, card, terminal.recipe, terminal.overrides)
             print("\n".join(lines))
             found |= figures
-        return Done(("nothing was trained",), found, {}, (typed("train", *terminal.words),))
+            if not found["fits"]:
+                then = (typed("train", *terminal.words, *found["fits_with"]),) if found["fits_with"] else ()
+        return Done(("nothing was trained",), found, {}, then)
 
     return Command(TrainConfig, run)
 
 
+# what several processes do together
+_SHARED = ("train", "sft", "reward", "ppo", "eval")
 # every command that takes a recipe; what it needs is imported when it runs
 COMMANDS: Mapping[str, Callable[[], Command]] = {"train": _train, **OTHERS}
 
@@ -137,8 +142,11 @@ def _call(make: Callable[[], Command], words: Sequence[str], speech: Speech, *, 
     from rich.console import Console
 
     from favor.config import load, read, split_arguments
+    from favor.errors import ConfigError
     from favor.words import expanded, whole
 
+    if speech.command not in _SHARED and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1":
+        raise ConfigError(f"favor {speech.command} runs in one process; start it without torchrun")
     command, (recipe, overrides), console = (
         make(),
         split_arguments(expanded(speech.command, words)),

@@ -77,7 +77,7 @@ def world() -> Generator[World]:
             raise
         raise LostError(
             f"another process of this run ended, or cannot be reached, so this one ends too ({said}); what the other one "
-            "said says why. Continue from the newest checkpoint with resume=true"
+            "said says why, unless it was killed, as for its memory. Continue from the newest checkpoint with resume=true"
         ) from None
     finally:
         if joined:

@@ -24,7 +24,7 @@ EXTRAS: Mapping[str, str] = {
     "mlflow": "watch.logger=mlflow",
     "trackio": "watch.logger=trackio",
     "vllm": "engine.kind=vllm",
-    "bitsandbytes": "optim.kind=adamw8bit",
+    "bitsandbytes": "model.weights=nf4, optim.kind=adamw8bit",
 }
 _SHOWN = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "huggingface_hub")
 # what favor cannot do without, in the order in which they need each other

@@ -22,6 +22,13 @@ from favor.errors import CheckpointError
 # beside an adapter: how the base that it was trained on was rounded
 MARK = "favor.json"
 _ROUNDED = {"base_weights": "nf4"}
+_CARD = """
+## The base is rounded
+
+This adapter was trained on its base rounded to 4 bits (NF4, blocks of 64) and belongs on that: `from_pretrained(base,
+quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32))`.
+favor does so by itself.
+"""
 _BLOCK = 64
 # heads that adapters train beside them, as peft's modules_to_save
 TRAINS = ("score",)
@@ -65,8 +72,10 @@ def numbers(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def write_mark(folder: Path) -> None:
-    """Say beside an adapter that its base was rounded."""
+    """Say beside an adapter that its base was rounded, and in its card how it is loaded elsewhere."""
     (folder / MARK).write_text(json.dumps(_ROUNDED) + "\n", "utf-8")
+    if (card := folder / "README.md").exists():
+        card.write_text(card.read_text("utf-8") + _CARD, "utf-8")
 
 
 def is_marked(path: str, revision: str | None) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from favor.model.adapters import LoraSettings, with_lora
 from favor.model.four_bits import layers
 from favor.model.kept import keepable
 from favor.model.load import ModelConfig
@@ -44,6 +45,12 @@ def parameters(architecture: PreTrainedConfig) -> int:
     return _numbers(_shapes(architecture).parameters())
 
 
+def trained(architecture: PreTrainedConfig, lora: LoraSettings | None) -> int:
+    """Numbers that train: all of a model, or its adapters. Raises ConfigError for adapters that it cannot have."""
+    shapes = _shapes(architecture)
+    return _numbers(p for p in (with_lora(shapes, lora, 0) if lora else shapes).parameters() if p.requires_grad)
+
+
 def _shapes(architecture: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(architecture)
@@ -71,16 +78,17 @@ def sizes(
     """
     shapes, text = _shapes(architecture), architecture.get_text_config()
     total, matrices = _numbers(shapes.parameters()), _numbers(keepable(shapes))
-    trained = total if model.lora is None else 0
+    num_trained = trained(architecture, model.lora)
     hidden, depth, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     width = text.to_dict().get("intermediate_size") or 4 * hidden
     every = int(model.gradient_checkpointing)
     recomputed = depth // every if every else 0
     kept = recomputed * hidden + (depth - recomputed) * (14 * hidden + 4 * width)
-    state = 4 * total * (1 + copies) + trained * trained_bytes
+    # adapters stand beside the weights
+    state = 4 * (total * (1 + copies) + (num_trained if model.lora else 0)) + num_trained * trained_bytes
     if model.weights != "float32":
         # of a model that trains in full its frozen copies are kept so; its layers leave nothing for the backward
-        state -= 2 * matrices * ((0 if moving else copies) if trained else 1)
+        state -= 2 * matrices * (1 if model.lora else 0 if moving else copies)
         # from 2 bytes a number to 4 bits and a float32 for every 64
         state -= round(1.4375 * _numbers(m.weight for m in layers(shapes))) if model.weights == "nf4" else 0
     elif model.dtype == "bfloat16":

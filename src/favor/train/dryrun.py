@@ -17,7 +17,8 @@ from favor.data.types import Layout, TokenTree
 from favor.lint.cheap import CHECKS
 from favor.model.layout import config_obstacle, longest_path
 from favor.model.load import end_ids, load_tokenizer, precision_of
-from favor.model.size import GIB, Sizes, architecture_of, parameters, sizes
+from favor.model.room import memory
+from favor.model.size import GIB, Sizes, architecture_of, sizes, trained
 from favor.train.loop import length_notes, num_steps
 from favor.train.optim import STATE_BYTES, learning_rate, warmup
 from favor.train.packs import chosen, looked_at
@@ -70,13 +71,17 @@ def _held_out(config: TrainConfig) -> Iterator[str]:
 
 
 def _disk(config: TrainConfig, architecture: PreTrainedConfig) -> str:
-    """Weights in float32; a checkpoint has the optimizer's state beside them. Adapters are small."""
+    """What trains, in float32; a checkpoint has the optimizer's state beside it."""
     place = Path(config.run).absolute()
     free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
-    weights = 0 if config.model.lora else 4 * parameters(architecture)
+    weights = 4 * trained(architecture, config.model.lora)
     kept = weights + weights * STATE_BYTES[config.optim.kind] // 4
-    size = f"model {weights / GIB:.2f} GiB, each checkpoint {kept / GIB:.2f}" if weights else "adapters alone"
-    return f"disk (estimate): {size}; {free / GIB:.1f} GiB free"
+    # the newest ones, and one more while it is written
+    checkpoints = config.save.keep + 1 if config.save.every else 1
+    needed = weights + checkpoints * kept
+    lacking = f"\nwarning: {needed / GIB:.2f} GiB are needed; save.keep=1 keeps one checkpoint" if needed > free else ""
+    what = "adapters" if config.model.lora else "model"
+    return f"disk (estimate): {what} {weights / GIB:.2f} GiB, each checkpoint {kept / GIB:.2f}; {free / GIB:.1f} GiB free{lacking}"
 
 
 def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence[TokenTree], layout: Layout) -> str:
@@ -87,9 +92,23 @@ def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence
     pack = max(budget, max(tree.num_tokens for tree in trees))
     pack = min(pack, sum(tree.num_tokens for tree in trees))
     parts = {"none": "", "full": "processes", "hybrid": "processes of a machine"}[config.ranks.shard]
-    return f"memory (estimate): {estimated(config, architecture, pack)}, in packs of up to {budget:,} tokens" + (
-        f"; the first is divided by the number of {parts} (ranks.shard)" if parts else ""
-    )
+    size, (room, place) = estimated(config, architecture, pack), has(config)
+    said = f"memory (estimate): {size}, in packs of up to {budget:,} tokens"
+    if parts:
+        return f"{said}; the first is divided by the number of {parts} (ranks.shard)"
+    if sum(size) > room:
+        said += (
+            f"\nwarning: {place} has {room / GIB:.2f} GiB. Less takes: model.lora.rank=16, with it model.weights=bfloat16 or nf4; "
+            "model.gradient_checkpointing=true; ranks.shard=full over several processes (docs/choose.md)"
+        )
+    return said
+
+
+def has(config: TrainConfig) -> tuple[int, str]:
+    """Bytes of memory where the recipe trains, and where that is."""
+    if config.model.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory, "this GPU"
+    return memory().total, "this machine"
 
 
 def estimated(config: TrainConfig, architecture: PreTrainedConfig, tokens: int) -> Sizes:

@@ -12,9 +12,8 @@ from transformers import PreTrainedConfig
 
 from favor.config import load
 from favor.errors import ConfigError
-from favor.model.room import memory
 from favor.model.size import GIB, architecture_of
-from favor.train.dryrun import estimated
+from favor.train.dryrun import estimated, has
 from favor.train.measure import Measured, measure
 from favor.train.notes import duration
 from favor.train.preference import TrainConfig
@@ -49,7 +48,10 @@ def report(
     ]
     figures: dict[str, object] = {"peak_bytes": found.peak, "seconds": found.seconds, "fits": needed <= room}
     if needed <= room:
-        return [*lines, f"fits: yes, {_gib(needed)} of {_gib(room)} ({name})"], figures
+        return [
+            *lines,
+            f"fits: yes, {_gib(needed)} of {_gib(room)} ({name}), of which {_gib(beside)} beside the model",
+        ], figures
     words, size = fitting(config, found, room - beside, recipe, overrides)
     less = (
         f"about {_gib(size + beside)} with {' '.join(words)}"
@@ -70,9 +72,8 @@ def _room(config: TrainConfig, found: Measured, card_gib: float | None) -> tuple
     """Bytes there are, where, and bytes there that a process takes beside the model and its packs."""
     if card_gib is not None:
         return round(card_gib * GIB), "the card", _CONTEXT
-    if config.model.device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory, "this GPU", _CONTEXT
-    return memory().total, "this machine", found.peak - found.state - found.pack - found.copy
+    room, place = has(config)
+    return room, place, _CONTEXT if place == "this GPU" else found.peak - found.state - found.pack - found.copy
 
 
 def _gib(size: int) -> str:
