@@ -78,7 +78,7 @@ def sizes(
     """
     shapes, text = _shapes(architecture), architecture.get_text_config()
     total, matrices = _numbers(shapes.parameters()), _numbers(keepable(shapes))
-    num_trained = trained(architecture, model.lora)
+    num_trained = trained(architecture, model.lora) if model.lora else total
     hidden, depth, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     width = text.to_dict().get("intermediate_size") or 4 * hidden
     every = int(model.gradient_checkpointing)

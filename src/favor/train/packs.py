@@ -82,8 +82,8 @@ def chosen(layout: Layout, batches: Sequence[Sequence[TokenTree]], world: int = 
 
 
 def _room(model: ModelConfig, policy: Policy, world: int) -> int:
-    """Tokens whose activations fit into the share of the memory that is free beside gradients and the optimizer's state."""
+    """Tokens whose activations, the same with adapters, fit into a share of the memory free beside gradients and optimizer."""
     free = torch.cuda.mem_get_info(policy.device)[0] if policy.device.type == "cuda" else memory().free // world
     to_come = 12 * sum(num_here(parameter) for parameter in policy.trainable().values())
-    one = sizes(policy.causal_lm.config, model, 1)
+    one = sizes(policy.causal_lm.config, model.model_copy(update={"lora": None}), 1)
     return int(_SHARE * (free - to_come)) // (one.activations + one.logits)
