@@ -234,6 +234,9 @@ def test_the_examples_of_the_method_print_what_they_say(capsys):
 
 def test_every_name_of_trl_is_on_its_page():
     page = (ROOT / "docs/coming_from.md").read_text("utf-8")
-    assert [name for name in (*KEYS, *SAID, *LOSSES) if f"| `{name}` | " not in page] == []
-    for name, key in KEYS.items():
-        assert f"| `{name}` | `{key}` |" in page
+    rows = {name: f"`{key}`" for name, key in KEYS.items()} | SAID
+    for name, (kind, more) in LOSSES.items():
+        rows[name] = ", ".join(
+            f"`{word}`" for word in (kind, *(f"loss.{key}={str(v).lower()}" for key, v in more.items()))
+        )
+    assert [name for name, said in rows.items() if f"| `{name}` | {said} |" not in page] == []
