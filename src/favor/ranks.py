@@ -146,12 +146,19 @@ def sum_(tensor: Tensor, members: World) -> Tensor:
     return tensor
 
 
-def largest(number: int, members: World, device: torch.device) -> int:
+def largest(number: int, members: World) -> int:
     """The largest of the ranks' numbers, so that all of them decide alike."""
-    if members.size == 1:
-        return number
-    tensor = torch.tensor([number], device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    tensor = torch.tensor([number])
+    if members.size > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def from_main(number: int, members: World) -> int:
+    """The main rank's number: of a folder that several machines share another one may see what it was a minute ago."""
+    tensor = torch.tensor([number])
+    if members.size > 1:
+        dist.broadcast(tensor, 0)
     return int(tensor)
 
 

@@ -10,12 +10,14 @@ import threading
 import time
 import tracemalloc
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 from filelock import FileLock
 from rich.console import Console
+from threads import Threads
 
 from favor.config import load
 from favor.data import prepare as preparing
@@ -31,7 +33,7 @@ from favor.data.types import Comparison, Thumb, TokenTree
 from favor.errors import DataError
 from favor.lint.cheap import CHECKS
 from favor.model.layout import longest_path
-from favor.ranks import World
+from favor.ranks import World, on_main
 from favor.run import RunFolder
 from favor.stop import StopRequest
 from favor.train.preference import TrainConfig, train
@@ -486,3 +488,28 @@ def test_memory_stays_flat(tmp_path, tok, monkeypatch):
         tracemalloc.stop()
     assert peaks[1600, True] < 1.5 * peaks[400, True]
     assert peaks[1600, True] < 0.4 * peaks[1600, False]
+
+
+@pytest.mark.parametrize("has_it", [0, 1])
+def test_two_machines_of_which_one_has_the_cache(tmp_path, tok, monkeypatch, has_it):
+    """Whoever has it waits for the other, and only the main rank builds; a machine that has none then says so."""
+    ranks = Threads()
+    monkeypatch.setattr("favor.ranks.dist", ranks)
+    source = write(tmp_path / "rows.jsonl", make_rows(9, 9))
+    memory = list(get(source, tok, cache=False).trees)
+    places = [tmp_path / "main", tmp_path / "other"]
+    with monkeypatch.context() as patch:
+        patch.setenv("FAVOR_CACHE", str(places[has_it]))
+        get(source, tok, cache=True)
+    monkeypatch.setattr("favor.data.store.cache_folder", lambda: places[ranks.get_rank()])
+    said = []
+
+    def read(world):
+        found = prepare_split(wanted(source, tok, cache=True), CHECKS, said.append, partial(on_main, world))
+        return list(found.trees)
+
+    found = ranks.run(read)
+    assert found[0] == memory
+    assert found[1] == memory if has_it else "the token cache is missing or damaged on this machine" in str(found[1])
+    assert len(said) == has_it
+    assert places[1].exists() is bool(has_it)

@@ -78,9 +78,9 @@ def prepare_split(recipe: Recipe, checks: Checks, say: Callable[[str], None], on
     folder = cache_folder() / "tokens" / sha(json.dumps(described, sort_keys=True))
     try:
         found = open_cache(folder)
-        if found is None:
-            on_main(lambda: _build_once(recipe, checks, say, (described, before), folder))
-            found = open_cache(folder)
+        # a machine that has it waits for one that has not
+        on_main(lambda: found or _build_once(recipe, checks, say, (described, before), folder))
+        found = found or open_cache(folder)
     except (OSError, sqlite3.OperationalError) as error:
         place, reason = cache_folder(), str(error)
         if isinstance(error, OSError):
@@ -90,7 +90,10 @@ def prepare_split(recipe: Recipe, checks: Checks, say: Callable[[str], None], on
             "set FAVOR_CACHE to another folder, or data.cache=false"
         ) from None
     if found is None:
-        raise DataError(f"{folder}: the token cache is missing or damaged on this machine; set data.cache=false")
+        raise DataError(
+            f"{folder}: the token cache is missing or damaged on this machine; "
+            "set FAVOR_CACHE to a folder that all machines see, or data.cache=false"
+        )
     return found
 
 

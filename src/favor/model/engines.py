@@ -115,14 +115,14 @@ def seconds_of(policy: Policy, trees: Sequence[TokenTree], work: Callable[[Batch
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         best = math.inf
-    nanoseconds = largest(int(min(best, 1e9) * 1e9), current(), policy.device)
+    nanoseconds = largest(int(min(best, 1e9) * 1e9), current())
     return nanoseconds / 1e9 if nanoseconds < 10**18 else math.inf
 
 
 def _checked(check: Callable[[Policy], str | None], policy: Policy) -> str | None:
     """What is wrong with a policy on any rank, so that all choose alike."""
     problem = check(policy)
-    failed = largest(int(problem is not None), current(), policy.device)
+    failed = largest(int(problem is not None), current())
     return (problem or "another rank refused it") if failed else None
 
 

@@ -21,7 +21,7 @@ from favor.errors import CheckpointError
 from favor.guard import file_hash, length_and_hash, sha
 from favor.model.room import memory, peak
 from favor.parts import assign_, collected, in_files
-from favor.ranks import barrier
+from favor.ranks import barrier, from_main, largest
 from favor.run import RunFolder, atomic_folder, fsync, refuse_changed, remove_folder
 from favor.train import moments
 from favor.train.session import Session, TrainingState
@@ -87,7 +87,7 @@ def _write(folder: RunFolder, files: Iterable[tuple[str, dict[str, Tensor]]], st
     # what a checkpoint comes after must not be lost with the power
     fsync(folder.metrics)
     hashes: dict[str, str] = {}
-    with atomic_folder(folder.checkpoints / f"step-{state.step:06d}") as aside:
+    with atomic_folder(folder.checkpoints / _name(state.step)) as aside:
         for name, tensors in files:
             save_file(tensors, aside / name)
             hashes[name] = file_hash(aside / name)
@@ -120,6 +120,10 @@ def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = folder.glob("step-*") if folder.exists() else ()
     return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=_step)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _step(path: Path) -> int:
@@ -219,20 +223,28 @@ def resume(session: Session, learner: Learner, expected: TrainingState, num_tree
 
 
 def newest_sound(session: Session) -> Stored | None:
-    """The newest checkpoint that holds what was written; a damaged one is passed over, and that is said.
+    """The newest checkpoint that holds, for all ranks, what was written; a damaged one is passed over, and that is said.
 
     Raises CheckpointError when there are some and all are damaged.
     """
     session.background.wait()
     barrier(session.world)
-    found = checkpoints(session.folder.checkpoints)
-    for path in reversed(found):
+    folder, world = session.folder.checkpoints, session.world
+    found = checkpoints(folder)
+    for before in reversed(range(from_main(len(found), world))):
+        path = folder / _name(from_main(_step(found[before]) if world.is_main else 0, world))
+        stored, problem = None, ""
         try:
-            return read(path)
+            stored = read(path)
         except CheckpointError as error:
-            if path == found[0]:
-                raise CheckpointError(
-                    f"{error}; no sound checkpoint is left: delete {session.folder.checkpoints} to resume from the first step"
-                ) from None
-            session.event(0, "damaged", f"warning: {error}; going back to the checkpoint before")
+            problem = str(error)
+        if not largest(int(stored is None), world):
+            return stored
+        problem = problem or f"{path}: another process of this run cannot read it"
+        if not before:
+            also = "see that every machine has this folder, or " if world.size > 1 else ""
+            raise CheckpointError(
+                f"{problem}; no sound checkpoint is left: {also}delete {folder} to resume from the first step"
+            )
+        session.event(0, "damaged", f"warning: {problem}; going back to the checkpoint before")
     return None

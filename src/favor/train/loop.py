@@ -167,7 +167,7 @@ class Turn:
         """Save when it is due; on a stop signal save and raise StoppedError."""
         training, state = self.training, self.state
         session, save, total = training.session, training.recipe.save, training.num_steps
-        number = largest(session.stop.signal_number or 0, session.world, training.learner.device)
+        number = largest(session.stop.signal_number or 0, session.world)
         if number or (save.every > 0 and state.step % save.every == 0 and state.step < total):
             checkpoint.save(session, training.learner, state, save.keep)
         if number:

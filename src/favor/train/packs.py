@@ -14,7 +14,7 @@ from favor.model.load import ModelConfig, Policy
 from favor.model.room import memory
 from favor.model.size import sizes
 from favor.parts import num_here
-from favor.ranks import largest
+from favor.ranks import from_main, largest
 from favor.run import read_json, write_json
 from favor.train.loop import LoopConfig
 from favor.train.session import Session
@@ -47,9 +47,9 @@ def settled(
     if config.max_tokens_per_pack != "auto":
         return config
     kept, world = session.folder.packs, session.world
-    if resume and kept.exists():
-        tokens = int(read_json(kept)["max_tokens_per_pack"])
-    else:
+    tokens = int(read_json(kept)["max_tokens_per_pack"]) if resume and world.is_main and kept.exists() else 0
+    tokens = from_main(tokens, world)
+    if not tokens:
         least = LEAST_ON_A_GPU if policy.device.type == "cuda" else LEAST
         tokens = chosen(policy.layout, batches, world.size, least)
         # the memory is looked at where it could decide
@@ -57,7 +57,7 @@ def settled(
         while tokens > max(most, LEAST):
             tokens //= 2
         # all ranks take the smallest
-        tokens = -largest(-tokens, world, policy.device)
+        tokens = -largest(-tokens, world)
         if world.is_main:
             write_json(kept, {"max_tokens_per_pack": tokens})
     if tokens != LEAST:

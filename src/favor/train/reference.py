@@ -27,7 +27,7 @@ from favor.errors import CheckpointError, NumericsError
 from favor.guard import sha
 from favor.model.load import Policy, frozen_copy, weights_hash
 from favor.model.logprobs import response_logps, scored_logps
-from favor.ranks import World, barrier
+from favor.ranks import World, barrier, from_main
 from favor.run import whole_file
 
 # Raise when a change to favor can change log-probs beyond rounding: older stores are then refused.
@@ -107,7 +107,7 @@ def stored(
     differs, or is damaged; NumericsError when a log-prob is not finite.
     """
     expected = {**identity, "token ids": hash_ids(splits)}
-    if not path.exists():
+    if not from_main(int(path.exists()), world):
         tensors = {name: build(trees) for name, trees in splits.items()}
         if world.is_main:
             _write(path, tensors, expected)

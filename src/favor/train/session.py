@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeAlias, TypeVar
 
-import torch
 from pydantic import BaseModel, Field
 from rich.console import Console, Group
 from rich.live import Live
@@ -30,7 +29,7 @@ from favor.guard import sha
 from favor.lint.cheap import CHECKS
 from favor.model.load import Policy, precision_of
 from favor.model.room import memory_settings
-from favor.ranks import World, current, largest, on_main, started_again, world
+from favor.ranks import World, current, from_main, largest, on_main, started_again, world
 from favor.run import RunFolder, append, start, write_json
 from favor.stop import StopRequest, stop_signals
 from favor.train.loggers import Logger, following
@@ -151,10 +150,11 @@ def in_session(run: Callable[[OpenSession], T], kept: str = _NOTHING_KEPT, conso
 def resumes(run: str, asked: bool) -> bool:
     """Whether a run continues: it was asked to, or torchrun started it anew and its folder is there. Equal on all ranks."""
     members = current()
-    if asked or not started_again():
-        return asked
-    left = members.is_main and RunFolder(Path(run)).config.exists()
-    return bool(largest(int(left), members, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    if asked:
+        return True
+    # over several machines torchrun counts a restart on those alone where a process died
+    again = largest(int(started_again()), members)
+    return bool(again and from_main(int(RunFolder(Path(run)).config.exists()), members))
 
 
 def recipe_hash(config: BaseModel) -> dict[str, str]:

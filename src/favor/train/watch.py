@@ -20,7 +20,7 @@ from favor.eval.intervals import SHARE, mean_interval, sign_share
 from favor.losses.table import LossConfig, item_weight, needs, term_sums, terms
 from favor.model.load import Policy, precise
 from favor.model.sample import SampleConfig, decode, sampled
-from favor.ranks import World
+from favor.ranks import World, from_main
 from favor.rewards.source import Scorer
 from favor.train.checkpoint import checkpoints
 from favor.train.coupled import gather
@@ -81,7 +81,8 @@ class HeldOut:
 
     def first(self, *, resume: bool) -> None:
         """Before the first step; a run that continues has had its own."""
-        if not (resume and checkpoints(self.session.folder.checkpoints)):
+        left = checkpoints(self.session.folder.checkpoints) if resume else []
+        if not from_main(len(left), self.session.world):
             self.at(0)
 
     def after(self, step: int, total: int) -> None:
