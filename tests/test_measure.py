@@ -58,6 +58,17 @@ def test_figures_for_programs(inputs, favor):
     assert min(told["seconds"].values()) > 0
 
 
+def test_a_reference_that_is_stored_takes_no_time(inputs, favor, tmp_path):
+    named = words(inputs, f"reference.store={tmp_path / 'stored'}")
+
+    def seconds():
+        return json.loads(favor("train", *named, "--dry-run", "--measure", "--json")[1])["figures"]["seconds"]
+
+    assert "reference" in seconds()
+    assert favor("train", *named, f"run={tmp_path / 'run'}", "train.max_steps=1")[0] == 0
+    assert "reference" not in seconds()
+
+
 def test_a_card_too_small_is_told_what_would_fit(inputs, favor):
     """Beside CUDA's own half GiB nothing is left, so nothing helps; the machine's memory is not asked."""
     code, out, _ = favor("train", *words(inputs), "--dry-run", "--card", "0.5")

@@ -111,7 +111,7 @@ def _measured(config: TrainConfig, session: Session) -> Measured:
     num, tokens = num_steps(begun.config.train, len(begun.used)), sum(sum(batch.tokens) for batch in counted)
     tokens = round(num * tokens / len(counted))
     # in the order of a run, as what was freed before shapes what is held later
-    seconds |= _passes(begun, references, some.train, tokens, num)
+    seconds |= _passes(begun, references, some.train, tokens, num, stored=_is_stored(config))
     trees = iter(some.train)
     _, worst, ordinary = (_step(begun, training, references, list(islice(trees, len(part)))) for part in parts)
     most = _peak(begun.policy.device)
@@ -200,15 +200,17 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _passes(begun: Begun, references: References, trees: Pack, tokens: int, steps: int) -> dict[str, float]:
-    """Seconds of the reference, of the held-out figures and of the KL probes over the run."""
+def _passes(
+    begun: Begun, references: References, trees: Pack, tokens: int, steps: int, *, stored: bool
+) -> dict[str, float]:
+    """Seconds of the reference, of the held-out figures and of the KL probes over the run. stored: the run finds its reference."""
     config, policy, splits = begun.config, begun.policy, begun.splits
     began = _now(policy.device)
     measured(policy, trees, lambda batch: response_logps(policy, batch), config.train.budget)
     rate = (_now(policy.device) - began) / _computed(trees, begun)
     found, held_out = dict[str, float](), _computed(splits.eval, begun)
     live = config.reference.mode == "live"
-    if needs(config.loss).reference and not live and not _is_stored(config):
+    if needs(config.loss).reference and not live and not stored:
         every = steps / num_steps(config.train.model_copy(update={"epochs": 1, "max_steps": None}), len(begun.used))
         found["reference"] = rate * (tokens / every + held_out)
     if held_out:
