@@ -17,6 +17,7 @@ from favor.train.ppo import PpoConfig
 from favor.train.preference import TrainConfig
 from favor.train.reward import RewardTrainConfig
 from favor.train.sft import SftConfig
+from favor.winrate.run import WinrateConfig
 
 SOURCES = [
     "data.sources=[{path='a', format='pairs', max_rows=9, split='s'}, {path='b', format='pairs', max_rows=9, split='s'}]"
@@ -161,11 +162,23 @@ def test_a_renamed_key_says_its_new_name(monkeypatch, tmp_path):
         (["engine.model=m", "engine.model.lora.rank=2"], "'engine.model' is a single value"),
         (["engine.model.path=m", "engine.model.lora.rank=2"], "are for training, and this model only answers"),
         (["engine.model.path=m", "engine.model.gradient_checkpointing=true"], "are for training"),
+        (
+            ["engine.model.path=m", "engine.model.layout=rows"],
+            "layout is how log-probs are computed, and this model only samples",
+        ),
     ],
 )
 def test_a_model_that_only_answers_has_nothing_of_training(words, said):
     with pytest.raises(ConfigError, match=said):
         load(SamplesConfig, None, ["out=o", "prompts=p", *words])
+
+
+def test_a_layout_is_for_models_that_judge():
+    """Of winrate's models those of the sides only sample; a judge's log-probs are computed as it says."""
+    given = ["run=r", "prompts=p", "a.model=m", "b.model.path=m", "judge.kind=hf", "judge.model.path=m"]
+    load(WinrateConfig, None, [*given, "judge.model.layout=rows"])
+    with pytest.raises(ConfigError, match="b.model: layout is how log-probs are computed"):
+        load(WinrateConfig, None, [*given, "b.model.layout=rows"])
 
 
 def test_what_is_wrong_inside_a_list_is_said_once():

@@ -409,7 +409,9 @@ def test_a_killed_loop_continues_to_the_same_model(inputs, unbroken, tmp_path):
 
 def test_a_signal_while_sampling_stops_the_loop(inputs, tmp_path):
     stop = StopRequest(2)
-    config = load(OnlineConfig, None, loop_words(inputs, tmp_path / "run"))
+    # what only training reads is not handed to the engine
+    words = loop_words(inputs, tmp_path / "run", "model.layout=rows", "model.gradient_checkpointing=true")
+    config = load(OnlineConfig, None, words)
     with pytest.raises(StoppedError, match="while sampling round 1"):
         loop(config, lambda root: Session(RunFolder(root), World(), Console(quiet=True), stop), quiet)
     assert (tmp_path / "run/round-1/preferences.jsonl.partial").exists()

@@ -202,7 +202,7 @@ def _prefer_recipe(this: Round) -> PreferConfig:
     config = this.config
     engine = TransformersEngine(
         # its numbers may be those of masters, which bfloat16 has not
-        model=this.model.model_copy(update={"gradient_checkpointing": False, "weights": "float32"}),
+        model=this.model.model_copy(update={"gradient_checkpointing": False, "layout": "auto", "weights": "float32"}),
         template=config.tokens.template,
         special_text=config.tokens.special_text,
         batch=config.sample.batch,

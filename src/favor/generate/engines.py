@@ -45,6 +45,12 @@ def _never_trained(model: ModelConfig) -> ModelConfig:
     return model
 
 
+def _only_samples(model: ModelConfig) -> ModelConfig:
+    if model.layout != "auto":
+        raise ValueError("layout is how log-probs are computed, and this model only samples; remove it")
+    return model
+
+
 # `model=PATH` is short for `model.path=PATH`
 _PathAlone = BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
 ModelAt = Annotated[
@@ -53,6 +59,7 @@ ModelAt = Annotated[
     AfterValidator(_never_trained),
     Field(description="The model: a path, or a section as [model]."),
 ]
+SampledModel = Annotated[ModelAt, AfterValidator(_only_samples)]
 
 
 class Decoding(BaseModel):
@@ -70,7 +77,7 @@ class TransformersEngine(BaseModel):
 
     model_config = STRICT
     kind: Literal["transformers"] = "transformers"
-    model: ModelAt
+    model: SampledModel
     template: Template = "auto"
     special_text: SpecialText = "refuse"
     batch: int = Field(default=32, ge=1)

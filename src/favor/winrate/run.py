@@ -19,7 +19,7 @@ from favor.data.settings import Columns
 from favor.data.sources import read_objects
 from favor.data.types import Text
 from favor.errors import ConfigError, DataError
-from favor.generate.engines import Job, ModelAt, SpecialText, Template, TransformersEngine, draw
+from favor.generate.engines import Job, SampledModel, SpecialText, Template, TransformersEngine, draw
 from favor.generate.samples import MaxPrompts, Progress, SamplesPerPrompt, Split, read_sealed, responses_of
 from favor.guard import content, seal
 from favor.model.sample import SampleConfig
@@ -46,7 +46,7 @@ class SideConfig(BaseModel):
     """Section [a] or [b]: a model, or a file of responses."""
 
     model_config = STRICT
-    model: ModelAt | None = None
+    model: SampledModel | None = None
     file: str | None = None
     """Rows with a prompt and responses (a list), response or completion, as `favor sample` writes them."""
 
