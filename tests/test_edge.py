@@ -250,6 +250,11 @@ class Sized(BaseModel):
 def test_what_the_edge_explains_and_what_it_does_not(capsys):
     assert "train.max_tokens_per_pack" in errors.explained(torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"))
     assert "sample.batch" in errors.explained(MemoryError())
+    with pytest.raises(RuntimeError) as full:
+        torch.empty(1 << 50)
+    assert errors.explained(full.value).startswith(
+        "out of memory (can't allocate memory: you tried to allocate 45035996"
+    )
     assert "nested too deeply" in errors.explained(RecursionError("maximum recursion depth"))
     assert "UTF-8" in errors.explained(UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"))
     assert "f.txt: cannot be used (Permission denied)" in errors.explained(

@@ -136,10 +136,15 @@ def refuses(*_):
     raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
 
 
+def full(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+
+
 FAULTY = {
     "off the plain path": varlen.Kernels(all_see_all, varlen_kernels.backward),
     "gradients of": varlen.Kernels(varlen_kernels.forward, wrong_gradient),
     "only supports Ampere": varlen.Kernels(refuses, refuses),
+    "CUDA out of memory": varlen.Kernels(full, full),
 }
 
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 from oracles import plain_logps, tree
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma2ForCausalLM
 
 from favor.data.batches import build
 from favor.errors import CheckpointError, NumericsError
@@ -87,6 +87,38 @@ def test_a_wrong_gradient_costs_the_trees(monkeypatch):
     assert policy.layout == "rows"
     assert "FALL-BACK" in why
     assert "gradients of" in why
+
+
+def of_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+
+
+def of_the_machine():
+    torch.empty(1 << 50)
+
+
+def of_another_process():
+    raise RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:456] Connection closed by peer [127.0.0.1]:9")
+
+
+@pytest.mark.parametrize("fault", [of_a_gpu, of_the_machine, of_another_process])
+@pytest.mark.parametrize("name", [None, attention.NAME])
+def test_memory_that_ends_and_processes_that_are_lost_say_nothing_of_the_model(fault, name):
+    """Neither when plain transformers computes it, nor as a reason against trees; ranks.world tells of lost processes."""
+    model = tiny.model("llama")
+    model.model.layers[0].register_forward_pre_hook(
+        lambda *_: fault() if name in (None, model.config._attn_implementation) else None
+    )
+    with pytest.raises(RuntimeError, match="out of memory|allocate memory|closed by peer"):
+        settle(policy_of(model), "auto", trees())
+
+
+@pytest.mark.parametrize("fault", [of_a_gpu, of_the_machine])
+def test_memory_that_ends_while_a_model_is_read_is_no_damage_to_it(tmp_path, monkeypatch, fault):
+    tiny.save(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *given, **named: fault())
+    with pytest.raises(RuntimeError, match="out of memory|allocate memory"):
+        load_policy(ModelConfig(path=str(tmp_path)))
 
 
 def test_the_longest_row_is_checked_as_long_as_it_is(monkeypatch):

@@ -21,6 +21,7 @@ _MEMORY = (
     "lower train.batch_prompts, train.max_tokens_per_pack or sample.batch (engine.batch), shorten tokens.max_tokens or "
     "sample.max_new_tokens, or train adapters with model.lora.rank=16"
 )
+_ALLOCATOR = "DefaultCPUAllocator: "
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place",
     errno.EDQUOT: "free some of your quota, or choose another place",
@@ -79,18 +80,23 @@ def explained(error: Exception) -> str | None:
         told = f"text that cannot be written or read as {error.encoding} ({error.reason}); use UTF-8"
     elif isinstance(error, OSError):
         told = refused(error)
-    elif isinstance(error, MemoryError):
+    elif out_of_memory(error):
+        said = clipped(" ".join(str(error).rpartition(_ALLOCATOR)[2].split())) or said
         told = f"out of memory ({said}); {_MEMORY}"
     elif isinstance(error, RecursionError):
         told = f"nested too deeply ({said}); flatten what is nested in the recipe or the data"
     elif isinstance(error, SafetensorError):
         told = f"a safetensors file cannot be written or read ({said}); free space, or choose another place"
-    # looked at only where they are imported already: `favor --help` needs neither
-    elif "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError):
-        told = f"out of memory on the GPU ({said}); {_MEMORY}"
+    # looked at only where it is imported already: `favor --help` does not need it
     elif "pydantic" in sys.modules and isinstance(error, sys.modules["pydantic"].ValidationError):
         told = _invalid(error)
     return told
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the memory of the machine or of a GPU has ended; for the first torch has no error of its own."""
+    gpu = "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError)
+    return gpu or isinstance(error, MemoryError) or _ALLOCATOR in str(error)
 
 
 def _invalid(error: Any) -> str:

@@ -72,7 +72,7 @@ def world() -> Generator[World]:
         joined = True
         yield World(dist.get_rank(), size)
     except RuntimeError as error:
-        said = _lost(error)
+        said = lost(error)
         if said is None:
             raise
         raise LostError(
@@ -91,7 +91,7 @@ def _join() -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=named, rank=rank, world_size=size)
 
 
-def _lost(error: RuntimeError) -> str | None:
+def lost(error: Exception) -> str | None:
     """How another process was lost; None for an error that says something else."""
     said = str(error).lower()
     if "/gloo/" in said:

@@ -21,6 +21,7 @@ from favor.model import attention, split
 from favor.model.load import Policy, check_ids, precise, use_attention
 from favor.model.logprobs import plain_logits, plain_logp, response_logps, within
 from favor.model.rotary import length_dependent
+from favor.model.weights import fault_of
 
 # Layer types of transformers' configs in which a token sees its whole past through softmax attention.
 _TREE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -173,7 +174,7 @@ def _truths(
     except _FAILURES as error:
         raise CheckpointError(
             f"{policy.source}: {type(policy.causal_lm).__name__} does not run as a plain causal language model "
-            f"({first_line(error)}); choose another model"
+            f"({fault_of(error)}); choose another model"
         ) from None
 
 
@@ -207,7 +208,7 @@ def _try(policy: Policy, layout: Layout, truths: Sequence[Probe], method: Method
             problem = next(filter(None, (_difference(candidate, truth, method) for truth in truths)), None)
         except _FAILURES as error:
             way = "tree attention" if layout == "tree" else "padded rows"
-            problem = f"{type(policy.causal_lm).__name__} does not run with {way} ({first_line(error)})"
+            problem = f"{type(policy.causal_lm).__name__} does not run with {way} ({fault_of(error)})"
         if problem is None:
             return candidate, None
     return None, problem
@@ -256,8 +257,11 @@ def _on_gpu(
         try:
             attend(candidate)
             return next(filter(None, (_difference(candidate, truth, method, allowed) for truth in truths)), None)
-        except _FAILURES as error:
+        except torch.OutOfMemoryError as error:
+            # other ways may take less
             return first_line(error)
+        except _FAILURES as error:
+            return fault_of(error)
 
     def clock(candidate: Policy) -> float:
         attend(candidate)

@@ -17,7 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, cached_file
 
-from favor.errors import CheckpointError
+from favor.errors import CheckpointError, first_line, out_of_memory
+from favor.ranks import lost
 
 # what transformers, tokenizers, peft and torch raise for folders that are not what they should be
 _UNREADABLE = (
@@ -90,6 +91,8 @@ def readable(path: str, what: str = "language model") -> Generator[None]:
     try:
         yield
     except _UNREADABLE as error:
+        if out_of_memory(error):
+            raise
         said = " ".join(str(error).split())
         # the beginning says what, the end what to do
         said = said if len(said) <= 330 else f"{said[:200]} ... {said[-120:]}"
@@ -97,6 +100,13 @@ def readable(path: str, what: str = "language model") -> Generator[None]:
             f"{path}: its {what} cannot be loaded ({type(error).__name__}: {said}); check the path and its files, "
             "or download it first"
         ) from None
+
+
+def fault_of(error: Exception) -> str:
+    """What is wrong with a model that does not run. Raises the error itself where memory ended or a process was lost."""
+    if out_of_memory(error) or lost(error):
+        raise error
+    return first_line(error)
 
 
 def load_weights(
