@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 from favor.config import load
 from favor.errors import ConfigError
+from favor.model.heads import load_scalar_model
+from favor.model.load import ModelConfig, load_policy
 from favor.model.split import mesh
 from favor.ranks import World
 
@@ -106,6 +109,22 @@ def test_a_model_that_is_large_is_written_in_several_files(tmp_path, monkeypatch
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     for name, tensor in policy.model.state_dict().items():
         assert (loaded[name] == tensor).all()
+
+
+@pytest.mark.parametrize("kind", [load_policy, partial(load_scalar_model, fresh=True)], ids=["policy", "scores"])
+def test_what_is_read_whole_is_split_before_it_is_on_a_gpu(tmp_path, monkeypatch, kind):
+    """A GPU never holds it all: fully_shard moves a layer, then keeps its part. Here nobody may move the model."""
+    tiny.save(tmp_path)
+    config, moved = ModelConfig(path=str(tmp_path)), list[str]()
+    monkeypatch.setattr("transformers.PreTrainedModel.to", lambda model, device: moved.append(str(device)))
+    monkeypatch.setattr("favor.model.split.split", lambda policy, how, members: (policy, how, members))
+    monkeypatch.setattr("favor.model.pieces.load", lambda *given, **named: None)
+    kind(config, 0, "full")
+    assert moved == ["cpu"], "one process holds all"
+    monkeypatch.setattr("favor.model.load.current", lambda: World(1, 2))
+    _, *how = kind(config, 0, "full")
+    assert how == ["full", World(1, 2)]
+    assert moved == ["cpu"]
 
 
 def test_machines_must_hold_equally_many_ranks(monkeypatch):

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from favor.data.types import Batch, TokenTree
 from favor.errors import CheckpointError, ConfigError
 from favor.model.layout import Method, settle
-from favor.model.load import ModelConfig, Policy, load_parts, make_policy, sharded
+from favor.model.load import ModelConfig, Policy, load_parts, make_policy, sharded, splits
 from favor.model.logprobs import edge_logps, head_states, logps_of_states, scored_logps, within
 from favor.parts import assign_, whole
 from favor.ranks import Shard
@@ -56,7 +56,7 @@ def load_scalar_model(
         )
     if headless:
         nn.init.zeros_(model.get_submodule("score").weight)
-    policy = make_policy(model, tokenizer, config, seed, frozen=frozen)
+    policy = make_policy(model, tokenizer, config, seed, frozen=frozen, place=not splits(shard))
     _pad_without_end(policy, tokenizer)
     return sharded(policy, shard)
 

@@ -198,25 +198,29 @@ def load_policy(config: ModelConfig, seed: int = 0, shard: Shard = "none", *, fr
     shard: as ranks.shard. frozen: none of it will train.
     Raises CheckpointError for a missing, unreadable or incomplete model, ConfigError for settings that cannot work.
     """
-    if shard != "none" and (members := current()).size > 1:
+    if splits(shard):
         from favor.model.pieces import load
 
-        policy = load(config, seed, shard, members, frozen=frozen)
+        policy = load(config, seed, shard, current(), frozen=frozen)
         if policy is not None:
             return policy
     model, tokenizer, found = load_parts(AutoModelForCausalLM, config, frozen=frozen)
     found.refuse(config.path)
-    return sharded(make_policy(model, tokenizer, config, seed, frozen=frozen), shard)
+    return sharded(make_policy(model, tokenizer, config, seed, frozen=frozen, place=not splits(shard)), shard)
+
+
+def splits(shard: Shard) -> bool:
+    """Whether weights are split over ranks: that is asked and there are several. Splitting moves a layer at a time to its GPU."""
+    return shard != "none" and current().size > 1
 
 
 def sharded(policy: Policy, shard: Shard) -> Policy:
-    """The policy with its weights split over ranks, where that is asked and there are several. Raises what `split` raises."""
-    members = current()
-    if shard == "none" or members.size == 1:
+    """The policy with its weights split over ranks, where it `splits`. Raises what `split` raises."""
+    if not splits(shard):
         return policy
     from favor.model.split import split
 
-    return split(policy, shard, members)
+    return split(policy, shard, current())
 
 
 def keeps(config: ModelConfig, *, frozen: bool) -> bool:
@@ -278,7 +282,7 @@ def make_policy(
     frozen: bool = False,
     place: bool = True,
 ) -> Policy:
-    """Wrap a model already in memory (the tests' and notebooks' way in). place: move it to its device."""
+    """Wrap a model already in memory (the tests' and notebooks' way in). place: move it to its device, whole."""
     if model._hf_peft_config_loaded:  # pyright: ignore[reportPrivateUsage]
         raise ConfigError(f"{config.path}: has an adapter inside; give peft's merge_and_unload() of it, or its folder")
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
