@@ -248,6 +248,16 @@ def test_ranks_share_one_opening_evenly():
     assert max(loads) - 600 <= 0.55 * (whole - 600)
 
 
+@pytest.mark.parametrize("world", [8, 64])
+def test_many_ranks_are_level_where_a_template_opens_every_prompt(world):
+    """Twenty tokens that all share are no reason to fill one rank after the other: the slowest decides."""
+    trees = drawn_trees(random.Random(4), 6 * world, openings=1, opening=20)
+    bins = batches.plan(trees, "tree", 1 << 14, world)
+    loads = [batches.build([trees[i] for i in members], "tree").num_tokens for members in bins]
+    assert len(loads) == world
+    assert max(loads) <= 1.05 * sum(loads) / world
+
+
 def test_what_trees_share_is_counted_once():
     """Of a tree alone, and of every two, against the packed row."""
     trees = [*drawn_trees(random.Random(5), 12, openings=2), bare([1, 2, 3], [4, 5, 6], [4, 5, 7], [4, 8])]

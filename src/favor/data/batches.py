@@ -13,8 +13,8 @@ import torch
 
 from favor.data.types import Batch, Comparison, Layout, Node, Thumb, TokenTree
 
-# limits below the budget that a plan tries
-_LIMITS = 16
+# bins are levelled until their limit is known to such a part of it
+_LEVEL = 64
 
 
 class LoaderState(NamedTuple):
@@ -59,9 +59,15 @@ def plan(trees: Sequence[TokenTree], layout: Layout, budget: int, world: int = 1
     num_bins = len(bins.load)
     # the first bins are the fullest then; lower limits level them, and the one that takes least time is kept
     low, high = _together(sizes, shared) // num_bins, min(max(bins.load), budget)
-    limits = range(high - 1, low, -max(1, (high - low) // _LIMITS)) if shared.any() else ()
-    found = (bins, *(_filled(sizes, shared, limit, num_bins) for limit in limits))
-    return min((bins for bins in found if bins), key=lambda bins: bins.time(world)).members
+    found = [bins]
+    while shared.any() and high - low > max(1, low // _LEVEL):
+        limit = (low + high) // 2
+        if (levelled := _filled(sizes, shared, limit, num_bins)) is None:
+            low = limit
+        else:
+            high = limit
+            found.append(levelled)
+    return min(found, key=lambda bins: bins.time(world)).members
 
 
 def planned_tokens(trees: Sequence[TokenTree], layout: Layout, budget: int, world: int = 1) -> int:
