@@ -50,7 +50,7 @@ class World:
 
 @contextlib.contextmanager
 def world() -> Generator[World]:
-    """Join the process group when torchrun started us (gloo on CPU, nccl on GPU) and leave it at the end.
+    """Join the process group when torchrun started us (gloo for CPU tensors, nccl for a GPU's) and leave it at the end.
 
     Raises ConfigError when the environment speaks of several processes and does not say how they find each other, and
     LostError when one of them ends before the block does.
@@ -85,10 +85,13 @@ def world() -> Generator[World]:
 
 
 def _join() -> None:
-    # torchrun keeps what the processes told each other before it started them anew: every try has names of its own
     store, rank, size = next(rendezvous("env://"))
-    named = dist.PrefixStore(f"try-{os.environ.get(_TRIES, '0')}", store)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=named, rank=rank, world_size=size)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps what the processes told each other before it started them anew: every try has names of its own
+        store = dist.PrefixStore(f"try-{os.environ.get(_TRIES, '0')}", store)
+    # nccl knows tensors of a GPU alone
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 def lost(error: Exception) -> str | None:
