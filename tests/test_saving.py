@@ -1,5 +1,6 @@
 """Checkpoints are written while training goes on: a true copy, whole or absent, and no error of the writing is lost."""
 
+import concurrent.futures
 import contextlib
 import errno
 import os
@@ -24,11 +25,11 @@ from favor.parts import collected
 from favor.ranks import World
 from favor.run import RunFolder, read_jsonl
 from favor.stop import StoppedError, StopRequest
-from favor.train import checkpoint, preference
+from favor.train import checkpoint, loop, preference
 from favor.train.checkpoint import checkpoints
 from favor.train.optim import AdamW, Rmsprop, make_optimizer
 from favor.train.preference import TrainConfig, train
-from favor.train.session import Session, TrainingState
+from favor.train.session import Background, Session, TrainingState
 from favor.train.step import Learner
 
 PROGRAM = Path(__file__).with_name("saving_program.py")
@@ -174,26 +175,43 @@ def test_a_copy_takes_at_most_half_of_what_training_leaves_free(monkeypatch):
     ):
         monkeypatch.setattr(checkpoint, "peak", lambda grows=grows: held_now + grows)
         monkeypatch.setattr(checkpoint, "memory", lambda free=free: Room(free, free, "memory"))
-        assert checkpoint.copy_bytes(made) == expected
+        assert checkpoint.copy_bytes(made, 0) == expected
 
 
-def test_a_run_that_copied_once_goes_on_so(inputs, monkeypatch):  # noqa: F811
-    """The memory of the first copy is the process's own by then, so what is free says nothing of the next."""
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_memory_is_looked_at_before_every_copy(monkeypatch, keeps):
+    """Whether the process kept the first copy's memory or gave it back (as with split weights), it is counted once."""
+    made, base, grows = learner(AdamW()), 1 << 30, 100
+    size = checkpoint.copy_bytes(made, 0)
+    holds = base + size * keeps
+    monkeypatch.setattr(checkpoint.psutil, "Process", lambda: type("P", (), {"memory_info": lambda _: Held(holds)})())
+    # the first copy was there while training took the most
+    monkeypatch.setattr(checkpoint, "peak", lambda: base + grows + size)
+    to_come = grows + size * (not keeps)
+    for free, expected in ((2 * to_come, size), (2 * to_come - 1, 0)):
+        monkeypatch.setattr(checkpoint, "memory", lambda free=free: Room(free, free, "memory"))
+        assert checkpoint.copy_bytes(made, base + grows) == expected
+
+
+def test_a_run_whose_memory_grows_scarce_waits_from_then_on(inputs, monkeypatch):  # noqa: F811
     asked, names = [], []
 
-    def once(made):
-        asked.append(made)
-        return 1
+    def first(made, before):
+        asked.append(before)
+        return len(asked) == 1
 
     def counted(*given):
-        names.append(threading.current_thread().name)
+        names.append(threading.current_thread().name == "MainThread")
         SAVE_FILE(*given)
 
-    monkeypatch.setattr(checkpoint, "copy_bytes", once)
+    monkeypatch.setattr(checkpoint, "copy_bytes", first)
     monkeypatch.setattr(checkpoint, "save_file", counted)
     training(inputs, "save.every=1")
-    assert (len(asked), len(names)) == (1, 10)
-    assert "MainThread" not in names
+    assert names == [False, False, *[True] * 8]
+    # what training held before the first copy goes with every question after it
+    assert asked[0] == 0
+    assert set(asked[1:]) == {asked[1]}
+    assert asked[1] > 0
 
 
 class Held:
@@ -208,20 +226,44 @@ def full(*unused):
 
 
 @pytest.mark.parametrize(
-    ("more", "scarce", "reached"),
+    ("more", "after", "reached"),
     [
-        (("save.every=2",), False, 4),
-        (("save.every=2", "train.max_steps=3"), False, 3),
-        (("save.every=2",), True, 2),
+        ((), 2, 3),
+        ((), 4, 4),
+        (("train.max_steps=3",), 3, 3),
+        ((), None, 2),
     ],
-    ids=["at the next", "at the end", "at once where training waits"],
+    ids=["after the step in which it is known", "at the next", "at the end", "at once where training waits"],
 )
-def test_a_full_disk_is_said(inputs, monkeypatch, more, scarce, reached):  # noqa: F811
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    if scarce:
+def test_a_full_disk_is_said(inputs, monkeypatch, more, after, reached):  # noqa: F811
+    """after: the step whose record the writing waits for before it fails."""
+    begin, record, go = Background.begin, loop.Turn.record, threading.Event()
+
+    def late(*_):
+        assert go.wait(60)
+        if after != 2:
+            # until training waits for it
+            time.sleep(0.3)
+        full()
+
+    def begun(background, work):
+        begin(background, work)
+        if after == 2:
+            go.set()
+            concurrent.futures.wait([background._work])
+
+    def recorded(turn, *given):
+        record(turn, *given)
+        if turn.state.step == after:
+            go.set()
+
+    monkeypatch.setattr(Background, "begin", begun)
+    monkeypatch.setattr(loop.Turn, "record", recorded)
+    monkeypatch.setattr(checkpoint, "save_file", late if after else full)
+    if not after:
         monkeypatch.setattr(checkpoint, "memory", lambda: Room(1 << 30, 0, "memory"))
     with pytest.raises(StorageError, match=r"step-000002: cannot be written .*free some space"):
-        training(inputs, *more)
+        training(inputs, "save.every=2", *more)
     assert max(curve(inputs / "run")) == reached
     assert not (inputs / "run/model").exists()
     assert list((inputs / "run/checkpoints").iterdir()) == []

@@ -59,10 +59,12 @@ def save(session: Session, learner: Learner, state: TrainingState, keep: int) ->
     Where memory allows it copies what is saved, and a thread writes while training goes on; else training waits. Raises
     what went wrong in writing this one, if training waits, and the one before.
     """
-    session.background.wait()
+    background = session.background
+    background.wait()
     keeps = session.world.is_main
-    # what the first copy took, this process still holds (memory_settings)
-    copies = keeps and (session.background.used or copy_bytes(learner) > 0)
+    copies = keeps and copy_bytes(learner, background.before) > 0
+    if copies:
+        background.before = background.before or peak()
     files = ((name, collected(tensors, keep=keeps, copy=copies)) for name, tensors in _files(learner))
     if not keeps:
         # weights that are split over ranks are put together by all of them
@@ -70,16 +72,20 @@ def save(session: Session, learner: Learner, state: TrainingState, keep: int) ->
         return
     now = state.model_copy(update={"metrics": length_and_hash(session.folder.metrics)})
     if copies:
-        session.background.begin(partial(_write, session.folder, list(files), now, keep))
+        background.begin(partial(_write, session.folder, list(files), now, keep))
     else:
         _write(session.folder, files, now, keep)
 
 
-def copy_bytes(learner: Learner) -> int:
-    """Size of a copy of what is saved; 0 where it would take more than half of the memory that training leaves free."""
+def copy_bytes(learner: Learner, before: int = 0) -> int:
+    """Size of a copy of what is saved; 0 where it would take more than half of the memory that training leaves free.
+
+    before: the most that the process held before it made a first copy; 0 when it has made none.
+    """
     size = sum(t.numel() * t.element_size() for _, tensors in _files(learner) for t in tensors.values())
-    # what training has held, it will hold again
-    grows = peak() - psutil.Process().memory_info().rss
+    # what training has held, it will hold again; later peaks have a copy in them, whose memory is kept or was given back
+    most = max(before, peak() - size) if before else peak()
+    grows = most - psutil.Process().memory_info().rss
     return size if 2 * (size + grows) <= memory().free else 0
 
 

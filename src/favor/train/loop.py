@@ -164,9 +164,13 @@ class Turn:
         return figures | {"tokens_per_s": tokens / self.seconds}
 
     def save_or_stop(self) -> None:
-        """Save when it is due; on a stop signal save and raise StoppedError."""
+        """Save when it is due; on a stop signal save and raise StoppedError.
+
+        Raises what went wrong in writing a checkpoint, as soon as it is known.
+        """
         training, state = self.training, self.state
         session, save, total = training.session, training.recipe.save, training.num_steps
+        session.background.look()
         number = largest(session.stop.signal_number or 0, session.world)
         if number or (save.every > 0 and state.step % save.every == 0 and state.step < total):
             checkpoint.save(session, training.learner, state, save.keep)

@@ -59,20 +59,27 @@ class TrainingState(BaseModel):
 
 
 class Background:
-    """One piece of work in a thread while training goes on, such as writing a checkpoint; one at a time. used: there was one."""
+    """One piece of work in a thread while training goes on, such as writing a checkpoint; one at a time.
+
+    before: the most memory that the process held before the first copy was made for it, bytes; 0 while there was none.
+    """
 
     def __init__(self) -> None:
-        self.used = False
+        self.before = 0
         self._work: concurrent.futures.Future[None] | None = None
 
     def begin(self, work: Callable[[], None]) -> None:
         """Start it, after a `wait`."""
         assert self._work is None, "one at a time"
-        self.used = True
         thread = concurrent.futures.ThreadPoolExecutor(1)
         self._work = thread.submit(work)
         # the thread ends with it
         thread.shutdown(wait=False)
+
+    def look(self) -> None:
+        """Raises what went wrong in work that has ended; waits for none."""
+        if self._work is not None and self._work.done():
+            self.wait()
 
     def wait(self) -> None:
         """Until what is under way has ended. Raises what it raised."""
