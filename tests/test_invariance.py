@@ -7,6 +7,7 @@ import random
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -211,14 +212,27 @@ def test_plan_keeps_the_budget_and_is_deterministic(budget, world, openings):
         assert sorted(i for members in bins for i in members) == list(range(len(trees)))
         assert len(bins) % world == 0
         assert bins == sorted(bins, key=lambda members: not members)
-        if layout == "tree":
-            assert all(len(m) <= 1 or batches.build([trees[i] for i in m], layout).num_tokens <= budget for m in bins)
-        if layout == "rows":
-            assert bins == by_size_alone([batches.computed_tokens(tree, layout) for tree in trees], budget, world)
+        assert all(len(m) <= 1 or batches.build([trees[i] for i in m], layout).num_tokens <= budget for m in bins)
 
 
-def cost(trees, bins):
-    return sum(batches.build([trees[i] for i in members], "tree").num_tokens for members in bins if members)
+def cost(trees, bins, layout="tree"):
+    return sum(batches.build([trees[i] for i in members], layout).num_tokens for members in bins if members)
+
+
+@pytest.mark.parametrize("budget", [1024, 4096])
+def test_rows_of_like_length_stand_together(budget):
+    """Lengths as of chats: what is padding is little, what is planned is built; by size alone most would be padding."""
+    lengths = np.random.default_rng(0).lognormal((4.0, 3.6, 3.6), 0.9, (64, 3)).clip(3, 500).astype(int).tolist()
+    trees = [bare(range(p), range(a), range(b)) for p, a, b in lengths]
+    alone = sum(batches.computed_tokens(tree, "rows") for tree in trees)
+    found = cost(trees, batches.plan(trees, "rows", budget), "rows")
+    assert found <= min(1.2 * alone, batches.planned_tokens(trees, "rows", budget))
+    sizes = [batches.computed_tokens(tree, "rows") for tree in trees]
+    assert cost(trees, by_size_alone(sizes, budget, 1), "rows") > 1.5 * alone
+    # ranks are level: in every round each has nearly as much to do as the slowest
+    bins = batches.plan(trees, "rows", budget, 2)
+    loads = [cost(trees, [members], "rows") for members in bins]
+    assert sum(max(loads[i : i + 2]) for i in range(0, len(loads), 2)) <= 1.25 * alone / 2
 
 
 def test_trees_that_open_alike_stand_together():

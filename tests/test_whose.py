@@ -1,6 +1,7 @@
 """What is the user's is never written over, and a resumed run goes on with what it began with."""
 
 import json
+import re
 
 import pytest
 import tiny
@@ -66,6 +67,19 @@ def test_a_recipe_in_our_style_makes_no_run_folder(here, model, broken):
         loop(load(OnlineConfig, here / "config.toml"), open_session, quiet)
     (here / "config.toml").write_text(tomli_w.dumps(recipe))
     assert content(here) == before
+
+
+def test_another_recipe_is_named_by_its_settings(here):
+    """Two sections have lines that read alike: which of them has which counts, and so does one that is gone."""
+    before = '[model]\npath = "a"\n[reference]\npath = "b"\n[ranks]\nshard = "full"\n'
+    with start(here / "run", before, resume=False):
+        (here / "run/model").mkdir()
+    with start(here / "run", f"resume = true\n{before}", resume=True):
+        pass
+    now = '[model]\npath = "b"\n[reference]\npath = "a"\n'
+    said = "(model.path 'a' then, 'b' now; ranks.shard 'full' then, not set now; reference.path 'b' then, 'a' now)"
+    with pytest.raises(ConfigError, match=re.escape(said)), start(here / "run", now, resume=True):
+        pass
 
 
 def test_a_mark_without_its_recipe_makes_no_run_folder(here):

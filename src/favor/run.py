@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Generator, Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,16 +215,28 @@ def make_folder(path: Path) -> None:
 
 
 def _same_recipe(path: Path, config_text: str) -> None:
-    before, now = (
-        [line for line in text.splitlines() if not line.startswith("resume =")]
-        for text in (read_text(path), config_text)
-    )
-    changed = [line for line in now if line not in before] + [line for line in before if line not in now]
+    before, now = _settings(path, read_text(path)), _settings(path, config_text)
+    changed = [
+        f"{key} {_shown(before, key)} then, {_shown(now, key)} now"
+        for key in sorted((before.keys() | now.keys()) - {"resume"})
+        if before.get(key) != now.get(key)
+    ]
     if changed:
         raise ConfigError(
-            f"{path}: the run was started with another recipe (differs in: {'; '.join(changed[:3])}); "
+            f"{path}: the run was started with another recipe ({'; '.join(changed[:3])}); "
             "resume with the same settings or start a new run"
         )
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    return repr(settings[key]) if key in settings else "not set"
+
+
+def _settings(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return dotted(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is damaged ({error}); start a new run") from None
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:

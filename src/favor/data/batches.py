@@ -4,6 +4,7 @@ In: TokenTrees. Out: optimizer batches in an order that resumes, micro-batches u
 Pure and deterministic. Next: ../model/logprobs.py.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, combinations, pairwise
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 
 from favor.data.types import Batch, Comparison, Layout, Node, Thumb, TokenTree
 
-# bins are levelled until their limit is known to such a part of it
+# bins are levelled to this part of their size
 _LEVEL = 64
 
 
@@ -51,45 +52,46 @@ class Order(NamedTuple):
 def plan(trees: Sequence[TokenTree], layout: Layout, budget: int, world: int = 1) -> list[list[int]]:
     """Cut an optimizer batch into micro-batches of at most `budget` computed tokens, balanced over `world` ranks.
 
-    Trees that share a long prefix stand together: a tree costs a bin what it adds to it. The number of bins is the least
-    multiple of `world` that is found to fit, so every rank runs equally many (some may be empty, from the last on). A tree
-    beyond the budget gets a bin to itself. Bin i belongs to rank i % world. Returns indices, ascending within a bin.
+    A tree costs a bin what it adds to it: trees that share a long prefix stand together, and rows of like length. The number
+    of bins is the least multiple of `world` that is found to fit, so every rank runs equally many (some may be empty, from the
+    last on). A tree beyond the budget gets a bin to itself. Bin i belongs to rank i % world. Returns indices, ascending
+    within a bin.
     """
-    sizes, shared, bins = _fitted(trees, layout, budget, world)
-    num_bins = len(bins.load)
+    bins, fill, least = _fitted(trees, layout, budget, world)
+    found, num_bins = [bins], len(bins.load)
     # the first bins are the fullest then; lower limits level them, and the one that takes least time is kept
-    low, high = _together(sizes, shared) // num_bins, min(max(bins.load), budget)
-    found = [bins]
-    while shared.any() and high - low > max(1, low // _LEVEL):
+    low, high = least // num_bins, min(max(bins.load), budget) if fill.levels else 0
+    while high - low > 1 + low // _LEVEL:
         limit = (low + high) // 2
-        if (levelled := _filled(sizes, shared, limit, num_bins)) is None:
-            low = limit
-        else:
+        if lower := fill(limit, num_bins):
+            found.append(lower)
             high = limit
-            found.append(levelled)
+        else:
+            low = limit
     return min(found, key=lambda bins: bins.time(world)).members
 
 
 def planned_tokens(trees: Sequence[TokenTree], layout: Layout, budget: int, world: int = 1) -> int:
-    """Tokens that an optimizer batch costs under a budget, over all its micro-batches."""
-    return sum(_fitted(trees, layout, budget, world)[2].load)
+    """Tokens that an optimizer batch costs under a budget, over all its micro-batches, padding included."""
+    return sum(_fitted(trees, layout, budget, world)[0].load)
 
 
 def _fitted(
     trees: Sequence[TokenTree], layout: Layout, budget: int, world: int
-) -> tuple[np.ndarray, np.ndarray, "_Bins"]:
-    """Sizes of trees, what two of them share, and as few bins as are found to hold them."""
-    sizes = np.array([computed_tokens(tree, layout) for tree in trees], np.int64)
-    shared = shared_tokens(trees) if layout == "tree" else np.zeros((len(trees), len(trees)), np.int64)
-    num_bins = world * max(1, -(-_together(sizes, shared) // (budget * world)))
-    while (bins := _filled(sizes, shared, budget, num_bins)) is None:
+) -> tuple["_Bins", "_Trees | _Rows", int]:
+    """As few bins as are found to hold the trees, how they are filled, and the least that all trees can cost."""
+    if layout == "tree":
+        sizes = np.array([computed_tokens(tree, layout) for tree in trees], np.int64)
+        fill = _Trees(sizes, shared := shared_tokens(trees))
+        # were there one bin: each shares most with one of those before it
+        least = int(sum(sizes[i] - shared[i, :i].max(initial=0) for i in range(len(trees))))
+    else:
+        fill = _Rows([len(tree.response_ids) for tree in trees], [_width(tree) for tree in trees])
+        least = sum(map(math.prod, zip(*fill, strict=True)))
+    num_bins = world * max(1, -(-least // (budget * world)))
+    while (bins := fill(budget, num_bins)) is None:
         num_bins += world
-    return sizes, shared, bins
-
-
-def _together(sizes: np.ndarray, shared: np.ndarray) -> int:
-    """What all trees cost, were there one bin: each shares most with one of those before it."""
-    return int(sum(sizes[i] - shared[i, :i].max(initial=0) for i in range(len(sizes))))
+    return bins, fill, least
 
 
 class _Bins(NamedTuple):
@@ -103,22 +105,65 @@ class _Bins(NamedTuple):
         return sum(max(self.load[i : i + world]) for i in range(0, len(self.load), world)), max(self.load)
 
 
-def _filled(sizes: np.ndarray, shared: np.ndarray, limit: int, num_bins: int) -> _Bins | None:
-    """Largest tree first, into the bin that it adds least to, of these the emptiest; None when one does not fit."""
-    members: list[list[int]] = [[] for _ in range(num_bins)]
-    load_B = np.zeros(num_bins, np.int64)
-    # what each bin already holds of the opening of each tree
-    held_BN = np.zeros((num_bins, len(sizes)), np.int64)
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        added_B = sizes[i] - held_BN[:, i]
-        fits_B = (load_B + added_B <= limit) | (load_B == 0)
-        if not fits_B.any():
-            return None
-        best = min(np.flatnonzero(fits_B).tolist(), key=lambda b: (added_B[b], load_B[b], b))
-        members[best].append(i)
-        load_B[best] += added_B[best]
-        np.maximum(held_BN[best], shared[i], out=held_BN[best])
-    return _Bins([sorted(bin_) for bin_ in members], load_B.tolist())
+class _Trees(NamedTuple):
+    """Fills bins with trees of these sizes, of which two share so much."""
+
+    size_N: np.ndarray
+    shared_NN: np.ndarray
+
+    @property
+    def levels(self) -> bool:
+        """Whether a limit below the budget may be quicker: without shared tokens the bins are level as they are."""
+        return bool(self.shared_NN.any())
+
+    def __call__(self, limit: int, num_bins: int) -> _Bins | None:
+        """Largest tree first, into the bin that it adds least to, of these the emptiest; None when one does not fit."""
+        members: list[list[int]] = [[] for _ in range(num_bins)]
+        load_B = np.zeros(num_bins, np.int64)
+        # what each bin already holds of the opening of each tree
+        held_BN = np.zeros((num_bins, len(self.size_N)), np.int64)
+        for i in sorted(range(len(self.size_N)), key=lambda i: (-self.size_N[i], i)):
+            added_B = self.size_N[i] - held_BN[:, i]
+            fits_B = (load_B + added_B <= limit) | (load_B == 0)
+            if not fits_B.any():
+                return None
+            best = min(np.flatnonzero(fits_B).tolist(), key=lambda b: (added_B[b], load_B[b], b))
+            members[best].append(i)
+            load_B[best] += added_B[best]
+            np.maximum(held_BN[best], self.shared_NN[i], out=held_BN[best])
+        return _Bins([sorted(bin_) for bin_ in members], load_B.tolist())
+
+
+class _Rows(NamedTuple):
+    """Fills bins with padded rows: how many every tree has, and the longest of them."""
+
+    rows: list[int]
+    width: list[int]
+
+    @property
+    def levels(self) -> bool:
+        """The last bin holds what is left."""
+        return True
+
+    def __call__(self, limit: int, num_bins: int) -> _Bins | None:
+        """Widest first, one bin after another: a bin is as wide as its first. None when there are too few bins."""
+        members: list[list[int]] = [[]]
+        load, wide, held = [0], 0, 0
+        for i in sorted(range(len(self.rows)), key=lambda i: (-self.width[i], i)):
+            if members[-1] and (held + self.rows[i]) * wide > limit:
+                members.append([])
+                load.append(0)
+            if not members[-1]:
+                wide, held = self.width[i], 0
+            members[-1].append(i)
+            held += self.rows[i]
+            load[-1] = held * wide
+        missing = num_bins - len(members)
+        return (
+            None
+            if missing < 0
+            else _Bins([*map(sorted, members), *([] for _ in range(missing))], [*load, *[0] * missing])
+        )
 
 
 def shared_tokens(trees: Sequence[TokenTree]) -> np.ndarray:
@@ -136,9 +181,14 @@ def shared_tokens(trees: Sequence[TokenTree]) -> np.ndarray:
 def computed_tokens(tree: TokenTree, layout: Layout) -> int:
     """Tokens that a tree alone costs in this layout: common openings of its responses once, or padding included."""
     if layout == "rows":
-        return len(tree.response_ids) * (len(tree.prompt_ids) + max(map(len, tree.response_ids)))
+        return len(tree.response_ids) * _width(tree)
     twice = sum(_common(a, b) for a, b in pairwise(sorted(tree.response_ids)))
     return tree.num_tokens - twice
+
+
+def _width(tree: TokenTree) -> int:
+    """Tokens of its longest row."""
+    return len(tree.prompt_ids) + max(map(len, tree.response_ids))
 
 
 def build(trees: Sequence[TokenTree], layout: Layout, pad_id: int = 0) -> Batch:

@@ -32,8 +32,8 @@ def measured(
 ) -> Tensor:
     """`measure(batch)` [..., R] of every response in the trees' order: float64 [..., responses], on the CPU.
 
-    With `tokens` it is measured for every token of every response, [..., M]. A batch has at most `budget` tokens, each tree
-    counted with the padding it needs alone, or holds a single tree. `progress` is told how many trees all ranks have done.
+    With `tokens` it is measured for every token of every response, [..., M]. A batch has at most `budget` tokens, padding
+    included, or holds a single tree. `progress` is told how many trees all ranks have done.
     """
     found = [torch.zeros(0, dtype=torch.float64)] if not trees else []
     for start in range(0, len(trees), _WINDOW):
