@@ -217,15 +217,16 @@ def case_pieces(folder, members):
     from favor.model import load
 
     whole_way = load.load_parts
-    for family, lora in (("llama", None), ("qwen2", LoraSettings(rank=3)), ("gpt2", None), ("gpt_neox", None)):
-        place = folder / f"pieces-{family}"
+    families = (("llama", None), ("qwen2", LoraSettings(rank=3)), ("gpt2", None), ("gpt_neox", None))
+    for family, lora in (*families, ("llama", LoraSettings(rank=3, dora=True))):
+        place = folder / f"pieces-{family}-{lora}"
         if members.is_main:
             tiny.model(family).save_pretrained(place, max_shard_size="9KB")
             tiny.tokenizer().save_pretrained(place)
         barrier(members)
         config = ModelConfig(path=str(place), lora=lora)
-        # the files of gpt_neox name the head otherwise than the model does
-        load.load_parts = whole_way if family == "gpt_neox" else refused
+        # the files of gpt_neox name the head otherwise than the model does; DoRA measures the weights when it is made
+        load.load_parts = whole_way if family == "gpt_neox" or (lora and lora.dora) else refused
         found = load.load_policy(config, 3, "full")
         load.load_parts = whole_way
         right = load.load_policy(config, 3)
@@ -477,8 +478,9 @@ def case_options(folder, members):
     both("train", folder, members, "follows", reference=follows, save={"every": 3})
     terms = {"kind": "sum", "terms": [{"kind": "bco"}, {"kind": "aot"}, {"kind": "kto"}]}
     both("train", folder, members, "passes", loss=terms)
-    adapted = {"path": str(folder / "model"), "lora": {"rank": 2}}
-    both("train", folder, members, "adapters", model=adapted, reference={"mode": "live"})
+    for name, dora in (("adapters", False), ("dora", True)):
+        adapted = {"path": str(folder / "model"), "lora": {"rank": 2, "dora": dora}}
+        both("train", folder, members, name, model=adapted, reference={"mode": "live"})
 
 
 def case_commands(folder, members):

@@ -24,7 +24,7 @@ from favor.ranks import World
 from favor.train.loop import micro_batches
 from favor.train.preference import make_objective
 from favor.train.reference import Reference
-from favor.train.step import Learner, _accumulate
+from favor.train.step import Learner, Objective, _accumulate, global_count
 
 FLEX_HERE = "FlexAttention does not support backward on CPU"
 
@@ -290,6 +290,29 @@ def test_no_step_waits_for_the_device(name, way, monkeypatch):
         _accumulate(learner, cut, objective, torch.ones(objective.num_terms, dtype=torch.float64))
     ours = [(name, file) for name, file in waits.found if (way, file) != ("rows", "masking_utils.py")]
     assert ours == []
+
+
+def test_counts_go_to_the_device_without_waiting():
+    """The one copy of a step that is not a batch's; from memory that is pinned, where there is a GPU (tests/test_gpu.py)."""
+    learner = Learner({}, torch.optim.SGD([torch.zeros(1)]), 1.0, torch.device("meta"), World())
+    batch = batches.build(forest(), "tree")
+    objective = Objective(lambda batch: (torch.zeros(1), {}), lambda batch: [3.0], ())
+    with Copies() as copies:
+        assert global_count(learner, [batch], objective).shape == (1,)
+    assert copies.waiting == [False]
+
+
+class Copies(TorchDispatchMode):
+    """The copies to another device that are met, and whether each waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.waiting = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name == "aten::_to_copy":
+            self.waiting.append(not (kwargs or {}).get("non_blocking", False))
+        return function(*args, **(kwargs or {}))
 
 
 def _no_mode(kernel):

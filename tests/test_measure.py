@@ -90,6 +90,25 @@ def test_the_estimate_counts_adapters(inputs):
     assert estimated(base, architecture, 10).state == 16 * plain
 
 
+@pytest.mark.parametrize("more", [["reference.mode=live"], ["watch.kl.every=2"], ["loss.kind=kto"]])
+def test_the_estimate_counts_a_reference_beside_the_policy(inputs, more):
+    """Whatever reads it: 4 bytes a number; under adapters it is the policy without them."""
+    for words_of, copied in (([], 4), (["model.lora.rank=2"], 0)):
+        config, alone = (load(TrainConfig, None, words(inputs, *words_of, *extra)) for extra in (more, []))
+        architecture = architecture_of(config.model)
+        numbers = sum(parameter.numel() for parameter in tiny.model().parameters())
+        more_bytes = estimated(config, architecture, 10).state - estimated(alone, architecture, 10).state
+        assert more_bytes == copied * numbers
+
+
+def test_on_a_gpu_packs_begin_where_training_begins(inputs, favor, monkeypatch):
+    monkeypatch.setattr(dryrun, "on_gpu", lambda config: True)
+    monkeypatch.setattr(dryrun, "has", lambda config: (1 << 40, "this GPU"))
+    out = favor("train", *words(inputs), "--dry-run")[1]
+    assert "device: GPU" in out
+    assert "in packs of up to 16,384 tokens" in out
+
+
 def test_a_dry_run_says_that_it_will_not_fit(inputs, favor, monkeypatch):
     for room, warned in ((1 << 20, True), (1 << 40, False)):
         monkeypatch.setattr(dryrun, "memory", lambda room=room: Room(room, room, "memory"))

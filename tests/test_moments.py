@@ -14,7 +14,7 @@ from favor.errors import CheckpointError
 from favor.train import moments, optim
 from favor.train.checkpoint import Stored, _moments
 from favor.train.dryrun import describe
-from favor.train.optim import AdamW, AdamW8bit, make_optimizer
+from favor.train.optim import AdamW, AdamW8bit, Rmsprop, make_optimizer
 from favor.train.preference import TrainConfig
 from favor.train.session import TrainingState
 
@@ -124,6 +124,17 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path, spoilt):
         del found[spoilt]
     with pytest.raises(CheckpointError, match="optimizer state"):
         _moments(stored._replace(moments=found), parameters)
+
+
+def test_a_fused_step_lies_where_its_weight_lies():
+    """On a GPU the kernel reads the number of steps there; RMSprop counts on the host."""
+    weight = nn.Parameter(torch.zeros(3))
+    elsewhere = nn.Parameter(torch.empty(3, device="meta"))
+    for config, place in ((AdamW(), "meta"), (Rmsprop(), "cpu")):
+        optimizer = make_optimizer(config, {"w": weight})
+        found = moments.restored(optimizer, elsewhere, {"step": torch.tensor(3.0)})
+        assert found["step"].device.type == place
+        assert moments.restored(optimizer, weight, {"step": torch.tensor(3.0)})["step"] == 3
 
 
 def test_where_it_is_not_installed(inputs, favor, monkeypatch):

@@ -38,8 +38,8 @@ def load(config: ModelConfig, seed: int, how: Shard, members: World, *, frozen: 
 
     Raises CheckpointError for a model that cannot be read, ConfigError as `split` and `make_policy` do.
     """
-    if config.weights == "nf4":
-        # blocks of 64 numbers do not end where rows do
+    # blocks of 64 numbers do not end where rows do; DoRA measures the weights when it is made
+    if config.weights == "nf4" or (config.lora is not None and config.lora.dora):
         return None
     check_path(config.path)
     tokenizer = load_tokenizer(config)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from favor.config import STRICT, load
@@ -28,6 +28,8 @@ from favor.run import RunFolder, read_json
 Scorer: TypeAlias = Callable[[Sequence[Text], Sequence[str]], list[float]]
 # Tokens computed at once; there is no gradient, so this bounds the memory of one forward only.
 _BUDGET = 4096
+# settings of a run's model that every machine has
+_ANYWHERE = {"layout": ("auto", "tree", "rows"), "device": ("auto", "cpu")}
 
 
 class ScoredTokens(BaseModel):
@@ -49,6 +51,15 @@ class RunRecipe(BaseModel):
     loss: dict[str, Any] = {}
     data: dict[str, Any] = {}
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _measured_anywhere(cls, model: Any) -> Any:
+        """In float32 whatever training used, and where there may be no GPU: what only that has is left open."""
+        if not isinstance(model, dict):
+            return model
+        of_gpus = {key for key, able in _ANYWHERE.items() if key in model and model[key] not in able}
+        return model | {"dtype": "float32"} | dict.fromkeys(of_gpus, "auto")
+
     @property
     def beta(self) -> float | None:
         """The beta of its loss; of a sum of losses, that of the first term which has one."""
@@ -68,8 +79,7 @@ def read_run(run: str) -> tuple[RunFolder, RunRecipe]:
         raise CheckpointError(
             f"{run}: no finished run here (config.toml and model/); train first, or name a folder of favor train"
         )
-    # measured in float32, whatever training used
-    return folder, load(RunRecipe, folder.config, ["model.dtype=float32"])
+    return folder, load(RunRecipe, folder.config)
 
 
 def base_of(run: str) -> str | None:

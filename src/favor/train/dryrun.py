@@ -21,8 +21,8 @@ from favor.model.room import memory
 from favor.model.size import GIB, Sizes, architecture_of, sizes, trained
 from favor.train.loop import length_notes, num_steps
 from favor.train.optim import STATE_BYTES, learning_rate, warmup
-from favor.train.packs import chosen, looked_at
-from favor.train.preference import TrainConfig
+from favor.train.packs import LEAST, LEAST_ON_A_GPU, chosen, looked_at
+from favor.train.preference import TrainConfig, compares_live
 from favor.train.stats import usable
 
 
@@ -42,10 +42,9 @@ def describe(config: TrainConfig) -> str:
     apart = sum(
         len(tree.prompt_ids) + len(tree.response_ids[i]) for tree in trees for c in tree.comparisons for i in c.order
     )
-    gpu = config.model.device != "cpu" and torch.cuda.is_available()
     lines += [
         f"precision: {precision_of(config.model.dtype)}",
-        f"device: {'GPU' if gpu else 'CPU'}",
+        f"device: {'GPU' if on_gpu(config) else 'CPU'}",
         f"layout: {layout}" + (f" ({obstacle})" if obstacle else ""),
         f"longest row: {longest} tokens",
         f"tokens an epoch: {unique} computed; every response with its own prompt would be {apart} ({apart / unique:.2f} x)",
@@ -88,7 +87,7 @@ def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence
     asked = config.train.max_tokens_per_pack
     # what is free when training starts may make it less
     few = [[trees[i] for i in some] for some in looked_at(config.train, range(len(trees)))]
-    budget = chosen(layout, few) if asked == "auto" else asked
+    budget = chosen(layout, few, least=LEAST_ON_A_GPU if on_gpu(config) else LEAST) if asked == "auto" else asked
     pack = max(budget, max(tree.num_tokens for tree in trees))
     pack = min(pack, sum(tree.num_tokens for tree in trees))
     parts = {"none": "", "full": "processes", "hybrid": "processes of a machine"}[config.ranks.shard]
@@ -104,22 +103,26 @@ def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence
     return said
 
 
+def on_gpu(config: TrainConfig) -> bool:
+    """Whether training would compute on a GPU here."""
+    return config.model.device != "cpu" and torch.cuda.is_available()
+
+
 def has(config: TrainConfig) -> tuple[int, str]:
     """Bytes of memory where the recipe trains, and where that is."""
-    if config.model.device != "cpu" and torch.cuda.is_available():
+    if on_gpu(config):
         return torch.cuda.get_device_properties(0).total_memory, "this GPU"
     return memory().total, "this machine"
 
 
 def estimated(config: TrainConfig, architecture: PreTrainedConfig, tokens: int) -> Sizes:
     """Memory of training in packs of so many tokens, by the architecture alone."""
-    live = config.reference.mode == "live" or config.watch.kl
     return sizes(
         architecture,
         config.model,
         tokens,
         trained_bytes=4 + STATE_BYTES[config.optim.kind],
         # under adapters the model without them is the reference
-        copies=1 if live and not config.model.lora else 0,
+        copies=1 if compares_live(config) and not config.model.lora else 0,
         moving=config.reference.sync is not None,
     )

@@ -34,7 +34,7 @@ from favor.train.checkpoint import copy_bytes
 from favor.train.loop import Training, make_training, num_steps
 from favor.train.moments import kept
 from favor.train.optim import STATE_BYTES
-from favor.train.preference import Begun, TrainConfig, begin, make_references, plan_step
+from favor.train.preference import Begun, TrainConfig, begin, compares_live, make_references, plan_step
 from favor.train.session import OpenSession, Session, in_session
 from favor.train.step import step
 from favor.train.watch import References, probe
@@ -257,10 +257,7 @@ def _state(begun: Begun, training: Training) -> int:
     config, learner = begun.config, training.learner
     remembered = (t for p in learner.parameters.values() for t in kept(learner.optimizer.state[p]).values())
     weights, gradients = _bytes(begun.policy.model.parameters()), _bytes(learner.parameters.values())
-    copied = config.model.lora is None and (
-        config.reference.mode == "live" or config.watch.kl or needs(config.loss).zero
-    )
-    if copied:
+    if config.model.lora is None and compares_live(config):
         halved = begun.policy.weights == "bfloat16" and not config.reference.sync
         weights += weights - (2 * sum(p.numel() for p in keepable(begun.policy.model)) if halved else 0)
     return weights + gradients + _bytes(remembered)

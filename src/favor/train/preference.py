@@ -164,6 +164,11 @@ def _computed(config: TrainConfig, splits: Splits) -> Iterator[TokenTree]:
         yield sampled_tree(prompt, max(len(response) for tree in few for response in tree.response_ids))
 
 
+def compares_live(config: TrainConfig) -> bool:
+    """Whether something reads a reference that computes beside the policy: a live one, the KL probe, KTO's z0."""
+    return config.reference.mode == "live" or bool(config.watch.kl) or needs(config.loss).zero
+
+
 def make_references(
     config: TrainConfig, policy: Policy, splits: Splits, identity: Mapping[str, str], session: Session
 ) -> References:
@@ -175,7 +180,7 @@ def make_references(
     parts = splits.by_name
     # LoRA: the policy with its adapters off; all weights: a frozen copy, made only where something reads it
     live = exact = None
-    if is_live or config.watch.kl or needed.zero:
+    if compares_live(config):
         base = reference.base_of(policy, moves=config.reference.sync is not None)
         live, exact = (reference.live(each, identity["weights"]) for each in (base, precise(base)))
     if not needed.reference:

@@ -84,7 +84,9 @@ def global_count(learner: Learner, batches: Iterable[Batch], objective: Objectiv
     for batch in batches:
         if not batch.idle:
             local += torch.tensor(objective.count(batch), dtype=torch.float64)
-    return sum_(local.to(learner.device), learner.world)
+    # what is not pinned is copied while everything waits
+    local = local.pin_memory() if learner.device.type == "cuda" else local
+    return sum_(local.to(learner.device, non_blocking=True), learner.world)
 
 
 def _accumulate(learner: Learner, batches: Sequence[Batch], objective: Objective, total: Tensor) -> Tensor:
