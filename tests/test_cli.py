@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 import tiny
+import tomli_w
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GOOD = [{"prompt": f"Film {i}?", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(6)]
@@ -217,6 +219,13 @@ def test_train_eval_report_sample(inputs, favor, tmp_path):
     assert [pair["policy_gap"] - pair["reference_gap"] for pair in pairs] == pytest.approx(
         [pair["margin"] / figures["beta"] for pair in pairs]
     )
+    # a run that was trained on a GPU, in ways that only GPUs have, is measured here all the same
+    config = tmp_path / "run/config.toml"
+    there = tomllib.loads(config.read_text())
+    there["model"] |= {"layout": "fa2", "device": "cuda", "dtype": "bfloat16"}
+    config.write_text(tomli_w.dumps(there))
+    assert favor("eval", "run=run", "sample.max_new_tokens=6", "sample_prompts=3")[0] == 0
+    assert json.loads((tmp_path / "run/eval.json").read_text()) == figures
     code, out, _ = favor("report", "run")
     first, done, *_ = out.splitlines()
     assert (code, first) == (0, "report: run/report.html")
