@@ -135,6 +135,7 @@ def test_a_fused_step_lies_where_its_weight_lies():
         found = moments.restored(optimizer, elsewhere, {"step": torch.tensor(3.0)})
         assert found["step"].device.type == place
         assert moments.restored(optimizer, weight, {"step": torch.tensor(3.0)})["step"] == 3
+        assert moments.restored(optimizer, weight, {}) == {}, "a weight that no batch has used yet"
 
 
 def test_where_it_is_not_installed(inputs, favor, monkeypatch):

@@ -38,7 +38,7 @@ def kept(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def restored(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, mine: Mapping[str, Tensor]) -> dict[str, Any]:
     """The state of one parameter from what `kept` gave."""
     found: dict[str, Any] = {name: v if v.dim() == 0 else split_like(parameter, v) for name, v in mine.items()}
-    if optimizer.defaults.get("fused"):
+    if "step" in mine and optimizer.defaults.get("fused"):
         # its kernel reads the number of steps on the weight's device
         found["step"] = mine["step"].to(parameter.device)
     if "state1" in mine:
