@@ -88,7 +88,7 @@ bench-gpu: .venv/.ready
 
 bench: .venv/.ready
 	$(BIN)/pip install --quiet --constraint constraints.txt -e ".[bench]"
-	$(BIN)/python benchmarks/vs_trl.py --data hh
+	$(BIN)/python benchmarks/shapes.py
 	$(BIN)/python benchmarks/vs_trl.py --data demo
 
 # The marker is written last, so an interrupted installation is taken up again.

@@ -1,5 +1,6 @@
 """What a rank sees of shared folders may be older, or absent, on another machine: all go by what the main rank sees."""
 
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from threads import Threads
 
 from favor.data.types import Comparison, TokenTree
 from favor.errors import CheckpointError
-from favor.ranks import from_main
+from favor.ranks import World, from_main
 from favor.run import RunFolder, read_jsonl, write_json
 from favor.train import checkpoint, packs, reference, session, watch
 from favor.train.loop import LoopConfig
@@ -58,6 +59,22 @@ def test_a_listing_that_is_older_on_one_rank(ranks, saved, monkeypatch, stale, e
         checkpoint, "checkpoints", lambda folder: real(folder)[: -1 if ranks.get_rank() == stale else None]
     )
     assert chosen(ranks, saved) == [expected, expected]
+
+
+def test_a_checkpoint_that_appears_late_on_another_machine(saved, monkeypatch):
+    state = saved.folder.checkpoints / "step-000004/state.json"
+    text = state.read_text()
+    state.unlink()
+    late = threading.Timer(0.5, state.write_text, [text])
+    late.start()
+    checkpoint._appeared(state.parent, World(1, 2))
+    assert state.read_text() == text
+    late.join()
+    state.unlink()
+    # the main rank knows what there is, and no rank waits for ever
+    checkpoint._appeared(state.parent, World(0, 2))
+    monkeypatch.setattr(checkpoint, "_STALE_S", 0.5)
+    checkpoint._appeared(state.parent, World(1, 2))
 
 
 def unreadable(monkeypatch, ranks, rank, steps):

@@ -168,13 +168,13 @@ def test_the_largest_pack_behind_another_is_computed(inputs):
     made = begun([90, 80, 100, 10, 20, 30], 100, 6, inputs)
     counted = measure._counted(made)
     assert sum(sum(batch.tokens) for batch in counted) == 330
-    _, worst, _ = measure._chosen(counted, made.splits.train[2], 100)
+    _, worst, _ = measure._chosen(counted, made.splits.train[2], 104, 100)
     lengths = sorted(len(t.prompt_ids) + 4 for t in worst)
     packs = counted[0].tokens
     assert sum(lengths) == packs[0] + max(packs[1:])
     # a tree beyond the budget is a pack of its own, wherever it stands
     made = begun([90, 80, 500, 10, 20, 30], 100, 6, inputs)
-    _, worst, _ = measure._chosen(measure._counted(made), made.splits.train[2], 100)
+    _, worst, _ = measure._chosen(measure._counted(made), made.splits.train[2], 504, 100)
     assert max(len(t.prompt_ids) + 4 for t in worst) == 500
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from favor import guard
-from favor.errors import CheckpointError, ConfigError, StorageError, first_line, refused
+from favor.errors import CheckpointError, ConfigError, StorageError, clipped, first_line, refused
 
 _STEP = b'{"kind": "step", "step": '
 
@@ -229,7 +229,7 @@ def _same_recipe(path: Path, config_text: str) -> None:
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:
-    return repr(settings[key]) if key in settings else "not set"
+    return clipped(repr(settings[key])) if key in settings else "not set"
 
 
 def _settings(path: Path, text: str) -> dict[str, Any]:

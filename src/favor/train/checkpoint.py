@@ -5,6 +5,7 @@ for bit, or a refusal. Next: preference.py.
 """
 
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,13 +22,15 @@ from favor.errors import CheckpointError
 from favor.guard import file_hash, length_and_hash, sha
 from favor.model.room import memory, peak
 from favor.parts import assign_, collected, in_files
-from favor.ranks import barrier, from_main, largest
+from favor.ranks import World, barrier, from_main, largest
 from favor.run import RunFolder, atomic_folder, fsync, refuse_changed, remove_folder
 from favor.train import moments
 from favor.train.session import Session, TrainingState
 from favor.train.step import Learner
 
 _POLICY, _OPTIMIZER, _REFERENCE, _STATE = "policy", "optimizer", "reference", "state.json"
+# how long a shared folder may show what it was; NFS keeps a listing for a minute
+_STALE_S = 90.0
 
 
 class _Sealed(BaseModel):
@@ -240,6 +243,7 @@ def newest_sound(session: Session) -> Stored | None:
     for before in reversed(range(from_main(len(found), world))):
         path = folder / _name(from_main(_step(found[before]) if world.is_main else 0, world))
         stored, problem = None, ""
+        _appeared(path, world)
         try:
             stored = read(path)
         except CheckpointError as error:
@@ -254,3 +258,10 @@ def newest_sound(session: Session) -> Stored | None:
             )
         session.event(0, "damaged", f"warning: {problem}; going back to the checkpoint before")
     return None
+
+
+def _appeared(path: Path, members: World) -> None:
+    """Wait for what the main rank sees: of a folder that machines share another one may see what it was a minute ago."""
+    until = time.monotonic() + _STALE_S
+    while not members.is_main and not (path / _STATE).exists() and time.monotonic() < until:
+        time.sleep(0.2)

@@ -38,7 +38,10 @@ def describe(config: TrainConfig) -> str:
     obstacle = config_obstacle(architecture.get_text_config().to_dict(), longest)
     layout = "rows" if obstacle or config.model.layout == "rows" else "tree"
     steps, size = num_steps(config.train, len(trees)), config.train.batch_prompts
-    unique = sum(batches.build(trees[i : i + size], layout).num_tokens for i in range(0, len(trees), size))
+    if layout == "tree":
+        unique = sum(batches.build(trees[i : i + size], layout).num_tokens for i in range(0, len(trees), size))
+    else:
+        unique = sum(batches.computed_tokens(tree, layout) for tree in trees)
     apart = sum(
         len(tree.prompt_ids) + len(tree.response_ids[i]) for tree in trees for c in tree.comparisons for i in c.order
     )
@@ -88,8 +91,8 @@ def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence
     # what is free when training starts may make it less
     few = [[trees[i] for i in some] for some in looked_at(config.train, range(len(trees)))]
     budget = chosen(layout, few, least=LEAST_ON_A_GPU if on_gpu(config) else LEAST) if asked == "auto" else asked
-    pack = max(budget, max(tree.num_tokens for tree in trees))
-    pack = min(pack, sum(tree.num_tokens for tree in trees))
+    tokens = [batches.computed_tokens(tree, layout) for tree in trees]
+    pack = min(max(budget, *tokens), sum(tokens))
     parts = {"none": "", "full": "processes", "hybrid": "processes of a machine"}[config.ranks.shard]
     size, (room, place) = estimated(config, architecture, pack), has(config)
     said = f"memory (estimate): {size}, in packs of up to {budget:,} tokens"

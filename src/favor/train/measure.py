@@ -103,8 +103,9 @@ def _measured(config: TrainConfig, session: Session) -> Measured:
     begun = begin(config.model_copy(update={"resume": False, "reference": unstored}), session)
     seconds = {"start": time.time() - psutil.Process().create_time()}
     counted = _counted(begun)
-    longest = max((begun.splits.train[i] for i in begun.used), key=lambda tree: tree.num_tokens)
-    parts = _chosen(counted, longest, begun.config.train.budget)
+    sizes = {i: batches.computed_tokens(begun.splits.train[i], begun.policy.layout) for i in begun.used}
+    longest = max(sizes, key=lambda i: sizes[i])
+    parts = _chosen(counted, begun.splits.train[longest], sizes[longest], begun.config.train.budget)
     some = replace(begun.splits, train=_renumbered([tree for part in parts for tree in part]), eval=())
     references = _references(begun._replace(splits=some), session)
     training = make_training(begun.config, begun.policy, [], session)
@@ -119,7 +120,7 @@ def _measured(config: TrainConfig, session: Session) -> Measured:
     seconds |= {"steps": num * ordinary.update + tokens * ordinary.per_token} | _saving(config, training, num)
     state = _state(begun, training)
     on_cpu = begun.policy.device.type == "cpu"
-    pack, shortest = max(0, most - state - before * on_cpu), min(longest.num_tokens, worst.largest)
+    pack, shortest = max(0, most - state - before * on_cpu), min(sizes[longest], worst.largest)
     # the copy lies in the machine's memory
     copy *= on_cpu
     return Measured(most + copy, state, pack, copy, worst.largest, shortest, num, tokens, seconds)
@@ -138,8 +139,11 @@ def _counted(begun: Begun) -> list[_Counted]:
     return found
 
 
-def _chosen(counted: Sequence[_Counted], longest: TokenTree, budget: int) -> tuple[Pack, Pack, Pack]:
-    """Trees of three steps: an ordinary batch, which makes the optimizer's state; the largest pack; an ordinary batch again."""
+def _chosen(counted: Sequence[_Counted], longest: TokenTree, size: int, budget: int) -> tuple[Pack, Pack, Pack]:
+    """Trees of three steps: an ordinary batch, which makes the optimizer's state; the largest pack; an ordinary batch again.
+
+    size: tokens of the longest tree.
+    """
     middle = sorted(counted, key=lambda batch: sum(batch.tokens))[len(counted) // 2]
     spread = middle.packs[:: -(-len(middle.packs) // _TIMED)]
     # while the second micro-batch of a step is computed, gradients are there beside it
@@ -147,7 +151,7 @@ def _chosen(counted: Sequence[_Counted], longest: TokenTree, budget: int) -> tup
     most = max(behind, key=lambda batch: max(batch.tokens[1:], default=batch.tokens[0]))
     second = most.tokens[1:].index(max(most.tokens[1:])) + 1 if len(most.tokens) > 1 else 0
     worst = [tree for i in sorted({0, second}) for tree in most.packs[i]]
-    if longest.num_tokens > max(most.tokens[0], budget):
+    if size > max(most.tokens[0], budget):
         worst = [longest, *most.packs[second]]
     ordinary = [tree for pack in spread for tree in pack]
     return ordinary, worst, ordinary
