@@ -25,7 +25,7 @@ from favor.parts import assign_, whole
 from favor.ranks import World, barrier, world
 from favor.run import RunFolder
 from favor.stop import StopRequest, stop_signals
-from favor.train import checkpoint, moments, ppo, preference, reward, sft
+from favor.train import checkpoint, moments, ppo, preference, reward, session, sft
 from favor.train.loop import micro_batches
 from favor.train.optim import AdamW, make_optimizer
 from favor.train.reference import Reference, base_of, live
@@ -405,6 +405,8 @@ def run(command, folder, name, members, words):
     """A command on a recipe, as the command line runs it; `members` alone: on the main rank, while the others wait."""
     schema, function = COMMANDS[command]
     config = schema.model_validate({**words, "run": str(folder / name)})
+    # the others wait elsewhere and take part in nothing that this run decides
+    session.current = lambda: members
     if members.is_main or members.size > 1:
         with (folder / f"{name}-{members.rank}.out").open("a") as out, stop_signals("") as stop:
             quiet = Console(file=out)
