@@ -147,23 +147,19 @@ class _Rows(NamedTuple):
 
     def __call__(self, limit: int, num_bins: int) -> _Bins | None:
         """Widest first, one bin after another: a bin is as wide as its first. None when there are too few bins."""
-        members: list[list[int]] = [[]]
-        load, wide, held = [0], 0, 0
+        members: list[list[int]] = [[] for _ in range(num_bins)]
+        load = [0] * num_bins
+        at = held = wide = 0
         for i in sorted(range(len(self.rows)), key=lambda i: (-self.width[i], i)):
-            if members[-1] and (held + self.rows[i]) * wide > limit:
-                members.append([])
-                load.append(0)
-            if not members[-1]:
-                wide, held = self.width[i], 0
-            members[-1].append(i)
+            if held and (held + self.rows[i]) * wide > limit:
+                at, held = at + 1, 0
+                if at == num_bins:
+                    return None
+            wide = wide if held else self.width[i]
+            members[at].append(i)
             held += self.rows[i]
-            load[-1] = held * wide
-        missing = num_bins - len(members)
-        return (
-            None
-            if missing < 0
-            else _Bins([*map(sorted, members), *([] for _ in range(missing))], [*load, *[0] * missing])
-        )
+            load[at] = held * wide
+        return _Bins([sorted(bin_) for bin_ in members], load)
 
 
 def shared_tokens(trees: Sequence[TokenTree]) -> np.ndarray:
