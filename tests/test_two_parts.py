@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from favor.config import load
 from favor.data.batches import build
 from favor.errors import ConfigError
-from favor.model import two_parts
+from favor.model import logprobs, two_parts
 from favor.model.adapters import LoraSettings
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, frozen_copy, make_policy, precise
@@ -147,6 +147,25 @@ def gradient(policy):
 
 def cosine(a, b):
     return float(a @ b / a.norm() / b.norm())
+
+
+@pytest.mark.parametrize("keep", [1 << 30, 0], ids=["kept", "tiles"])
+def test_the_head_rounds_its_backward_in_bfloat16_alone(monkeypatch, keep):
+    """From the same states: log-probs to the bit those of float32; gradients too, but for bfloat16, whose products are rounded."""
+    monkeypatch.setattr(logprobs, "_KEEP_BYTES", keep)
+    monkeypatch.setattr(logprobs, "_TILE_BYTES", 4 * tiny.VOCAB * 7)
+    found = {}
+    for dtype in ("float32", "bfloat16x2", "bfloat16"):
+        policy = policy_of(tiny.model("llama"), dtype)
+        batch = build(trees(), policy.layout)
+        states_NH = normal(len(batch.head_N), policy.fast_head.weight.shape[1], seed=3).requires_grad_()
+        logp_E = logprobs.logps_of_states(policy, batch, states_NH)
+        found[dtype] = (logp_E, *torch.autograd.grad(logp_E.cumsum(0).sum(), (states_NH, policy.fast_head.weight)))
+    assert all(torch.equal(mine, exact) for mine, exact in zip(found["bfloat16x2"], found["float32"], strict=True))
+    assert torch.equal(found["bfloat16"][0], found["float32"][0])
+    for mine, exact in zip(found["bfloat16"][1:], found["float32"][1:], strict=True):
+        assert mine.dtype == torch.float32
+        assert 1e-4 < float((mine - exact).norm() / exact.norm()) < 5e-3
 
 
 def test_an_update_that_bfloat16_passes_over_is_seen():

@@ -120,7 +120,9 @@ def logps_of_states(policy: Policy, batch: Batch, hidden_NH: Tensor) -> Tensor:
     assert policy.fast_head is not None
     weight_VH, bias_V = policy.fast_head.weight, policy.fast_head.bias
     edges = (batch.edge_head_E, batch.edge_target_E, batch.edge_begins)
-    logp_E = _ScoredHead.apply(hidden_NH, weight_VH, bias_V, *edges)
+    # where all products of the backward are rounded, these two are; the forward is not, for log-probs are sums
+    rounded = policy.compute_dtype == torch.bfloat16 and not policy.two_parts
+    logp_E = _ScoredHead.apply(hidden_NH, weight_VH, bias_V, *edges, torch.bfloat16 if rounded else hidden_NH.dtype)
     assert isinstance(logp_E, Tensor)
     return logp_E
 
@@ -169,9 +171,10 @@ class _ScoredHead(torch.autograd.Function):
         edge_head_E: Tensor,
         edge_target_E: Tensor,
         edge_begins: tuple[int, ...],
+        backward_dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, edge_head_E, edge_target_E)
-        ctx.edge_begins = edge_begins
+        ctx.edge_begins, ctx.backward_dtype = edge_begins, backward_dtype
         count, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
         needed = any(ctx.needs_input_grad)
         # widened or narrowed once, not once a tile
@@ -203,6 +206,7 @@ class _ScoredHead(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         cast = weight_VH.to(hidden_NH.dtype)
+        narrow_VH, narrow_NH = cast.to(ctx.backward_dtype), hidden_NH.to(ctx.backward_dtype)
         count = hidden_NH.shape[0]
         # kept probabilities are one big tile: fewer, larger products
         rows = count if ctx.probs_NV is not None else _rows(hidden_NH, weight_VH.shape[0])
@@ -212,12 +216,12 @@ class _ScoredHead(torch.autograd.Function):
             grad.index_put_((edge_head_E[edges] - start, edge_target_E[edges]), grad_E[edges], accumulate=True)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-            grad = grad.to(hidden_NH.dtype)
-            grad_hidden[start:stop] = grad @ cast
+            grad = grad.to(ctx.backward_dtype)
+            grad_hidden[start:stop] = grad @ narrow_VH
             if grad_weight is not None:
-                _add_product(grad_weight, grad, hidden_NH[start:stop])
+                _add_product(grad_weight, grad, narrow_NH[start:stop])
         ctx.probs_NV = None
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _add_product(total_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor) -> None:
