@@ -122,7 +122,7 @@ def logps_of_states(policy: Policy, batch: Batch, hidden_NH: Tensor) -> Tensor:
     edges = (batch.edge_head_E, batch.edge_target_E, batch.edge_begins)
     # where all products of the backward are rounded, these two are; the forward is not, for log-probs are sums
     rounded = policy.compute_dtype == torch.bfloat16 and not policy.two_parts
-    logp_E = _ScoredHead.apply(hidden_NH, weight_VH, bias_V, *edges, torch.bfloat16 if rounded else hidden_NH.dtype)
+    logp_E = _ScoredHead.apply(hidden_NH, weight_VH, bias_V, edges, torch.bfloat16 if rounded else hidden_NH.dtype)
     assert isinstance(logp_E, Tensor)
     return logp_E
 
@@ -168,11 +168,10 @@ class _ScoredHead(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_VH: Tensor,
         bias_V: Tensor | None,
-        edge_head_E: Tensor,
-        edge_target_E: Tensor,
-        edge_begins: tuple[int, ...],
+        edges: tuple[Tensor, Tensor, tuple[int, ...]],
         backward_dtype: torch.dtype,
     ) -> Tensor:
+        edge_head_E, edge_target_E, edge_begins = edges
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, edge_head_E, edge_target_E)
         ctx.edge_begins, ctx.backward_dtype = edge_begins, backward_dtype
         count, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
@@ -184,10 +183,10 @@ class _ScoredHead(torch.autograd.Function):
         probs_NV = hidden_NH.new_empty((count, vocabulary), dtype=torch.float32) if keep else None
         top_N = hidden_NH.new_empty(count, dtype=torch.float32)
         logit_E = hidden_NH.new_empty(edge_head_E.shape[0], dtype=torch.float32)
-        for start, stop, edges in _tiles(count, _rows(hidden_NH, vocabulary), edge_begins):
+        for start, stop, here in _tiles(count, _rows(hidden_NH, vocabulary), edge_begins):
             # [tile, V]: the one moment at which these logits exist
             logits = _logits(hidden_NH[start:stop], cast_VH, bias_V)
-            logit_E[edges] = logits[edge_head_E[edges] - start, edge_target_E[edges]]
+            logit_E[here] = logits[edge_head_E[here] - start, edge_target_E[here]]
             peak, where = logits.max(-1)
             probs = probs_NV[start:stop] if probs_NV is not None else torch.empty_like(logits)
             torch.softmax(logits, -1, out=probs)
@@ -221,7 +220,7 @@ class _ScoredHead(torch.autograd.Function):
             if grad_weight is not None:
                 _add_product(grad_weight, grad, narrow_NH[start:stop])
         ctx.probs_NV = None
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def _add_product(total_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor) -> None:
