@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from favor.config import load
 from favor.data.types import Comparison, TokenTree
-from favor.model.load import load_policy
+from favor.model.load import ModelConfig, load_policy
 from favor.model.room import Room
 from favor.model.size import GIB, architecture_of
 from favor.train import dryrun, fit, measure
@@ -102,7 +102,7 @@ def test_the_estimate_counts_a_reference_beside_the_policy(inputs, more):
 
 
 def test_on_a_gpu_packs_begin_where_training_begins(inputs, favor, monkeypatch):
-    monkeypatch.setattr(dryrun, "on_gpu", lambda config: True)
+    monkeypatch.setattr(ModelConfig, "on_gpu", True)
     monkeypatch.setattr(dryrun, "has", lambda config: (1 << 40, "this GPU"))
     out = favor("train", *words(inputs), "--dry-run")[1]
     assert "device: GPU" in out

@@ -52,6 +52,11 @@ class ModelConfig(BaseModel):
     lora: LoraSettings | None = None
     """Train adapters rather than all weights."""
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is computed on a GPU here."""
+        return self.device != "cpu" and torch.cuda.is_available()
+
     @model_validator(mode="after")
     def _device_exists(self) -> "ModelConfig":
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -61,7 +66,7 @@ class ModelConfig(BaseModel):
     @model_validator(mode="after")
     def _layout_can_run(self) -> "ModelConfig":
         if self.layout not in ("auto", "tree", "rows"):
-            if self.device == "cpu" or not torch.cuda.is_available():
+            if not self.on_gpu:
                 raise ValueError(f"model.layout = {self.layout!r} is for GPUs alone; set model.layout=auto")
             if self.layout != "flex" and self.dtype == "float32":
                 raise ValueError(
@@ -285,8 +290,7 @@ def make_policy(
     """Wrap a model already in memory (the tests' and notebooks' way in). place: move it to its device, whole."""
     if model._hf_peft_config_loaded:  # pyright: ignore[reportPrivateUsage]
         raise ConfigError(f"{config.path}: has an adapter inside; give peft's merge_and_unload() of it, or its folder")
-    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cuda" if config.on_gpu else "cpu")
     # before it moves: a GPU never holds the float32 ones
     held = keeps(config, frozen=frozen)
     kept = (

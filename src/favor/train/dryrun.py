@@ -21,7 +21,7 @@ from favor.model.room import memory
 from favor.model.size import GIB, Sizes, architecture_of, sizes, trained
 from favor.train.loop import length_notes, num_steps
 from favor.train.optim import STATE_BYTES, learning_rate, warmup
-from favor.train.packs import LEAST, LEAST_ON_A_GPU, chosen, looked_at
+from favor.train.packs import chosen, looked_at
 from favor.train.preference import TrainConfig, compares_live
 from favor.train.stats import usable
 
@@ -47,7 +47,7 @@ def describe(config: TrainConfig) -> str:
     )
     lines += [
         f"precision: {precision_of(config.model.dtype)}",
-        f"device: {'GPU' if on_gpu(config) else 'CPU'}",
+        f"device: {'GPU' if config.model.on_gpu else 'CPU'}",
         f"layout: {layout}" + (f" ({obstacle})" if obstacle else ""),
         f"longest row: {longest} tokens",
         f"tokens an epoch: {unique} computed; every response with its own prompt would be {apart} ({apart / unique:.2f} x)",
@@ -90,7 +90,7 @@ def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence
     asked = config.train.max_tokens_per_pack
     # what is free when training starts may make it less
     few = [[trees[i] for i in some] for some in looked_at(config.train, range(len(trees)))]
-    budget = chosen(layout, few, least=LEAST_ON_A_GPU if on_gpu(config) else LEAST) if asked == "auto" else asked
+    budget = chosen(layout, few, gpu=config.model.on_gpu) if asked == "auto" else asked
     tokens = [batches.computed_tokens(tree, layout) for tree in trees]
     pack = min(max(budget, *tokens), sum(tokens))
     parts = {"none": "", "full": "processes", "hybrid": "processes of a machine"}[config.ranks.shard]
@@ -106,14 +106,9 @@ def _memory(config: TrainConfig, architecture: PreTrainedConfig, trees: Sequence
     return said
 
 
-def on_gpu(config: TrainConfig) -> bool:
-    """Whether training would compute on a GPU here."""
-    return config.model.device != "cpu" and torch.cuda.is_available()
-
-
 def has(config: TrainConfig) -> tuple[int, str]:
     """Bytes of memory where the recipe trains, and where that is."""
-    if on_gpu(config):
+    if config.model.on_gpu:
         return torch.cuda.get_device_properties(0).total_memory, "this GPU"
     return memory().total, "this machine"
 

@@ -20,7 +20,7 @@ from favor.train.loop import LoopConfig
 from favor.train.session import Session
 
 # where auto begins: enough for a CPU's products; a GPU wants more
-LEAST, LEAST_ON_A_GPU = 1024, 16_384
+LEAST, _LEAST_ON_A_GPU = 1024, 16_384
 # larger packs must save this share of the tokens; beyond so many tokens nothing is tried
 _WORTH, _MOST = 0.03, 65_536
 # optimizer batches that are looked at
@@ -50,8 +50,7 @@ def settled(
     tokens = int(read_json(kept)["max_tokens_per_pack"]) if resume and world.is_main and kept.exists() else 0
     tokens = from_main(tokens, world)
     if not tokens:
-        least = LEAST_ON_A_GPU if policy.device.type == "cuda" else LEAST
-        tokens = chosen(policy.layout, batches, world.size, least)
+        tokens = chosen(policy.layout, batches, world.size, gpu=model.on_gpu)
         # the memory is looked at where it could decide
         most = _room(model, policy, world.size) if tokens > LEAST else tokens
         while tokens > max(most, LEAST):
@@ -71,10 +70,10 @@ def looked_at(config: LoopConfig, used: Sequence[int]) -> list[list[int]]:
     return [[used[i] for i in indices] for indices, _ in islice(order.batches(LoaderState()), _LOOKED_AT)]
 
 
-def chosen(layout: Layout, batches: Sequence[Sequence[TokenTree]], world: int = 1, least: int = LEAST) -> int:
-    """The smallest power of two from `least` whose packs compute hardly more tokens than the best larger ones."""
+def chosen(layout: Layout, batches: Sequence[Sequence[TokenTree]], world: int = 1, *, gpu: bool = False) -> int:
+    """The smallest power of two from where "auto" begins whose packs compute hardly more tokens than the best larger ones."""
     whole = max(sum(computed_tokens(tree, layout) for tree in batch) for batch in batches)
-    budgets = [least]
+    budgets = [_LEAST_ON_A_GPU if gpu else LEAST]
     while budgets[-1] < min(whole, _MOST):
         budgets.append(2 * budgets[-1])
     costs = [sum(planned_tokens(batch, layout, budget, world) for batch in batches) for budget in budgets]
