@@ -1,15 +1,15 @@
-"""The machine's float32 matrix-product rate at the shapes of a small language model, in GFLOP/s, and its memory's."""
+"""The machine's matrix-product rate at the shapes of a small language model's blocks, in GFLOP/s, and its memory's."""
 
 import time
 
 import torch
 
-SHAPES = ((1024, 576, 576), (1024, 576, 1536), (1024, 1536, 576), (1024, 576, 49152))
+SHAPES = ((1024, 576, 576), (1024, 576, 1536), (1024, 1536, 576))
 
 
-def rate(seconds: float = 1.0) -> float:
+def rate(seconds: float = 1.0, dtype: torch.dtype = torch.float32) -> float:
     """FLOPs of the products over the time they take, each shape weighted by its work."""
-    pairs = [(torch.randn(m, k), torch.randn(k, n)) for m, k, n in SHAPES]
+    pairs = [(torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype).T) for m, k, n in SHAPES]
     flops = sum(2.0 * m * k * n for m, k, n in SHAPES)
     for a, b in pairs:
         a @ b

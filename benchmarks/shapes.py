@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations, islice
 from pathlib import Path
 
+import torch
 from gemm import rate
 from transformers import AutoConfig, AutoTokenizer
 from vs_trl import AGREE, MARKER, Run, demo_rows, favor, hh_rows, trl
@@ -47,7 +48,7 @@ def main() -> None:
     # the embedding is looked up, not multiplied; the head reads scored positions alone and is left out
     text = AutoConfig.from_pretrained(model)
     weights = parameters(text) - text.vocab_size * text.hidden_size
-    print(f"{args.dtype}; matrix products {rate():.0f} GFLOP/s in float32; ranges over {args.repeats} turns")
+    print(f"{args.dtype}; matrix products {rate_of(args):.0f} GFLOP/s; ranges over {args.repeats} turns")
     print(
         "| shape | favor, pairs/s | favor's rows | TRL's best | favor / TRL | favor / its rows | peak GiB, TRL's | floor |"
         "\n|---|---|---|---|---|---|---|---|"
@@ -98,7 +99,7 @@ def measured(shape: str, args: argparse.Namespace, model: Path, tokenizer, weigh
     pairs, tokens = len(rows), turns["favor"][0].tokens
     speeds = {name: [pairs / seconds(run) for run in runs] for name, runs in turns.items()}
     # forward 2, backward 4, the stored reference's forward 2: times the weights, a token
-    floor = pairs * rate() * 1e9 / (8 * weights * tokens)
+    floor = pairs * rate_of(args) * 1e9 / (8 * weights * tokens)
     peaks = {name: statistics.median(run.peak_gib for run in runs) for name, runs in turns.items()}
     cells = (
         NAMES[shape],
@@ -111,6 +112,11 @@ def measured(shape: str, args: argparse.Namespace, model: Path, tokenizer, weigh
         f"{floor:.3f} ({tokens} tokens; favor at {statistics.median(speeds['favor']) / floor:.0%})",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def rate_of(args: argparse.Namespace) -> float:
+    """GFLOP/s of the machine's products in the format that is measured."""
+    return rate(dtype=torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
 
 
 def best_of_trl(args: argparse.Namespace, data: Path, model: Path, work: Path) -> tuple[int, bool]:
