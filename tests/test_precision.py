@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from favor.cli import main
 from favor.data.read import DataConfig, read
 from favor.data.tokenize import TokensConfig, tokenize
-from favor.model.load import load_tokenizer
+from favor.model.load import ModelConfig, load_tokenizer
 
 WORDS = [
     "good",
@@ -70,9 +70,7 @@ def favor(monkeypatch, capsys, here, *words):
 def truth(here):
     """log-probs of every held-out response by plain transformers in float32: policy and reference [pairs, 2]."""
     policy, reference = (AutoModelForCausalLM.from_pretrained(here / name).eval() for name in ("run/model", "model"))
-    tokenizer = load_tokenizer(
-        type("Config", (), {"path": str(here / "model"), "revision": None, "trust_remote_code": False})
-    )
+    tokenizer = load_tokenizer(ModelConfig(path=str(here / "model")))
     texts, _ = read(str(here / "test.jsonl"), DataConfig(train=str(here / "test.jsonl")), "test")
     trees, _ = tokenize(texts, tokenizer, TokensConfig(), frozenset({2}), "error")
     with torch.no_grad():
@@ -144,6 +142,15 @@ def test_dry_run_says_the_precision(run, monkeypatch, capsys):
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "good", "tools"),
         ({}, [{"role": "assistant", "content": "good", "reasoning_content": "because"}], "reasoning_content"),
         ({}, [{"role": "assistant", "content": "good", "tool_calls": [{"function": {"name": "f"}}]}], "tool_calls"),
+        (
+            {},
+            [
+                {"role": "assistant", "content": "a"},
+                {"role": "tool", "content": "b"},
+                {"role": "assistant", "content": "c"},
+            ],
+            "responses of several turns",
+        ),
     ],
 )
 def test_score_refuses_what_a_reward_on_text_does_not_see(run, monkeypatch, capsys, tmp_path, extra, answer, named):

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_origin, get_type_hints
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model
 
 from favor import settings
 from favor.errors import ConfigError, clipped
@@ -23,6 +23,26 @@ M = TypeVar("M", bound=BaseModel)
 STRICT = ConfigDict(
     frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
 )
+# what favor says to a chat template, or does with the text that it makes
+_SAID = frozenset(
+    (
+        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+        *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    )
+)
+
+
+def check_variables(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of a chat template without those that are null. Raises ValueError for what cannot be one."""
+    for name in given:
+        if not name.isidentifier() or name in _SAID:
+            raise ValueError(f"{name!r} is no variable of a chat template that can be set")
+    # columns of a table hold null where a row has nothing
+    return {name: value for name, value in given.items() if value is not None}
+
+
+TemplateKwargs = Annotated[dict[str, Any], AfterValidator(check_variables)]
 # what every generator of random numbers here takes (scikit-learn's is the narrowest)
 Seed = Annotated[
     int, Field(ge=0, lt=1 << 32, description="Where random numbers start: the same seed, the same result.")

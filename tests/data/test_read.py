@@ -112,7 +112,7 @@ def test_transcript_keeps_every_turn():
         ({"prompt": ["hi"], "chosen": "a", "rejected": "b"}, r"prompt\[0\] is not a chat message"),
         ({"chosen": [USER, GOOD, USER], "rejected": [USER, BAD]}, "chosen ends with a turn of 'user'"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "share no prompt"),
-        ({"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD, USER, GOOD]}, "differ before the last turn"),
+        ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "other"}, BAD]}, "share no prompt"),
         ({"chosen": "no transcript", "rejected": "b"}, "there is no prompt column"),
         ({"prompt": "p", "responses": ["a", "b"], "ranking": [0, 2]}, r"ranking \[0, 2\] is not an order"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1]}, "scores must be a list of 2 numbers"),

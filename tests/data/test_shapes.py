@@ -124,7 +124,7 @@ TEXTS = [
 
 def rendered(how, messages, generation):
     try:
-        return Renderer(tiny.tokenizer(how), True, True)._apply(messages, None, generation=generation)
+        return Renderer(tiny.tokenizer(how), True, True)._apply(messages, {}, generation=generation)
     except RowError as error:
         return str(error)
 
@@ -157,7 +157,7 @@ def test_filled_in_is_rendered(name, monkeypatch):
 
 def _said(renderer, messages, generation):
     try:
-        return renderer._apply(messages, None, generation=generation)
+        return renderer._apply(messages, {}, generation=generation)
     except RowError as error:
         return str(error)
 

@@ -100,9 +100,9 @@ def test_token_across_the_boundary_is_refused():
         one(tree, tok, bad_rows="drop", template="plain")
 
 
-def test_response_of_several_turns_is_refused():
-    response = chat(("assistant", "a"), ("user", "b"), ("assistant", "c"))
-    with pytest.raises(DataError, match="one assistant turn"):
+def test_response_that_ends_with_another_is_refused():
+    response = chat(("assistant", "a"), ("user", "b"))
+    with pytest.raises(DataError, match="begin and end with a turn of the assistant"):
         one(text_tree(chat(("user", "x")), response, chat(("assistant", "d"))))
 
 

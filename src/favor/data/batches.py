@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from favor.data.types import Batch, Comparison, Layout, Node, Thumb, TokenTree
+from favor.data.types import Batch, Comparison, Layout, Node, Thumb, TokenTree, as_read, said
 
 # bins are levelled to this part of their size
 _LEVEL = 64
@@ -193,8 +193,9 @@ def build(trees: Sequence[TokenTree], layout: Layout, pad_id: int = 0) -> Batch:
     The true longest common prefix is shared, also between trees: system prompts, multi-turn histories,
     responses that open alike.
     """
-    paths = [tree.prompt_ids + response for tree in trees for response in tree.response_ids]
-    starts = [len(tree.prompt_ids) for tree in trees for _ in tree.response_ids]
+    paths = [tree.prompt_ids + as_read(response) for tree in trees for response in tree.response_ids]
+    # where the model's own tokens stand on every path
+    places = [len(tree.prompt_ids) + np.flatnonzero(said(ids)) for tree in trees for ids in tree.response_ids]
     if layout == "tree":
         # every node depends on those above it, so one row holds all trees; no padding, no mask
         nodes, ids, position, where = radix(paths)
@@ -207,7 +208,7 @@ def build(trees: Sequence[TokenTree], layout: Layout, pad_id: int = 0) -> Batch:
         position_BT=torch.from_numpy(position_BT),
         mask_BT=None if mask_BT is None else torch.from_numpy(mask_BT),
         nodes=nodes,
-        **_scored(paths, starts, where, ids_BT.shape[1]),
+        **_scored(paths, places, where, ids_BT.shape[1]),
         **_comparisons(trees),
         num_naive_tokens=sum(map(len, paths)),
         idle=False,
@@ -301,14 +302,14 @@ def _padded(paths: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np
 
 
 def _scored(
-    paths: Sequence[Sequence[int]], starts: Sequence[int], where: Sequence[np.ndarray], width: int
+    paths: Sequence[Sequence[int]], places: Sequence[np.ndarray], where: Sequence[np.ndarray], width: int
 ) -> dict[str, Any]:
     """Which positions need logits, which tokens are scored there, and which response each belongs to."""
-    token_M = np.concatenate([w[start:] for w, start in zip(where, starts, strict=True)])
+    token_M = np.concatenate([w[at] for w, at in zip(where, places, strict=True)])
     # the logits that score a token stand at the position before it on its own path
-    parent_M = np.concatenate([w[start - 1 : -1] for w, start in zip(where, starts, strict=True)])
-    target_M = np.concatenate([np.asarray(p[start:], np.int64) for p, start in zip(paths, starts, strict=True)])
-    length_R = np.array([len(p) - start for p, start in zip(paths, starts, strict=True)], np.int64)
+    parent_M = np.concatenate([w[at - 1] for w, at in zip(where, places, strict=True)])
+    target_M = np.concatenate([np.asarray(p, np.int64)[at] for p, at in zip(paths, places, strict=True)])
+    length_R = np.array([len(at) for at in places], np.int64)
     # a packed token has one parent, so the token's index names the scored edge
     _, first_E, edge_M = np.unique(token_M, return_index=True, return_inverse=True)
     head_N, edge_head_E = np.unique(parent_M[first_E], return_inverse=True)

@@ -138,7 +138,7 @@ class ReadReport:
 
 def grow(rows: Sequence[tuple[int, Judgment]], rules: Rules, source: str, report: ReadReport) -> PromptTree:
     """The tree of all (row number, judgment) of one prompt: equal responses become one, equal comparisons add up."""
-    prompt, tools = rows[0][1].prompt, rows[0][1].tools
+    first = rows[0][1]
     arranged = [(number, arrange(judgment, rules, report)) for number, judgment in rows]
     responses, indices, first_rows = _responses(arranged, report)
     compared = [(judgment, index) for (_, judgment), index in zip(arranged, indices, strict=True)]
@@ -153,16 +153,17 @@ def grow(rows: Sequence[tuple[int, Judgment]], rules: Rules, source: str, report
         for tie in judgment.ties:
             ties[tuple(sorted(index[i] for i in tie))] += judgment.weight
     tree = PromptTree(
-        prompt=prompt,
+        prompt=first.prompt,
         responses=responses,
         comparisons=_comparisons(compared, report),
         rows=tuple(number for number, _ in rows),
         source=source,
-        tools=tools,
+        tools=first.tools,
         ties=tuple(Comparison(members, weight) for members, weight in ties.items()),
         cut=tuple(sorted({index[i] for judgment, index in compared for i in judgment.cut})),
         thumbs=tuple(Thumb(response, good, weight) for (response, good), weight in thumbs.items()),
         first_rows=first_rows,
+        template_kwargs=first.template_kwargs,
     )
     report.see_tree(tree)
     return tree

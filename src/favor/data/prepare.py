@@ -121,6 +121,9 @@ _TOKENS = {
     "comparisons_dropped": "comparisons dropped",
     "appended_end": "end tokens appended",
     "already_ended": "already ended",
+    "several_turns": "responses of several turns",
+    "tokens_read": "tokens of theirs that others say, read and not scored",
     "responses_trimmed": "responses lose blanks around their text in the template",
+    "reasoning_rewritten": "responses with the template's own blanks around their reasoning",
     "tools_unread": "prompts whose tools the template leaves out",
 }

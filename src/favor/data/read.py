@@ -139,7 +139,7 @@ def judge(row: dict[str, Any], name: str, weight: float) -> Judgment:
 
 def tree_key(judgment: Judgment) -> str:
     """Rows with the same key are of one prompt."""
-    return key_of([judgment.prompt, judgment.tools])
+    return key_of([judgment.prompt, judgment.tools, judgment.template_kwargs])
 
 
 def _is_held_out(judgment: Judgment, config: DataConfig) -> bool:

@@ -4,21 +4,25 @@ In: a PromptTree and a tokenizer's template. Out: Rendered, or a RowError: a tem
 a response, text that would be read as a control token, text that is not Unicode. Next: encode.py.
 """
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple, cast
+from functools import cached_property, partial
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from favor.data.formats.fields import SAID, RowError, checked_texts, shown
 from favor.data.shapes import MARK, MARKED, Shapes
+from favor.data.turns import apart, as_json, as_object, fits, forms, mark, reasoned
 from favor.data.types import Message, PromptTree, Text
 
-Tools = tuple[dict[str, Any], ...] | None
+# what the template is given beside turns
+Variables: TypeAlias = Mapping[str, Any]
+_NONE: Variables = MappingProxyType({})
 
 # a template is a program over the row: these are the ways in which it can fail
 _FAILS = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -28,18 +32,34 @@ _CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>|\[/?[A-Z_]{3,}\]|<</?[A-Z]{2,}>>")
 _SPOKEN = re.compile(r"[<\[]/?(?:think|tool|reason)", re.IGNORECASE)
 _ENDS = re.compile(r"end|eo[st]|</s>", re.IGNORECASE)
 _ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
-# parts of a tool call that are not said
-_UNSAID = frozenset(("type", "id", "index"))
+# reasoning that a prompt opens
+_OPENED = re.compile(r"<think>\s*\Z")
 _NO_PLAIN = "; use a chat template that renders it, or write it into the content"
 
 
 class Rendered(NamedTuple):
-    """The prompt and every response behind it as text; whether blanks around a response's text, or its tools, got lost."""
+    """The prompt and every response behind it as text; how many are not written as they were, and whether tools got lost.
+
+    A response is texts, each the beginning of the next: all up to where the model begins its next turn, at last the whole.
+    Most are one turn, so one text.
+    """
 
     prompt: str
-    full: tuple[str, ...]
+    full: tuple[tuple[str, ...], ...]
     trimmed: int = 0
+    rewritten: int = 0
     tools_unread: bool = False
+
+
+class _Kept(NamedTuple):
+    """What is not written as it was: blanks around what is said are lost, or reasoning is in the template's form of it."""
+
+    trimmed: bool = False
+    rewritten: bool = False
+
+    def also(self, other: "_Kept") -> "_Kept":
+        """Both of what two turns lose."""
+        return _Kept(self.trimmed or other.trimmed, self.rewritten or other.rewritten)
 
 
 @dataclass(frozen=True)
@@ -52,78 +72,152 @@ class Renderer:
 
     def tree(self, tree: PromptTree) -> Rendered:
         """Text of the prompt and of prompt + response. Raises RowError (its place is the response's, if it is one's)."""
-        prompt, chat = self.prompt(tree.prompt, tree.tools, proven=False), self.chat
-        full: list[str] = []
-        trimmed = 0
+        variables, chat = _variables(tree), self.chat
+        prompt = self.prompt(tree.prompt, variables, proven=False)
+        full: list[tuple[str, ...]] = []
+        kept: list[_Kept] = []
         for place, response in enumerate(tree.responses):
             try:
-                text, blanks = self._full(tree, response, prompt)
+                texts, how = self._full(tree.prompt, response, variables, prompt)
             except RowError as error:
                 raise RowError(str(error), error.kind, place) from None
-            full.append(text)
-            trimmed += blanks
+            full.append(texts)
+            kept.append(how)
         if chat:
-            _check_prompt(tree.prompt, prompt)
+            _check_heard(tree.prompt, prompt, "prompt")
         unread = tree.tools is not None and not (chat and _names(tree.tools) <= set(re.findall(r"[\w.-]+", prompt)))
-        return Rendered(prompt, tuple(full), trimmed, unread)
+        trimmed, rewritten = sum(how.trimmed for how in kept), sum(how.rewritten for how in kept)
+        return Rendered(prompt, tuple(full), trimmed, rewritten, unread)
 
-    def prompt(self, prompt: Text, tools: Tools = None, *, proven: bool = True) -> str:
+    def prompt(self, prompt: Text, variables: Variables = _NONE, *, proven: bool = True) -> str:
         """Text of a prompt alone. Raises RowError; `proven`: also when the template leaves out a turn of it."""
-        self._refuse_forged((prompt, tools))
+        self._refuse_forged((prompt, dict(variables)))
         if not self.chat:
             return plain_prompt(prompt)
-        text = self._apply(_turns(prompt, "user"), tools, generation=True)
+        text = self._apply(self._turns(prompt, "user"), variables, generation=True)
         if proven:
-            _check_prompt(prompt, text)
+            _check_heard(prompt, text, "prompt")
         return text
 
-    def _full(self, tree: PromptTree, response: Text, prompt: str) -> tuple[str, bool]:
-        """Prompt and response, and whether blanks around the response were lost."""
+    def _full(self, asked: Text, response: Text, variables: Variables, prompt: str) -> tuple[tuple[str, ...], _Kept]:
+        """The texts of a response behind its prompt, and how what it says is kept."""
         self._refuse_forged(self._without_end(response))
         if not self.chat:
-            return prompt + _plain_response(response), False
-        turns = _turns(response, "assistant")
-        _assistant_only(turns)
-        full = self._apply(_turns(tree.prompt, "user") + turns, tree.tools, generation=False)
-        if not full.startswith(prompt):
+            return (prompt + _plain_response(response),), _Kept()
+        turns, before = self._turns(response, "assistant"), self._turns(asked, "user")
+        if turns[0]["role"] != "assistant" or turns[-1]["role"] != "assistant":
             raise RowError(
-                "the chat template renders the prompt differently once the response follows, so no exact boundary exists; "
-                "use another template, or tokens.template=plain"
+                "a response must begin and end with a turn of the assistant; move what comes before it into the prompt"
             )
-        return full, self._survives(tree, turns[0], prompt, full[len(prompt) :])
+        said = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        texts, kept = [prompt], _Kept()
+        for start, stop in pairwise([*said, len(turns)]):
+            # what others say between this turn of the model's and its next
+            turn, heard = turns[start], turns[start + 1 : stop]
+            written = partial(self._written, [*before, *turns[:start]], heard, variables, goes_on=stop < len(turns))
+            text, how = self._then(turn, heard, written, texts[-1], last=stop == len(turns))
+            texts.append(text)
+            kept = kept.also(how)
+        return tuple(texts[1:]), kept
 
-    def _survives(self, tree: PromptTree, turn: Message, prompt: str, tail: str) -> bool:
-        """Whether only blanks around the text are lost. Raises RowError for any other loss or change."""
-        said = {name for name in SAID if turn.get(name)}
+    def _written(
+        self, before: list[Message], heard: list[Message], variables: Variables, turn: Message, *, goes_on: bool
+    ) -> str:
+        """All up to a turn and what others say behind it; `goes_on`: up to where the model says its next."""
+        return self._apply([*before, turn, *heard], variables, generation=goes_on)
+
+    def _then(
+        self, turn: Message, heard: list[Message], written: Callable[[Message], str], known: str, *, last: bool
+    ) -> tuple[str, _Kept]:
+        """What the model sees after its turn: where it says another, all up to that one, as it was. And as `_survives`."""
+        text = written(turn)
+        if text.startswith(known):
+            _check_heard(tuple(heard), text[len(known) :], "response")
+            return text, self._survives(turn, written, (known, text), last=last)
+        base = _OPENED.sub("", known)
+        if not last or base == known or not text.startswith(base):
+            what = _PROMPT_CHANGES if last else "an earlier turn differently once others follow"
+            remedy = "use another template, or tokens.template=plain" if last else _A_ROW_EACH
+            raise RowError(f"the chat template renders {what}, so no exact boundary exists; {remedy}")
+        # the prompt opens the model's reasoning, and the template writes none of it where it was said before
+        reasoning, answer = reasoned(turn, known[len(base) :])
+        if not reasoning:
+            raise RowError(
+                "the model's turn begins inside its reasoning (the prompt ends with <think>) and the response has none; give it "
+                "as reasoning_content, or before the answer as <think>...</think>"
+            )
+        if written(answer) != text:
+            raise RowError(f"the chat template changes its response: it becomes {_end_of(text[len(base) :])}{_REMEDY}")
+        return f"{known}{reasoning}{text[len(base) :]}", self._survives(answer, written, (base, text), last=last)
+
+    def _survives(self, turn: Message, written: Callable[[Message], str], texts: Sequence[str], *, last: bool) -> _Kept:
+        """How what the turn says is kept. Raises RowError for a loss or change of more than blanks.
+
+        texts: up to the turn, and behind it.
+        """
+        said, tail = {name for name in SAID if turn.get(name)}, texts[1][len(texts[0]) :]
         start, end = self._frame
         if said == {"content"} and tail == f"{start}{turn['content']}{end}":
-            return False
+            return _Kept()
+        other = apart(turn)
+        if other is not None and turn["content"].strip() not in tail:
+            return self._survives(other, written, texts, last=last)._replace(rewritten=True)
         values: list[str] = []
-        marked = {name: _mark(value, values) if name in said else value for name, value in turn.items()}
-        shape = self._shape(tree, marked, prompt)
+        marked = {name: mark(value, values) if name in said else value for name, value in turn.items()}
+        # the template's own text and, at odd places, the numbers of marked texts
+        shape = MARKED.split(written(marked)[len(texts[0]) :])
         places = [int(place) for place in shape[1::2]]
         missing = {i for i, value in enumerate(values) if value.strip()}.difference(places)
         if missing:
-            raise RowError(f"the chat template leaves out {shown(values[min(missing)])} of the response{_REMEDY}")
-        if len(set(places)) < len(places):
+            remedy = _REMEDY if last else f"; {_A_ROW_EACH}"
+            raise RowError(f"the chat template leaves out {shown(values[min(missing)])} of the response{remedy}")
+        # the header of a tool's answer may name the call again
+        if len(set(places)) < len(places) and last:
             raise RowError(f"the chat template changes its response: it writes a part of it twice{_REMEDY}")
         pieces = [values[int(piece)] if i % 2 else piece for i, piece in enumerate(shape)]
         # reasoning inside the text may replace what the template would write before it
-        if not _fits(tail, pieces) and not _fits(tail, pieces[1:]):
+        if not fits(tail, pieces) and not fits(tail, pieces[1:]):
             raise RowError(f"the chat template changes its response: it becomes {_end_of(tail)}{_REMEDY}")
-        return "".join(pieces) != tail and any(v != v.strip() and v not in tail for v in values)
+        return _Kept("".join(pieces) != tail and any(v != v.strip() and v not in tail for v in values))
 
-    def _shape(self, tree: PromptTree, marked: Message, prompt: str) -> list[str]:
-        """What the template writes behind the prompt: its own text and, at odd places, the numbers of marked texts."""
-        full = self._apply([*_turns(tree.prompt, "user"), marked], tree.tools, generation=False)
-        return MARKED.split(full[len(prompt) :])
+    def _turns(self, text: Text, role: str) -> list[Message]:
+        """Turns, the arguments of their calls in the form that the template writes as JSON."""
+        turns = [{"role": role, "content": text}] if isinstance(text, str) else list(text)
+        return [self._called(turn) if turn.get("tool_calls") else turn for turn in turns]
+
+    def _called(self, turn: Message) -> Message:
+        calls = turn["tool_calls"]
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            return turn
+        made: list[dict[str, Any]] = []
+        for call in calls:
+            inner = call.get("function", call)
+            if isinstance(inner, dict) and "arguments" in inner:
+                inner = {**inner, "arguments": self._arguments(inner["arguments"])}
+            made.append({**call, "function": inner} if "function" in call else inner)
+        return {**turn, "tool_calls": made}
+
+    @cached_property
+    def _arguments(self) -> Callable[[Any], Any]:
+        """What makes of a call's arguments what the template wants: an object, or JSON text."""
+        for form in (as_object, as_json):
+            function = {"name": "f", "arguments": form({"a": MARK})}
+            call = {"id": "abcdefghi", "type": "function", "function": function}
+            turns: list[Message] = [{"role": "user", "content": "hi"}]
+            try:
+                text = self._render([*turns, {"role": "assistant", "content": "", "tool_calls": [call]}], _NONE, False)
+            except RowError:
+                continue
+            if MARK in text and "{'a'" not in text:
+                return form
+        return lambda given: given
 
     @cached_property
     def _frame(self) -> tuple[str, str]:
         """What the template usually writes before and after a response."""
         try:
-            prompt = self._apply(_turns("hi", "user"), None, generation=True)
-            full = self._apply([*_turns("hi", "user"), *_turns(MARK, "assistant")], None, generation=False)
+            prompt = self._apply(self._turns("hi", "user"), _NONE, generation=True)
+            full = self._apply([*self._turns("hi", "user"), *self._turns(MARK, "assistant")], _NONE, generation=False)
         except RowError:
             return "", MARK
         start, _, end = full[len(prompt) :].partition(MARK)
@@ -151,7 +245,7 @@ class Renderer:
         user, assistant = {"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}
         for turns in ([{"role": "system", "content": MARK}, user, assistant, user], [user, assistant, user], [user]):
             try:
-                return self._apply(turns, None, generation=False)
+                return self._apply(turns, _NONE, generation=False)
             except RowError:
                 continue
         return ""
@@ -187,20 +281,17 @@ class Renderer:
 
     @cached_property
     def _shapes(self) -> Shapes:
-        return Shapes(self.tokenizer.chat_template, lambda turns, generation: self._render(turns, None, generation))
+        return Shapes(self.tokenizer.chat_template, lambda turns, generation: self._render(turns, _NONE, generation))
 
-    def _apply(self, messages: list[Message], tools: Tools, *, generation: bool) -> str:
+    def _apply(self, messages: list[Message], variables: Variables, *, generation: bool) -> str:
         """What the template makes of turns. Raises RowError."""
-        filled = None if tools else self._shapes.fill(messages, generation=generation)
-        return self._render(messages, tools, generation) if filled is None else filled
+        filled = None if variables else self._shapes.fill(messages, generation=generation)
+        return self._render(messages, variables, generation) if filled is None else filled
 
-    def _render(self, messages: list[Message], tools: Tools, generation: bool) -> str:
+    def _render(self, messages: list[Message], variables: Variables, generation: bool) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=list(tools) if tools else None,
-                tokenize=False,
-                add_generation_prompt=generation,
+                messages, tokenize=False, add_generation_prompt=generation, **variables
             )
         except _FAILS as error:
             raise RowError(f"the chat template refuses it ({type(error).__name__}: {error})") from None
@@ -208,7 +299,14 @@ class Renderer:
         return text
 
 
+_PROMPT_CHANGES = "the prompt differently once the response follows"
+_A_ROW_EACH = "make a row of every turn, with those before it as its prompt, or take out its reasoning"
 _REMEDY = "; use a template that keeps it, set tokens.template=plain, or change the row to the form in which the template writes it"
+
+
+def _variables(tree: PromptTree) -> Variables:
+    tools = {"tools": list(tree.tools)} if tree.tools else {}
+    return {**tools, **(tree.template_kwargs or {})}
 
 
 def plain_prompt(prompt: Text) -> str:
@@ -228,7 +326,8 @@ def plain_prompt(prompt: Text) -> str:
 def _plain_response(response: Text) -> str:
     if isinstance(response, str):
         return response
-    _assistant_only(response)
+    if len(response) != 1 or response[0]["role"] != "assistant":
+        raise RowError(f"a response of several turns has no plain form{_NO_PLAIN.partition(',')[0]}")
     return f" {_plain_content(response[0])}"
 
 
@@ -244,67 +343,23 @@ def _plain_content(message: Message) -> str:
     return content
 
 
-def _assistant_only(messages: Sequence[Message]) -> None:
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise RowError("a response must be one assistant turn; move what comes before it into the prompt")
-
-
-def _turns(text: Text, role: str) -> list[Message]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
-
-
-def _check_prompt(prompt: Text, rendered: str) -> None:
-    """Every turn's text must stand in the prompt; of the assistant's earlier turns what follows their reasoning."""
-    for turn in _turns(prompt, "user"):
+def _check_heard(turns: Text, rendered: str, what: str) -> None:
+    """Every turn's text must stand in what is rendered; of the assistant's earlier turns what follows their reasoning."""
+    for turn in [{"role": "user", "content": turns}] if isinstance(turns, str) else turns:
         text = str(turn.get("content") or "")
         if turn.get("role") == "assistant":
             text = text.rpartition("</think>")[2]
         said = [text]
-        _mark([turn.get("tool_calls"), turn.get("function_call")], said)
-        lost = next((text for text in said if not any(form.strip() in rendered for form in _forms(text))), None)
+        mark([turn.get("tool_calls"), turn.get("function_call")], said)
+        lost = next((text for text in said if not any(form.strip() in rendered for form in forms(text))), None)
         if lost is not None:
-            raise RowError(f"the chat template leaves out or changes {shown(lost)} of the prompt{_REMEDY}")
+            raise RowError(f"the chat template leaves out or changes {shown(lost)} of the {what}{_REMEDY}")
 
 
 def _names(tools: Sequence[dict[str, Any]]) -> set[str]:
     """The names of the tools that a prompt describes."""
     described = [tool.get("function", tool) for tool in tools]
     return {str(tool["name"]) for tool in described if isinstance(tool, dict) and tool.get("name")}
-
-
-def _mark(value: Any, values: list[str], *, keys: bool = False) -> Any:
-    """A value with a mark for every text that is said in it (in arguments of a call names too); the texts join `values`."""
-    if isinstance(value, str):
-        values.append(value)
-        return MARK.format(len(values) - 1)
-    if isinstance(value, dict):
-        return {
-            (_mark(name, values) if keys else name): inner
-            if name in _UNSAID and not keys
-            else _mark(inner, values, keys=keys or name == "arguments")
-            for name, inner in value.items()
-        }
-    return [_mark(inner, values, keys=keys) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _fits(tail: str, pieces: Sequence[str]) -> bool:
-    """Whether a text is these pieces one after the other, blanks between them apart; texts may be written as JSON."""
-    at = 0
-    for piece in pieces:
-        start = len(tail) - len(tail[at:].lstrip())
-        form = next((form for form in _forms(piece) if tail.startswith(form.strip(), start)), None)
-        if form is None:
-            return False
-        at = start + len(form.strip())
-    return not tail[at:].strip()
-
-
-def _forms(text: str) -> Iterator[str]:
-    """A text as a template may write it: as it is, inside JSON, or as Python writes it."""
-    yield text
-    yield json.dumps(text, ensure_ascii=False)[1:-1]
-    yield json.dumps(text)[1:-1]
-    yield repr(text)[1:-1]
 
 
 def _end_of(tail: str) -> str:

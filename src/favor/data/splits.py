@@ -172,7 +172,8 @@ def _extents(columns: Columns) -> tuple[np.ndarray, ...]:
     responses[first] = 0
     longest = np.maximum.reduceat(responses, first)
     # one more, so that a last tree without tokens has a place to look at
-    return prompts + longest, prompts, longest, np.maximum.reduceat(np.append(ids, 0), starts[first])
+    # below zero stands the id of a token that is read only
+    return prompts + longest, prompts, longest, np.maximum.reduceat(np.append(np.maximum(ids, ~ids), 0), starts[first])
 
 
 def extremes(trees: Sequence[TokenTree]) -> Sequence[TokenTree]:

@@ -6,7 +6,7 @@ ends with its end-of-turn token unless it was cut. Next: batches.py.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice, pairwise
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field
@@ -44,7 +44,9 @@ class TokenReport:
     """What tokenisation and truncation did. Counts are of trees, responses and comparisons; rows name the trees.
 
     tokens and pairs (comparisons) are those before truncation, `_lost` what it took of them. responses_trimmed: the template
-    took blanks around their text; tools_unread: it leaves out the tools of the row. kinds: of each one dropped, why.
+    took blanks around their text; reasoning_rewritten: it puts other blanks around their <think>...</think>; tools_unread:
+    it leaves out the tools of the row. several_turns: responses in which others speak too, tokens_read: tokens of those,
+    which are not scored. kinds: of each one dropped, why.
     """
 
     template: str = "plain"
@@ -56,7 +58,10 @@ class TokenReport:
     comparisons_dropped: int = 0
     appended_end: int = 0
     already_ended: int = 0
+    several_turns: int = 0
+    tokens_read: int = 0
     responses_trimmed: int = 0
+    reasoning_rewritten: int = 0
     tools_unread: int = 0
     tokens: int = 0
     tokens_lost: int = 0
@@ -178,7 +183,7 @@ def _encoded(
     # the tokenizer takes a whole window at once, so prompt and response of many trees go in together
     while window := list(islice(iterator, _BATCH)):
         rendered = [_try_render(tree, tools) for tree in window]
-        texts = [text for item in rendered if isinstance(item, Rendered) for text in (item.prompt, *item.full)]
+        texts = [text for item in rendered if isinstance(item, Rendered) for text in (item.prompt, *chain(*item.full))]
         encoded = iter(tools.encoder.ids(texts))
         for tree, item in zip(window, rendered, strict=True):
             if isinstance(item, RowError):
@@ -186,7 +191,7 @@ def _encoded(
                 continue
             # in the order in which the texts were handed over
             prompt_ids = next(encoded)
-            full = [next(encoded) for _ in item.full]
+            full = [[next(encoded) for _ in texts] for texts in item.full]
             try:
                 yield tree, _assemble(tree, item, prompt_ids, full, tools, report)
             except RowError as error:
@@ -204,23 +209,25 @@ def _assemble(
     tree: PromptTree,
     rendered: Rendered,
     prompt_ids: list[int],
-    full: list[list[int]],
+    full: list[list[list[int]]],
     tools: _Tools,
     report: TokenReport,
 ) -> TokenTree:
-    """Cut every full sequence at the boundary and end its turn."""
+    """Cut every full sequence at the boundary and end its turns."""
     responses: list[tuple[int, ...]] = []
-    for i, (text, ids) in enumerate(zip(rendered.full, full, strict=True)):
+    for i, texts in enumerate(rendered.full):
         try:
-            _check_ids(text, ids, rendered.prompt, prompt_ids, tools)
-            closed = _end_turn(text, len(prompt_ids), ids[len(prompt_ids) :], tools, report)
+            ids = _turns((rendered.prompt, *texts), (prompt_ids, *full[i]), tools, report)
         except RowError as error:
             raise RowError(str(error), error.kind, i) from None
         # a response that was cut must not learn to end where it was cut
-        responses.append(tuple(closed[:-1] if i in tree.cut else closed))
+        responses.append(tuple(ids[:-1] if i in tree.cut else ids))
     # only now is it known that all of it can be used, so only now is it counted
     _refuse_equal(tree, responses)
+    report.several_turns += sum(len(texts) > 1 for texts in rendered.full)
+    report.tokens_read += sum(i < 0 for ids in responses for i in ids)
     report.responses_trimmed += rendered.trimmed
+    report.reasoning_rewritten += rendered.rewritten
     report.tools_unread += rendered.tools_unread
     return TokenTree(
         prompt_ids=tools.bos + tuple(prompt_ids),
@@ -233,6 +240,28 @@ def _assemble(
         thumbs=tree.thumbs,
         source=tree.source,
     )
+
+
+def _turns(texts: Sequence[str], encoded: Sequence[list[int]], tools: _Tools, report: TokenReport) -> list[int]:
+    """The ids of a response behind its prompt, every turn that the model says ended; what it only reads stands as ~id.
+
+    texts, encoded: of the prompt, then as Rendered has them.
+    """
+    found: list[int] = []
+    for (before, text), (known, ids) in zip(pairwise(texts), pairwise(encoded), strict=True):
+        _check_ids(text, ids, before, known, tools)
+        new = ids[len(known) :]
+        if text is texts[-1]:
+            return found + _end_turn(text, len(known), new, tools, report)
+        # the model ended its turn where its first end token stands; the rest is what others say, and the next header
+        stop = next((i for i, token in enumerate(new, 1) if token in tools.end_ids), 0)
+        if not stop:
+            raise RowError(
+                "the chat template ends no turn with an end-of-turn token, so within a response of several turns the model could "
+                "not have ended one"
+            )
+        found += [*new[:stop], *(~token for token in new[stop:])]
+    return found
 
 
 def _check_ids(text: str, ids: list[int], prompt: str, prompt_ids: list[int], tools: _Tools) -> None:
@@ -282,7 +311,13 @@ def _before_blanks(text: str, before: int, ids: list[int], tools: _Tools) -> int
     last = len(ids)
     while last and ids[last - 1] not in tools.end_ids and tools.encoder.is_blank(ids[last - 1]):
         last -= 1
-    if (last and ids[last - 1] in tools.end_ids) or tools.end_ids.isdisjoint(ids):
+    if tools.end_ids.isdisjoint(ids):
+        return last
+    first = 1 + next(i for i, token in enumerate(ids) if token in tools.end_ids)
+    # some templates write another end behind the turn's, which a model that has ended it does not come to
+    if all(token in tools.end_ids or tools.encoder.is_blank(token) for token in ids[first:last]):
+        return first
+    if last and ids[last - 1] in tools.end_ids:
         return last
     # what a token alone does not tell (a blank of several tokens), its place in the text does
     offsets, last = tools.encoder.offsets(text)[before:], len(ids)

@@ -8,9 +8,11 @@ Shape legend, used as name suffixes everywhere:
   R responses     P pairs     Q rankings       K longest ranking        U ties      I thumbs     V vocabulary
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,9 +48,10 @@ class Thumb(NamedTuple):
 class PromptTree:
     """One prompt, its unique responses and the comparisons among them, as text or chat messages.
 
-    `prompt` is plain text or messages; every response is plain text or the messages that follow the
-    prompt. `ties` are judgments that two responses are equally good, `thumbs` judge one response alone, `cut` are
-    the responses that stop before their end. `tools` goes to the chat template.
+    `prompt` is plain text or messages; every response is plain text or the messages that follow the prompt, of which those
+    that others than the assistant say are read and not scored. `ties` are judgments that two responses are equally good,
+    `thumbs` judge one response alone, `cut` are the responses that stop before their end. `tools` and `template_kwargs`
+    (variables such as enable_thinking) go to the chat template.
     `rows` are the 1-based row numbers of `source` merged here, `first_rows` the row that gave each response first.
     """
 
@@ -62,12 +65,15 @@ class PromptTree:
     cut: tuple[int, ...] = ()
     thumbs: tuple[Thumb, ...] = ()
     first_rows: tuple[int, ...] = ()
+    template_kwargs: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class TokenTree:
     """A PromptTree after tokenisation and truncation.
 
+    A token of a response that the model did not say (a tool's answer, a user's turn, what the template writes before a later
+    turn of the model's) stands in `response_ids` as ~id, below zero: it is read, and never scored.
     `complete[r]` says that response r still ends with its end-of-turn token (a cut one does not).
     `first_response` is the index of response 0 in the whole data set: the key of the reference store.
     `source` and `row` name the first row it came from.
@@ -85,9 +91,24 @@ class TokenTree:
     source: str = ""
 
     @property
+    def num_scored(self) -> int:
+        """Tokens of its responses that the model said."""
+        return sum(int(said(ids).sum()) for ids in self.response_ids)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens when the prompt is computed once (an upper bound: shared openings save more)."""
         return len(self.prompt_ids) + sum(map(len, self.response_ids))
+
+
+def said(ids: Sequence[int]) -> np.ndarray:
+    """Which tokens of a response the model said: bool."""
+    return np.asarray(ids) >= 0
+
+
+def as_read(ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The tokens of a response as the model reads them, whoever said them."""
+    return ids if min(ids, default=0) >= 0 else tuple(i if i >= 0 else ~i for i in ids)
 
 
 def words_of(text: Text) -> str:

@@ -141,6 +141,8 @@ def _refuse_unseen(judgment: Judgment) -> None:
         for key, value in message.items()
         if key not in ("role", "content") and value
     } | ({"tools"} if judgment.tools else set[str]())
+    if any(not isinstance(response, str) and len(response) > 1 for response in judgment.responses):
+        unread.add("responses of several turns")
     if unread:
         raise RowError(
             f"it has {', '.join(sorted(unread))}, which a reward on text does not see; leave the row out, or for a run's own "

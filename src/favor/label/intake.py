@@ -13,6 +13,7 @@ from typing import Any
 from favor.data import sources
 from favor.data.formats import FORMATS, Judgment, RowError, check_order, fields, recognise
 from favor.data.formats.columns import named
+from favor.data.formats.fields import TEMPLATE_KWARGS
 from favor.errors import DataError
 from favor.label.settings import LabelConfig
 from favor.label.store import Pair, Verdict
@@ -68,6 +69,10 @@ def _data(source: str, config: LabelConfig, tally: Tally) -> Iterator[Pair]:
     for number, row in _rows(source, config, tally):
         try:
             said = _said(named(row, config.columns, None), config.format)
+            if said.template_kwargs:
+                raise RowError(
+                    f"labels do not keep {TEMPLATE_KWARGS}; leave the column out, and say model.template_kwargs later"
+                )
         except RowError as error:
             _leave_out(error, source, number, tally)
             continue

@@ -65,9 +65,8 @@ def as_tree(row: Row, index: int) -> PromptTree:
     judgment = row.said
     assert isinstance(judgment, Judgment)
     orders, ties = (tuple(map(Comparison, found)) for found in (judgment.orders, judgment.ties))
-    return PromptTree(
-        judgment.prompt, judgment.responses, orders, (index,), row.where[0], judgment.tools, ties, judgment.cut
-    )
+    said = judgment.prompt, judgment.responses, orders, (index,), row.where[0], judgment.tools, ties, judgment.cut
+    return PromptTree(*said, template_kwargs=judgment.template_kwargs)
 
 
 def _doubled(tree: TokenTree, tokenizer: Any, end_ids: frozenset[int]) -> str | None:

@@ -32,14 +32,14 @@ def measured(
 ) -> Tensor:
     """`measure(batch)` [..., R] of every response in the trees' order: float64 [..., responses], on the CPU.
 
-    With `tokens` it is measured for every token of every response, [..., M]. A batch has at most `budget` tokens, padding
+    With `tokens` it is measured for every scored token of every response, [..., M]. A batch has at most `budget` tokens, padding
     included, or holds a single tree. `progress` is told how many trees all ranks have done.
     """
     found = [torch.zeros(0, dtype=torch.float64)] if not trees else []
     for start in range(0, len(trees), _WINDOW):
         window = trees[start : start + _WINDOW]
         # where each tree's values begin among those of the window
-        counts = [sum(map(len, tree.response_ids)) if tokens else len(tree.response_ids) for tree in window]
+        counts = [tree.num_scored if tokens else len(tree.response_ids) for tree in window]
         begins = list(accumulate(counts, initial=0))
         bins = batches.plan(window, policy.layout, budget, world.size)
         total = torch.empty(0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from favor.data.batches import build
-from favor.data.types import Batch, Layout, TokenTree
+from favor.data.types import Batch, Layout, TokenTree, as_read
 from favor.errors import CheckpointError, ConfigError, NumericsError, first_line
 from favor.model import attention, split
 from favor.model.load import Policy, check_ids, precise, use_attention
@@ -151,7 +151,7 @@ def _longest(policy: Policy, trees: Iterable[TokenTree]) -> TokenTree:
     """The tree with the longest path. Raises CheckpointError for token ids that the model has no embedding for."""
     row, largest = None, 0
     for tree in trees:
-        largest = max(itertools.chain((largest,), tree.prompt_ids, *tree.response_ids))
+        largest = max(itertools.chain((largest,), tree.prompt_ids, *map(as_read, tree.response_ids)))
         if row is None or longest_path(tree) > longest_path(row):
             row = tree
     assert row is not None, "there is something to compute"
@@ -374,19 +374,19 @@ def _check_finite(policy: Policy, values: Tensor) -> None:
 
 
 def _cut(tree: TokenTree) -> TokenTree:
-    """A tree cut short: what matters is how tokens see each other, not which they are."""
+    """A tree cut short: what matters is how tokens see each other, not which they are, nor who said them."""
     keep = _CHECK_TOKENS // 2
-    responses = tuple(response[:keep] for response in tree.response_ids[:3])
+    responses = tuple(as_read(response[:keep]) for response in tree.response_ids[:3])
     return replace(tree, prompt_ids=tree.prompt_ids[-keep:], response_ids=responses, comparisons=(), ties=(), thumbs=())
 
 
 def _long(tree: TokenTree) -> list[TokenTree]:
     """The longest path of a tree, its end scored, and another that leaves it early."""
-    longest = max(tree.response_ids, key=len)
+    longest = as_read(max(tree.response_ids, key=len))
     scored = min(_SCORED, len(longest))
     before = tree.prompt_ids + longest[: len(longest) - scored]
     bare = replace(tree, comparisons=(), ties=(), thumbs=())
-    other = min(tree.response_ids, key=len)[:_SCORED]
+    other = as_read(min(tree.response_ids, key=len)[:_SCORED])
     return [
         replace(bare, prompt_ids=before, response_ids=(longest[len(longest) - scored :],)),
         replace(bare, response_ids=(other,)),

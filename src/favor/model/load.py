@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import find_adapter_config_file
 
-from favor.config import STRICT
+from favor.config import STRICT, TemplateKwargs
 from favor.data.types import Layout
 from favor.errors import CheckpointError, ConfigError
 from favor.model.adapters import LoraSettings, load_adapted, with_lora
 from favor.model.four_bits import numbers
 from favor.model.kept import keep, read_rounded, untrainable
 from favor.model.rotary import row_by_row
+from favor.model.template import with_defaults
 from favor.model.weights import Unmatched, check_path, check_there, load_weights, readable
 from favor.ranks import Shard, current
 
@@ -49,6 +50,8 @@ class ModelConfig(BaseModel):
     """Recompute layers in the backward pass: less memory, more time; a number k: every k-th layer alone."""
     trust_remote_code: bool = False
     """Run the code that comes with the model."""
+    template_kwargs: TemplateKwargs = {}
+    """What variables of its chat template are unless a row says otherwise: {enable_thinking=false}; saved with the model."""
     lora: LoraSettings | None = None
     """Train adapters rather than all weights."""
 
@@ -58,13 +61,9 @@ class ModelConfig(BaseModel):
         return self.device != "cpu" and torch.cuda.is_available()
 
     @model_validator(mode="after")
-    def _device_exists(self) -> "ModelConfig":
-        if self.device == "cuda" and not torch.cuda.is_available():
+    def _runs_here(self) -> "ModelConfig":
+        if self.device == "cuda" and not self.on_gpu:
             raise ValueError("model.device is 'cuda' but torch sees no GPU; set model.device=auto")
-        return self
-
-    @model_validator(mode="after")
-    def _layout_can_run(self) -> "ModelConfig":
         if self.layout not in ("auto", "tree", "rows"):
             if not self.on_gpu:
                 raise ValueError(f"model.layout = {self.layout!r} is for GPUs alone; set model.layout=auto")
@@ -191,10 +190,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     if not tokenizer.is_fast:
-        raise CheckpointError(
-            f"{config.path}: its tokenizer gives no character offsets; convert it to a fast tokenizer"
-        )
-    return tokenizer
+        raise CheckpointError(f"{config.path}: its tokenizer gives no character offsets; convert it to a fast one")
+    return with_defaults(tokenizer, config.template_kwargs, config.path) if config.template_kwargs else tokenizer
 
 
 def load_policy(config: ModelConfig, seed: int = 0, shard: Shard = "none", *, frozen: bool = False) -> Policy:
@@ -306,7 +303,9 @@ def make_policy(
         model=with_lora(model, config.lora, seed) if config.lora else model,
         backbone=model.base_model,
         fast_head=head if type(head) is nn.Linear else None,
-        tokenizer=tokenizer,
+        tokenizer=with_defaults(tokenizer, config.template_kwargs, config.path)
+        if config.template_kwargs
+        else tokenizer,
         device=device,
         compute_dtype=torch.float32 if config.dtype == "float32" else torch.bfloat16,
         layout="rows",

@@ -225,7 +225,10 @@ def _exact(prompt: Text, texts: list[str], policy: Policy, settings: TokensConfi
     sides = tuple(texts) if isinstance(prompt, str) else tuple(({"role": "assistant", "content": t},) for t in texts)
     tree = PromptTree(prompt, sides, (), (1,), "scored text")
     try:
-        (exact,), _ = tokenize([tree], policy.tokenizer, settings, policy.end_ids, "error")
+        (exact,), report = tokenize([tree], policy.tokenizer, settings, policy.end_ids, "error")
     except DataError:
+        return None
+    # a sample is scored as it was said
+    if report.reasoning_rewritten:
         return None
     return dict(zip(texts, exact.response_ids, strict=True))

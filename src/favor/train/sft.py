@@ -102,7 +102,7 @@ def _evaluate(training: Training, splits: Splits) -> dict[str, object]:
     policy, trees = precise(training.policy), [preferred_only(tree) for tree in _held_out(splits)]
     budget, world = training.recipe.train.budget, training.session.world
     logp_R = measured(policy, trees, lambda batch: response_logps(policy, batch), budget, world)
-    tokens = sum(len(response) for tree in trees for response in tree.response_ids)
+    tokens = sum(tree.num_scored for tree in trees)
     return {"loss": -float(logp_R.sum()) / tokens, "tokens": tokens}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple, TypeAlias
 
+from favor.config import check_variables
 from favor.data.readers import DEEPEST, TOO_DEEP, RowError, half_character, parse
 from favor.data.types import Message, Text
 
@@ -16,6 +17,8 @@ Row: TypeAlias = dict[str, Any]
 
 # fields of a message that hold what its author says; others are data about it
 SAID = ("content", "reasoning_content", "reasoning", "thinking", "thought", "tool_calls", "function_call", "refusal")
+# TRL's name of the column
+TEMPLATE_KWARGS = "chat_template_kwargs"
 # kinds of content parts that are text
 _TEXT_PARTS = ("text", "input_text", "output_text")
 # beyond this a float32 or a difference of two numbers overflows
@@ -30,6 +33,7 @@ class Judgment(NamedTuple):
     their end, as samples at a length limit do: they get no end-of-turn token. `labels` (one per order, or none) are the
     probabilities that the orders are right. `thumbs` judge single responses. `votes` (one number per response, or none)
     say how many annotators preferred each. `placed`: two responses in an order that has nothing to do with the verdict.
+    `template_kwargs`: variables of the chat template.
     """
 
     prompt: Text
@@ -44,15 +48,16 @@ class Judgment(NamedTuple):
     thumbs: tuple[tuple[int, bool], ...] = ()
     votes: tuple[float, ...] = ()
     placed: bool = False
+    template_kwargs: Mapping[str, Any] | None = None
 
 
 class Format(NamedTuple):
     """A row of the table FORMATS, whose call reads a row of data.
 
-    reader: the columns of a row -> what it says; `weight` and `tools` are read here. needs: the sets of columns that it is
-    recognised by. also: columns read beside them. says: what its rows can say: order (which response is better), scores
-    (by how much), votes (of annotators), thumbs, sides (that two responses stand in an order of their own). list_of: a
-    column whose list may be a ranking or not.
+    reader: the columns of a row -> what it says; `weight`, `tools` and `chat_template_kwargs` are read here. needs: the sets
+    of columns that it is recognised by. also: columns read beside them. says: what its rows can say: order (which response
+    is better), scores (by how much), votes (of annotators), thumbs, sides (that two responses stand in an order of their
+    own). list_of: a column whose list may be a ranking or not.
     """
 
     reader: Callable[[Row], Judgment]
@@ -66,17 +71,19 @@ class Format(NamedTuple):
         try:
             said = self.reader(row)
             tools = tools_of(row) if "tools" in self.also else said.tools
+            kwargs = template_kwargs(row[TEMPLATE_KWARGS], TEMPLATE_KWARGS) if TEMPLATE_KWARGS in row else None
         except RecursionError:
             raise RowError(TOO_DEEP) from None
         weight = row["weight"] if "weight" in self.also and "weight" in row else 1.0
         weight = number(weight, "weight", "a positive number", 1 / _LARGEST)
-        checked_texts((said.prompt, said.responses, tools))
-        return said._replace(weight=weight, tools=tools, placed="sides" in self.says and len(said.responses) == 2)
+        checked_texts((said.prompt, said.responses, tools, kwargs))
+        placed = "sides" in self.says and len(said.responses) == 2
+        return said._replace(weight=weight, tools=tools, placed=placed, template_kwargs=kwargs)
 
     @property
     def columns(self) -> frozenset[str]:
         """Every column that is read."""
-        return self.also.union(*self.needs)
+        return self.also.union(*self.needs, {TEMPLATE_KWARGS})
 
     def __str__(self) -> str:
         return " or ".join(" + ".join(names) for names in self.needs)
@@ -251,6 +258,21 @@ def tools_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
     return tuple(tools)
 
 
+def template_kwargs(value: Any, name: str) -> dict[str, Any] | None:
+    """Variables of the chat template: an object, or one as JSON text; None for an empty one. Raises RowError."""
+    if isinstance(value, str):
+        try:
+            value = parse(value)
+        except ValueError as error:
+            raise RowError(f"{name} is not JSON that can be used: {error}") from None
+    if not isinstance(value, dict):
+        raise RowError(f"{name} must be an object of variables of the chat template, found {shown(value)}")
+    try:
+        return check_variables(value) or None
+    except ValueError as error:
+        raise RowError(f"{name}: {error}") from None
+
+
 def is_number(value: Any, least: float = -_LARGEST, most: float = _LARGEST) -> bool:
     """Whether it is a number in these bounds that can be computed with."""
     return not isinstance(value, bool) and isinstance(value, int | float) and least <= value <= most
@@ -332,16 +354,16 @@ def _is_whole(side: Any) -> bool:
 
 
 def _common_prompt(conversations: list[tuple[Message, ...]], both: str) -> tuple[tuple[Message, ...], tuple[Text, ...]]:
-    """The turns two conversations share are the prompt; what follows are the responses, one assistant turn each."""
+    """The turns two conversations share are the prompt; what follows are the responses, from a turn of the assistant on."""
     first, second = conversations
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
     if shared == len(first) == len(second):
         raise RowError(f"{both} are the same", "identical")
-    if shared < max(len(first), len(second)) - 1:
-        where = f"turn {shared + 1} of {len(first)} and {len(second)}"
-        raise RowError(f"{both} differ before the last turn ({where})")
+    # others answered differently: the sides part at what the assistant said before
+    while shared and any(len(side) == shared or side[shared]["role"] != "assistant" for side in conversations):
+        shared -= 1
     if shared == 0:
-        raise RowError(f"{both} share no prompt")
+        raise RowError(f"{both} share no prompt before a turn of the assistant")
     return first[:shared], (first[shared:], second[shared:])
 
 

@@ -1,0 +1,89 @@
+"""What turns say: texts marked and found again in what a template makes of them, reasoning and calls in other forms.
+
+In: messages, or rendered text. Out: the same in another form, or whether a text is there. Next: render.py.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from favor.data.readers import parse
+from favor.data.shapes import MARK
+from favor.data.types import Message
+
+# parts of a tool call that are not said
+_UNSAID = frozenset(("type", "id", "index"))
+# reasoning that opens a text
+_REASONED = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+
+
+def as_object(arguments: Any) -> Any:
+    """JSON text as what it says, where that is an object."""
+    try:
+        found = parse(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def as_json(arguments: Any) -> Any:
+    """An object as JSON text."""
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+
+
+def apart(turn: Message) -> Message | None:
+    """A turn whose text begins with its reasoning, <think>...</think>, with that in a field of its own; None for others."""
+    found = _REASONED.fullmatch(str(turn.get("content") or ""))
+    if found is None or turn.get("reasoning_content") or not (found[1] + found[2]).strip():
+        return None
+    return {**turn, "reasoning_content": found[1].strip(), "content": found[2].strip()}
+
+
+def reasoned(turn: Message, opened: str) -> tuple[str, Message]:
+    """What stands behind `opened`, a <think> with blanks, up to the answer; and the turn without it."""
+    fields = [name for name in ("reasoning_content", "reasoning", "thinking") if turn.get(name)]
+    bare = {name: value for name, value in turn.items() if name not in fields}
+    if fields:
+        return f"{str(turn[fields[0]]).strip()}\n</think>\n\n", bare
+    found = _REASONED.fullmatch(str(turn.get("content") or ""))
+    if found is None or not found[1].strip():
+        return "", turn
+    # a text that was written so is taken so
+    inner = found[1].removeprefix(opened.removeprefix("<think>"))
+    return f"{inner}</think>", {**bare, "content": found[2]}
+
+
+def mark(value: Any, values: list[str], *, keys: bool = False) -> Any:
+    """A value with a mark for every text that is said in it (in arguments of a call names too); the texts join `values`."""
+    if isinstance(value, str):
+        values.append(value)
+        return MARK.format(len(values) - 1)
+    if isinstance(value, dict):
+        return {
+            (mark(name, values) if keys else name): inner
+            if name in _UNSAID and not keys
+            else mark(inner, values, keys=keys or name == "arguments")
+            for name, inner in value.items()
+        }
+    return [mark(inner, values, keys=keys) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def fits(tail: str, pieces: Sequence[str]) -> bool:
+    """Whether a text is these pieces one after the other, blanks between them apart; texts may be written as JSON."""
+    at = 0
+    for piece in pieces:
+        start = len(tail) - len(tail[at:].lstrip())
+        form = next((form for form in forms(piece) if tail.startswith(form.strip(), start)), None)
+        if form is None:
+            return False
+        at = start + len(form.strip())
+    return not tail[at:].strip()
+
+
+def forms(text: str) -> Iterator[str]:
+    """A text as a template may write it: as it is, inside JSON, or as Python writes it."""
+    yield text
+    yield json.dumps(text, ensure_ascii=False)[1:-1]
+    yield json.dumps(text)[1:-1]
+    yield repr(text)[1:-1]
