@@ -316,7 +316,9 @@ def test_a_run_that_fails_ends_its_checkpoint_first(inputs, monkeypatch, breaks)
 def test_killed_in_the_middle_of_writing(inputs):  # noqa: F811
     """Steps go on, the files are there in part, and the process is killed: the checkpoint before is the newest."""
     given = words(inputs, "train.epochs=2")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # as many threads as here, or the last bits differ
+    more = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | more
     program = [sys.executable, "-W", "ignore", PROGRAM, "train", *given]
     died = subprocess.run([*program, "save.every=2"], env=environment, capture_output=True, text=True)
     assert died.returncode == -signal.SIGKILL, died.stderr

@@ -6,9 +6,11 @@ settings.py. Next: run.py.
 """
 
 import inspect
+import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from keyword import iskeyword
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_origin, get_type_hints
@@ -28,7 +30,21 @@ _SAID = frozenset(
     (
         *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
         *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
-        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens", "self"),
+        # and what templates have without being given it
+        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "loop", "range"),
+        *(
+            "namespace",
+            "dict",
+            "lipsum",
+            "cycler",
+            "joiner",
+            "raise_exception",
+            "strftime_now",
+            "true",
+            "false",
+            "none",
+        ),
     )
 )
 
@@ -36,8 +52,12 @@ _SAID = frozenset(
 def check_variables(given: Mapping[str, Any]) -> dict[str, Any]:
     """Variables of a chat template without those that are null. Raises ValueError for what cannot be one."""
     for name in given:
-        if not name.isidentifier() or name in _SAID:
+        if not name.isidentifier() or iskeyword(name) or name in _SAID:
             raise ValueError(f"{name!r} is no variable of a chat template that can be set")
+    try:
+        json.dumps(given, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a variable of a chat template is no JSON ({error}); a date is text, in quotes") from None
     # columns of a table hold null where a row has nothing
     return {name: value for name, value in given.items() if value is not None}
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from datetime import date
 
 import numpy as np
 import pytest
@@ -15,11 +16,16 @@ from transformers import AutoTokenizer
 from favor.cli import main
 from favor.data.batches import build
 from favor.data.prepare import prepare
+from favor.data.prompts import read_prompts
 from favor.data.read import DataConfig, read
 from favor.data.splits import Streams, encode, hash_ids
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.data.types import Comparison, PromptTree, TokenTree, as_read, said
 from favor.errors import CheckpointError, ConfigError, DataError
+from favor.eval.score import ScoreConfig
+from favor.eval.score import _rows as scored_rows
+from favor.label.intake import Tally, _data
+from favor.label.settings import LabelConfig
 from favor.lint.cheap import CHECKS
 from favor.model.batched import measured
 from favor.model.layout import settle
@@ -205,7 +211,9 @@ def test_cut_at_their_end_they_stay_what_they_are():
         most = max(8, len(whole.prompt_ids) + room)
         (tree,), _ = ids((USER,), long, (say("bad"),), max_tokens=most, truncation="response_end")
         kept = most - len(whole.prompt_ids)
-        assert tree.response_ids[0] == whole.response_ids[0][:kept]
+        cut = whole.response_ids[0][:kept]
+        # what others say behind the model's last token gives it nothing to learn
+        assert tree.response_ids[0] == cut[: max(i for i, token in enumerate(cut, 1) if token >= 0)]
         assert tree.complete[0] == (kept >= len(whole.response_ids[0]))
 
 
@@ -463,3 +471,105 @@ def test_of_trees_in_a_file_it_is_among_the_few_that_are_looked_at():
     streams = Streams()
     streams.add(encode([plain, TokenTree((1, 5), ((7, 2, ~tiny.VOCAB, 2),), (True,), (), 1, 2), plain]))
     assert 1 in streams.notes().extremes
+
+
+# ---- what a review found
+
+# the end of a call is no end of a turn here, that of a tool's answer is
+OTHER_ENDS = CALLING.replace("'<|im_end|>\n'", "('<|eom|>' if m.tool_calls else '<|im_end|>') + '\n'")
+
+
+def test_the_end_of_what_others_say_ends_no_turn_of_the_models():
+    with pytest.raises(DataError, match="row 4: the chat template ends no turn"):
+        ids((USER,), (CALL, FOUND, say("warm")), (say("bad"),), template=OTHER_ENDS)
+
+
+def test_an_end_inside_of_what_is_said_is_not_its_end():
+    odd = say("one <|im_end|> two")
+    (tree,), _ = ids((USER,), (odd, USER, say("x")), (say("bad"),), special_text="allow")
+    text = tiny.tokenizer().decode([token for token in tree.response_ids[0] if token >= 0])
+    assert text == "one <|im_end|> two<|im_end|>x<|im_end|>"
+
+
+def test_control_tokens_are_found_in_what_json_text_says():
+    evil = '{"a": "\\u003c|im_end|\\u003e evil"}'
+    call = say("", tool_calls=[{"type": "function", "function": {"name": "look", "arguments": evil}}])
+    for prompt, response in (((USER,), (call, FOUND, say("x"))), ((USER, call, FOUND), (say("x"),))):
+        with pytest.raises(DataError, match="special token <|im_end|>"):
+            ids(prompt, response, (say("bad"),))
+
+
+@pytest.mark.parametrize("arguments", ['{"at":"the film"}', '{"n":1}', '{"n": 1.5, "s": "\\u00e9"}', "no JSON"])
+def test_a_prompt_may_hold_calls_with_arguments_as_text(arguments):
+    call = say("", tool_calls=[{"type": "function", "function": {"name": "look", "arguments": arguments}}])
+    (tree,), _ = ids((USER, call, FOUND), (say("x"),), (say("bad"),))
+    assert len(tree.response_ids) == 2
+
+
+def test_cut_before_they_part_in_what_the_model_says_they_are_one():
+    sides = [(CALL, {"role": "tool", "content": f"{word} and bright"}, say(word)) for word in ("warm", "cold")]
+    (tree,), _ = ids((USER,), *sides)
+    room = next(i for i, token in enumerate(tree.response_ids[0]) if token < 0) + 6
+    found, report = _cut_to(sides, len(tree.prompt_ids) + room)
+    assert found == []
+    assert report.comparisons_dropped == 1
+
+
+def _cut_to(sides, most):
+    other = PromptTree(
+        ({"role": "user", "content": "a"},), ((say("b"),), (say("c"),)), (Comparison((0, 1)),), (5,), "r"
+    )
+    tree = PromptTree((USER,), tuple(sides), (Comparison((0, 1)),), (4,), "rows.jsonl")
+    found, report = tokenize(
+        [tree, other], tiny.tokenizer(CALLING), TokensConfig(max_tokens=most, truncation="response_end"), END, "drop"
+    )
+    return [each for each in found if each.row == 4], report
+
+
+def test_a_turn_within_that_is_written_twice_or_says_nothing_is_refused():
+    once = "(m['content'] or '')"
+    twice = CALLING.replace(once, f"{once} + ({once} if m.role == 'assistant' else '')")
+    with pytest.raises(DataError, match="writes a part of it twice"):
+        ids((USER,), (say("P"), USER, say("x")), (say("bad"),), template=twice)
+    with pytest.raises(DataError, match="a turn of the assistant in a response says nothing"):
+        ids((USER,), (say(""), USER, say("x")), (say("bad"),))
+
+
+def test_what_a_model_says_behind_an_opened_thought_is_taken_as_it_is():
+    for text in ("hm\n</think>\n\nParis", "hm</think>Paris", " hm \n</think> Paris"):
+        (tree,), _ = ids((USER,), (say(text),), (say("a\n</think>\n\nb"),), template=OPENS)
+        assert tiny.tokenizer().decode(tree.response_ids[0]) == f"{text}<|im_end|>"
+    for turn in (say("x", reasoning_content="a", thinking="b"), say("x", reasoning_content="<think>a</think>")):
+        with pytest.raises(DataError, match="in more than one place|holds <think>"):
+            ids((USER,), (turn,), (say("a\n</think>\n\nb"),), template=OPENS)
+
+
+@pytest.mark.parametrize(
+    "template", ["\nhello {{ x }}", "  {% for m in messages %}{{ m.role }}{{ x }}{% endfor %}", "\n\n {{ x }}"]
+)
+def test_defaults_change_nothing_else(template):
+    plain = tiny.tokenizer(template).apply_chat_template([USER], tokenize=False, x=1)
+    assert with_defaults(tiny.tokenizer(template), {"x": 1}, "x").apply_chat_template([USER], tokenize=False) == plain
+
+
+@pytest.mark.parametrize(
+    "given", [{"d": date(2024, 1, 1)}, {"eos_token": "z"}, {"none": 1}, {"for": 1}, {"n": float("nan")}]
+)
+def test_variables_that_templates_cannot_have_are_refused(given):
+    with pytest.raises(ValidationError, match="variable of a chat template"):
+        ModelConfig(path="x", template_kwargs=given)
+
+
+def test_no_command_drops_the_variables_of_a_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "chat_template_kwargs": {"enable_thinking": False}}
+    path.write_text(json.dumps(row) + "\n", "utf-8")
+    with pytest.raises(DataError, match="chat_template_kwargs is not read beside prompts"):
+        read_prompts(str(path), "train")
+    with pytest.raises(DataError, match="it has chat_template_kwargs, which a reward on text does not see"):
+        scored_rows(ScoreConfig(data=str(path), out=str(tmp_path / "o"), reward={"kind": "callable", "path": "f.py:f"}))
+    tree = PromptTree("p", ("a", "b"), (Comparison((0, 1)),), (1,), "r", template_kwargs={"x": 1})
+    with pytest.raises(DataError, match="chat_template_kwargs has no plain form"):
+        tokenize([tree], tiny.tokenizer(None), TokensConfig(), END, "error")
+    with pytest.raises(DataError, match="labels do not keep chat_template_kwargs"):
+        list(_data(str(path), LabelConfig(data=str(path), db=str(tmp_path / "l.db")), Tally(str(path))))

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from favor.config import STRICT
 from favor.data.formats import FORMATS, RowError, recognise
 from favor.data.formats.columns import like, named
-from favor.data.formats.fields import as_text, checked_texts, joined_parts, shown
+from favor.data.formats.fields import TEMPLATE_KWARGS, as_text, checked_texts, joined_parts, shown
 from favor.data.sources import read_objects
 from favor.data.tokenize import TokensConfig, prompt_encoder
 from favor.data.types import Text
@@ -111,6 +111,10 @@ def _remedied(error: RowError, row: Mapping[str, Any]) -> str:
 
 
 def _prompt(row: dict[str, Any]) -> Text:
+    if row.get(TEMPLATE_KWARGS):
+        raise RowError(
+            f"{TEMPLATE_KWARGS} is not read beside prompts; set template_kwargs of the model, and leave the column out"
+        )
     if row.get("prompt") is None:
         return FORMATS[recognise(row)](row).prompt
     return prompt_of(row)

@@ -17,9 +17,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from favor.data.formats.fields import SAID, RowError, checked_texts, shown
 from favor.data.shapes import MARK, MARKED, Shapes
-from favor.data.turns import apart, as_json, as_object, fits, forms, mark, reasoned
+from favor.data.turns import apart, as_json, as_object, called, forms, mark, placed, reasoned
 from favor.data.types import Message, PromptTree, Text
 
+# a turn of the model's and what others say behind it -> all up to there
+Written: TypeAlias = Callable[[Message, list[Message]], str]
 # what the template is given beside turns
 Variables: TypeAlias = Mapping[str, Any]
 _NONE: Variables = MappingProxyType({})
@@ -41,11 +43,13 @@ class Rendered(NamedTuple):
     """The prompt and every response behind it as text; how many are not written as they were, and whether tools got lost.
 
     A response is texts, each the beginning of the next: all up to where the model begins its next turn, at last the whole.
-    Most are one turn, so one text.
+    Most are one turn, so one text. gaps: of each text but the last, from where the model has said all of its turn to where
+    others begin, in characters; its end token stands between.
     """
 
     prompt: str
     full: tuple[tuple[str, ...], ...]
+    gaps: tuple[tuple[tuple[int, int], ...], ...] = ()
     trimmed: int = 0
     rewritten: int = 0
     tools_unread: bool = False
@@ -56,10 +60,8 @@ class _Kept(NamedTuple):
 
     trimmed: bool = False
     rewritten: bool = False
-
-    def also(self, other: "_Kept") -> "_Kept":
-        """Both of what two turns lose."""
-        return _Kept(self.trimmed or other.trimmed, self.rewritten or other.rewritten)
+    # where its words end, and where those of others begin
+    gap: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Renderer:
         variables, chat = _variables(tree), self.chat
         prompt = self.prompt(tree.prompt, variables, proven=False)
         full: list[tuple[str, ...]] = []
-        kept: list[_Kept] = []
+        kept: list[list[_Kept]] = []
         for place, response in enumerate(tree.responses):
             try:
                 texts, how = self._full(tree.prompt, response, variables, prompt)
@@ -84,56 +86,68 @@ class Renderer:
             full.append(texts)
             kept.append(how)
         if chat:
-            _check_heard(tree.prompt, prompt, "prompt")
+            _check_heard(self._turns(tree.prompt, "user"), prompt, "prompt")
         unread = tree.tools is not None and not (chat and _names(tree.tools) <= set(re.findall(r"[\w.-]+", prompt)))
-        trimmed, rewritten = sum(how.trimmed for how in kept), sum(how.rewritten for how in kept)
-        return Rendered(prompt, tuple(full), trimmed, rewritten, unread)
+        gaps = tuple(tuple(how.gap for how in each[:-1]) for each in kept)
+        trimmed, rewritten = (sum(any(how[i] for how in each) for each in kept) for i in (0, 1))
+        return Rendered(prompt, tuple(full), gaps, trimmed, rewritten, unread)
 
     def prompt(self, prompt: Text, variables: Variables = _NONE, *, proven: bool = True) -> str:
         """Text of a prompt alone. Raises RowError; `proven`: also when the template leaves out a turn of it."""
-        self._refuse_forged((prompt, dict(variables)))
         if not self.chat:
+            self._refuse_forged((prompt, dict(variables)))
+            if variables.keys() - {"tools"}:
+                raise RowError(f"chat_template_kwargs has no plain form{_NO_PLAIN.partition(',')[0]}, or leave it out")
             return plain_prompt(prompt)
-        text = self._apply(self._turns(prompt, "user"), variables, generation=True)
+        turns = self._turns(prompt, "user")
+        self._refuse_forged((prompt, dict(variables), tuple(turns)))
+        text = self._apply(turns, variables, generation=True)
         if proven:
-            _check_heard(prompt, text, "prompt")
+            _check_heard(turns, text, "prompt")
         return text
 
-    def _full(self, asked: Text, response: Text, variables: Variables, prompt: str) -> tuple[tuple[str, ...], _Kept]:
-        """The texts of a response behind its prompt, and how what it says is kept."""
-        self._refuse_forged(self._without_end(response))
+    def _full(
+        self, asked: Text, response: Text, variables: Variables, prompt: str
+    ) -> tuple[tuple[str, ...], list[_Kept]]:
+        """The texts of a response behind its prompt, and how what each turn says is kept."""
         if not self.chat:
-            return (prompt + _plain_response(response),), _Kept()
+            self._refuse_forged(self._without_end(response))
+            return (prompt + _plain_response(response),), [_Kept()]
         turns, before = self._turns(response, "assistant"), self._turns(asked, "user")
+        self._refuse_forged((response, tuple(turns)))
         if turns[0]["role"] != "assistant" or turns[-1]["role"] != "assistant":
             raise RowError(
                 "a response must begin and end with a turn of the assistant; move what comes before it into the prompt"
             )
+        if len(turns) > 1 and any(
+            turn["role"] == "assistant" and not any(turn.get(name) for name in SAID) for turn in turns
+        ):
+            raise RowError("a turn of the assistant in a response says nothing", "empty")
         said = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        texts, kept = [prompt], _Kept()
+        texts, kept = [prompt], list[_Kept]()
         for start, stop in pairwise([*said, len(turns)]):
             # what others say between this turn of the model's and its next
             turn, heard = turns[start], turns[start + 1 : stop]
-            written = partial(self._written, [*before, *turns[:start]], heard, variables, goes_on=stop < len(turns))
+            written = partial(self._written, [*before, *turns[:start]], variables, goes_on=stop < len(turns))
             text, how = self._then(turn, heard, written, texts[-1], last=stop == len(turns))
             texts.append(text)
-            kept = kept.also(how)
+            kept.append(how)
         return tuple(texts[1:]), kept
 
     def _written(
-        self, before: list[Message], heard: list[Message], variables: Variables, turn: Message, *, goes_on: bool
+        self, before: list[Message], variables: Variables, turn: Message, heard: list[Message], *, goes_on: bool
     ) -> str:
         """All up to a turn and what others say behind it; `goes_on`: up to where the model says its next."""
         return self._apply([*before, turn, *heard], variables, generation=goes_on)
 
     def _then(
-        self, turn: Message, heard: list[Message], written: Callable[[Message], str], known: str, *, last: bool
+        self, turn: Message, heard: list[Message], written: Written, known: str, *, last: bool
     ) -> tuple[str, _Kept]:
         """What the model sees after its turn: where it says another, all up to that one, as it was. And as `_survives`."""
-        text = written(turn)
+        text = written(turn, heard)
         if text.startswith(known):
-            _check_heard(tuple(heard), text[len(known) :], "response")
-            return text, self._survives(turn, written, (known, text), last=last)
+            _check_heard(heard, text[len(known) :], "response")
+            return text, self._survives(turn, heard, written, (known, text), last=last)
         base = _OPENED.sub("", known)
         if not last or base == known or not text.startswith(base):
             what = _PROMPT_CHANGES if last else "an earlier turn differently once others follow"
@@ -146,39 +160,50 @@ class Renderer:
                 "the model's turn begins inside its reasoning (the prompt ends with <think>) and the response has none; give it "
                 "as reasoning_content, or before the answer as <think>...</think>"
             )
-        if written(answer) != text:
+        if written(answer, []) != text:
             raise RowError(f"the chat template changes its response: it becomes {_end_of(text[len(base) :])}{_REMEDY}")
-        return f"{known}{reasoning}{text[len(base) :]}", self._survives(answer, written, (base, text), last=last)
+        return f"{known}{reasoning}{text[len(base) :]}", self._survives(answer, [], written, (base, text), last=last)
 
-    def _survives(self, turn: Message, written: Callable[[Message], str], texts: Sequence[str], *, last: bool) -> _Kept:
+    def _survives(
+        self, turn: Message, heard: list[Message], written: Written, texts: Sequence[str], *, last: bool
+    ) -> _Kept:
         """How what the turn says is kept. Raises RowError for a loss or change of more than blanks.
 
         texts: up to the turn, and behind it.
         """
         said, tail = {name for name in SAID if turn.get(name)}, texts[1][len(texts[0]) :]
         start, end = self._frame
-        if said == {"content"} and tail == f"{start}{turn['content']}{end}":
+        if last and said == {"content"} and tail == f"{start}{turn['content']}{end}":
             return _Kept()
         other = apart(turn)
         if other is not None and turn["content"].strip() not in tail:
-            return self._survives(other, written, texts, last=last)._replace(rewritten=True)
+            return self._survives(other, heard, written, texts, last=last)._replace(rewritten=True)
         values: list[str] = []
         marked = {name: mark(value, values) if name in said else value for name, value in turn.items()}
         # the template's own text and, at odd places, the numbers of marked texts
-        shape = MARKED.split(written(marked)[len(texts[0]) :])
+        own = len(values)
+        others = [{**turn, "content": mark(turn.get("content") or "", values)} for turn in heard]
+        shape = MARKED.split(written(marked, others)[len(texts[0]) :])
         places = [int(place) for place in shape[1::2]]
-        missing = {i for i, value in enumerate(values) if value.strip()}.difference(places)
+        missing = {i for i, value in enumerate(values[:own]) if value.strip()}.difference(places)
         if missing:
             remedy = _REMEDY if last else f"; {_A_ROW_EACH}"
             raise RowError(f"the chat template leaves out {shown(values[min(missing)])} of the response{remedy}")
         # the header of a tool's answer may name the call again
-        if len(set(places)) < len(places) and last:
+        again = {place for place in places if places.count(place) > 1}
+        if any(last or values[place] not in called(turn) for place in again):
             raise RowError(f"the chat template changes its response: it writes a part of it twice{_REMEDY}")
         pieces = [values[int(piece)] if i % 2 else piece for i, piece in enumerate(shape)]
         # reasoning inside the text may replace what the template would write before it
-        if not fits(tail, pieces) and not fits(tail, pieces[1:]):
+        found = placed(tail, pieces) or [(0, 0), *(placed(tail, pieces[1:]) or ())]
+        if len(found) < len(pieces):
             raise RowError(f"the chat template changes its response: it becomes {_end_of(tail)}{_REMEDY}")
-        return _Kept("".join(pieces) != tail and any(v != v.strip() and v not in tail for v in values))
+        trimmed = "".join(pieces) != tail and any(v != v.strip() and v not in tail for v in values[:own])
+        # a tool's header may name the call again, so the first place of each counts
+        first = {place: found[2 * i + 1] for i, place in reversed(list(enumerate(places)))}
+        end = max((stop for place, (_, stop) in first.items() if place < own), default=0)
+        begin = min((start for place, (start, _) in first.items() if place >= own), default=len(tail))
+        return _Kept(trimmed, gap=(len(texts[0]) + end, len(texts[0]) + begin))
 
     def _turns(self, text: Text, role: str) -> list[Message]:
         """Turns, the arguments of their calls in the form that the template writes as JSON."""
@@ -343,9 +368,9 @@ def _plain_content(message: Message) -> str:
     return content
 
 
-def _check_heard(turns: Text, rendered: str, what: str) -> None:
+def _check_heard(turns: Sequence[Message], rendered: str, what: str) -> None:
     """Every turn's text must stand in what is rendered; of the assistant's earlier turns what follows their reasoning."""
-    for turn in [{"role": "user", "content": turns}] if isinstance(turns, str) else turns:
+    for turn in turns:
         text = str(turn.get("content") or "")
         if turn.get("role") == "assistant":
             text = text.rpartition("</think>")[2]

@@ -33,6 +33,7 @@ NOT_TEXT = frozenset(
             "labels",
             "choice",
             "tools",
+            "chat_template_kwargs",
             "messages",
             "conversations",
             "context",

@@ -217,7 +217,8 @@ def _assemble(
     responses: list[tuple[int, ...]] = []
     for i, texts in enumerate(rendered.full):
         try:
-            ids = _turns((rendered.prompt, *texts), (prompt_ids, *full[i]), tools, report)
+            gaps = rendered.gaps[i] if rendered.gaps else ()
+            ids = _turns((rendered.prompt, *texts), (prompt_ids, *full[i]), gaps, tools, report)
         except RowError as error:
             raise RowError(str(error), error.kind, i) from None
         # a response that was cut must not learn to end where it was cut
@@ -242,19 +243,30 @@ def _assemble(
     )
 
 
-def _turns(texts: Sequence[str], encoded: Sequence[list[int]], tools: _Tools, report: TokenReport) -> list[int]:
+def _turns(
+    texts: Sequence[str],
+    encoded: Sequence[list[int]],
+    gaps: Sequence[tuple[int, int]],
+    tools: _Tools,
+    report: TokenReport,
+) -> list[int]:
     """The ids of a response behind its prompt, every turn that the model says ended; what it only reads stands as ~id.
 
-    texts, encoded: of the prompt, then as Rendered has them.
+    texts, encoded: of the prompt, then as Rendered has them, with its gaps.
     """
     found: list[int] = []
-    for (before, text), (known, ids) in zip(pairwise(texts), pairwise(encoded), strict=True):
+    for place, ((before, text), (known, ids)) in enumerate(zip(pairwise(texts), pairwise(encoded), strict=True)):
         _check_ids(text, ids, before, known, tools)
         new = ids[len(known) :]
-        if text is texts[-1]:
+        if place == len(gaps):
             return found + _end_turn(text, len(known), new, tools, report)
-        # the model ended its turn where its first end token stands; the rest is what others say, and the next header
-        stop = next((i for i, token in enumerate(new, 1) if token in tools.end_ids), 0)
+        # the model ended its turn where its end token stands; the rest is what others say, and the next header
+        low, high = gaps[place]
+        offsets = tools.encoder.offsets(text)[len(known) :]
+        ends = (
+            i for i, token in enumerate(new) if token in tools.end_ids and low <= offsets[i][0] < offsets[i][1] <= high
+        )
+        stop = next(ends, -1) + 1
         if not stop:
             raise RowError(
                 "the chat template ends no turn with an end-of-turn token, so within a response of several turns the model could "
@@ -344,7 +356,7 @@ def _truncate(tree: TokenTree, config: TokensConfig, num_bos: int, report: Token
 
 def _cut_responses(tree: TokenTree, room: int, report: TokenReport) -> TokenTree | None:
     """Cut every response to `room` tokens (no end token is forged), then merge what became equal."""
-    cut = [response[:room] for response in tree.response_ids]
+    cut = [_until_said(response[:room]) for response in tree.response_ids]
     report.responses_cut += sum(len(response) > room for response in tree.response_ids)
     unique = list(dict.fromkeys(cut))
     report.responses_merged += len(cut) - len(unique)
@@ -360,6 +372,12 @@ def _cut_responses(tree: TokenTree, room: int, report: TokenReport) -> TokenTree
     return replace(
         tree, response_ids=tuple(unique), complete=complete, comparisons=comparisons, ties=ties, thumbs=thumbs
     )
+
+
+def _until_said(ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Ids up to the last that the model says."""
+    last = max((i for i, token in enumerate(ids, 1) if token >= 0), default=0)
+    return ids[:last]
 
 
 def _mapped(comparisons: Sequence[Comparison], index: Sequence[int]) -> tuple[Comparison, ...]:

@@ -8,14 +8,16 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from favor.data.readers import parse
+from favor.data.readers import RowError, parse
 from favor.data.shapes import MARK
 from favor.data.types import Message
 
 # parts of a tool call that are not said
 _UNSAID = frozenset(("type", "id", "index"))
-# reasoning that opens a text
+# reasoning that opens a text; what a model says behind a prompt that opened it for it has its end alone
 _REASONED = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_ENDED = re.compile(r"(?:\s*<think>)?(.*?)</think>(.*)", re.DOTALL)
+_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 def as_object(arguments: Any) -> Any:
@@ -32,6 +34,12 @@ def as_json(arguments: Any) -> Any:
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
+def called(turn: Message) -> set[str]:
+    """The names of what a turn calls."""
+    calls = [call.get("function", call) for call in turn.get("tool_calls") or [] if isinstance(call, dict)]
+    return {str(call.get("name")) for call in calls if isinstance(call, dict)}
+
+
 def apart(turn: Message) -> Message | None:
     """A turn whose text begins with its reasoning, <think>...</think>, with that in a field of its own; None for others."""
     found = _REASONED.fullmatch(str(turn.get("content") or ""))
@@ -41,16 +49,25 @@ def apart(turn: Message) -> Message | None:
 
 
 def reasoned(turn: Message, opened: str) -> tuple[str, Message]:
-    """What stands behind `opened`, a <think> with blanks, up to the answer; and the turn without it."""
-    fields = [name for name in ("reasoning_content", "reasoning", "thinking") if turn.get(name)]
+    """What stands behind `opened`, a <think> with blanks, up to the answer; and the turn without it.
+
+    Raises RowError for reasoning in more than one place, or with a mark of its own inside.
+    """
+    fields = [name for name in _FIELDS if turn.get(name)]
     bare = {name: value for name, value in turn.items() if name not in fields}
+    found = _ENDED.fullmatch(str(turn.get("content") or ""))
+    if len(fields) + (found is not None) > 1:
+        raise RowError("a response has its reasoning in more than one place; leave it in one")
     if fields:
-        return f"{str(turn[fields[0]]).strip()}\n</think>\n\n", bare
-    found = _REASONED.fullmatch(str(turn.get("content") or ""))
+        text = str(turn[fields[0]]).strip()
+        if "<think>" in text or "</think>" in text:
+            raise RowError(f"{fields[0]} holds <think> or </think>, which the template writes around it; take it out")
+        return f"{text}\n</think>\n\n", bare
     if found is None or not found[1].strip():
         return "", turn
-    # a text that was written so is taken so
-    inner = found[1].removeprefix(opened.removeprefix("<think>"))
+    # a text that was written so is taken so; one that opens its reasoning itself stands behind the blanks of the prompt's
+    opens = "<think>" in turn["content"].partition("</think>")[0]
+    inner = found[1].removeprefix(opened.removeprefix("<think>")) if opens else found[1]
     return f"{inner}</think>", {**bare, "content": found[2]}
 
 
@@ -69,16 +86,17 @@ def mark(value: Any, values: list[str], *, keys: bool = False) -> Any:
     return [mark(inner, values, keys=keys) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def fits(tail: str, pieces: Sequence[str]) -> bool:
-    """Whether a text is these pieces one after the other, blanks between them apart; texts may be written as JSON."""
-    at = 0
+def placed(tail: str, pieces: Sequence[str]) -> list[tuple[int, int]] | None:
+    """Where each piece stands, if a text is these one after the other, blanks apart; None: it is not. Texts may be JSON in it."""
+    at, found = 0, list[tuple[int, int]]()
     for piece in pieces:
         start = len(tail) - len(tail[at:].lstrip())
         form = next((form for form in forms(piece) if tail.startswith(form.strip(), start)), None)
         if form is None:
-            return False
+            return None
         at = start + len(form.strip())
-    return not tail[at:].strip()
+        found.append((start, at))
+    return None if tail[at:].strip() else found
 
 
 def forms(text: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ from favor import output
 from favor.config import STRICT, Overwrite
 from favor.data.formats import FORMATS, Judgment, RowError, order_assumed, recognise
 from favor.data.formats.columns import named
+from favor.data.formats.fields import TEMPLATE_KWARGS
 from favor.data.prompts import prompt_of
 from favor.data.settings import Columns
 from favor.data.sources import read_objects
@@ -108,7 +109,10 @@ def _rows(config: ScoreConfig) -> list[Judgment]:
     found: list[Judgment] = []
     for number, row in read_objects(config.data, config.split):
         try:
-            found.append(_judgment(named(row, config.columns, None)))
+            row = named(row, config.columns, None)
+            if row.get(TEMPLATE_KWARGS):
+                raise RowError(f"it has {TEMPLATE_KWARGS}, which a reward on text does not see; leave the column out")
+            found.append(_judgment(row))
             _refuse_unseen(found[-1])
         except RowError as error:
             fix = "" if error.of_names else "; fix the row"

@@ -68,11 +68,9 @@ def _data(source: str, config: LabelConfig, tally: Tally) -> Iterator[Pair]:
     alone: dict[str, list[tuple[Judgment, str]]] = {}
     for number, row in _rows(source, config, tally):
         try:
-            said = _said(named(row, config.columns, None), config.format)
-            if said.template_kwargs:
-                raise RowError(
-                    f"labels do not keep {TEMPLATE_KWARGS}; leave the column out, and say model.template_kwargs later"
-                )
+            row = named(row, config.columns, None)
+            _refuse_variables(row)
+            said = _said(row, config.format)
         except RowError as error:
             _leave_out(error, source, number, tally)
             continue
@@ -91,6 +89,7 @@ def _data(source: str, config: LabelConfig, tally: Tally) -> Iterator[Pair]:
 def _gold(source: str, config: LabelConfig, tally: Tally) -> Iterator[Pair]:
     for number, row in _rows(source, config, tally):
         try:
+            _refuse_variables(row)
             form = recognise(row)
             check_order(row, form)
             said = FORMATS[form](row)
@@ -102,6 +101,13 @@ def _gold(source: str, config: LabelConfig, tally: Tally) -> Iterator[Pair]:
             continue
         for (i, j), gold in known.items():
             yield _pair(said, i, j, f"{source}, row {number}")._replace(gold=gold)
+
+
+def _refuse_variables(row: dict[str, Any]) -> None:
+    if row.get(TEMPLATE_KWARGS):
+        raise RowError(
+            f"labels do not keep {TEMPLATE_KWARGS}; leave the column out, and set model.template_kwargs later"
+        )
 
 
 def _rows(source: str, config: LabelConfig, tally: Tally) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -17,6 +17,7 @@ from rich.text import Text
 from favor import output
 from favor.data import sources
 from favor.data.formats import RowError, columns_of
+from favor.data.formats.fields import TEMPLATE_KWARGS
 from favor.data.read import ReadReport, outcomes
 from favor.data.settings import SourceConfig
 from favor.data.types import Finding
@@ -28,12 +29,13 @@ from favor.lint.rows import Row, repaired, row_checks, row_of
 from favor.lint.sets import set_checks
 from favor.lint.settings import KINDS, ORDER, LintConfig, LintSettings
 from favor.model.load import end_ids, load_policy, load_tokenizer
+from favor.model.size import described_ends
 from favor.output import Output
 from favor.rewards.source import make_scorer, reads
 
 _COLOURED = {"error": "[red]error[/red]", "warning": "[yellow]warning[/yellow]", "note": "note"}
 # columns that every format reads
-_ALWAYS_READ = frozenset({"weight", "tools", "ended"})
+_ALWAYS_READ = frozenset({"weight", "tools", "ended", TEMPLATE_KWARGS})
 
 
 def lint(config: LintConfig, recipe: Path | None = None) -> list[Finding]:
@@ -120,7 +122,8 @@ def _checks(config: LintConfig, rows: Sequence[Row], known: Mapping[str, frozens
     if model is not None and usable:
         try:
             tokenizer = load_tokenizer(model)
-            yield from token_checks(usable, tokenizer, end_ids(tokenizer, None), config.tokens, settings.cut_share)
+            ends = end_ids(tokenizer, described_ends(model))
+            yield from token_checks(usable, tokenizer, ends, config.tokens, settings.cut_share)
         except CheckpointError as error:
             yield Finding("note", "tokenizer", f"checks with the tokenizer were left out: {error}")
     if config.reward is not None:

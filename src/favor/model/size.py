@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from favor.model.adapters import LoraSettings, with_lora
 from favor.model.four_bits import layers
@@ -38,6 +38,14 @@ def architecture_of(model: ModelConfig) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
+
+
+def described_ends(model: ModelConfig) -> int | list[int] | None:
+    """The ids that end a turn by its generation_config.json; None where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(model.path, revision=model.revision or "main").eos_token_id
+    except OSError:
+        return None
 
 
 def parameters(architecture: PreTrainedConfig) -> int:

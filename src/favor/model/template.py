@@ -24,6 +24,8 @@ def with_defaults(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any], 
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
         for name, value in sorted(given.items())
     )
+    # transformers takes the line break behind a block away: so the template's first line stays what it was
+    before = before and before + "\n"
     # a tokenizer in memory may come twice
     if isinstance(template, str) and not template.startswith(before):
         tokenizer.chat_template = before + template

@@ -18,7 +18,7 @@ from favor.lint.cheap import CHECKS
 from favor.model.layout import config_obstacle, longest_path
 from favor.model.load import end_ids, load_tokenizer, precision_of
 from favor.model.room import memory
-from favor.model.size import GIB, Sizes, architecture_of, sizes, trained
+from favor.model.size import GIB, Sizes, architecture_of, described_ends, sizes, trained
 from favor.train.loop import length_notes, num_steps
 from favor.train.optim import STATE_BYTES, learning_rate, warmup
 from favor.train.packs import chosen, looked_at
@@ -30,7 +30,8 @@ def describe(config: TrainConfig) -> str:
     """Rows, what the cheap checks find in them, steps, learning rate, memory and disk. Raises what training would raise."""
     check_sources(config.data)
     tokenizer, lines = load_tokenizer(config.model), list[str]()
-    splits = prepare(config.data, config.tokens, (tokenizer, end_ids(tokenizer, None)), CHECKS, lines.append)
+    ends = end_ids(tokenizer, described_ends(config.model))
+    splits = prepare(config.data, config.tokens, (tokenizer, ends), CHECKS, lines.append)
     # as training, on the trees that hold items of the loss
     trees = [splits.train[i] for i in usable(config.loss, outlines(splits.train), config.data.training)]
     architecture = architecture_of(config.model)

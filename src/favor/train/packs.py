@@ -20,7 +20,7 @@ from favor.train.loop import LoopConfig
 from favor.train.session import Session
 
 # where auto begins: enough for a CPU's products; a GPU wants more
-LEAST, _LEAST_ON_A_GPU = 1024, 16_384
+LEAST, LEAST_ON_A_GPU = 1024, 16_384
 # larger packs must save this share of the tokens; beyond so many tokens nothing is tried
 _WORTH, _MOST = 0.03, 65_536
 # optimizer batches that are looked at
@@ -73,7 +73,7 @@ def looked_at(config: LoopConfig, used: Sequence[int]) -> list[list[int]]:
 def chosen(layout: Layout, batches: Sequence[Sequence[TokenTree]], world: int = 1, *, gpu: bool = False) -> int:
     """The smallest power of two from where "auto" begins whose packs compute hardly more tokens than the best larger ones."""
     whole = max(sum(computed_tokens(tree, layout) for tree in batch) for batch in batches)
-    budgets = [_LEAST_ON_A_GPU if gpu else LEAST]
+    budgets = [LEAST_ON_A_GPU if gpu else LEAST]
     while budgets[-1] < min(whole, _MOST):
         budgets.append(2 * budgets[-1])
     costs = [sum(planned_tokens(batch, layout, budget, world) for batch in batches) for budget in budgets]
