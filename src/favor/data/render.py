@@ -100,7 +100,7 @@ class Renderer:
                 raise RowError(f"chat_template_kwargs has no plain form{_NO_PLAIN.partition(',')[0]}, or leave it out")
             return plain_prompt(prompt)
         turns = self._turns(prompt, "user")
-        self._refuse_forged((prompt, dict(variables), tuple(turns)))
+        self._refuse_forged((tuple(turns), dict(variables)))
         text = self._apply(turns, variables, generation=True)
         if proven:
             _check_heard(turns, text, "prompt")
@@ -114,7 +114,7 @@ class Renderer:
             self._refuse_forged(self._without_end(response))
             return (prompt + _plain_response(response),), [_Kept()]
         turns, before = self._turns(response, "assistant"), self._turns(asked, "user")
-        self._refuse_forged((response, tuple(turns)))
+        self._refuse_forged((tuple(turns),))
         if turns[0]["role"] != "assistant" or turns[-1]["role"] != "assistant":
             raise RowError(
                 "a response must begin and end with a turn of the assistant; move what comes before it into the prompt"
