@@ -8,18 +8,18 @@ that of the same products by themselves, of as many tokens, in the same number f
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from shapes import spread
+from torch import nn
 from transformers import AutoTokenizer
 from vs_trl import hh_rows
 
 from favor.data.batches import build
-from favor.data.types import TokenTree
+from favor.data.types import Batch, TokenTree
 from favor.demo import model_folder
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
@@ -48,7 +48,7 @@ def main() -> None:
         batch = build(trees, policy.layout)
         weights = [p for name, p in policy.causal_lm.named_parameters() if p.dim() == 2 and "embed" not in name]
         flops = 6 * batch.num_tokens * sum(p.numel() for p in weights)
-        work = pack(policy, lambda policy=policy, batch=batch: response_logps(policy, batch))
+        work = pack(policy, batch)
         alone = products([(p.shape[0], p.shape[1]) for p in weights], batch.num_tokens, dtype)
         work()
         turns = [(seconds(work), seconds(alone)) for _ in range(args.turns)]
@@ -70,11 +70,11 @@ def trees_of(model: str, pairs: int, longest: int) -> list[TokenTree]:
     ]
 
 
-def pack(policy: Policy, forward: Callable[[], Tensor]) -> Callable[[], None]:
+def pack(policy: Policy, batch: Batch) -> Callable[[], None]:
     """Log-probs of a pack and the gradient of its margins."""
 
     def work() -> None:
-        logp_R = forward()
+        logp_R = response_logps(policy, batch)
         (logp_R[0::2] - logp_R[1::2]).sum().backward()
         policy.causal_lm.zero_grad(set_to_none=True)
 
@@ -110,18 +110,12 @@ def row(form: str, flops: float, turns: Sequence[tuple[float, float]]) -> str:
     packs, alone = zip(*turns, strict=True)
     shares = [there / here for here, there in turns]
     figures = [
-        spread(packs, "{:.2f}"),
-        spread([flops / s / 1e9 for s in packs], "{:.0f}"),
-        spread([flops / s / 1e9 for s in alone], "{:.0f}"),
-        spread([100 * share for share in shares], "{:.0f}") + " %",
+        spread(packs, ".2f"),
+        spread([flops / s / 1e9 for s in packs], ".0f"),
+        spread([flops / s / 1e9 for s in alone], ".0f"),
+        spread([100 * share for share in shares], ".0f") + " %",
     ]
     return f"| {form} | " + " | ".join(figures) + " |"
-
-
-def spread(values: Sequence[float], shown: str) -> str:
-    """Median and range."""
-    low, middle, high = (shown.format(f(values)) for f in (min, statistics.median, max))
-    return f"{middle} [{low}, {high}]"
 
 
 if __name__ == "__main__":

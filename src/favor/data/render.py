@@ -49,7 +49,7 @@ class Rendered(NamedTuple):
 
     prompt: str
     full: tuple[tuple[str, ...], ...]
-    gaps: tuple[tuple[tuple[int, int], ...], ...] = ()
+    gaps: tuple[tuple[tuple[int, int], ...], ...]
     trimmed: int = 0
     rewritten: int = 0
     tools_unread: bool = False

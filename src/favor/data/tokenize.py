@@ -217,8 +217,7 @@ def _assemble(
     responses: list[tuple[int, ...]] = []
     for i, texts in enumerate(rendered.full):
         try:
-            gaps = rendered.gaps[i] if rendered.gaps else ()
-            ids = _turns((rendered.prompt, *texts), (prompt_ids, *full[i]), gaps, tools, report)
+            ids = _turns((rendered.prompt, *texts), (prompt_ids, *full[i]), rendered.gaps[i], tools, report)
         except RowError as error:
             raise RowError(str(error), error.kind, i) from None
         # a response that was cut must not learn to end where it was cut
