@@ -39,6 +39,12 @@ ALLOWED = {
     | {"stop", "data", "losses", "model", "ranks", "parts", "rewards"}
     | {"lint.cheap", "eval.figures", "eval.intervals"},
     "lint": BASE | {"output", "settings", "data", "model", "rewards", "report.frame", "report.words"},
+    "value": BASE
+    | {"output", "data", "model", "eval.figures", "eval.intervals", "report.frame", "report.words"}
+    | {"lint.settings", "lint.cheap"},
+    "ask": BASE
+    | {"output", "data", "model", "label.intake", "label.settings", "label.store", "lint.settings"}
+    | {"value.cheap", "value.pairs"},
     "label": BASE | {"output", "data", "eval.intervals"},
     "chat": BASE | {"data", "model", "generate.engines", "rewards", "label"},
     "report": {"errors", "run", "guard", "eval.intervals"},
@@ -54,7 +60,22 @@ ALLOWED = {
     | {"settings", "data", "model", "ranks", "stop", "generate", "eval", "train", "lint", "report", "winrate"}
     | {"closing", "pages", "trl.names", "words", "favor_frontier"},
     "commands": BASE
-    | {"model", "eval", "ranks", "train", "report", "generate", "winrate", "demo", "online", "lint", "label", "stop"}
+    | {
+        "model",
+        "eval",
+        "ranks",
+        "train",
+        "report",
+        "generate",
+        "winrate",
+        "demo",
+        "online",
+        "lint",
+        "value",
+        "ask",
+        "label",
+        "stop",
+    }
     | {"closing", "words", "pages", "data", "doctor", "export", "chat"}
     # the paper's experiment stands on the library; nothing of the library may know it, but for its command
     | {"favor_frontier"},

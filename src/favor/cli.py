@@ -69,7 +69,7 @@ _BEGIN, _TRAIN, _DATA, _LOOK, _OUT = "Begin", "Train", "Make preferences", "Look
 _PARTS: Mapping[str, str] = {
     **dict.fromkeys(("lint", "demo", "doctor"), _BEGIN),
     **dict.fromkeys(("sft", "reward", "ppo", "loop"), _TRAIN),
-    **dict.fromkeys(("label", "sample", "prefer", "score"), _DATA),
+    **dict.fromkeys(("label", "sample", "prefer", "score", "value", "ask"), _DATA),
     **dict.fromkeys(("eval", "chat", "winrate", "frontier"), _LOOK),
     "export": _OUT,
 }

@@ -243,6 +243,32 @@ def findings(found: "Sequence[Finding]", words: Sequence[str], fixed: str | None
     return Done((said,), figures, {"cleaned": fixed} if fixed else {}, following, failed)
 
 
+def worth(said: str, figures: Figures, asked: Mapping[str, Any]) -> Done:
+    """After `favor value`. said: its headline; asked: its section, by which files were written."""
+    paths = {name: asked[name] for name in ("out", "page", "clean") if asked[name] is not None}
+    data = asked["clean"] or "FILE"
+    following = [typed("train", "model.path=MODEL", f"data.train={data}", "run=runs/dpo")]
+    if not asked["clean"] and figures["label_smoothing"]:
+        robust = ("loss.kind=robust", f"loss.label_smoothing={figures['label_smoothing']}")
+        following = [typed("train", "model.path=MODEL", "data.train=FILE", *robust, "run=runs/dpo")]
+    return Done((said,), figures, paths, tuple(following))
+
+
+def asked(out: str, history: str, figures: Figures) -> Done:
+    """After `favor ask`: how good the model was on pairs drawn by chance, and whether that is enough."""
+    low, high = figures["accuracy_sequence"]
+    said = [f"{figures['asked']} pairs to label in {out}, {figures['by_chance']} of them by chance"]
+    if figures["foretold"]:
+        right = f"{figures['accuracy']:.2f} [{low:.2f}, {high:.2f}]"
+        said.append(f"right before their label: {right} of {figures['foretold']} pairs drawn by chance")
+    said.append("that is enough" if figures["settled"] else "more labels may help")
+    following = (
+        typed("label", f"data={out}", "db=labels.sqlite"),
+        typed("label", "db=labels.sqlite", "out=labels.jsonl"),
+    )
+    return Done(tuple(said), figures, {"pairs": out, "history": history}, following)
+
+
 def checked(found: "Sequence[Sign]", *, asked: str | None) -> Done:
     """After `favor doctor`. asked: the model or run that it looked at."""
     counts = Counter(sign.level for sign in found)

@@ -226,6 +226,35 @@ def _lint() -> Command:
     return Command(LintConfig, run)
 
 
+def _value() -> Command:
+    """What each pair is worth to a model: how many labels are wrong, which, and a copy of the data without them."""
+    from favor.report.table import worth_table
+    from favor.value.page import headline
+    from favor.value.run import value
+    from favor.value.settings import ValueConfig
+
+    def run(config: ValueConfig, terminal: Terminal) -> Done:
+        _say_precision("float32")
+        figures = value(config, terminal.progress, terminal.recipe)
+        terminal.console.print(worth_table(figures))
+        return closing.worth(headline(figures), figures, config.value.model_dump())
+
+    return Command(ValueConfig, run)
+
+
+def _ask() -> Command:
+    """The pairs to label next for a model, from those without labels; and whether the labels so far are enough."""
+    from favor.ask.run import ask
+    from favor.ask.settings import AskConfig
+
+    def run(config: AskConfig, terminal: Terminal) -> Done:
+        _say_precision("float32")
+        figures = ask(config, terminal.progress, terminal.recipe)
+        return closing.asked(config.out, config.history, figures)
+
+    return Command(AskConfig, run)
+
+
 def _label() -> Command:
     """Compare answers in the browser, several people beside each other; with out=FILE, write what they said for `favor train`."""
     from favor.label.settings import LabelConfig
@@ -334,6 +363,8 @@ OTHERS: Mapping[str, Callable[[], Command]] = {
     "prefer": _prefer,
     "loop": _loop,
     "lint": _lint,
+    "value": _value,
+    "ask": _ask,
     "label": _label,
     "export": _export,
     "chat": _chat,

@@ -53,6 +53,15 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "favor lint data=prefs.jsonl lint.page=lint.html --fix clean.jsonl",
         "favor train model=MODEL data=clean.jsonl run=runs/dpo",
     ),
+    "value": (
+        "favor value model=MODEL data=prefs.jsonl value.out=worth.jsonl value.page=worth.html value.clean=clean.jsonl",
+        "favor train model=MODEL data=clean.jsonl run=runs/dpo",
+    ),
+    "ask": (
+        "favor ask model=MODEL pool=samples.jsonl data=labels.jsonl out=ask.jsonl",
+        "favor label data=ask.jsonl db=labels.sqlite",
+        "favor label db=labels.sqlite out=labels.jsonl",
+    ),
     "label": (
         "favor label data=samples.jsonl db=labels.sqlite",
         "favor label db=labels.sqlite out=labels.jsonl",

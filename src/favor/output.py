@@ -63,6 +63,17 @@ def claimed(output: Output, inputs: Iterable[str | None]) -> Generator[Output]:
         yield output
 
 
+@contextlib.contextmanager
+def all_claimed(outputs: Iterable[Output], inputs: Iterable[str | None]) -> Generator[None]:
+    """Hold several files at once, which may replace only what favor wrote there. Raises ConfigError as their parts do."""
+    refuse_shared(outputs := list(outputs))
+    inputs = list(inputs)
+    with contextlib.ExitStack() as claims:
+        for out in outputs:
+            known(claims.enter_context(claimed(out, inputs)))
+        yield
+
+
 def finished(output: Output) -> Any:
     """The result of the same work done before; None when the file is to be made.
 

@@ -21,7 +21,7 @@ _SAMPLING = MappingProxyType({"model": "engine.model.path", "data": "prompts"})
 SHORT: Mapping[str, Mapping[str, str]] = {
     **dict.fromkeys(("train", "sft", "reward", "ppo"), _TRAINING),
     "loop": {"out": "run", "model": "model.path", "data": "prompts"},
-    "lint": {"model": "model.path", "data": "data.train"},
+    **dict.fromkeys(("lint", "value", "ask"), MappingProxyType({"model": "model.path", "data": "data.train"})),
     **dict.fromkeys(("sample", "prefer"), _SAMPLING),
     "winrate": {"out": "run", "data": "prompts"},
     "frontier": {"out": "run"},
@@ -29,7 +29,7 @@ SHORT: Mapping[str, Mapping[str, str]] = {
 }
 # what says how rows are read is a section, and lies below [data] where a command has one; its keys may be given alone
 _READING = MappingProxyType({"columns": "data.columns", "verdict": "data.verdict"})
-_WITH_DATA = ("train", "sft", "reward", "ppo", "lint")
+_WITH_DATA = ("train", "sft", "reward", "ppo", "lint", "value", "ask")
 # commands that take a finished run where they need a model or a reward
 OF_A_RUN = ("sample", "prefer", "score")
 

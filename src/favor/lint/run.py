@@ -4,7 +4,6 @@ In: LintConfig. Out: Findings; JSON, a page, a cleaned copy. Next: settings.py.
 """
 
 import base64
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,10 +48,7 @@ def lint(config: LintConfig, recipe: Path | None = None) -> list[Finding]:
     read = [*(source.path for source in data.parts), data.eval, settings.reference, recipe and str(recipe)]
     read += [config.model and config.model.path, *(reads(config.reward) if config.reward else ())]
     outputs = _outputs(settings)
-    output.refuse_shared(outputs)
-    with contextlib.ExitStack() as claims:
-        for out in outputs:
-            output.known(claims.enter_context(output.claimed(out, read)))
+    with output.all_claimed(outputs, read):
         known: dict[str, frozenset[str]] = {}
         rows = [row for source in data.parts for row in _rows(config, source, "train", known)]
         if data.eval is not None:

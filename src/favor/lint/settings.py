@@ -4,6 +4,7 @@ In: a recipe. Out: LintConfig; KINDS. Next: cheap.py.
 """
 
 import difflib
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -33,6 +34,7 @@ ELSEWHERE = {
     "ppo",
     "sample",
     "bradley_terry",
+    "value",
 }
 # thresholds that the checks of `favor train` share
 LENGTH_SHARE, CUT_SHARE = 0.6, 0.05
@@ -118,6 +120,18 @@ class LintSettings(BaseModel):
         return path
 
 
+def passed_over(tree: Any, schema: type[BaseModel], elsewhere: Set[str]) -> Any:
+    """A training recipe without the sections that this command does not read; a name that is nearly one of them is refused."""
+    if not isinstance(tree, dict):
+        return tree
+    others = elsewhere - schema.model_fields.keys()
+    for name in tree.keys() - schema.model_fields.keys() - others:
+        for meant in difflib.get_close_matches(name, others, n=1, cutoff=0.75):
+            typed = inmost(name, tree[name])
+            raise ValueError(f"unknown key '{typed}'; did you mean '{meant}{typed.removeprefix(name)}'?")
+    return {key: value for key, value in tree.items() if key not in others}
+
+
 class LintConfig(BaseModel):
     """A recipe for `favor lint`: [data] and [lint]; [model] tries its tokenizer and template, [reward] doubts labels.
 
@@ -134,13 +148,7 @@ class LintConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _pass_over(cls, tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        for name in tree.keys() - cls.model_fields.keys() - ELSEWHERE:
-            for meant in difflib.get_close_matches(name, ELSEWHERE, n=1, cutoff=0.75):
-                typed = inmost(name, tree[name])
-                raise ValueError(f"unknown key '{typed}'; did you mean '{meant}{typed.removeprefix(name)}'?")
-        return {key: value for key, value in tree.items() if key not in ELSEWHERE}
+        return passed_over(tree, cls, ELSEWHERE)
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "LintConfig":

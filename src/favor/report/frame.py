@@ -14,7 +14,7 @@ from favor.errors import ConfigError
 from favor.report.words import TERMS, explained
 
 # what a page says it is in its head; by this a page is known again before it is replaced
-KINDS = {"run": "favor report", "comparison": "favor report, comparison", "lint": "favor lint"}
+KINDS = {"run": "favor report", "comparison": "favor report, comparison", "lint": "favor lint", "value": "favor value"}
 
 
 def rendered(package: str, template: str, **values: Any) -> Markup:

@@ -90,6 +90,23 @@ def winrate_table(figures: Mapping[str, Any]) -> Table:
     return _table(("a against b", ""), winrate_rows(figures))
 
 
+def worth_table(figures: Mapping[str, Any]) -> Table:
+    """What `favor value` found, as a rich table."""
+    f = figures
+    labels = "what the cheap models that never saw a prompt agree with"
+    rows = [
+        ("wrong labels", _known(f, "wrong_labels", ".3f")),
+        (labels, _known(f, "agreement", ".3f")),
+        ("what the model's own log-probs agree with", _known(f, "logp_agreement", ".3f")),
+        *((f"pairs to {name}", str(count)) for name, count in f["verdicts"].items()),
+    ]
+    for row in f["curve"]:
+        kept = row["share"] if isinstance(row["share"], str) else f"{row['share']:.0%} kept"
+        chance = "" if row["by_chance"] is None else f"; by chance {row['by_chance']:.3f}"
+        rows.append((f"held-out accuracy, {kept}", _known(row | {"prompts": FEW}, "accuracy", ".3f") + chance))
+    return _table((f"{f['pairs']} pairs, {f['prompts']} prompts", ""), rows)
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(*header)
     for row in rows:

@@ -1,0 +1,119 @@
+"""Does asking beat labelling by chance? Rounds of labels on pairs whose labels are known; accuracy on held-out pairs.
+
+    python benchmarks/ask.py [--out FOLDER of benchmarks/value.py] [--seeds 5] [--train 0]
+
+Heads: a cheap model fitted to the labels so far, as `favor ask` does. --train N: DPO in full on the first N labels of each rule.
+Features and rows are those of benchmarks/value.py (made if they are not there).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from value import Known, add_data, read
+
+import favor
+from favor.ask.choose import by_margin, spread_out
+from favor.eval.intervals import mean_interval, sign_share
+from favor.model.room import memory_settings
+from favor.run import RunFolder, write_jsonl
+from favor.value.cheap import Cases, head, margins
+
+Array = NDArray[np.float64]
+ROUNDS = (20, 40, 60, 80, 120, 160, 240, 320)
+RULES = ("by chance", "least certain", "least certain and different", "different")
+
+
+def main() -> None:
+    """Print the table of heads, then that of DPO."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data(parser)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--train", type=int, default=0, help="labels to train DPO on; 0: none")
+    parser.add_argument("--lr", type=float, default=3e-5)
+    args = parser.parse_args()
+    memory_settings()
+    known = read(args)
+    labelled = {(rule, seed): rounds(known["train"], rule, seed) for rule in RULES for seed in range(args.seeds)}
+    held = known["eval"].cases
+    pool = len(known["train"].rows)
+    print(f"held-out accuracy of a head, {pool} pairs in the pool, {args.seeds} seeds: mean (paired gain over chance)")
+    print(f"| labels | {' | '.join(RULES)} |\n|---{'|---' * len(RULES)}|")
+    for count in ROUNDS:
+        scores = {
+            rule: np.array(
+                [accuracy(known["train"].cases, labelled[rule, seed][:count], held) for seed in range(args.seeds)]
+            )
+            for rule in RULES
+        }
+        print(f"| {count} | " + " | ".join(cell(scores[rule], scores[RULES[0]]) for rule in RULES) + " |", flush=True)
+    if args.train:
+        train(known["train"], labelled, args)
+
+
+def cell(mine: Array, chance: Array) -> str:
+    """Mean, and the mean paired difference with its interval over seeds."""
+    if mine is chance:
+        return f"{mine.mean():.3f}"
+    found = mean_interval(mine - chance)
+    return f"{mine.mean():.3f} ({found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}])"
+
+
+def rounds(pool: Known, rule: str, seed: int) -> list[int]:
+    """The pairs in the order in which they are labelled: the first 20 by chance, alike for all rules of a seed."""
+    rng = np.random.default_rng(seed)
+    taken: list[int] = rng.permutation(len(pool.rows))[: ROUNDS[0]].tolist()
+    scaled_TF = pool.cases.gap_PF / np.sqrt((pool.cases.gap_PF**2).mean(0))
+    for count in ROUNDS[1:]:
+        rest = rng.permutation(np.setdiff1d(np.arange(len(pool.rows)), taken))
+        wanted = count - len(taken)
+        if rule == "by chance":
+            new = np.arange(wanted)
+        elif rule == "different":
+            new = np.array(spread_out(scaled_TF[rest], wanted))
+        else:
+            margin_T = margins(pool.cases.some(np.array(taken)), pool.cases.gap_PF[rest], 10, 5, seed).other_HT.mean(0)
+            certain = np.argsort(np.abs(margin_T), kind="stable")[:wanted]
+            new = certain if rule == "least certain" else np.array(by_margin(margin_T, scaled_TF[rest], wanted))
+        taken += rest[new].tolist()
+    return taken
+
+
+def accuracy(pool: Cases, labelled: list[int], held: Cases) -> float:
+    """Of a head of these labels, its ridge by cross-validation."""
+    some = pool.some(np.array(labelled))
+    strength = margins(some, some.gap_PF[:0], 2, 5, 0).strength
+    return float(sign_share(head(some, strength)(held.gap_PF)).mean())
+
+
+def train(pool: Known, labelled: dict[tuple[str, int], list[int]], args: argparse.Namespace) -> None:
+    """DPO on the first labels of two rules."""
+    print(f"\nDPO on {args.train} labels, lr {args.lr}, bfloat16; accuracy on 200 held-out pairs")
+    print("| rule | accuracy by seed | mean |\n|---|---|---|")
+    for rule in (RULES[0], RULES[2]):
+        found = [
+            trained(pool, labelled[rule, seed][: args.train], f"{rule}-{seed}", seed, args)
+            for seed in range(args.seeds)
+        ]
+        print(f"| {rule} | {', '.join(f'{one:.3f}' for one in found)} | {np.mean(found):.3f} |", flush=True)
+
+
+def trained(pool: Known, labels: list[int], name: str, seed: int, args: argparse.Namespace) -> float:
+    """Held-out implicit reward accuracy."""
+    folder: Path = args.out / "ask" / f"{name.replace(' ', '_')}-{len(labels)}"
+    run = RunFolder(folder / "run")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "train.jsonl", [pool.rows[place] for place in labels])
+    if not run.evaluation.exists():
+        settings = {"dtype": "bfloat16", "batch_prompts": 8, "loss": {"kind": "dpo", "beta": 0.1}, "save": {"every": 0}}
+        favor.train(
+            args.model, str(folder / "train.jsonl"), out=run.root, seed=seed, lr=args.lr, quiet=True, **settings
+        )
+        favor.evaluate(str(run.root), data=args.held_out, max_rows=200, sample_prompts=0, quiet=True)
+    return float(json.loads(run.evaluation.read_text())["accuracy"])
+
+
+if __name__ == "__main__":
+    main()

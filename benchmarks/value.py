@@ -1,0 +1,332 @@
+"""Does `favor value` count planted wrong labels, find them, and does it help to act on it? Held against simple baselines.
+
+    python benchmarks/value.py [--data FILE] [--held-out FILE] [--pairs 600] [--parts noise train] [--out FOLDER]
+
+noise: labels turned round by chance; the share estimated, with its interval, by the mixture, beside trusted pairs, and by
+the closed form of Hoelder-DPO (arXiv 2505.17859) on heads trained by its loss; AUC of which labels are wrong, by P(wrong)
+and by the reference's log-prob margin. train: DPO in full on what each rule keeps, accuracy on held-out pairs with right
+labels. Default data: the demo's film quotes. Features, and runs that are there, are kept, so a stopped call goes on.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import expit
+from sklearn.metrics import roc_auc_score
+
+import favor
+from favor.data.settings import DataConfig
+from favor.data.types import Text
+from favor.demo import model_folder, review_files
+from favor.eval.intervals import mean_interval
+from favor.model.load import ModelConfig
+from favor.model.room import memory_settings
+from favor.run import RunFolder, cache_folder, write_jsonl
+from favor.value.cheap import Cases, margins
+from favor.value.noise import Noise, beside_trusted, mixture
+from favor.value.run import read_parts
+from favor.value.settings import ValueConfig, ValueSettings
+from favor.value.verdict import Judged, judge
+
+Array = NDArray[np.float64]
+GAMMA = 2.0
+MODELS, FOLDS = 10, 5
+KEPT = 0.6
+
+
+class Known(NamedTuple):
+    """Pairs of a file with right labels: rows, numbers, the reference's margins."""
+
+    rows: list[dict[str, Any]]
+    cases: Cases
+    logp_gap: Array
+
+
+def main() -> None:
+    """Print each table."""
+    args = parse()
+    memory_settings()
+    known = read(args)
+    if "noise" in args.parts:
+        noise_table(known["train"], known["eval"], args)
+    if "train" in args.parts:
+        train_table(known["train"], args)
+
+
+def parse() -> argparse.Namespace:
+    """The words."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data(parser)
+    parser.add_argument("--trusted", type=int, default=100, help="held-out pairs whose labels are trusted")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.4])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--train-pairs", type=int, default=240)
+    parser.add_argument("--train-shares", type=float, nargs="+", default=[0.2, 0.4])
+    parser.add_argument("--train-seeds", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=3e-5)
+    parser.add_argument("--parts", nargs="+", choices=["noise", "train"], default=["noise", "train"])
+    return parser.parse_args()
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """What says which pairs, and by which model."""
+    parser.add_argument("--data", help="preferences with right labels")
+    parser.add_argument("--held-out", help="others of the same kind")
+    parser.add_argument("--model", help="model folder; default the embedded one")
+    parser.add_argument("--out", type=Path, default=Path("runs/value"))
+    parser.add_argument("--pairs", type=int, default=600)
+
+
+def read(args: argparse.Namespace) -> dict[str, Known]:
+    """Both files as numbers, computed once."""
+    files = review_files(cache_folder(), print)
+    args.data = args.data or str(files / "train.jsonl")
+    args.held_out = args.held_out or str(files / "test.jsonl")
+    args.model = args.model or str(model_folder(cache_folder(), print))
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = DataConfig(train=args.data, eval=args.held_out, max_rows=args.pairs, bad_rows="drop")
+    config = ValueConfig(model=ModelConfig(path=args.model), data=data)
+    kept = args.out / "features.npz"
+    texts = args.out / "rows.json"
+    if not kept.exists():
+        found = read_parts(config, lambda *told: None)
+        listed = {
+            name: [
+                {
+                    "prompt": plain(pair.text.prompt),
+                    "chosen": plain(pair.text.responses[pair.chosen]),
+                    "rejected": plain(pair.text.responses[pair.rejected]),
+                }
+                for pair in part.pairs
+            ]
+            for name, part in found.items()
+        }
+        texts.write_text(json.dumps(listed))
+        np.savez(
+            kept,
+            **{f"{name}_gap": part.cases.gap_PF for name, part in found.items()},
+            **{f"{name}_prompt": part.cases.prompt_P for name, part in found.items()},
+            **{f"{name}_logp": part.logp_gap_P for name, part in found.items()},
+        )
+    stored, rows = np.load(kept), json.loads(texts.read_text())
+    return {
+        name: Known(
+            rows[name],
+            Cases(stored[f"{name}_gap"], np.ones(len(rows[name])), stored[f"{name}_prompt"]),
+            stored[f"{name}_logp"],
+        )
+        for name in rows
+    }
+
+
+def plain(text: Text) -> Any:
+    """A text as JSON holds it."""
+    return text if isinstance(text, str) else list(text)
+
+
+def noise_table(mine: Known, held: Known, args: argparse.Namespace) -> None:
+    """A row for each planted share: estimates over seeds, how many intervals hold the truth, AUC."""
+    print(
+        f"{len(mine.rows)} pairs, {len(np.unique(mine.cases.prompt_P))} prompts, {args.seeds} seeds; {args.trusted} trusted pairs"
+    )
+    print(
+        "| planted | mixture | 95 % holds it | beside trusted | 95 % holds it | Hölder, gamma 2 | AUC, P(wrong) "
+        "| AUC, reference's margin |"
+        "\n|---|---|---|---|---|---|---|---|"
+    )
+    for share in args.shares:
+        found = [estimates(mine, held, share, seed, args) for seed in range(args.seeds)]
+        truth, mixed, beside, holder, auc, simple = zip(*found, strict=True)
+        cells = [
+            shown(truth),
+            *(cell for noises in (mixed, beside) for cell in noise_cells(noises, truth)),
+            shown(holder),
+            *(shown(values) if share else "" for values in (auc, simple)),
+        ]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def estimates(
+    mine: Known, held: Known, share: float, seed: int, args: argparse.Namespace
+) -> tuple[float, Noise, Noise, float, float, float]:
+    """Truth, mixture, beside trusted, Hölder, and two AUCs."""
+    rng = np.random.default_rng(seed)
+    sign_P = turned(len(mine.rows), share, seed)
+    cases = mine.cases._replace(gap_PF=mine.cases.gap_PF * sign_P[:, None])
+    trusted = held.cases.some(rng.permutation(len(held.rows))[: args.trusted])
+    said = margins(cases, trusted.gap_PF, MODELS, FOLDS, seed)
+    margin_P = said.out_MP.mean(0)
+    mixed = mixture(margin_P, cases.prompt_P)
+    beside = beside_trusted(said.out_MP, cases.prompt_P, said.other_HT, trusted.prompt_P)
+    wrong = sign_P < 0
+    scores = (margin_P, mine.logp_gap * sign_P)
+    aucs = [float(roc_auc_score(wrong, -score)) if wrong.any() else float("nan") for score in scores]
+    return float(wrong.mean()), mixed, beside, holder_share(cases, said.strength, seed), aucs[0], aucs[1]
+
+
+def turned(count: int, share: float, seed: int) -> Array:
+    """-1 for a label that is turned round."""
+    return np.where(np.random.default_rng(1000 + seed).random(count) < share, -1.0, 1.0)
+
+
+def noise_cells(noises: tuple[Noise, ...], truth: tuple[float, ...]) -> tuple[str, str]:
+    """The estimates, and how many intervals hold the truth and how wide they are."""
+    held = sum(one.low <= true <= one.high for one, true in zip(noises, truth, strict=True))
+    width = float(np.median([one.high - one.low for one in noises]))
+    return shown([one.share for one in noises]), f"{held} of {len(noises)}, width {width:.2f}"
+
+
+def shown(values: Any) -> str:
+    """Mean and range."""
+    return f"{np.mean(values):.3f} [{np.min(values):.3f}, {np.max(values):.3f}]"
+
+
+def holder_share(cases: Cases, strength: float, seed: int) -> float:
+    """1 - xi of Hölder-DPO's closed form, xi = mean s(m)^g / mean (s(m)^(1+g) + s(-m)^(1+g)), m out of fold, heads of its loss."""
+    rng = np.random.default_rng(seed)
+    names, place_P = np.unique(cases.prompt_P, return_inverse=True)
+    fold_P = (rng.permutation(len(names)) % FOLDS)[place_P]
+    scale = np.sqrt((cases.gap_PF**2).mean(0) * cases.gap_PF.shape[1]) + 1e-12
+    gap_PF = cases.gap_PF / scale
+    margin_P = np.zeros(len(fold_P))
+    for fold in range(FOLDS):
+        inside = fold_P != fold
+        theta = holder_head(gap_PF[inside], strength)
+        margin_P[~inside] = gap_PF[~inside] @ theta
+    top, bottom = sums(margin_P)
+    return float(np.clip(1 - top / bottom, 0, 1))
+
+
+def sums(margin_P: Array) -> tuple[float, float]:
+    """The two means of the closed form."""
+    yes, no = expit(margin_P), expit(-margin_P)
+    return float((yes**GAMMA).mean()), float((yes ** (1 + GAMMA) + no ** (1 + GAMMA)).mean())
+
+
+def holder_head(gap_PF: Array, strength: float) -> Array:
+    """The head that maximises (1 + g) ln S2 - g ln S1: Hölder's loss with the best xi put in, and the same ridge."""
+    count = len(gap_PF)
+
+    def loss(theta: Array) -> tuple[float, Array]:
+        margin = gap_PF @ theta
+        yes, no = expit(margin), expit(-margin)
+        top, bottom = sums(margin)
+        by_top = GAMMA * yes**GAMMA * no / count / top
+        by_bottom = (1 + GAMMA) * (yes ** (1 + GAMMA) * no - no ** (1 + GAMMA) * yes) / count / bottom
+        value = (1 + GAMMA) * np.log(top) - GAMMA * np.log(bottom)
+        slope = gap_PF.T @ ((1 + GAMMA) * by_top - GAMMA * by_bottom)
+        return -value + theta @ theta / (2 * strength * count), -slope + theta / (strength * count)
+
+    # the start of a policy is its reference: all margins 0
+    found = minimize(loss, np.zeros(gap_PF.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    return np.asarray(found.x)
+
+
+def train_table(mine: Known, args: argparse.Namespace) -> None:
+    """A row for each rule: held-out accuracy of DPO on what it keeps, over seeds."""
+    print(
+        f"\nDPO on {args.train_pairs} pairs, lr {args.lr}, bfloat16; accuracy on 200 held-out pairs with right labels"
+    )
+    print("| planted | rule | pairs | wrong among them | accuracy by seed | mean less all |\n|---|---|---|---|---|---|")
+    for share in args.train_shares:
+        base: list[float] = []
+        for name, rule in RULES.items():
+            found = [trained(mine, share, seed, name, rule, args) for seed in range(args.train_seeds)]
+            accuracy = [one["accuracy"] for one in found]
+            base = base or accuracy
+            difference = mean_interval(np.array(accuracy) - np.array(base))
+            cells = (
+                f"{share:.0%}",
+                name,
+                f"{np.mean([one['pairs'] for one in found]):.0f}",
+                f"{np.mean([one['wrong'] for one in found]):.1%}",
+                ", ".join(f"{value:.3f}" for value in accuracy),
+                f"{difference.mean:+.3f}",
+            )
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
+class Choice(NamedTuple):
+    """What a rule sees: margins by the labels, the reference's own, verdicts; a stream of chance."""
+
+    margin: Array
+    logp_gap: Array
+    verdicts: list[Judged]
+    noise: Noise
+    rng: np.random.Generator
+
+    def top(self, score: Array) -> Array:
+        """1 for the share with the highest score, else 0."""
+        used = np.zeros(len(score))
+        used[np.argsort(-score, kind="stable")[: round(KEPT * len(score))]] = 1
+        return used
+
+
+_DONE = {"keep": 1.0, "flip": -1.0}
+# rule -> 1 keep, 0 leave out, -1 turn round
+RULES: dict[str, Callable[[Choice], Array]] = {
+    "all": lambda c: np.ones(len(c.margin)),
+    "all, robust loss with the measured share": lambda c: np.ones(len(c.margin)),
+    "60 % by chance": lambda c: c.top(c.rng.random(len(c.margin))),
+    "60 % by the reference's margin": lambda c: c.top(c.logp_gap),
+    "60 % with the smallest margin (2508.04149)": lambda c: c.top(-np.abs(c.margin)),
+    "60 % by worth": lambda c: c.top(c.margin),
+    "cleaned: keep and flip": lambda c: np.array(
+        [{"keep": 1.0, "flip": -1.0}.get(one.verdict, 0.0) for one in c.verdicts]
+    ),
+}
+
+
+def trained(
+    mine: Known, share: float, seed: int, name: str, rule: Callable[[Choice], Array], args: argparse.Namespace
+) -> dict[str, float]:
+    """One run of DPO on what a rule keeps."""
+    some = mine.cases.some(np.arange(args.train_pairs))
+    sign_P = turned(args.train_pairs, share, seed)
+    cases = some._replace(gap_PF=some.gap_PF * sign_P[:, None])
+    said = margins(cases, cases.gap_PF[:0], MODELS, FOLDS, seed)
+    noise = mixture(said.out_MP.mean(0), cases.prompt_P)
+    verdicts = judge(noise.wrong(said.out_MP.mean(0)), said.out_MP, ValueSettings())
+    seen = Choice(
+        said.out_MP.mean(0), mine.logp_gap[: args.train_pairs] * sign_P, verdicts, noise, np.random.default_rng(seed)
+    )
+    use_P = rule(seen)
+    final_P = use_P * sign_P
+    folder = args.out / f"{share:g}-{seed}-{list(RULES).index(name)}"
+    run = RunFolder(folder / "run")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row if final > 0 else swapped(row) for row, final in zip(mine.rows, final_P, strict=False) if final]
+    write_jsonl(folder / "train.jsonl", rows)
+    robust = {"kind": "robust", "label_smoothing": min(noise.certain, 0.45)} if "robust" in name else {"kind": "dpo"}
+    if not run.evaluation.exists():
+        favor.train(
+            args.model,
+            str(folder / "train.jsonl"),
+            out=run.root,
+            seed=seed,
+            lr=args.lr,
+            dtype="bfloat16",
+            batch_prompts=8,
+            loss={**robust, "beta": 0.1},
+            save={"every": 0},
+            quiet=True,
+        )
+        favor.evaluate(str(run.root), data=args.held_out, max_rows=200, sample_prompts=0, quiet=True)
+    accuracy = json.loads(run.evaluation.read_text())["accuracy"]
+    wrong = float((final_P[use_P != 0] < 0).mean())
+    return {"accuracy": accuracy, "pairs": float((use_P != 0).sum()), "wrong": wrong}
+
+
+def swapped(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its label turned round."""
+    return row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+
+
+if __name__ == "__main__":
+    main()

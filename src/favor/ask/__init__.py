@@ -1,0 +1,1 @@
+"""`favor ask`: which pairs to label next for a model, and when it is enough."""
