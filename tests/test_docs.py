@@ -52,6 +52,7 @@ HAS = {
     "export": ["runs/dpo"],
     "failures": ["recipe.toml"],
     "formats": ["hh.jsonl", "org/dataset"],
+    "guards": ["recipe.toml"],
     "label": ["prompts.jsonl", "known.jsonl"],
     "python": ["FILE", "HuggingFaceTB/SmolLM2-135M-Instruct"],
     "coming_from": ["FILE"],

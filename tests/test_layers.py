@@ -88,7 +88,7 @@ ALLOWED = {
 # inside train/ a file imports earlier ones only
 TRAIN_ORDER = (
     *("step", "loggers", "session", "moments", "checkpoint", "notes", "optim", "loop", "packs", "reference", "stats"),
-    *("rollout", "coupled", "watch"),
+    *("rollout", "coupled", "watch", "health", "guards"),
     *("sft", "reward", "ppo", "preference", "dryrun", "measure", "fit"),
 )
 # inside data/ too; the package formats is one
@@ -97,7 +97,7 @@ DATA_ORDER = (
     *("encode", "shapes", "turns", "render", "tokenize", "splits", "store", "prepare", "prompts", "batches"),
 )
 # the size of the package; a feature may raise a number to the new size in its own commit, with the reason (CONTRIBUTING.md)
-MOST_LINES, MOST_FILES = 29_002, 179
+MOST_LINES, MOST_FILES = 29_556, 181
 # comment lines per 100 of code, on the files of the story (docs/path.md)
 LEAST_COMMENTS = 5
 FILES = sorted(PACKAGE.rglob("*.py"))

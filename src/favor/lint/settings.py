@@ -29,6 +29,7 @@ ELSEWHERE = {
     "reference",
     "train",
     "watch",
+    "health",
     "save",
     "ranks",
     "ppo",

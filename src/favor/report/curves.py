@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from markupsafe import Markup
 
 from favor.report.plot import Axes, Line, chart
-from favor.report.records import RunRecord
+from favor.report.records import Record, RunRecord
 from favor.report.words import rounded
 
 # points of a line at most, over all lines of a page: more cannot be told apart, and would weigh
@@ -51,6 +51,9 @@ CURVES: dict[str, Curve] = {
     "Reward less KL penalty": Curve("score", {"objective": "objective"}, "up"),
     "Response length": Curve("tokens", {"length": "length"}),
     "Ended with an end token": Curve("share", {"ended": "ended"}, "up", (0.0, 1.0)),
+    "Repeated 4-grams within a sample": Curve("share", {"repetition": "repeated"}, "down", (0.0, 1.0)),
+    "Distinct 2-grams over samples": Curve("share", {"distinct": "distinct"}, "up", (0.0, 1.0)),
+    "Chosen answers against the reference": Curve("nats a token", {"displacement": "chosen"}, "up"),
     "KL coefficient": Curve("", {"kl_coef": "coefficient"}, inner=True),
     "Value loss": Curve("", {"value_loss": "value loss"}, "down", inner=True),
     "Clipped ratios": Curve("share of tokens", {"clipped": "clipped"}, inner=True),
@@ -92,9 +95,10 @@ def curve(runs: Sequence[RunRecord], title: str, over: str, points: int = _POINT
             name = " ".join([run.name, label][: 1 + (len(found.keys) > 1)]) if several else label
             line = _line(x, y, name, (number, place) if several else (place, 0), points)
             lines.append(replace(line, up=_probe_ends(run)) if key == "kl" and line.marks else line)
-            if held_out := _held_out(run, key, over):
-                of = f"{run.name}, " if several else ""
-                lines.append(Line(*held_out, f"{of}held out", number if several else 2, 2, marks=True))
+            of = f"{run.name}, " if several else ""
+            for named, records, colour in (("held out", run.evals, 2), ("health", run.looks, 3)):
+                if beside := _beside(run, records, key, over):
+                    lines.append(Line(*beside, f"{of}{named}", number if several else colour, 2, marks=True))
     axes = Axes(
         title,
         "step" if over == "step" else "unique tokens",
@@ -163,13 +167,13 @@ def _line(x: Sequence[float], y: Sequence[float], label: str, style: tuple[int, 
     return Line([x[i] for i in kept], [soft[i] for i in kept], label, *style, len(y) < _SMOOTHED, behind=raw)
 
 
-def _held_out(run: RunRecord, key: str, over: str) -> tuple[list[float], list[float]] | None:
-    """(x, y) of the held-out evaluations during training."""
+def _beside(run: RunRecord, records: Sequence[Record], key: str, over: str) -> tuple[list[float], list[float]] | None:
+    """(x, y) of what was measured between steps: held-out evaluations, looks of [health]."""
     steps, tokens = {0: 0}, 0
     for record in run.steps:
         tokens += record.get("unique_tokens", 0)
         steps[record["step"]] = tokens
-    found = [(record["step"], record[key]) for record in run.evals if key in record and record["step"] in steps]
+    found = [(record["step"], record[key]) for record in records if key in record and record["step"] in steps]
     return ([step if over == "step" else steps[step] for step, _ in found], [y for _, y in found]) if found else None
 
 

@@ -27,6 +27,7 @@ class RunRecord:
     settings: Record
     steps: tuple[Record, ...]
     evals: tuple[Record, ...]
+    looks: tuple[Record, ...]
     events: tuple[Record, ...]
     evaluation: Record
     pairs: tuple[Record, ...]
@@ -43,6 +44,7 @@ class Curves(NamedTuple):
 
     steps: tuple[Record, ...]
     evals: tuple[Record, ...]
+    looks: tuple[Record, ...]
     events: tuple[Record, ...]
 
 
@@ -50,7 +52,7 @@ def curves(folder: RunFolder, notes: list[str]) -> Curves:
     """What metrics.jsonl holds; what of it is damaged is told in `notes`."""
     metrics = _lines(folder.metrics, {"kind"}, notes)
     events = (record for record in metrics if record["kind"] == "event" and isinstance(record.get("message"), str))
-    return Curves(_last_of_each_step(metrics, "step"), _last_of_each_step(metrics, "eval"), tuple(events))
+    return Curves(*(_last_of_each_step(metrics, kind) for kind in ("step", "eval", "health")), tuple(events))
 
 
 def evaluation(folder: RunFolder, notes: list[str]) -> Record:
@@ -76,6 +78,7 @@ def collect(root: Path, sections: Mapping[str, Callable[[Record], str]] = Mappin
         settings=settings_in(config),
         steps=found.steps,
         evals=found.evals,
+        looks=found.looks,
         evaluation=evaluation(folder, notes),
         pairs=tuple(_lines(folder.pairs, {"pair", "prompt", "margin"}, notes)),
         winrate=_json(folder.winrate, winrate_rows, notes),

@@ -61,7 +61,7 @@ def _place(run: Listed, order: str) -> tuple[float, str]:
 def _line(place: Path, folder: Path) -> Listed:
     """Of the run's files those that the line needs."""
     files, notes = RunFolder(place), list[str]()
-    steps, evals, _ = curves(files, notes)
+    steps, evals, *_ = curves(files, notes)
     last = steps[-1] if steps else {}
     state = "finished" if files.model.exists() else "unfinished" if steps else "not begun"
     held_out = evaluation(files, notes).get("accuracy", evals[-1].get("accuracy") if evals else None)

@@ -25,7 +25,7 @@ from favor.parts import assign_, collected, in_files
 from favor.ranks import World, barrier, from_main, largest
 from favor.run import RunFolder, atomic_folder, fsync, refuse_changed, remove_folder
 from favor.train import moments
-from favor.train.session import Session, TrainingState
+from favor.train.session import Health, Session, TrainingState
 from favor.train.step import Learner
 
 _POLICY, _OPTIMIZER, _REFERENCE, _STATE = "policy", "optimizer", "reference", "state.json"
@@ -43,7 +43,9 @@ class _Sealed(BaseModel):
 
     def seal(self) -> str:
         """What `sha256` must be."""
-        return sha(self.model_copy(update={"sha256": ""}).model_dump_json())
+        # a state without looks is sealed as before there were any
+        unread = {"state": {"health"}} if self.state.health == Health() else None
+        return sha(self.model_copy(update={"sha256": ""}).model_dump_json(exclude=unread))
 
 
 class Stored(NamedTuple):
@@ -59,8 +61,8 @@ class Stored(NamedTuple):
 def save(session: Session, learner: Learner, state: TrainingState, keep: int) -> None:
     """The main rank writes `step-NNNNNN` aside, fsyncs, renames; then removes all but the newest `keep` up to this one.
 
-    Where memory allows it copies what is saved, and a thread writes while training goes on; else training waits. Raises
-    what went wrong in writing this one, if training waits, and the one before.
+    That of the best look of [health] stays too. Where memory allows it copies what is saved, and a thread writes while training
+    goes on; else training waits. Raises what went wrong in writing this one, if training waits, and the one before.
     """
     background = session.background
     background.wait()
@@ -105,6 +107,8 @@ def _write(folder: RunFolder, files: Iterable[tuple[str, dict[str, Tensor]]], st
         (aside / _STATE).write_text(sealed.model_dump_json(indent=2) + "\n", "utf-8")
     found = checkpoints(folder.checkpoints)
     kept = [old for old in found if _step(old) <= state.step][-keep:]
+    if (best := state.health.best) is not None:
+        kept.append(folder.checkpoints / _name(best.step))
     # later ones were damaged, or this run would stand where they are
     for old in found:
         if old not in kept:
@@ -258,6 +262,15 @@ def newest_sound(session: Session) -> Stored | None:
             )
         session.event(0, "damaged", f"warning: {problem}; going back to the checkpoint before")
     return None
+
+
+def of_step(session: Session, step: int) -> Stored:
+    """The checkpoint after a step, which is there. Raises CheckpointError when it is damaged."""
+    session.background.wait()
+    barrier(session.world)
+    path = session.folder.checkpoints / _name(step)
+    _appeared(path, session.world)
+    return read(path)
 
 
 def _appeared(path: Path, members: World) -> None:

@@ -81,6 +81,7 @@ def _disk(config: TrainConfig, architecture: PreTrainedConfig) -> str:
     kept = weights + weights * STATE_BYTES[config.optim.kind] // 4
     # the newest ones, and one more while it is written
     checkpoints = config.save.keep + 1 if config.save.every else 1
+    checkpoints += config.health is not None and config.health.keeps
     needed = weights + checkpoints * kept
     lacking = f"\nwarning: {needed / GIB:.2f} GiB are needed; save.keep=1 keeps one checkpoint" if needed > free else ""
     what = "adapters" if config.model.lora else "model"

@@ -32,7 +32,7 @@ Record: TypeAlias = Mapping[str, object]
 # figures by name, and the step that they belong to
 Write: TypeAlias = Callable[[Mapping[str, float], int], object]
 # what is told: the records' kind -> the group of curves
-_GROUPS = {"step": "train", "eval": "eval"}
+_GROUPS = {"step": "train", "eval": "eval", "health": "health"}
 _PROJECT = "favor"
 
 

@@ -4,7 +4,7 @@ In: a recipe, what learns, and from what. Out: one Turn per optimizer step. Next
 """
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -172,7 +172,9 @@ class Turn:
         session, save, total = training.session, training.recipe.save, training.num_steps
         session.background.look()
         number = largest(session.stop.signal_number or 0, session.world)
-        if number or (save.every > 0 and state.step % save.every == 0 and state.step < total):
+        due = save.every > 0 and state.step % save.every == 0
+        best = state.health.best is not None and state.health.best.step == state.step
+        if number or ((due or best) and state.step < total):
             checkpoint.save(session, training.learner, state, save.keep)
         if number:
             session.background.wait()
@@ -181,10 +183,16 @@ class Turn:
             raise StoppedError(f"stopped after step {state.step} of {total}; continue with resume=true", number)
 
 
-def turns(training: Training, label: str, state: TrainingState) -> Generator[Turn]:
+def turns(
+    training: Training,
+    label: str,
+    state: TrainingState,
+    result: Callable[[TrainingState], TrainingState] = lambda state: state,
+) -> Generator[Turn]:
     """The optimizer steps from the newest checkpoint (with `resume`, else from `state`) to the last; then the final model.
 
     The caller computes a step, calls `done`, `record` and `save_or_stop`, and closes the generator whatever happens.
+    result: puts the weights that are kept into the policy, and returns their state.
     """
     recipe, session, used = training.recipe, training.session, training.used
     if recipe.resume:
@@ -198,16 +206,16 @@ def turns(training: Training, label: str, state: TrainingState) -> Generator[Tur
     ended, looked_at = session.background.ended(session.say), session.stop.looked_at()
     with looked_at, ended, Bar(session, label, total, state.step) as bar:
         for indices, place in order.batches(LoaderState(state.epoch, state.position)):
-            if state.step >= total:
+            if state.step >= total or state.health.stopped:
                 break
-            rate = learning_rate(recipe.optim, state.step, total)
+            rate = learning_rate(recipe.optim, state.step, total) * state.health.rate
             for group in training.learner.optimizer.param_groups:
                 group["lr"] = rate
             turn = Turn([used[i] for i in indices], rate, state, place, bar, training, run_began, time.monotonic())
             yield turn
             state = turn.state
     _note(training, state.step)
-    finish(training.policy, state, session)
+    finish(training.policy, result(state), session)
 
 
 def length_notes(recipe: Recipe, total: int) -> Iterator[tuple[str, str]]:

@@ -37,7 +37,7 @@ from favor.train.optim import STATE_BYTES
 from favor.train.preference import Begun, TrainConfig, begin, compares_live, make_references, plan_step
 from favor.train.session import OpenSession, Session, in_session
 from favor.train.step import step
-from favor.train.watch import References, probe
+from favor.train.watch import KlConfig, References, probe
 
 # optimizer batches whose tokens are counted; packs of the ordinary one that are timed
 _COUNTED, _TIMED = 256, 8
@@ -224,6 +224,11 @@ def _passes(
         began = _now(policy.device)
         probe(kl, config.seed, policy, references, splits, World())
         found["KL probes"] = (_now(policy.device) - began) * (steps // kl.every)
+    if (health := config.health) is not None:
+        began, sampling = _now(policy.device), KlConfig(every=1, prompts=health.prompts, tokens=health.tokens)
+        probe(sampling, config.seed, policy, references, splits, World())
+        each = _now(policy.device) - began + rate * _computed(splits.eval[: health.held_out], begun) * (1 + live)
+        found["looks at health"] = each * health.looks(steps)
     return found
 
 

@@ -6,8 +6,9 @@ alone: the rest serves options. docs/path.md lists the ten files from a preferen
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ from favor.rewards.source import RewardConfig, check_scorer, make_scorer
 from favor.rewards.source import identity as reward_identity
 from favor.run import same_inputs
 from favor.train import coupled, reference
+from favor.train.guards import Guard, make_guard, result
+from favor.train.health import HealthConfig, refusal, with_likelihood
 from favor.train.loop import (
     LoopConfig,
     SaveConfig,
@@ -75,6 +78,7 @@ class TrainConfig(BaseModel):
     ranks: RanksConfig = RanksConfig()
     save: SaveConfig = SaveConfig()
     watch: WatchConfig = WatchConfig()
+    health: HealthConfig | None = None
     reward: RewardConfig | None = None
 
     @model_validator(mode="after")
@@ -83,6 +87,13 @@ class TrainConfig(BaseModel):
             raise ValueError("[reward] scores the samples of the KL probe; set watch.kl.every, or remove it")
         if self.watch.eval is not None and self.data.eval is None and self.data.hold_out is None:
             raise ValueError("[watch.eval] measures held-out data; name data.eval or data.hold_out.share, or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _health_can_be_seen(self) -> "TrainConfig":
+        held_out, moves = self.data.eval is not None or self.data.hold_out is not None, self.reference.sync is not None
+        if self.health and (said := refusal(self.health, self.loss, held_out=held_out, moves=moves)):
+            raise ValueError(said)
         return self
 
     @model_validator(mode="after")
@@ -143,6 +154,9 @@ def begin(config: TrainConfig, session: Session) -> Begun:
     splits = load_splits(config.data, config.tokens, policy, session)
     # trees without an item of the loss (a prompt whose answers only tie) are read and not trained on
     used = usable(config.loss, outlines(splits.train), config.data.training)
+    if config.health and "likelihood" in config.health.done:
+        # what may be added must have something to learn from, too
+        usable(with_likelihood(config.loss, 1.0), outlines(splits.train), config.data.training)
     # trees where they are exact for this model and these lengths, else one row per response
     policy, why = settle(policy, config.model.layout, splits.train[:2], also=_computed(config, splits), train=True)
     session.self_check(policy, why)
@@ -155,9 +169,10 @@ def _computed(config: TrainConfig, splits: Splits) -> Iterator[TokenTree]:
     """The longest of what is computed: trees of both splits, samples of probes, KTO's mismatched pairs."""
     yield from extremes(splits.train)
     yield from extremes(splits.eval)
-    if (kl := config.watch.kl) is not None:
+    for asked in (config.watch.kl, config.health):
         trees = splits.eval or splits.train
-        yield from (sampled_tree(tree.prompt_ids, kl.tokens) for tree in trees[: kl.prompts])
+        if asked is not None:
+            yield from (sampled_tree(tree.prompt_ids, asked.tokens) for tree in trees[: asked.prompts])
     if needs(config.loss).zero:
         few = extremes(splits.train)
         prompt = max((tree.prompt_ids for tree in few), key=len)
@@ -165,8 +180,8 @@ def _computed(config: TrainConfig, splits: Splits) -> Iterator[TokenTree]:
 
 
 def compares_live(config: TrainConfig) -> bool:
-    """Whether something reads a reference that computes beside the policy: a live one, the KL probe, KTO's z0."""
-    return config.reference.mode == "live" or bool(config.watch.kl) or needs(config.loss).zero
+    """Whether something reads a reference that computes beside the policy: a live one, the KL probe, looks, KTO's z0."""
+    return config.reference.mode == "live" or bool(config.watch.kl or config.health) or needs(config.loss).zero
 
 
 def make_references(
@@ -226,8 +241,10 @@ def _loop(
     watch, sync = config.watch, config.reference.sync
     if held_out := _held_out(config, policy, references, splits, session):
         held_out.first(resume=config.resume)
-    with contextlib.closing(turns(training, "train", state)) as steps:
+    guard, kept = _guard(config, training, references, splits, held_out)
+    with contextlib.closing(turns(training, "train", state, kept)) as steps:
         for turn in steps:
+            config = _looked_at_first(guard, config, turn)
             # the same on every rank; each computes its own share of the micro-batches
             trees = [splits.train[i] for i in turn.indices]
             cut, objective = plan_step(config, policy, references, trees, session.world)
@@ -246,6 +263,8 @@ def _loop(
             _watch_displacement(config, turn, done)
             if held_out:
                 held_out.after(now, training.num_steps)
+            if guard:
+                guard.after(turn)
             turn.save_or_stop()
 
 
@@ -254,12 +273,30 @@ def _held_out(
 ) -> HeldOut | None:
     """What measures the held-out part; None where nothing, or nothing that the loss can be taken of, is held out."""
     loss, asked, trees = config.loss, config.watch.eval, splits.eval
-    if not trees or not measurable(loss, trees, session, asked=asked is not None):
+    if not trees or not measurable(loss, trees, session, asked=bool(asked or config.health)):
         return None
     ref, budget = references.of["eval"], config.train.budget
     return HeldOut(
         lambda: evaluate(loss, policy, ref, trees, budget, session.world), session, asked.every if asked else None
     )
+
+
+def _guard(
+    config: TrainConfig, training: Training, references: References, splits: Splits, held_out: HeldOut | None
+) -> tuple[Guard | None, Callable[[TrainingState], TrainingState]]:
+    """What looks at the model as it trains, where [health] asks for it, and what gives the state that is kept at the end."""
+    if config.health is None:
+        return None, lambda state: state
+    guard = make_guard(config.health, config.loss, training, references, splits.eval)
+    return guard, partial(result, guard, held_out)
+
+
+def _looked_at_first(guard: Guard | None, config: TrainConfig, turn: Turn) -> TrainConfig:
+    """The recipe as this step trains it; before the first step a look is taken."""
+    if guard is None:
+        return config
+    guard.first(turn)
+    return config.model_copy(update={"loss": guard.loss(turn.state)})
 
 
 def make_objective(config: LossConfig, policy: Policy, reference: Reference, zero: float = 0.0) -> Objective:

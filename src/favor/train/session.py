@@ -39,6 +39,33 @@ _NOTHING_KEPT = "no step was under way, so there was nothing to save; run the sa
 Share = Annotated[float, Field(ge=0)]
 
 
+class Kept(BaseModel):
+    """A look of [health] whose checkpoint may become the result: its step and figures."""
+
+    model_config = STRICT
+    step: int = Field(ge=1)
+    accuracy: Share
+    loss: float
+    kl: float
+
+
+class Health(BaseModel):
+    """What the looks of [health] (train/health.py) have seen and decided.
+
+    start: figures before the first step; of accuracy, the best look's. out: signs out of bounds at the last look. rate: what the
+    learning rate is multiplied by; likelihood: whether its term is added; seconds: of all looks.
+    """
+
+    model_config = STRICT
+    start: dict[str, float] = {}
+    out: tuple[str, ...] = ()
+    rate: float = Field(default=1.0, ge=0, le=1)
+    likelihood: bool = False
+    stopped: bool = False
+    best: Kept | None = None
+    seconds: float = Field(default=0.0, ge=0)
+
+
 class TrainingState(BaseModel):
     """Where training stands after `step` optimizer steps, and what it came from.
 
@@ -56,6 +83,7 @@ class TrainingState(BaseModel):
     kl: dict[str, float] = {}
     below: tuple[tuple[Share, Share], ...] = ()
     metrics: tuple[int, str] = (0, "")
+    health: Health = Health()
 
 
 class Background:

@@ -15,7 +15,7 @@ from favor.config import STRICT
 from favor.data.splits import Splits
 from favor.data.types import Batch, TokenTree
 from favor.errors import ConfigError
-from favor.eval.figures import kl_of_samples
+from favor.eval.figures import Divergence, kl_of_samples
 from favor.eval.intervals import SHARE, mean_interval, sign_share
 from favor.losses.table import LossConfig, item_weight, needs, term_sums, terms
 from favor.model.load import Policy, precise
@@ -73,11 +73,12 @@ class HeldOut:
     session: Session
     every: int | None = None
 
-    def at(self, step: int) -> None:
-        """Measure, keep and say it."""
+    def at(self, step: int, of: int | None = None) -> None:
+        """Measure, keep and say it. of: the step whose weights are measured, where it is another."""
         found = self.measure()
-        self.session.record({"kind": "eval", "step": step, **found})
-        self.session.say(f"held-out at step {step}: {said(found)}")
+        other = {} if of in (None, step) else {"of_step": of}
+        self.session.record({"kind": "eval", "step": step, **other, **found})
+        self.session.say(f"held-out at step {step if of is None else of}: {said(found)}")
 
     def first(self, *, resume: bool) -> None:
         """Before the first step; a run that continues has had its own."""
@@ -122,16 +123,27 @@ def probe(
     policy = precise(policy)
     name = "eval" if splits.eval else "train"
     trees = splits.by_name[name][: config.prompts]
-    settings = SampleConfig(max_new_tokens=config.tokens)
-    prompts = [tree.prompt_ids for tree in trees]
-    ids = sampled(policy, prompts, [seed * 1_000_003 + i for i in range(len(prompts))], settings, world)
-    kl = kl_of_samples(policy, references.exact, prompts, ids, settings, world)
+    ids, kl = drawn(policy, references.exact, [tree.prompt_ids for tree in trees], seed, config.tokens, world)
     found = {"kl": kl.mean} | ({} if kl.se is None else {"kl_se": kl.se})
     found["ended"] = sum(response[-1] in policy.end_ids for response in ids) / len(ids)
     if references.scorer is not None:
         texts = splits.prompts_of(name, trees)
         found["reward"] = float(scores(references.scorer, texts, decode(policy.tokenizer, ids), world).mean())
     return found
+
+
+def drawn(
+    policy: Policy,
+    exact: Callable[[Batch], Tensor],
+    prompts: Sequence[Sequence[int]],
+    seed: int,
+    tokens: int,
+    world: World,
+) -> tuple[list[tuple[int, ...]], Divergence]:
+    """A sample for each prompt, of at most `tokens` tokens, by random streams of its own, and the KL that they show."""
+    settings = SampleConfig(max_new_tokens=tokens)
+    ids = sampled(policy, prompts, [seed * 1_000_003 + i for i in range(len(prompts))], settings, world)
+    return ids, kl_of_samples(policy, exact, prompts, ids, settings, world)
 
 
 def measurable(config: LossConfig, trees: Sequence[TokenTree], session: Session, *, asked: bool) -> bool:
@@ -154,11 +166,11 @@ def evaluate(
 ) -> dict[str, object]:
     """Held-out loss, accuracy (with its 95 % interval over prompts) and margin, by the training loss, in float32.
 
-    A coupled loss sees the whole part at once.
+    displacement: mean over pairs of log pi/ref(chosen) a token, nats. A coupled loss sees the whole part at once.
     """
     policy = precise(policy)
     owner = {tree.first_response + i: n for n, tree in enumerate(trees) for i in range(len(tree.response_ids))}
-    margins, prompts = [np.empty(0)], list[int]()
+    margins, moved, prompts = [np.empty(0)], [np.empty(0)], list[int]()
     window = len(trees) if needs(config).coupled else _WINDOW
     totals = dict.fromkeys(STATS, 0.0)
     sums, counts = (torch.zeros(len(terms(config)), dtype=torch.float64) for _ in range(2))
@@ -169,6 +181,7 @@ def evaluate(
         totals = {name: totals[name] + float(value) for name, value in batch_sums(config, scored, batch).items()}
         reward_R = rewards(config, scored, batch)
         margins.append((reward_R[batch.chosen_P] - reward_R[batch.rejected_P]).cpu().numpy())
+        moved.append(((scored.pi_R - scored.ref_R) / batch.length_R)[batch.chosen_P].cpu().numpy())
         prompts += [owner[index] for index in batch.index_R[batch.chosen_P].tolist()]
     found = means(totals)
     kept = ("accuracy", "margin", "reward_good", "reward_bad")
@@ -176,5 +189,7 @@ def evaluate(
     shown |= {name: found[name] for name in kept if name in found}
     if not prompts:
         return shown
+    if needs(config).reference:
+        shown["displacement"] = float(np.concatenate(moved).mean())
     interval = mean_interval(sign_share(np.concatenate(margins)), clusters=np.array(prompts), bounds=SHARE)
     return shown | {"accuracy_interval": interval.ends, "pairs": len(prompts), "prompts": len(set(prompts))}
