@@ -184,6 +184,7 @@ SMALL = {
     "loop": (*_SAMPLES, "rounds=1", "prompts_per_round=3", "samples_per_prompt=2", "train.max_steps=1"),
     "eval": (*_SAMPLES, "sample_prompts=2"),
     "winrate": ("max_prompts=3",),
+    "realign": (*_SAMPLES, "lambdas=[0,0.5,1]", "sample_prompts=2"),
     "export": ("check_tokens=6",),
     **dict.fromkeys(("sample", "prefer", "chat"), _SAMPLES),
 }

@@ -56,6 +56,7 @@ HAS = {
     "label": ["prompts.jsonl", "known.jsonl"],
     "python": ["FILE", "HuggingFaceTB/SmolLM2-135M-Instruct"],
     "coming_from": ["FILE"],
+    "realign": ["runs/dpo", "runs/dpo:runs/dpo-strong", "reward.py"],
     "rlhf": ["recipes", "reward.py"],
     "winrate": ["runs/dpo", "runs/sft"],
     "README": ["new.csv"],

@@ -17,7 +17,7 @@ import tiny
 from favor import cli
 from favor.cli import COMMANDS, app
 from favor.closing import Done
-from favor.commands import Command
+from favor.command import Command
 
 NAMES = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
 OWN = [name for name in NAMES if name not in COMMANDS]
@@ -109,6 +109,7 @@ def test_what_each_command_says_at_its_end(place, favor, monkeypatch, tmp_path):
         "prefer": [*engine, "out=p.jsonl", *called, "sample.temperature=2"],
         "winrate": ["a.file=s.jsonl", "b.file=s.jsonl", "judge.kind=reward", "run=duel"]
         + [f"judge.{word}" for word in called],
+        "realign": ["run=dpo", *sampled[1:], "lambdas=[0, 0.5]", "sample_prompts=2"],
         "reward": [model, data, *small, "run=reward"],
         "ppo": [model, data, *small, *called, "run=ppo", "sample.max_new_tokens=4"],
         "export": ["run=dpo", "out=exported", "dtype=float32"],
@@ -213,8 +214,8 @@ def test_a_page_says_its_address_and_ends_with_its_last_lines(place, tmp_path, q
 
 
 def test_label_counts_its_answers_and_says_how_to_go_on(favor, tmp_path):
-    from favor.commands import _labelled
+    from favor.preferring import labelled
 
-    done = _labelled(str(tmp_path / "l.sqlite"), ["label", "db=l.sqlite"])
+    done = labelled(str(tmp_path / "l.sqlite"), ["label", "db=l.sqlite"])
     assert done.changed == ("no answers yet",)
     assert done.following[0] == "favor label db=l.sqlite"

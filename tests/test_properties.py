@@ -412,6 +412,7 @@ def recipes():
     from favor.label.settings import LabelConfig
     from favor.lint.settings import LintConfig
     from favor.online import OnlineConfig
+    from favor.realign.run import RealignConfig
     from favor.train.ppo import PpoConfig
     from favor.train.preference import TrainConfig
     from favor.train.reward import RewardTrainConfig
@@ -434,6 +435,7 @@ def recipes():
         OnlineConfig: run | model | reward | {"prompts": "p"},
         LabelConfig: {"data": "d"},
         ChatConfig: {"run": "r"},
+        RealignConfig: {"run": "r"},
         ExportConfig: {"run": "r", "out": "o"},
         LintConfig: data,
         FrontierConfig: run,
@@ -442,7 +444,7 @@ def recipes():
     }
 
 
-RECIPES = 17
+RECIPES = 18
 
 
 def keys_of(schema, prefix=""):

@@ -5,6 +5,7 @@ import json
 import pytest
 from favor_frontier.page import SECTIONS
 from page_desk import LOOKS, browser, inaccessible, listened, overflows
+from test_realign import a_page
 from test_report import a_picture, a_run
 
 from favor.cli import COMMANDS
@@ -61,7 +62,8 @@ def every_page(folder):
             [f"data.train={folder / 'rows.jsonl'}", f"lint.page={folder / 'lint.html'}"],
         )
     )
-    return [folder / f"{name}.html" for name in ("picture", "run", "all", "lint")]
+    (folder / "realign.html").write_text(a_page(long))
+    return [folder / f"{name}.html" for name in ("picture", "run", "all", "lint", "realign")]
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ import typer
 
 from favor import closing
 from favor.closing import Done, Speech, ended, typed
-from favor.commands import OTHERS, Command, Terminal
+from favor.command import Command, Terminal
+from favor.commands import OTHERS
 from favor.plain import Json, Quiet, from_trl, init, report, runs, watch
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ _PARTS: Mapping[str, str] = {
     **dict.fromkeys(("lint", "demo", "doctor"), _BEGIN),
     **dict.fromkeys(("sft", "reward", "ppo", "loop"), _TRAIN),
     **dict.fromkeys(("label", "sample", "prefer", "score", "value", "ask"), _DATA),
-    **dict.fromkeys(("eval", "chat", "winrate", "frontier"), _LOOK),
+    **dict.fromkeys(("eval", "chat", "winrate", "realign", "frontier"), _LOOK),
     "export": _OUT,
 }
 app = typer.Typer(

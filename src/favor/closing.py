@@ -177,6 +177,21 @@ def winrate(run: str, figures: Figures) -> Done:
     return Done((f"a wins {_with_interval(figures, 'win_rate')}",), figures, paths, (typed("report", run),))
 
 
+def realigned(figures: Figures, paths: Mapping[str, str]) -> Done:
+    """After `favor realign`."""
+    first, last, baked = figures["family"][0], figures["family"][-1], figures["baked"]
+    changed = [f"KL {first['kl']:.2f} to {last['kl']:.2f} nats from lambda {first['lambda']:g} to {last['lambda']:g}"]
+    if baked is None:
+        chosen = f"bake={last['lambda']:g}"
+        following = typed("realign", f"run={figures['run']}", chosen, "bake_to=FOLDER")
+    else:
+        gap = f"{baked['kl_per_token']:.2g} nats a token from the exact family (KL), {baked['largest_kl']:.2g} at most"
+        changed.append(f"lambda {baked['lambda']:g} baked into {baked['folder']}: {gap}")
+        following = typed("sample", f"model={baked['folder']}", "prompts=FILE", "out=samples.jsonl")
+        paths = {**paths, "baked": baked["folder"]}
+    return Done(tuple(changed), figures, paths, (following,))
+
+
 def scores(data: str, out: str, figures: Figures | None, reward: Sequence[str]) -> Done:
     """After `favor score`. reward: the words that name it, by which preferences can be doubted."""
     if figures is None:

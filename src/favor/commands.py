@@ -1,51 +1,24 @@
-"""Every command that takes a recipe, but for `favor train`: its settings, and what it does with them.
+"""Every command that takes a recipe, but for `favor train` and those of preferring.py: its settings, and what it does with them.
 
 In: a validated recipe, the terminal. Out: files and lines for the user. What a command needs is imported when it runs.
 Next: cli.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from favor import closing
-from favor.closing import Done, Speech, typed
+from favor.closing import Done, typed
+from favor.command import KEPT, Command, Terminal, continued, say_precision
 from favor.pages import served, write_report
+from favor.preferring import PREFERRING, VOTES, labelled
 from favor.run import RunFolder
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from pydantic import BaseModel
-    from rich.console import Console
-
     from favor.data.settings import DataConfig
     from favor.doctor.settings import Sign
-    from favor.stop import StopRequest
-
-KEPT = "what was made so far is kept; run the same command again"
-_VOTES = "every vote that was answered is kept; run the same command again to go on"
-
-
-@dataclass(frozen=True)
-class Terminal:
-    """Where a command runs. recipe: the file it was given; words: what was typed; overrides: the settings in it, whole keys."""
-
-    recipe: Path | None
-    console: "Console"
-    progress: "Callable[[str, int, int], None]"
-    speech: Speech
-    words: tuple[str, ...]
-    overrides: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Command:
-    """What a command is: its settings, and what it does with them."""
-
-    config: "type[BaseModel]"
-    run: Callable[[Any, Terminal], Done]
 
 
 class Recipe(Protocol):
@@ -95,24 +68,6 @@ def _ppo() -> Command:
     return Command(PpoConfig, run)
 
 
-def _score() -> Command:
-    """Score a file's responses by any reward; on preferences, its accuracy and calibration."""
-    from favor.eval.score import ScoreConfig, score
-    from favor.report.table import figures_table
-
-    def run(config: ScoreConfig, terminal: Terminal) -> Done:
-        if config.reward.kind in ("model", "implicit"):
-            _say_precision("float32")
-        figures = score(config, terminal.progress, terminal.recipe)
-        if figures is not None:
-            terminal.console.print(figures_table(figures))
-        print(f"scores in {config.out}")
-        reward = [word for word in terminal.overrides if word.startswith("reward.")]
-        return closing.scores(config.data, config.out, figures, reward)
-
-    return Command(ScoreConfig, run)
-
-
 def _frontier() -> Command:
     """Reward against KL of DPO, IPO, KTO, PPO and the baselines on one task: the paper's experiment."""
     from favor_frontier.page import frontier_table
@@ -122,7 +77,7 @@ def _frontier() -> Command:
     from favor.train.session import in_session
 
     def run(config: FrontierConfig, terminal: Terminal) -> Done:
-        _say_precision("float32")
+        say_precision("float32")
         figures = in_session(lambda opened: frontier(config, opened), console=terminal.console)
         terminal.console.print(frontier_table(figures))
         page = write_report([Path(config.run)])
@@ -155,8 +110,8 @@ def _winrate() -> Command:
 
     def run(config: WinrateConfig, terminal: Terminal) -> Done:
         console = terminal.console
-        _say_precision(*config.dtypes)
-        with _continued():
+        say_precision(*config.dtypes)
+        with continued():
             figures = winrate(config, console.print, terminal.progress)
         console.print(winrate_table(figures))
         return closing.winrate(config.run, figures)
@@ -164,34 +119,19 @@ def _winrate() -> Command:
     return Command(WinrateConfig, run)
 
 
-def _sample() -> Command:
-    """Sample responses to the prompts of a file, as JSON lines; the same command again continues a stopped run."""
-    from favor.generate.engines import dtypes
-    from favor.generate.samples import SamplesConfig, write_samples
+def _realign() -> Command:
+    """One trained model at any strength: reference and policy mixed at decoding, on a page with a slider; bake a choice."""
+    from favor.realign.run import RealignConfig, realign
+    from favor.report.table import family_table
 
-    def run(config: SamplesConfig, terminal: Terminal) -> Done:
-        _say_precision(*dtypes(config.engine))
-        with _continued():
-            count = write_samples(config, terminal.progress, terminal.recipe)
-        print(f"{count} samples in {config.out}")
-        return closing.samples(config.out, count)
+    def run(config: RealignConfig, terminal: Terminal) -> Done:
+        figures = realign(config, terminal.console.print, terminal.progress, terminal.recipe)
+        terminal.console.print(family_table(figures))
+        folder = RunFolder(Path(config.run))
+        paths = {"figures": config.out or str(folder.realign), "page": config.page or str(folder.realign_page)}
+        return closing.realigned(figures, paths)
 
-    return Command(SamplesConfig, run)
-
-
-def _prefer() -> Command:
-    """Make preferences: sample several responses per prompt and rank them by a reward."""
-    from favor.generate.engines import dtypes
-    from favor.generate.prefer import PreferConfig, prefer
-
-    def run(config: PreferConfig, terminal: Terminal) -> Done:
-        _say_precision(*dtypes(config.engine))
-        with _continued():
-            made = prefer(config, terminal.progress, terminal.recipe)
-        print(f"{made}; preferences in {config.out}")
-        return closing.preferences(config.out, asdict(made))
-
-    return Command(PreferConfig, run)
+    return Command(RealignConfig, run)
 
 
 def _loop() -> Command:
@@ -200,81 +140,13 @@ def _loop() -> Command:
     from favor.train.session import in_session
 
     def run(config: OnlineConfig, terminal: Terminal) -> Done:
-        _say_precision(config.model.dtype)
+        say_precision(config.model.dtype)
         kept = f"{KEPT}, with resume=true"
         in_session(lambda opened: loop(config, opened, terminal.progress), kept, terminal.console)
         last = str(Round(config.rounds, config).train.root)
         return closing.training(last, [_sampling(last), ["report", last]])
 
     return Command(OnlineConfig, run)
-
-
-def _lint() -> Command:
-    """Look for faults in preference data; exit code 1 when a finding is as severe as lint.fail_on (error)."""
-    from favor.lint.run import fails, findings_table, lint
-    from favor.lint.settings import LintConfig
-
-    def run(config: LintConfig, terminal: Terminal) -> Done:
-        if config.reward is not None or config.lint.doubt:
-            _say_precision("float32")
-        findings = lint(config, terminal.recipe)
-        terminal.console.print(findings_table(findings))
-        read = [word for word in terminal.overrides if word.partition(".")[0] in ("data", "tokens", "model")]
-        words = [*([str(terminal.recipe)] if terminal.recipe else ()), *read]
-        return closing.findings(findings, words, config.lint.fix, failed=fails(config, findings))
-
-    return Command(LintConfig, run)
-
-
-def _value() -> Command:
-    """What each pair is worth to a model: how many labels are wrong, which, and a copy of the data without them."""
-    from favor.report.table import worth_table
-    from favor.value.page import headline
-    from favor.value.run import value
-    from favor.value.settings import ValueConfig
-
-    def run(config: ValueConfig, terminal: Terminal) -> Done:
-        _say_precision("float32")
-        figures = value(config, terminal.progress, terminal.recipe)
-        terminal.console.print(worth_table(figures))
-        return closing.worth(headline(figures), figures, config.value.model_dump())
-
-    return Command(ValueConfig, run)
-
-
-def _ask() -> Command:
-    """The pairs to label next for a model, from those without labels; and whether the labels so far are enough."""
-    from favor.ask.run import ask
-    from favor.ask.settings import AskConfig
-
-    def run(config: AskConfig, terminal: Terminal) -> Done:
-        _say_precision("float32")
-        figures = ask(config, terminal.progress, terminal.recipe)
-        return closing.asked(config.out, config.history, figures)
-
-    return Command(AskConfig, run)
-
-
-def _label() -> Command:
-    """Compare answers in the browser, several people beside each other; with out=FILE, write what they said for `favor train`."""
-    from favor.label.settings import LabelConfig
-
-    def run(config: LabelConfig, terminal: Terminal) -> Done:
-        from favor.label.export import export
-        from favor.label.run import label
-
-        if config.out is not None:
-            told = export(config, terminal.recipe)
-            done = closing.preferences(config.out, asdict(told))
-            return replace(done, changed=(f"{config.out}: {told}",), paths={"labels": config.out})
-        return served(
-            lambda: label(config, print, terminal.speech.address),
-            _VOTES,
-            terminal.speech,
-            lambda: _labelled(config.db, ["label", f"db={config.db}"]),
-        )
-
-    return Command(LabelConfig, run)
 
 
 def _export() -> Command:
@@ -303,9 +175,9 @@ def _chat() -> Command:
         from favor.chat.run import chat
 
         def done() -> Done:
-            return _labelled(config.db, ["chat", f"run={config.run}", f"db={config.db}"])
+            return labelled(config.db, ["chat", f"run={config.run}", f"db={config.db}"])
 
-        return served(lambda: chat(config, terminal.speech.address), _VOTES, terminal.speech, done)
+        return served(lambda: chat(config, terminal.speech.address), VOTES, terminal.speech, done)
 
     return Command(ChatConfig, run)
 
@@ -352,50 +224,17 @@ def _sampling(run: str) -> list[str]:
 
 
 OTHERS: Mapping[str, Callable[[], Command]] = {
+    **PREFERRING,
     "sft": _sft,
     "reward": _reward,
     "ppo": _ppo,
-    "score": _score,
     "frontier": _frontier,
     "eval": _eval,
     "winrate": _winrate,
-    "sample": _sample,
-    "prefer": _prefer,
+    "realign": _realign,
     "loop": _loop,
-    "lint": _lint,
-    "value": _value,
-    "ask": _ask,
-    "label": _label,
     "export": _export,
     "chat": _chat,
     "demo": _demo,
     "doctor": _doctor,
 }
-
-
-def _labelled(db: str, again: Sequence[str]) -> Done:
-    """After a page that takes votes: how many there are, how to go on, how to get them out."""
-    from favor.label import store
-
-    following = (typed(*again), typed("label", f"db={db}", "out=labels.jsonl"))
-    # a signal may come before there is anything
-    if not Path(db).exists():
-        return Done(("no answers yet",), {"answers": 0}, {}, following)
-    with store.opened(Path(db), new=False) as opened:
-        count = len(store.votes(opened))
-    return Done((f"{count} answers in {db}",), {"answers": count}, {"labels": db}, following)
-
-
-def _continued() -> "AbstractContextManager[StopRequest]":
-    """Signals in a command that keeps what it has made and takes it up again."""
-    from favor.stop import stop_signals
-
-    return stop_signals(f"{KEPT} to continue")
-
-
-def _say_precision(*dtypes: str) -> None:
-    """What the command's models are computed in; training commands and eval say it themselves."""
-    from favor.model.load import precision_of
-
-    for dtype in dict.fromkeys(dtypes):
-        print(f"precision: {precision_of(dtype)}")

@@ -53,6 +53,8 @@ class RunFolder:
     prompts = _Inside("prompts.jsonl")  # those of a round of `favor loop`
     rounds = _Inside("rounds.jsonl")  # figures of every round of `favor loop`
     frontier = _Inside("frontier.json")  # reward against KL of every method
+    realign = _Inside("realign.json")  # figures of `favor realign`
+    realign_page = _Inside("realign.html")
     winrate = _Inside("winrate.json")  # figures of `favor winrate`
     winrate_settings = _Inside("winrate-settings.json")  # what the responses of both sides were made with
     winrate_samples = _Inside("winrate-samples.jsonl")  # responses of both sides, with the judge's verdict

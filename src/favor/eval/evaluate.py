@@ -109,7 +109,7 @@ def evaluate(
     """
     folder, recipe = read_run(config.run)
     with opened(folder) if members.is_main else contextlib.nullcontext():
-        return _evaluate(config, folder, _subject(config, recipe, members, say), progress, scorer)
+        return _evaluate(config, folder, subject_of(config, recipe, members, say), progress, scorer)
 
 
 def _evaluate(
@@ -139,7 +139,8 @@ def _evaluate(
     return figures
 
 
-def _subject(config: EvalConfig, recipe: RunRecipe, members: World, say: Callable[[str], None]) -> Subject:
+def subject_of(config: EvalConfig, recipe: RunRecipe, members: World, say: Callable[[str], None]) -> Subject:
+    """Held-out trees of a run with both models, settled. Raises as `evaluate` does."""
     # a share held out is a share of the rows that training read
     limit = config.max_rows or (recipe.data.get("max_rows") if recipe.data.get("hold_out") else None)
     kept = {key: value for key, value in recipe.data.items() if key != "max_rows"} | (

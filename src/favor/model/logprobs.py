@@ -4,7 +4,7 @@ In: a Policy and a Batch. Out: logp_R, the sum in nats over each response's toke
 token included, prompt excluded. Next: attention.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -103,6 +103,25 @@ def mean_overlap(policy: Policy, batch: Batch) -> Tensor:
     with torch.no_grad():
         overlap_N = (2 * within(policy, forward).float().log_softmax(-1)).logsumexp(-1)
         return sum_tokens(batch, overlap_N[batch.edge_head_E]) / batch.length_R
+
+
+def logit_tiles(policies: Sequence[Policy], batch: Batch) -> Iterator[tuple[int, slice, list[Tensor]]]:
+    """The logits of several models where tokens are scored, a tile of places at a time, from one forward of each.
+
+    Yields the tile's first place in head_N, which edges are scored in it, and float32 [places, V] of every model. Without
+    gradients; weights may not be split over ranks. A model without a plain head makes all its logits at once.
+    """
+    found: list[tuple[Tensor, nn.Linear | None]] = []
+    for policy in policies:
+        with precision(policy):
+            whole = _full_head(policy, batch) if policy.fast_head is None else None
+        states_NH = head_states(policy, batch, batch.head_N) if whole is None else whole
+        found.append((states_NH, policy.fast_head))
+    first, head = found[0]
+    rows = _rows(first, first.shape[1] if head is None else head.weight.shape[0])
+    for start, stop, here in _tiles(batch.head_N.shape[0], rows, batch.edge_begins):
+        parts = [(x[start:stop], head) for x, head in found]
+        yield start, here, [x.float() if head is None else _logits(x, head.weight, head.bias) for x, head in parts]
 
 
 def head_states(policy: Policy, batch: Batch, flat_index: Tensor) -> Tensor:

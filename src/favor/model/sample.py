@@ -7,11 +7,11 @@ the batch; their text. Next: ../generate/engines.py.
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -34,6 +34,13 @@ class SampleConfig(BaseModel):
     """Responses sampled at once: lower it if memory runs out."""
 
 
+class Mix(NamedTuple):
+    """What is sampled from in place of a policy: logits (1 - weight) reference + weight policy, at every token (mixed.py)."""
+
+    reference: Policy
+    weight: float
+
+
 def sample(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
@@ -41,22 +48,24 @@ def sample(
     config: SampleConfig,
     progress: Callable[[int], None] = lambda done: None,
     told: Callable[[int], None] | None = None,
+    mix: Mix | None = None,
 ) -> list[tuple[int, ...]]:
     """One sampled response per prompt, its end-of-turn token included if it reached one.
 
     Each prompt has its own random stream, so two models given the same seeds see the same noise. With one prompt, `told`
-    gets each token as it is sampled; what it raises ends the sampling.
+    gets each token as it is sampled; what it raises ends the sampling. `mix`: the policy's logits are mixed with another's.
     """
     assert told is None or len(prompts) == 1, "tokens are told of a single response"
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[tuple[int, ...]] = [()] * len(prompts)
     check_ids(policy, max(map(max, prompts)))
-    with _plain_attention(policy), torch.no_grad(), precision(policy):
+    other = policy if mix is None else mix.reference
+    with _plain_attention(policy), _plain_attention(other), torch.no_grad(), precision(policy):
         for start in range(0, len(order), config.batch):
             members = order[start : start + config.batch]
             try:
                 mine, noise = [prompts[i] for i in members], [seeds[i] for i in members]
-                sampled = _sample_batch(policy, mine, noise, config, told)
+                sampled = _sample_batch(policy, mine, noise, config, told, mix)
             except IndexError:
                 # a table of learned positions that ends
                 longest = max(len(prompts[i]) for i in members) + config.max_new_tokens
@@ -116,6 +125,7 @@ def _sample_batch(
     seeds: Sequence[int],
     config: SampleConfig,
     told: Callable[[int], None] | None,
+    mix: Mix | None,
 ) -> list[tuple[int, ...]]:
     width = max(map(len, prompts))
     ends = sorted(policy.end_ids)
@@ -126,7 +136,8 @@ def _sample_batch(
     common = {"do_sample": False, "pad_token_id": pad, "use_cache": True}
 
     def forward() -> Tensor:
-        noise = LogitsProcessorList([_PerPromptNoise(seeds, config.temperature, policy)])
+        mixing = [] if mix is None else [_Mixing(mix, mask, common)]
+        noise = LogitsProcessorList([*mixing, _PerPromptNoise(seeds, config.temperature, policy)])
         given, seen, begun = _begun(policy, prompts, ids, mask, noise, common)
         left = width + config.max_new_tokens - given.shape[1]
         if left == 0:
@@ -168,25 +179,30 @@ def _begun(
     if policy.root is not None or len(number) == len(prompts):
         return ids, mask, {}
     first = [row_of.index(row) for row in number.values()]
-    once = policy.causal_lm.generate(  # pyright: ignore[reportCallIssue]
-        ids[first],
-        attention_mask=mask[first],
-        generation_config=GenerationConfig(
-            max_new_tokens=1, return_dict_in_generate=True, output_logits=True, **common
-        ),
-    )
+    once = _next(policy, ids[first], mask[first], common)
     cache = once.past_key_values
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    if type(cache) is not DynamicCache or any(type(layer) not in plain for layer in cache.layers):
-        return ids, mask, {}
-    # a model that keeps nothing leaves it empty
-    if cache.get_seq_length() != ids.shape[1]:
+    if not _goes_on(cache, ids.shape[1]):
         return ids, mask, {}
     places = torch.tensor(row_of, device=ids.device)
     cache.batch_select_indices(places)
     scores_RV = noise(ids, once.logits[0][places])  # pyright: ignore[reportArgumentType]
     token_R1 = scores_RV.argmax(-1, keepdim=True)
     return torch.cat([ids, token_R1], 1), torch.cat([mask, torch.ones_like(token_R1)], 1), {"past_key_values": cache}
+
+
+def _next(policy: Policy, ids: Tensor, mask: Tensor, common: Mapping[str, Any], **kept: Any) -> Any:
+    """One step of generation: the logits of the next token as logits[0], and the cache of all before it."""
+    step = GenerationConfig(max_new_tokens=1, return_dict_in_generate=True, output_logits=True, **common)
+    return policy.causal_lm.generate(ids, attention_mask=mask, generation_config=step, **kept)  # pyright: ignore[reportCallIssue]
+
+
+def _goes_on(cache: Any, length: int) -> bool:
+    """Whether a cache holds the keys and values of so many tokens and nothing else, so that it can be gone on from."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    if type(cache) is not DynamicCache or any(type(layer) not in plain for layer in cache.layers):
+        return False
+    # a model that keeps nothing leaves it empty
+    return cache.get_seq_length() == length
 
 
 class _Streamer:
@@ -204,6 +220,22 @@ class _Streamer:
 
     def end(self) -> None:
         """Nothing is left to tell."""
+
+
+class _Mixing(LogitsProcessor):
+    """The policy's logits mixed with those of a reference, which reads the same tokens with a cache of its own."""
+
+    def __init__(self, mix: Mix, mask: Tensor, common: Mapping[str, Any]) -> None:
+        self._mix, self._mask, self._common = mix, mask, common
+        self._kept: dict[str, Any] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        mask = nn.functional.pad(self._mask, (0, length - self._mask.shape[1]), value=1)
+        found = _next(self._mix.reference, input_ids, mask, self._common, **self._kept)
+        # what keeps more than keys and values reads its past again
+        self._kept = {"past_key_values": found.past_key_values} if _goes_on(found.past_key_values, length) else {}
+        return torch.lerp(found.logits[0], scores, self._mix.weight)
 
 
 class _PerPromptNoise(LogitsProcessor):

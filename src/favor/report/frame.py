@@ -14,7 +14,13 @@ from favor.errors import ConfigError
 from favor.report.words import TERMS, explained
 
 # what a page says it is in its head; by this a page is known again before it is replaced
-KINDS = {"run": "favor report", "comparison": "favor report, comparison", "lint": "favor lint", "value": "favor value"}
+KINDS = {
+    "run": "favor report",
+    "comparison": "favor report, comparison",
+    "lint": "favor lint",
+    "value": "favor value",
+    "realign": "favor realign",
+}
 
 
 def rendered(package: str, template: str, **values: Any) -> Markup:

@@ -1,6 +1,6 @@
 """Figures as rows of text, for the terminal and the page alike.
 
-In: the content of eval.json or winrate.json. Out: rows and rich tables. Next: words.py.
+In: the content of eval.json, winrate.json or realign.json. Out: rows and rich tables. Next: words.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,6 +73,34 @@ def winrate_rows(figures: Mapping[str, Any], names: Sequence[str] = ("a", "b")) 
     return [*rows, ("a", str(f["a"])), ("b", str(f["b"])), ("judge", str(f["judge"]))]
 
 
+def family_rows(figures: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns, and a row for each strength of realign.json and each run beside; intervals are 95 %, over prompts."""
+    reward = {"reward": ("reward", ".3f")} if figures["reward"] else {}
+    kept = {"accuracy": ("accuracy", ".3f"), "margin": ("margin", "+.3f"), "kl": ("KL, nats", ".2f")}
+    kept |= reward | {"length": ("length, tokens", ".1f"), "ended": ("ended", ".2f")}
+    rows = [
+        (
+            name,
+            "none" if one["beta"] is None else f"{one['beta']:.3g}",
+            *(_ends(one, key, spec) for key, (_, spec) in kept.items()),
+        )
+        for name, one in family_names(figures)
+    ]
+    return ("strength", "beta", *(name for name, _ in kept.values())), rows
+
+
+def family_names(figures: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(name, figures) of each strength, then of the runs of the sweep, by the last part of their paths."""
+    names = [(f"lambda {one['lambda']:g}", one) for one in figures["family"]]
+    return names + [(f"trained: {str(one['run']).rstrip('/').rpartition('/')[2]}", one) for one in figures["sweep"]]
+
+
+def _ends(figures: Mapping[str, Any], name: str, spec: str) -> str:
+    """A figure with the ends of its interval, where it has one."""
+    ends = figures[f"{name}_interval"]
+    return f"{figures[name]:{spec}}" + ("" if ends is None else f" [{ends[0]:{spec}}, {ends[1]:{spec}}]")
+
+
 def figure_columns(figures: Mapping[str, Any]) -> tuple[str, str]:
     """What the two columns of `figure_rows` are: a reward model has no reference, only what guessing gives."""
     return ("after (policy)", "before (reference)") if "accuracy" in figures else ("value", "guessing")
@@ -105,6 +133,15 @@ def worth_table(figures: Mapping[str, Any]) -> Table:
         chance = "" if row["by_chance"] is None else f"; by chance {row['by_chance']:.3f}"
         rows.append((f"held-out accuracy, {kept}", _known(row | {"prompts": FEW}, "accuracy", ".3f") + chance))
     return _table((f"{f['pairs']} pairs, {f['prompts']} prompts", ""), rows)
+
+
+def family_table(figures: Mapping[str, Any]) -> Table:
+    """The rows of realign.json as a rich table."""
+    table = _table(*family_rows(figures))
+    sampled = figures["sampled_prompts"]
+    held_out = f"{figures['pairs']} held-out pairs of {figures['prompts']} prompts{_few(figures['prompts'])}"
+    table.caption = f"{held_out}; samples of {sampled} prompts{_few(sampled)}"
+    return table
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

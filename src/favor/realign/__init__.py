@@ -1,0 +1,1 @@
+"""From one trained policy, the family that a slider over beta would give."""
