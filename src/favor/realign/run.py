@@ -6,7 +6,6 @@ slider. Next: measure.py.
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -101,12 +100,9 @@ def realign(
     if config.bake_to is not None:
         check_bakeable(folder.model, Path(config.bake_to))
     outputs = _outputs(config, folder)
-    output.refuse_shared(outputs)
     read = [config.data, str(folder.config), str(folder.model), recipe and str(recipe)]
     read += reads(config.reward) if config.reward else ()
-    with opened(folder), ExitStack() as claims:
-        for out in outputs:
-            output.known(claims.enter_context(output.claimed(out, read)))
+    with opened(folder), output.all_claimed(outputs, read):
         figures, samples = _figures(config, folder, of_run, say, progress)
         whole = json.dumps(figures | {"samples": samples}, indent=2, ensure_ascii=False) + "\n"
         for out, text in zip(outputs, (whole, page(figures, samples)), strict=True):
