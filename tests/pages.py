@@ -140,6 +140,7 @@ MAKE: dict[str, Callable[[Path], object]] = {
     "others.jsonl": lambda path: write_jsonl(path, _answers("bad")),
     "pairs.jsonl": lambda path: write_jsonl(path, rows_of("Film", 3)),
     "ranked.jsonl": lambda path: write_jsonl(path, [row | {"scores": [2, 1]} for row in _answers("good")]),
+    "mine.py": lambda path: shutil.copy(ROOT / "src/favor/conform/adapters/with_favor.py", path),
     "recipes": lambda path: shutil.copytree(ROOT / "recipes", path),
 }
 
@@ -185,11 +186,12 @@ SMALL = {
     "eval": (*_SAMPLES, "sample_prompts=2"),
     "winrate": ("max_prompts=3",),
     "realign": (*_SAMPLES, "lambdas=[0,0.5,1]", "sample_prompts=2"),
+    "conform": ("cases=first_loss",),
     "export": ("check_tokens=6",),
     **dict.fromkeys(("sample", "prefer", "chat"), _SAMPLES),
 }
 # settings and options that name what a command writes
-_WRITES = ("out", "lint.page", "lint.out", "--fix", "--out")
+_WRITES = ("out", "page", "lint.page", "lint.out", "--fix", "--out")
 # commands whose run= is a folder that they make
 _MAKE_RUNS = ("train", "sft", "reward", "ppo", "loop", "winrate", "frontier")
 _SHOWS_ONLY = ("--dry-run", "--settings", "--help", "--version")

@@ -48,6 +48,7 @@ PAST = ("log",)
 HAS = {
     "chat": ["runs/dpo", "recipe.toml"],
     "choose": ["runs/dpo", "prompts.jsonl"],
+    "conform": ["mine.py"],
     "doctor": ["runs/dpo"],
     "export": ["runs/dpo"],
     "failures": ["recipe.toml"],

@@ -284,6 +284,18 @@ def asked(out: str, history: str, figures: Figures) -> Done:
     return Done(tuple(said), figures, {"pairs": out, "history": history}, following)
 
 
+def conformed(found: Mapping[str, Figures], out: str | None, page: str | None) -> Done:
+    """After `favor conform`. found: what came of each case."""
+    counts = Counter(result["status"] for result in found.values())
+    said = ", ".join(f"{counts[name]} {name}" for name in ("holds", "fails", "refused", "not tried") if counts[name])
+    failed = [name for name, result in found.items() if result["status"] == "fails"]
+    paths = {name: path for name, path in (("found", out), ("page", page)) if path is not None}
+    again = (
+        typed("conform", "adapter=FILE", f"cases={','.join(failed)}") if failed else typed("conform", "adapter=FILE")
+    )
+    return Done((said,), {"counts": dict(counts), "cases": found}, paths, (again,), failed=bool(failed))
+
+
 def checked(found: "Sequence[Sign]", *, asked: str | None) -> Done:
     """After `favor doctor`. asked: the model or run that it looked at."""
     counts = Counter(sign.level for sign in found)

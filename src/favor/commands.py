@@ -214,6 +214,20 @@ def _doctor() -> Command:
     return Command(DoctorConfig, run)
 
 
+def _conform() -> Command:
+    """Try a trainer (favor's, TRL's, yours) on small cases with known results; exit code 1 when one fails."""
+    from favor.conform.settings import ConformConfig
+
+    def run(config: ConformConfig, terminal: Terminal) -> Done:
+        from favor.conform.run import conform, results_table
+
+        found = conform(config, terminal.progress)
+        terminal.console.print(results_table(found))
+        return closing.conformed({name: result._asdict() for name, result in found.items()}, config.out, config.page)
+
+    return Command(ConformConfig, run)
+
+
 def _data(config: "Recipe") -> list[str]:
     """The training rows of a recipe as words; rows of several sources are named in a recipe only."""
     return [f"data.train={config.data.train}"] if config.data.train is not None else ["RECIPE.toml"]
@@ -237,4 +251,5 @@ OTHERS: Mapping[str, Callable[[], Command]] = {
     "chat": _chat,
     "demo": _demo,
     "doctor": _doctor,
+    "conform": _conform,
 }

@@ -74,6 +74,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "export": ("favor export run=runs/dpo out=exported format=gguf",),
     "chat": ("favor chat run=runs/dpo", "favor label db=labels.sqlite out=labels.jsonl"),
     "demo": ("favor demo", "favor report runs/demo-1/dpo"),
+    "conform": (
+        "favor conform adapter=favor page=conform.html",
+        "favor conform adapter=favor cases=step,padding out=found.json",
+    ),
     "doctor": ("favor doctor model=MODEL", "favor doctor --hub", "favor doctor --json"),
 }
 _WIDTH = 100

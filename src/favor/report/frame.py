@@ -20,6 +20,7 @@ KINDS = {
     "lint": "favor lint",
     "value": "favor value",
     "realign": "favor realign",
+    "conform": "favor conform",
 }
 
 

@@ -1,0 +1,1 @@
+"""Whether a trainer does DPO as the equations say, seen from outside."""
