@@ -402,6 +402,7 @@ def recipes():
     from favor_frontier.recipe import FrontierConfig
 
     from favor.chat.settings import ChatConfig
+    from favor.conform.settings import ConformConfig
     from favor.demo import DemoConfig
     from favor.doctor.settings import DoctorConfig
     from favor.eval.evaluate import EvalConfig
@@ -441,6 +442,7 @@ def recipes():
         FrontierConfig: run,
         DemoConfig: run,
         DoctorConfig: {},
+        ConformConfig: {"adapter": "favor"},
     }
 
 

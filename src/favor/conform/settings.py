@@ -42,6 +42,8 @@ class ConformConfig(BaseModel):
     @field_validator("cases")
     @classmethod
     def _are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names:
+            return names
         from favor.conform.cases import cases
 
         known = [case.name for case in cases()]
