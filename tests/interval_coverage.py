@@ -15,6 +15,8 @@ from favor_frontier import summary
 from favor_frontier.summary import Cell
 from scipy.stats import norm
 
+from favor.audit.figures import Judged, length_figures, self_figures
+from favor.audit.powered import powered
 from favor.eval import figures
 from favor.eval.evaluate import score_samples
 from favor.eval.figures import PairFigures, calibrate
@@ -210,6 +212,57 @@ def frontiers(seeds: int, prompts: int, spread: Spread):
     return trial
 
 
+class Asked(NamedTuple):
+    """Labels of people on some pairs, a judge's verdicts on all: the share of wins, the judge's accuracy, its pull to a, ties."""
+
+    share: float
+    accuracy: float
+    pull: float = 0.0
+    ties: float = 0.0
+
+    def draw(self, rng: np.random.Generator, prompts: int, each: int) -> tuple[np.ndarray, ...]:
+        """People's verdicts, the judge's, the prompts; half of what makes a win is the prompt's."""
+        prompt = sizes(rng, prompts, each)
+        human = (latent(rng, prompt, self.share, 0.5 if each != 1 else 0.0) > 0) * 1.0
+        human = np.where(rng.random(len(human)) < self.ties, 0.5, human)
+        judge = np.where(rng.random(len(human)) < self.accuracy, human, 1 - human)
+        return human, np.where(rng.random(len(human)) < self.pull, 1.0, judge), prompt
+
+
+def stretched(asked: Asked, prompts: int, each: int, labels: int):
+    """favor audit: a win rate from a handful of labels and many verdicts."""
+
+    def trial(rng: np.random.Generator) -> Trial:
+        human, judge, prompt = asked.draw(rng, prompts, each)
+        shown = np.full(len(human), np.nan)
+        places = rng.permutation(len(human))[:labels]
+        shown[places] = human[places]
+        both, true = powered(judge, shown, prompt).both, asked.share * (1 - asked.ties) + asked.ties / 2
+        return {"prediction-powered win rate": ((both.low, both.high), true)}
+
+    return trial
+
+
+def biases(prompts: int, each: int, length: float, own: float):
+    """favor audit: pulls on verdicts beside people's, who prefer longer answers and the judge's own."""
+
+    def trial(rng: np.random.Generator) -> Trial:
+        prompt = sizes(rng, prompts, each)
+        mine = rng.choice([-1.0, 1.0], len(prompt))
+        longer = np.tanh(rng.normal(size=len(prompt)))
+        human = (0.8 * longer + 0.3 * mine + rng.normal(size=len(prompt)) > 0) * 1.0
+        chance = 1 / (1 + np.exp(-(1.5 * (2 * human - 1) + length * longer + own * mine)))
+        judge = (rng.random((2, len(prompt))) < chance).mean(0)
+        votes = np.stack([human, np.zeros_like(human), 1 - human], 1)
+        found = Judged(judge, human, votes, longer, mine, prompt, np.zeros(len(prompt), bool))
+        return {
+            "length bias": (length_figures(found)["length_bias_interval"], length),
+            "self-preference": (self_figures(found)["self_bias_interval"], own),
+        }
+
+    return trial
+
+
 def normal(rng, size):
     """Scores without bounds."""
     return rng.normal(0, 0.2, size)
@@ -258,6 +311,27 @@ def settings() -> Iterator[Setting]:
     ):
         less = {"length-controlled win rate": 0.88} if duel.longer > 1 else {}
         yield Setting(f"{prompts} prompts, {each} a prompt, {name}", duels(duel, prompts, each), 5, less)
+    for asked, prompts, each, labels in (
+        (Asked(0.6, 0.85), 300, 1, 10),
+        (Asked(0.5, 0.9), 300, 1, 20),
+        (Asked(0.6, 0.8, pull=0.2), 300, 1, 20),
+        (Asked(0.6, 0.98), 300, 1, 20),
+        (Asked(0.9, 0.9), 300, 1, 20),
+        (Asked(0.6, 0.85, pull=0.1, ties=0.3), 300, 1, 20),
+        (Asked(0.6, 0.9), 40, 1, 20),
+        (Asked(0.6, 0.9), 60, 5, 20),
+        (Asked(0.6, 0.9, pull=0.1), 300, 1, 50),
+        (Asked(0.95, 0.95), 300, 1, 50),
+        (Asked(0.6, 0.9), 60, 0, 50),
+        (Asked(0.6, 0.85, pull=0.1), 20, 10, 50),
+    ):
+        number = f"{each} a prompt" if each else "1 to 10 a prompt"
+        judge = f"judge right {asked.accuracy:g}, pull {asked.pull:g}, ties {asked.ties:g}"
+        name = f"{labels} labels of {prompts} prompts, {number}, {asked.share:g} wins, {judge}"
+        yield Setting(name, stretched(asked, prompts, each, labels), 5)
+    for prompts, each, length, own in ((30, 1, 0.0, 0.0), (60, 1, 1.0, 0.5), (40, 3, 0.5, 0.0), (200, 1, 0.0, 1.0)):
+        name = f"{prompts} labelled prompts, {each} a prompt, length {length:g}, own {own:g}"
+        yield Setting(name, biases(prompts, each, length, own), 5)
     for prompts, each in ((12, 2), (20, 4), (80, 2)):
         yield Setting(f"{prompts} prompts x {each}, normal", scores(prompts, each, normal, 0.0))
         yield Setting(f"{prompts} prompts x {each}, skewed", scores(prompts, each, skewed, 0.0))

@@ -187,13 +187,14 @@ SMALL = {
     "winrate": ("max_prompts=3",),
     "realign": (*_SAMPLES, "lambdas=[0,0.5,1]", "sample_prompts=2"),
     "conform": ("cases=first_loss",),
+    "audit": ("pairs=12",),
     "export": ("check_tokens=6",),
     **dict.fromkeys(("sample", "prefer", "chat"), _SAMPLES),
 }
 # settings and options that name what a command writes
 _WRITES = ("out", "page", "lint.page", "lint.out", "--fix", "--out")
 # commands whose run= is a folder that they make
-_MAKE_RUNS = ("train", "sft", "reward", "ppo", "loop", "winrate", "frontier")
+_MAKE_RUNS = ("train", "sft", "reward", "ppo", "loop", "winrate", "audit", "frontier")
 _SHOWS_ONLY = ("--dry-run", "--settings", "--help", "--version")
 
 

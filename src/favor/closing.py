@@ -192,6 +192,17 @@ def realigned(figures: Figures, paths: Mapping[str, str]) -> Done:
     return Done(tuple(changed), figures, paths, (following,))
 
 
+def audited(run: str, figures: Figures) -> Done:
+    """After `favor audit`; it has failed where a figure is beyond its threshold."""
+    folder = RunFolder(Path(run))
+    paths = {"figures": folder.audit, "page": folder.audit_page, "soft_labels": folder.soft_labels}
+    there = {name: str(path) for name, path in paths.items() if path.exists()}
+    following = typed("train", "model.path=MODEL", f"data.train={folder.soft_labels}", "run=runs/dpo")
+    if "soft_labels" not in there:
+        following = typed("label", f"data={figures['data']}", "db=labels.sqlite")
+    return Done((figures["headline"], *figures["failed"]), figures, there, (following,), bool(figures["failed"]))
+
+
 def scores(data: str, out: str, figures: Figures | None, reward: Sequence[str]) -> Done:
     """After `favor score`. reward: the words that name it, by which preferences can be doubted."""
     if figures is None:

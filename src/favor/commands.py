@@ -119,6 +119,25 @@ def _winrate() -> Command:
     return Command(WinrateConfig, run)
 
 
+def _audit() -> Command:
+    """Measure a judge's biases and its agreement with people; a win rate from few labels, and soft labels."""
+    from favor.audit.run import audit
+    from favor.audit.settings import AuditConfig
+    from favor.report.table import audit_table
+
+    def run(config: AuditConfig, terminal: Terminal) -> Done:
+        console = terminal.console
+        say_precision(*config.dtypes)
+        with continued():
+            figures = audit(config, console.print, terminal.progress)
+        console.print(audit_table(figures))
+        for finding in figures["findings"]:
+            console.print(finding["said"], style="yellow" if finding["level"] == "found" else "", markup=False)
+        return closing.audited(config.run, figures)
+
+    return Command(AuditConfig, run)
+
+
 def _realign() -> Command:
     """One trained model at any strength: reference and policy mixed at decoding, on a page with a slider; bake a choice."""
     from favor.realign.run import RealignConfig, realign
@@ -245,6 +264,7 @@ OTHERS: Mapping[str, Callable[[], Command]] = {
     "frontier": _frontier,
     "eval": _eval,
     "winrate": _winrate,
+    "audit": _audit,
     "realign": _realign,
     "loop": _loop,
     "export": _export,

@@ -43,6 +43,11 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "favor realign run=runs/dpo",
         "favor realign run=runs/dpo lambdas=[0.5] bake=0.5 bake_to=milder",
     ),
+    "audit": (
+        "favor audit data=prefs.jsonl human=prefs.jsonl judge.kind=reward judge.reward.kind=implicit "
+        "judge.reward.path=runs/dpo run=runs/audit",
+        "favor train model=MODEL data=runs/audit/soft-labels.jsonl run=runs/soft",
+    ),
     "sample": (
         "favor sample run=runs/dpo prompts=prefs.jsonl out=samples.jsonl sample.temperature=0.7",
         "favor score run=runs/reward data=samples.jsonl out=scores.jsonl",

@@ -59,6 +59,9 @@ class RunFolder:
     winrate_settings = _Inside("winrate-settings.json")  # what the responses of both sides were made with
     winrate_samples = _Inside("winrate-samples.jsonl")  # responses of both sides, with the judge's verdict
     judgments = _Inside("judgments.jsonl")  # one line per judged (prompt, first, second)
+    audit = _Inside("audit.json")  # figures of `favor audit`
+    audit_page = _Inside("audit.html")
+    soft_labels = _Inside("soft-labels.jsonl")  # the audited pairs with the probability that people prefer each answer
     report = _Inside("report.html")
     comparison = _Inside("compare.html")  # the same for several runs, this one first
 
@@ -72,15 +75,8 @@ _A = RunFolder(Path())
 _BEFORE = {_A.mark.name, _A.lock.name, _A.reference.name}
 # what a start writes before anything is made of it
 _RECORDS = (
-    _A.mark,
-    _A.lock,
-    _A.config,
-    _A.inputs,
-    _A.packs,
-    _A.data_report,
-    _A.metrics,
-    _A.prompts,
-    _A.winrate_settings,
+    *(_A.mark, _A.lock, _A.config, _A.inputs, _A.packs),
+    *(_A.data_report, _A.metrics, _A.prompts, _A.winrate_settings),
 )
 _OPENING = frozenset(path.name for path in _RECORDS)
 

@@ -24,6 +24,7 @@ SHORT: Mapping[str, Mapping[str, str]] = {
     **dict.fromkeys(("lint", "value", "ask"), MappingProxyType({"model": "model.path", "data": "data.train"})),
     **dict.fromkeys(("sample", "prefer"), _SAMPLING),
     "winrate": {"out": "run", "data": "prompts"},
+    "audit": {"out": "run"},
     "frontier": {"out": "run"},
     "demo": {"out": "run"},
 }

@@ -21,6 +21,7 @@ KINDS = {
     "value": "favor value",
     "realign": "favor realign",
     "conform": "favor conform",
+    "audit": "favor audit",
 }
 
 

@@ -1,6 +1,6 @@
 """Figures as rows of text, for the terminal and the page alike.
 
-In: the content of eval.json, winrate.json or realign.json. Out: rows and rich tables. Next: words.py.
+In: the content of eval.json, winrate.json, audit.json or realign.json. Out: rows and rich tables. Next: words.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -101,6 +101,55 @@ def _ends(figures: Mapping[str, Any], name: str, spec: str) -> str:
     return f"{figures[name]:{spec}}" + ("" if ends is None else f" [{ends[0]:{spec}}, {ends[1]:{spec}}]")
 
 
+# figure of audit.json -> (what it is, its format, whether it rests on the pairs that people labelled)
+_AUDITED: dict[str, tuple[str, str, bool]] = {
+    "flip_rate": ("another verdict when asked again", ".3f", False),
+    "inconsistency": ("both orders disagree", ".3f", False),
+    "order_effect": ("  beyond flips by chance", "+.3f", False),
+    "position_bias": ("position bias (0: none, +0.5: always the first)", "+.3f", False),
+    "length_bias": ("length bias, log-odds, people's verdict held fixed", "+.2f", True),
+    "length_difference": ("  the judge's coefficient less people's", "+.2f", True),
+    "length_association": ("  as it is, whatever its reason", "+.2f", False),
+    "longer_rate": ("the judge prefers the longer answer", ".3f", False),
+    "longer_rate_human": ("  people do", ".3f", True),
+    "self_bias": ("self-preference, log-odds, people's verdict held fixed", "+.2f", True),
+    "self_preference": ("  rate of its own answers less people's", "+.3f", True),
+    "own_rate": ("  it prefers its own", ".3f", False),
+    "agreement": ("agreement with people (one, a tie, the other)", ".3f", True),
+    "agreement_decided": ("  where both prefer an answer", ".3f", True),
+    "kappa": ("  Cohen's kappa", ".3f", True),
+    "ceiling": ("  people with each other", ".3f", True),
+    "ties": ("verdicts that are ties", ".3f", False),
+    "unusable": ("verdicts that could not be read", ".3f", False),
+}
+
+
+def audit_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """One row per figure of audit.json that was measured: (what, value); intervals are 95 %, over prompts."""
+    people = {**figures, "prompts": figures["human_prompts"]}
+    rows = [
+        (what, _known(people if human else figures, name, spec))
+        for name, (what, spec, human) in _AUDITED.items()
+        if figures[name] is not None
+    ]
+    if win := figures["win_rate"]:
+        rows += [
+            (
+                f"win rate of {win['side']} by people ({win['labels']} labels alone)",
+                _known(people | win, "human", ".3f"),
+            ),
+            (f"  by the judge alone ({win['pairs']} pairs)", _known(figures | win, "judge", ".3f")),
+            ("  by both (prediction-powered)", _known(people | win, "both", ".3f")),
+            ("  the labels are worth", f"{win['worth']:.0f} (weight of the judge {win['weight']:.2f})"),
+        ]
+    if soft := figures["soft_labels"]:
+        ece = soft["calibration"] and soft["calibration"]["ece"]
+        rows.append(("soft labels, calibration error on people's", "not known" if ece is None else f"{ece:.3f}"))
+        rows.append(("  one share for all (label_smoothing)", f"{soft['label_smoothing']:.3f}"))
+    rows += [(f"left out: {name}", str(count)) for name, count in figures["left_out"].items() if count]
+    return [*rows, ("pairs, prompts", f"{figures['pairs']}, {figures['prompts']}"), ("judge", str(figures["judge"]))]
+
+
 def figure_columns(figures: Mapping[str, Any]) -> tuple[str, str]:
     """What the two columns of `figure_rows` are: a reward model has no reference, only what guessing gives."""
     return ("after (policy)", "before (reference)") if "accuracy" in figures else ("value", "guessing")
@@ -142,6 +191,11 @@ def family_table(figures: Mapping[str, Any]) -> Table:
     held_out = f"{figures['pairs']} held-out pairs of {figures['prompts']} prompts{_few(figures['prompts'])}"
     table.caption = f"{held_out}; samples of {sampled} prompts{_few(sampled)}"
     return table
+
+
+def audit_table(figures: Mapping[str, Any]) -> Table:
+    """The rows of audit.json as a rich table."""
+    return _table(("the judge", ""), audit_rows(figures))
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -81,6 +81,13 @@ class LengthControlled(NamedTuple):
     effect: float
 
 
+class Fitted(NamedTuple):
+    """Coefficients [k] of a logistic regression, and what each moves by when a prompt is left out [prompts + 2, k]."""
+
+    coefficients: Array
+    moved: Array
+
+
 def win_figures(pairs: Sequence[JudgedPair]) -> WinFigures:
     """All figures of the pairs judged in both orders. Raises DataError when there is none."""
     valid = [pair for pair in pairs if pair.outcome is not None]
@@ -140,47 +147,57 @@ def length_controlled(outcome: Array, difference: Array, prompt: NDArray[np.int6
     if spread == 0 and difference.any():
         return None
     scaled = np.tanh(difference / spread) if spread else np.zeros_like(difference)
-    quality, effect = _fit(outcome, scaled, np.ones_like(outcome))
-    low, high = _rate_ends(outcome, scaled, np.unique(prompt, return_inverse=True)[1])
+    features = np.stack([np.ones_like(scaled), scaled], axis=1)
+    quality, effect = logistic(outcome, features, np.ones_like(outcome)).tolist()
+    low, high = _rate_ends(outcome, features, np.unique(prompt, return_inverse=True)[1])
     return LengthControlled(Interval(_sigmoid(quality), low, high), effect)
 
 
-def _rate_ends(outcome: Array, scaled: Array, group: NDArray[np.int64]) -> tuple[float, float]:
-    """Ends of the rate's interval: a one-step jackknife over prompts of a fit with two more prompts, one won, one lost.
+def _rate_ends(outcome: Array, features: Array, group: NDArray[np.int64]) -> tuple[float, float]:
+    """Ends of the rate's interval, from a fit with two more prompts.
 
-    These have the lengths of all pairs, each with the weight 1 / prompts (the idea is in intervals.mean_interval). On
-    the scale of the rate the interval is right near 0 and 1, on the scale of the quality where the rate is
+    On the scale of the rate the interval is right near 0 and 1, on the scale of the quality where the rate is
     extrapolated; either end is the wider one of the two.
     """
-    prompts = int(group.max()) + 1
-    weight = 1 + 2 / prompts
-    quality, effect = _fit((outcome + 1 / prompts) / weight, scaled, np.full_like(outcome, weight))
-    features = np.stack([np.ones_like(scaled), scaled], axis=1)
-    expected = 1 / (1 + np.exp(-(quality + effect * scaled)))
-    curve_P22 = (expected * (1 - expected))[:, None, None] * features[:, :, None] * features[:, None, :]
-    curve = np.zeros((prompts + 2, 2, 2))
-    score = np.zeros((prompts + 2, 2))
-    np.add.at(curve, group, curve_P22)
-    np.add.at(score, group, (outcome - expected)[:, None] * features)
-    curve[prompts:] = curve_P22.sum(0) / prompts
-    score[prompts] = (1 - expected) @ features / prompts
-    score[prompts + 1] = -expected @ features / prompts
-    # what the fit moves by when a prompt is left out: one Newton step
-    without = curve.sum(0) + np.eye(2) / _C - curve
-    moved = np.linalg.solve(without, score[:, :, None])[:, 0, 0]
-    reach = t_quantile(np.bincount(group).astype(np.float64)) * jackknife(moved)
+    (quality, _), moved = fitted(outcome, features, group)
+    reach = t_quantile(np.bincount(group).astype(np.float64)) * jackknife(moved[:, 0])
     rate = _sigmoid(quality)
     flat = reach * rate * (1 - rate)
     return max(min(rate - flat, _sigmoid(quality - reach)), 0.0), min(max(rate + flat, _sigmoid(quality + reach)), 1.0)
 
 
-def _fit(outcome: Array, scaled: Array, weight: Array) -> tuple[float, float]:
-    """(intercept, slope) by maximum likelihood with a light ridge on both; an outcome y is y of a win and 1 - y of a loss."""
-    features = np.stack([np.ones_like(scaled), scaled], axis=1)
-    model = LogisticRegression(C=_C, fit_intercept=False, solver="newton-cholesky", max_iter=1000, tol=1e-6)
+def fitted(outcome: Array, features: Array, group: NDArray[np.int64], strength: float = _C) -> Fitted:
+    """Logistic regression [P] on features [P, k] with two more prompts, one won, one lost; a one-step jackknife over prompts.
+
+    The two have the features of all pairs, each with the weight 1 / prompts (the idea is in intervals.mean_interval).
+    group: the prompt of every pair, 0 to prompts - 1.
+    """
+    prompts, width = int(group.max()) + 1, features.shape[1]
+    weight = 1 + 2 / prompts
+    found = logistic((outcome + 1 / prompts) / weight, features, np.full_like(outcome, weight), strength)
+    expected = 1 / (1 + np.exp(-(features @ found)))
+    curve_Pkk = (expected * (1 - expected))[:, None, None] * features[:, :, None] * features[:, None, :]
+    curve = np.zeros((prompts + 2, width, width))
+    score = np.zeros((prompts + 2, width))
+    np.add.at(curve, group, curve_Pkk)
+    np.add.at(score, group, (outcome - expected)[:, None] * features)
+    curve[prompts:] = curve_Pkk.sum(0) / prompts
+    score[prompts] = (1 - expected) @ features / prompts
+    score[prompts + 1] = -expected @ features / prompts
+    # what the fit moves by when a prompt is left out: one Newton step
+    without = curve.sum(0) + np.eye(width) / strength - curve
+    return Fitted(found, np.linalg.solve(without, score[:, :, None])[:, :, 0])
+
+
+def logistic(outcome: Array, features: Array, weight: Array, strength: float = _C) -> Array:
+    """Coefficients [k] by maximum likelihood with a ridge; an outcome y is y of a win and 1 - y of a loss.
+
+    strength: the inverse of the ridge, the variance of a normal prior of every coefficient.
+    """
+    model = LogisticRegression(C=strength, fit_intercept=False, solver="newton-cholesky", max_iter=1000, tol=1e-6)
     won = np.repeat([1, 0], len(outcome))
     model.fit(np.tile(features, (2, 1)), won, np.concatenate([weight * outcome, weight * (1 - outcome)]))
-    return float(model.coef_[0, 0]), float(model.coef_[0, 1])
+    return model.coef_[0].astype(np.float64)
 
 
 def _sigmoid(x: float) -> float:

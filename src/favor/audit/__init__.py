@@ -1,0 +1,1 @@
+"""`favor audit`: is a judge to be trusted? Biases measured, people's labels stretched, soft labels."""
