@@ -52,7 +52,8 @@ def curves(folder: RunFolder, notes: list[str]) -> Curves:
     """What metrics.jsonl holds; what of it is damaged is told in `notes`."""
     metrics = _lines(folder.metrics, {"kind"}, notes)
     events = (record for record in metrics if record["kind"] == "event" and isinstance(record.get("message"), str))
-    return Curves(*(_last_of_each_step(metrics, kind) for kind in ("step", "eval", "health")), tuple(events))
+    steps, evals, looks = (_last_of_each_step(metrics, kind) for kind in ("step", "eval", "health"))
+    return Curves(steps, evals, looks, tuple(events))
 
 
 def evaluation(folder: RunFolder, notes: list[str]) -> Record:

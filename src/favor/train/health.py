@@ -6,8 +6,9 @@ look leads to, [loss] with the likelihood term. All of it is pure; what measures
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -171,7 +172,8 @@ def of_samples(answers: Sequence[Sequence[int]], end_ids: Collection[int]) -> di
     }
 
 
-class Sign(NamedTuple):
+@dataclass(frozen=True)
+class Sign:
     """A figure, its name for people, and when it is out of bounds: (now, at the start, limit) -> whether."""
 
     words: str
