@@ -23,7 +23,7 @@ class AskConfig(BaseModel):
     pool: str
     """What could be labelled: samples, answers to one prompt, or preferences, whose verdicts are not looked at."""
     out: str
-    """Write the pairs to label here, as JSON lines for `favor label data=FILE`."""
+    """Write the pairs to label here, as JSON lines that favor label reads."""
     overwrite: Overwrite = False
     history: str = "asked.jsonl"
     """What was asked so far and what was foretold of it; the next rounds add to it."""

@@ -35,7 +35,6 @@ ELSEWHERE = {
     "ppo",
     "sample",
     "bradley_terry",
-    "value",
 }
 # thresholds that the checks of `favor train` share
 LENGTH_SHARE, CUT_SHARE = 0.6, 0.05
@@ -149,7 +148,7 @@ class LintConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _pass_over(cls, tree: Any) -> Any:
-        return passed_over(tree, cls, ELSEWHERE)
+        return passed_over(tree, cls, ELSEWHERE | {"value"})
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "LintConfig":
