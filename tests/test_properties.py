@@ -401,6 +401,8 @@ def recipes():
     """Every recipe of the command line, with what it cannot do without."""
     from favor_frontier.recipe import FrontierConfig
 
+    from favor.ask.settings import AskConfig
+    from favor.audit.settings import AuditConfig
     from favor.chat.settings import ChatConfig
     from favor.conform.settings import ConformConfig
     from favor.demo import DemoConfig
@@ -418,6 +420,7 @@ def recipes():
     from favor.train.preference import TrainConfig
     from favor.train.reward import RewardTrainConfig
     from favor.train.sft import SftConfig
+    from favor.value.settings import ValueConfig
     from favor.winrate.run import WinrateConfig
 
     model, data = {"model": {"path": "m"}}, {"data": {"train": "d"}}
@@ -439,6 +442,9 @@ def recipes():
         RealignConfig: {"run": "r"},
         ExportConfig: {"run": "r", "out": "o"},
         LintConfig: data,
+        ValueConfig: model | data,
+        AskConfig: model | {"pool": "p", "out": "o"},
+        AuditConfig: run | {"data": "d", "judge": {"kind": "callable", "path": "j.py:f"}},
         FrontierConfig: run,
         DemoConfig: run,
         DoctorConfig: {},
@@ -446,7 +452,7 @@ def recipes():
     }
 
 
-RECIPES = 18
+RECIPES = 22
 
 
 def keys_of(schema, prefix=""):
