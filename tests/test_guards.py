@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import signal
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ import torch
 from oracles import tree
 from rich.console import Console
 from safetensors.torch import load_file
+from test_training import StopAt
 
 from favor.config import load
 from favor.data.batches import build
@@ -372,22 +372,6 @@ def test_each_consequence_acts(films, tmp_path):
     for name in ("lower_lr", "likelihood"):
         assert not equal(weights(tmp_path / name), weights(tmp_path / "warn"))
         assert events(tmp_path / name, "health")[0]["done"] != []
-
-
-class StopAt(StopRequest):
-    """A stop signal that arrives while a given step is running."""
-
-    def __init__(self, step):
-        self._left = step
-
-    @property
-    def signal_number(self):
-        self._left -= 1
-        return signal.SIGTERM if self._left == 0 else None
-
-    @signal_number.setter
-    def signal_number(self, value):
-        pass
 
 
 def test_what_was_decided_survives_a_stop_and_a_kill(films, tmp_path):

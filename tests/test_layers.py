@@ -45,7 +45,7 @@ ALLOWED = {
     "lint": BASE | {"output", "settings", "data", "model", "rewards", "report.frame", "report.words"},
     "value": BASE
     | {"output", "data", "model", "eval.figures", "eval.intervals", "report.frame", "report.words"}
-    | {"lint.settings", "lint.cheap"},
+    | {"lint.settings", "lint.cheap", "lint.page"},
     "ask": BASE
     | {"output", "data", "model", "label.intake", "label.settings", "label.store", "lint.settings"}
     | {"value.cheap", "value.pairs"},
@@ -90,7 +90,7 @@ DATA_ORDER = (
     *("encode", "shapes", "turns", "render", "tokenize", "splits", "store", "prepare", "prompts", "batches"),
 )
 # the size of the package; a feature may raise a number to the new size in its own commit, with the reason (CONTRIBUTING.md)
-MOST_LINES, MOST_FILES = 33_933, 226
+MOST_LINES, MOST_FILES = 33_910, 226
 # comment lines per 100 of code, on the files of the story (docs/path.md)
 LEAST_COMMENTS = 5
 FILES = sorted(PACKAGE.rglob("*.py"))

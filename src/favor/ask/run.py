@@ -21,7 +21,6 @@ from favor.guard import sha
 from favor.label.intake import take_in
 from favor.label.settings import LabelConfig
 from favor.label.store import Pair as Unlabelled
-from favor.model.load import load_policy
 from favor.output import Output
 from favor.run import jsonl, read_jsonl
 from favor.value.cheap import Array, Cases, margins
@@ -89,9 +88,8 @@ def _parts(config: AskConfig, pool: Sequence[Unlabelled], progress: Progress) ->
     rows: dict[str, list[Row]] = {"pool": [_as_row(config, number, pair) for number, pair in enumerate(pool, 1)]}
     if config.data is not None:
         rows["train"] = list(read_rows(config.data.parts, "all", config.data))
-    policy = load_policy(config.model.model_copy(update={"lora": None}), frozen=True)
     bad_rows = config.data.bad_rows if config.data else "error"
-    return parts(rows, policy, How(config.tokens, config.model.layout, bad_rows, config.max_tokens_per_pack), progress)
+    return parts(rows, How(config.model, config.tokens, bad_rows, config.max_tokens_per_pack), progress)
 
 
 def _as_row(config: AskConfig, number: int, pair: Unlabelled) -> Row:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from favor.audit.figures import Ints
-from favor.eval.intervals import SHARE, Array, Interval, mean_interval, t_quantile
+from favor.eval.intervals import SHARE, Array, Interval, jackknife, mean_interval, t_quantile
 
 
 class Powered(NamedTuple):
@@ -63,7 +63,7 @@ def _jackknife(sums: Array, weigh: float) -> tuple[float, float]:
     total, moments = sums.sum(0), sums.T @ sums
     without, _ = _estimate(total - sums, moments - sums[:, :, None] * sums[:, None, :], weigh)
     centre, _ = _estimate(total, moments, weigh)
-    return float(centre), float(np.sqrt((len(sums) - 1) / len(sums) * ((without - centre) ** 2).sum()))
+    return float(centre), jackknife(without - centre)
 
 
 def _estimate(total: Array, moments: Array, weigh: float = 1.0) -> tuple[Array, Array]:

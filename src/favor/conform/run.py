@@ -3,7 +3,6 @@
 In: ConformConfig. Out: a Result for every case; JSON, a page. Next: settings.py.
 """
 
-import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -41,15 +40,13 @@ def conform(config: ConformConfig, progress: Advance) -> Found:
     launch = launch_words(path)
     asked = {"out": config.out, "page": config.page}
     outputs = [Output(Path(at), key, config.overwrite) for key, at in asked.items() if at is not None]
-    output.refuse_shared(outputs)
 
     def carry(folder: Path, ranks: int) -> None:
         if ranks == 1 or launch:
             carry_out(path, folder, launch if ranks > 1 else (), config.timeout_s, progress)
 
-    with contextlib.ExitStack() as claims, tempfile.TemporaryDirectory(prefix="favor-conform-") as folder:
-        for out in outputs:
-            output.known(claims.enter_context(output.claimed(out, [str(path)])))
+    claimed = output.all_claimed(outputs, [str(path)])
+    with claimed, tempfile.TemporaryDirectory(prefix="favor-conform-") as folder:
         subjects = Path(folder) / "subjects"
         make_subjects(subjects)
         jobs = settled(needed(config.cases), subjects)

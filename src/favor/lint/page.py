@@ -29,7 +29,7 @@ _TEXT, _LETTERS, _LISTED = 700, 150_000, 200
 
 
 class Example(NamedTuple):
-    """A row that has a fault: where it is, what is said of it, its texts ("" where they are not to be shown)."""
+    """A row on a page: where it is, what is said of it, its texts ("" where they are not to be shown)."""
 
     place: str
     said: str
@@ -109,18 +109,19 @@ class _Rows(NamedTuple):
             return Example(at, said, *_unread(row))
         order = row.orders[0] if row.orders else tuple(range(len(row.responses)))
         best, worst = (row.responses[order[0]], row.responses[order[-1]]) if order else ("", "")
-        return Example(at, said, _cut(row.prompt), _cut(best), _cut(worst) if len(order) > 1 else "")
+        return Example(at, said, cut(row.prompt), cut(best), cut(worst) if len(order) > 1 else "")
 
 
 def _unread(row: Row) -> tuple[str, str, str]:
     """The three texts of a row that favor cannot use, or all of it as it is."""
     prompt, chosen, rejected = (row.raw.get(name) for name in ("prompt", "chosen", "rejected"))
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        return _cut(prompt), _cut(chosen), _cut(rejected)
+        return cut(prompt), cut(chosen), cut(rejected)
     return shown(json.dumps(row.raw, ensure_ascii=False, default=str), _TEXT), "", ""
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """A text as a page shows it."""
     return text if len(text) <= _TEXT else f"{text[:_TEXT]} ... [{len(text) - _TEXT:,} more letters]"
 
 

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 from favor.data.types import words_of
 from favor.errors import places_in, without_known_places
 from favor.lint.cheap import place
+from favor.lint.page import Example, cut
 from favor.report.frame import rendered
 from favor.report.words import between, percent, plural
 from favor.value.pairs import Pair
 from favor.value.settings import ValueConfig
 from favor.value.verdict import Judged, Verdict
 
-# letters of a text on the page
-_TEXT = 700
 _TITLES: dict[Verdict, tuple[str, str]] = {
     "flip": (
         "Labels that are turned round",
@@ -30,16 +29,6 @@ _TITLES: dict[Verdict, tuple[str, str]] = {
     "drop": ("Pairs that are left out", "More likely wrong than right, and not surely enough to turn them round."),
     "keep": ("Pairs that stay", "The most certain ones are shown."),
 }
-
-
-class Example(NamedTuple):
-    """A pair on the page."""
-
-    place: str
-    said: str
-    prompt: str
-    chosen: str
-    rejected: str
 
 
 class Section(NamedTuple):
@@ -87,14 +76,10 @@ def headline(figures: dict[str, Any]) -> str:
 def _example(pair: Pair, one: Judged, anywhere: "partial[str]") -> Example:
     where = anywhere(place((pair.text.source, pair.text.rows[0])))
     texts = (pair.text.prompt, pair.text.responses[pair.chosen], pair.text.responses[pair.rejected])
-    return Example(where, one.reason, *(_cut(words_of(text)) for text in texts))
+    return Example(where, one.reason, *(cut(words_of(text)) for text in texts))
 
 
 def _point(row: dict[str, Any]) -> tuple[str, str, str, str]:
     share = row["share"] if isinstance(row["share"], str) else percent(row["share"])
     chance = "" if row["by_chance"] is None else percent(row["by_chance"])
     return share, percent(row["accuracy"]), between(row["accuracy_interval"]), chance
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _TEXT else f"{text[:_TEXT]} ... [{len(text) - _TEXT:,} more letters]"

@@ -17,7 +17,7 @@ from favor.data.tokenize import TokensConfig, tokenize
 from favor.data.types import Comparison, PromptTree, TokenTree
 from favor.eval.figures import pairs
 from favor.model.layout import settle
-from favor.model.load import Policy, precise
+from favor.model.load import ModelConfig, Policy, load_policy, precise
 from favor.value.cheap import Cases, gaps
 from favor.value.features import NUMBERS, features
 
@@ -49,21 +49,21 @@ class Part(NamedTuple):
 
 
 class How(NamedTuple):
-    """How rows become numbers: sections [tokens] and [model], data.bad_rows, tokens computed at once."""
+    """How rows become numbers: sections [model] and [tokens], data.bad_rows, tokens computed at once."""
 
+    model: ModelConfig
     tokens: TokensConfig
-    layout: str
     bad_rows: Literal["error", "drop"]
     budget: int
 
 
-def parts(
-    rows: Mapping[str, Sequence[Row]], policy: Policy, how: How, progress: Callable[[str, int, int], None]
-) -> dict[str, Part]:
+def parts(rows: Mapping[str, Sequence[Row]], how: How, progress: Callable[[str, int, int], None]) -> dict[str, Part]:
     """The pairs of every part, all read by one model. Raises DataError for rows that cannot be used, as training does."""
+    # adapters would be drawn by chance, and the model without them is the reference
+    policy = load_policy(how.model.model_copy(update={"lora": None}), frozen=True)
     known = {key: place for place, key in enumerate(dict.fromkeys(key for part in rows.values() for _, key in part))}
     trees = {name: _tokenized(policy, how, [text for text, _ in part]) for name, part in rows.items()}
-    ready, _ = settle(precise(policy), how.layout, [ids for part in trees.values() for _, ids in part])
+    ready, _ = settle(precise(policy), how.model.layout, [ids for part in trees.values() for _, ids in part])
     total = sum(map(len, trees.values()))
     found: dict[str, Part] = {}
     for name, part in trees.items():

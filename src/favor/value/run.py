@@ -17,7 +17,6 @@ from favor.data.settings import SourceConfig
 from favor.data.types import Comparison, TokenTree
 from favor.errors import DataError
 from favor.eval.intervals import SHARE, mean_interval, sign_share
-from favor.model.load import load_policy
 from favor.output import Output
 from favor.run import jsonl
 from favor.value.cheap import Array, Cases, Margins, head, margins
@@ -72,10 +71,8 @@ def read_parts(config: ValueConfig, progress: Progress) -> dict[str, Part]:
     rows = {spec.name: list(read_rows(spec.sources, spec.half, data)) for spec in splits_of(data)}
     if trusted is not None:
         rows["trusted"] = list(read_rows([SourceConfig(path=trusted)], "all", data))
-    # adapters would be drawn by chance, and the model without them is the reference
-    policy = load_policy(config.model.model_copy(update={"lora": None}), frozen=True)
-    how = How(config.tokens, config.model.layout, data.bad_rows, config.value.max_tokens_per_pack)
-    return parts(rows, policy, how, progress)
+    how = How(config.model, config.tokens, data.bad_rows, config.value.max_tokens_per_pack)
+    return parts(rows, how, progress)
 
 
 def _check(config: ValueConfig, found: Mapping[str, Part]) -> None:
