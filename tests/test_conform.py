@@ -2,7 +2,10 @@
 
 import json
 import math
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -277,6 +280,8 @@ def test_the_command_says_what_holds(favor, tmp_path):
         ("a.py", "def trains(): pass\n", "defines no function train"),
         ("b.py", "def train(:\n", "is no Python"),
         ("torch.py", "def train(): pass\n", "which it would hide"),
+        ("json.py", "def train(): pass\n", "which it would hide"),
+        ("sys.py", "def train(): pass\n", "which it would hide"),
         ("c.py", "LAUNCH = ['-m', 3]\ndef train(): pass\n", "LAUNCH must be a list of texts"),
     ],
 )
@@ -287,6 +292,15 @@ def test_mistakes_give_one_clear_message(name, text, said, favor, tmp_path):
     assert code == 2
     assert said in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_module_that_this_process_holds_hides_no_adapter(monkeypatch, tmp_path):
+    """A reward's function from another mine.py stays in sys.modules; the adapter runs in a process of its own."""
+    held = ModuleType("mine")
+    held.__spec__ = ModuleSpec("mine", None, origin="/elsewhere/mine.py")
+    monkeypatch.setitem(sys.modules, "mine", held)
+    (tmp_path / "mine.py").write_text("def train(): pass\n")
+    assert adapter_file(str(tmp_path / "mine.py")) == tmp_path / "mine.py"
 
 
 def test_settings_that_cannot_be():

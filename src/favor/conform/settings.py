@@ -4,8 +4,8 @@ In: a recipe. Out: ConformConfig; the place of an adapter. Next: cases.py.
 """
 
 import ast
-import importlib.util
 from collections.abc import Sequence
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,9 @@ def adapter_file(adapter: str) -> Path:
         raise ConfigError(f"{adapter}: no such Python file; name one, or {', '.join(BUILT_IN)}")
     if not any(isinstance(node, ast.FunctionDef) and node.name == "train" for node in _parsed(path).body):
         raise ConfigError(f"{path}: defines no function train(model, rows, out, settings) (docs/conform.md)")
-    found = importlib.util.find_spec(path.stem) if path.stem.isidentifier() else None
+    # the places that Python looks in, not what this process happens to hold: a function's file can have the same name
+    places = (BuiltinImporter, FrozenImporter, PathFinder)
+    found = next((spec for spec in (place.find_spec(path.stem) for place in places) if spec is not None), None)
     if not built_in and found is not None and found.origin not in (None, str(path)):
         raise ConfigError(f"{path}: a module named {path.stem!r} is installed, which it would hide; rename the file")
     return path
