@@ -86,9 +86,12 @@ bench-gpu: .venv/.ready
 	$(BIN)/pip install --quiet --constraint constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/gpu.py
 
+# beside TRL and transformers: by the shape of the data in both formats, GRPO and sampling, the demo's pairs (hours on two cores)
 bench: .venv/.ready
 	$(BIN)/pip install --quiet --constraint constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/shapes.py
+	$(BIN)/python benchmarks/shapes.py --dtype bfloat16
+	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/vs_trl.py --data demo
 
 # The marker is written last, so an interrupted installation is taken up again.

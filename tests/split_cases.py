@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import psutil
+import pytest
 import test_invariance
 import tiny
 import torch
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from favor.eval.evaluate import EvalConfig, evaluate
 from favor.losses.table import make_loss
-from favor.model import split
+from favor.model import logprobs, split
 from favor.model.adapters import LoraSettings
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, frozen_copy, load_policy, make_policy, sharded, weights_hash
@@ -99,6 +100,14 @@ def case_updates(folder, members, shard="full", names=tuple(MAKES)):
                     close(found.sums[key], value, f"{name}: {key}")
             for n in start:
                 assert float((weights[n] - true[n]).abs().max()) <= 1e-5 * moved, (name, n)
+
+
+def case_tiles(folder, members):
+    """The head in tiles of three places, each computed again in the backward: every rank asks for the head as often."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "_TILE_BYTES", 4 * tiny.VOCAB * 3)
+        patch.setattr(logprobs, "_KEEP_BYTES", 0)
+        case_updates(folder, members, names=("tied", "untied, biases"))
 
 
 def case_hybrid(folder, members):

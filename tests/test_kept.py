@@ -9,13 +9,17 @@ import tiny
 import torch
 from oracles import plain_logps, tree
 from peft import PeftModel
+from pydantic import TypeAdapter
 from test_cli import GOOD, recipe, write
+from test_winrate import judged
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from favor.config import load
 from favor.data.batches import build
 from favor.errors import CheckpointError, ConfigError, FavorError
+from favor.generate.samples import SamplesConfig, write_samples
 from favor.model import kept
 from favor.model.adapters import LoraSettings
 from favor.model.heads import load_scalar_model
@@ -25,6 +29,8 @@ from favor.model.logprobs import response_logps, scored_logps
 from favor.model.weights import load_weights
 from favor.rewards.model import ScoredTokens, model_scorer
 from favor.run import read_jsonl
+from favor.winrate import judges
+from favor.winrate.judges import Duel, JudgeConfig
 
 TREES = [
     tree((5, 6, 7), [(8, 9, 10, 11, 12, 2), (8, 30, 31, 32, 33, 2)], [(0, 1)]),
@@ -254,6 +260,37 @@ def test_reward_models_score_the_same(inputs, tmp_path):
     # a head that adapters would train beside them
     assert scores.causal_lm.score.weight.dtype == torch.float32
     assert scores.kept_bytes > 0
+
+
+def noting(measured, read, *words):
+    found = measured(*words)
+    read.append(found.tolist())
+    return found
+
+
+def test_an_engine_and_a_judge_say_the_same(inputs, tmp_path):
+    model = {"path": str(inputs / "model"), "dtype": "float32"}
+    duels = [
+        Duel("a film", "good", "bad and long"),
+        Duel("a film", "bad", "good"),
+        Duel("a film", "maybe", "good good"),
+    ]
+    logits, samples = [], []
+    for weights in ("float32", "bfloat16"):
+        out = tmp_path / f"{weights}.jsonl"
+        sample = [f"out={out}", f"prompts={inputs / 'good.jsonl'}", "sample.max_new_tokens=6", "samples_per_prompt=4"]
+        engine = [f"engine.model.{key}={value}" for key, value in (model | {"weights": weights}).items()]
+        write_samples(load(SamplesConfig, None, [*sample, *engine]), lambda *_: None)
+        samples.append([row["responses"] for row in read_jsonl(out)])
+        config = {"kind": "hf", "model": model | {"weights": weights}}
+        with pytest.MonkeyPatch.context() as patch:
+            read = []
+            patch.setattr(judges, "measured", partial(noting, judges.measured, read))
+            verdicts = judged(TypeAdapter(JudgeConfig).validate_python(config), duels)
+        logits.append((verdicts, read))
+    assert samples[0] == samples[1]
+    assert len({text for texts in samples[0] for text in texts}) > 3
+    assert logits[0] == logits[1]
 
 
 def test_tokens_too(inputs):

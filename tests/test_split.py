@@ -49,7 +49,7 @@ def on_ranks(count, folder, *cases):
 
 @pytest.mark.dist
 def test_two_ranks_hold_half_each_and_give_what_one_gives(tmp_path):
-    on_ranks(2, tmp_path, "bytes", "copy", "pieces", "quick", "saved")
+    on_ranks(2, tmp_path, "bytes", "copy", "pieces", "quick", "saved", "tiles")
 
 
 @pytest.mark.dist
