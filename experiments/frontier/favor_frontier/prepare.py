@@ -24,7 +24,7 @@ from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
 from favor.rewards.model import ScoredTokens
 from favor.rewards.source import ClassifierReward, ModelReward, RewardConfig, make_scorer
-from favor.run import RunFolder, cache_folder, make_folder, read_jsonl, write_json, write_jsonl
+from favor.run import RunFolder, cache_folder, make_folder, read_jsonl, remove_folder, write_json, write_jsonl
 from favor.train import reference
 from favor.train.loop import LoopConfig, SaveConfig
 from favor.train.optim import AdamW
@@ -176,9 +176,11 @@ def store_reference(task: Task, places: Places, seed: int, open_session: OpenSes
 def learn_reward(config: FrontierConfig, task: Task, places: Places, seed: int, open_session: OpenSession) -> None:
     """The Bradley-Terry reward model of RLHF, from the same preferences that DPO sees."""
     root = places.reward(seed)
-    if RunFolder(root).model.exists() and RunFolder(root).evaluation.exists():
-        return
     others = [s for s in config.seeds if s != seed]
+    if RunFolder(root).model.exists() and (RunFolder(root).evaluation.exists() or not others):
+        return
+    # one that was interrupted starts anew, as a point does
+    remove_folder(root)
     recipe = RewardTrainConfig(
         run=str(root),
         seed=seed,
