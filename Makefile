@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo fault frontier matrix zoo coverage broken-models bad-settings bad-sources settings-doc docs test dist test-all check smoke lock bench bench-gpu clean
+.PHONY: demo fault frontier frontier-format matrix zoo coverage broken-models bad-settings bad-sources settings-doc docs test dist test-all check smoke lock bench bench-gpu clean
 
 demo: .venv/.ready
 	$(BIN)/favor demo
 
 frontier: .venv/.ready
 	$(BIN)/favor frontier recipes/frontier.toml
+
+# the same on a task of another kind
+frontier-format: .venv/.ready
+	$(BIN)/favor frontier recipes/frontier-format.toml
 
 matrix: .venv/.ready
 	cd tests && ../$(BIN)/python -W ignore matrix.py

@@ -177,9 +177,9 @@ SMALL = {
     "frontier": (
         *("seeds=[0]", "jobs=1", "task.model=MODEL", "task.prompts=prefs.jsonl", "task.eval_prompts=test.jsonl"),
         *("task.reward.kind=callable", "task.reward.path=reward.py:length", "offline.prompts=4", "offline.answers=2"),
-        *("offline.epochs=1", "ppo.rollouts=1", "ppo.batch_prompts=2", "ppo.answers=2"),
+        *("offline.epochs=1", "budgets=[]", "fresh.rounds=1", "ppo.rollouts=1", "ppo.batch_prompts=2", "ppo.answers=2"),
         *("evaluate.prompts=4", "evaluate.samples=2", "evaluate.max_new_tokens=4"),
-        *(f"methods.{name}=[0.5]" for name in ("dpo", "ipo", "kto", "unlikelihood")),
+        *(f"methods.{name}=[0.5]" for name in ("dpo", "dpo_fresh", "ipo", "kto", "unlikelihood")),
         *(f"methods.{name}=[2]" for name in ("ppo", "ppo_true", "preferred_ft", "best_of_n")),
     ),
     "loop": (*_SAMPLES, "rounds=1", "prompts_per_round=3", "samples_per_prompt=2", "train.max_steps=1"),

@@ -405,7 +405,10 @@ def rlhf_words(name, inputs, here):
             "task.reward.path=" + str(here / "length.py") + ":score",
         ]
         sizes = ["run=frontier", "seeds=[0]", "jobs=1", "offline.prompts=4", "evaluate.prompts=3", "ppo.rollouts=3"]
-        left_out = [f"methods.{m}=[]" for m in ("ipo", "kto", "ppo", "unlikelihood", "preferred_ft", "best_of_n")]
+        left_out = [
+            f"methods.{m}=[]" for m in ("dpo_fresh", "ipo", "kto", "ppo", "unlikelihood", "preferred_ft", "best_of_n")
+        ]
+        sizes.append("budgets=[]")
         return [*task, *sizes, *left_out, "methods.dpo=[0.1]", "methods.ppo_true=[3]", "evaluate.max_new_tokens=4"]
     if name == "winrate":
         sides = [f"{side}.model={model}" for side in ("a", "b")]

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from favor_frontier import style
 from favor_frontier.page import SECTIONS, frontier_rows
-from favor_frontier.recipe import FrontierConfig, points
+from favor_frontier.recipe import FrontierConfig, Point, calls, points
 from favor_frontier.run import frontier
 from favor_frontier.shrink import shrink
-from favor_frontier.summary import Cell, _point, dominance, envelope
+from favor_frontier.summary import Cell, _point, _settled, dominance, envelope, p_value
 from rich.console import Console
+from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from favor.config import load
@@ -84,8 +86,24 @@ def test_prompts_are_drawn_once_for_all_seeds():
 def test_points_and_refusals():
     config = FrontierConfig()
     found = points(config)
-    assert len(found) == len({p.name for p in found}) == 3 * sum(map(len, config.methods.model_dump().values()))
+    # each strength, and four methods with a quarter of the calls
+    one_seed = sum(map(len, config.methods.model_dump().values())) + 4
+    assert len(found) == len({p.name for p in found}) == 5 * one_seed
     for words, message in (
+        (["budgets=[0.5, 0.5]"], "a share twice"),
+        (["budgets=[0.01]"], "raise offline.prompts"),
+        (["fresh.rounds=57"], "raise offline.prompts"),
+        (
+            [
+                "embedded=format",
+                "task.model=m",
+                "task.prompts=p",
+                "task.eval_prompts=e",
+                "task.reward.kind=callable",
+                "task.reward.path=f.py:f",
+            ],
+            "embedded is about",
+        ),
         (["methods.best_of_n=[1.5]"], "whole numbers"),
         (["seeds=[1, 1]"], "distinct"),
         ([f"methods.{name}=[]" for name in config.methods.model_dump()], "no point"),
@@ -93,6 +111,45 @@ def test_points_and_refusals():
     ):
         with pytest.raises(ConfigError, match=message):
             load(FrontierConfig, None, words)
+
+
+def test_every_method_asks_as_often_and_says_so():
+    """224 prompts x 4 answers; 4 rounds of 56 prompts; rollouts of 16 prompts. A quarter of each, in whole prompts."""
+    config = FrontierConfig.model_validate({"ppo": {"rollouts": 14}})
+    asked = {p.name: calls(config, p) for p in points(config) if p.seed == 0}
+    whole = {count for name, count in asked.items() if "share" not in name}
+    assert whole == {896}
+    assert asked["dpo-0.1-share0.25-seed0"] == asked["dpo_fresh-0.1-share0.25-seed0"] == 224
+    assert asked["ppo-6-share0.25-seed0"] == 224
+    # 3.5 rollouts are 4
+    assert asked["ppo_true-6-share0.25-seed0"] == 4 * 64
+    assert calls(config, Point("start", 0, 0)) == 0
+
+
+def test_the_format_is_scored_exactly():
+    texts = [
+        "one two three four five six seven eight!",
+        "one two three four",
+        "",
+        "one two three! four",
+        "a " * 30 + "!",
+    ]
+    # 8 words and the mark; half the length; nothing; half the length, the mark not at the end; far too long
+    assert style.score([""] * 5, texts) == [1.0, 0.25, 0.0, 0.25, 0.5]
+
+
+def test_p_is_that_of_students_t_where_one_seed_is_all_there_is():
+    values = np.random.default_rng(0).normal(0.3, 1.0, (1, 25))
+    found = p_value(float(values.mean()), values)
+    assert found == pytest.approx(stats.ttest_1samp(values[0], 0).pvalue, rel=1e-6)
+    assert p_value(50.0, values - values.mean()) == 1e-9
+
+
+def test_verdicts_stand_for_having_looked_at_all_pairs():
+    """Holm: 0.05/4, 0.05/3, 0.05/2, 0.05. The third fails, so the fourth does not count though it is below 5 %."""
+    pairs = [{"p": p} for p in (0.04, 0.012, 0.03, 0.016)]
+    assert [said["p"] for said in _settled(pairs)] == [0.012, 0.016]
+    assert _settled([{"p": 0.013}, {"p": 0.04}, {"p": 0.04}, {"p": 0.04}]) == []
 
 
 def test_shrunken_model_splits_the_texts_alike_and_computes_the_kept_layer(tmp_path):
@@ -141,13 +198,15 @@ def recipe(task, run):
             "task.reward.kind=callable",
             f"task.reward.path={task / 'reward.py'}:vowels",
             "offline.prompts=6",
+            "budgets=[0.5]",
+            "fresh.rounds=2",
             "offline.batch_prompts=3",
             "offline.probe_every=1",
             "ppo.rollouts=2",
             "ppo.batch_prompts=3",
             "evaluate.prompts=4",
             "evaluate.max_new_tokens=6",
-            *(f"methods.{name}=[0.5]" for name in ("dpo", "ipo", "kto", "unlikelihood")),
+            *(f"methods.{name}=[0.5]" for name in ("dpo", "dpo_fresh", "ipo", "kto", "unlikelihood")),
             *(f"methods.{name}=[2]" for name in ("ppo", "ppo_true", "preferred_ft", "best_of_n")),
         ],
     )
@@ -156,14 +215,22 @@ def recipe(task, run):
 def test_a_whole_picture_and_its_resumption(task, tmp_path):
     config = recipe(task, tmp_path / "run")
     found = frontier(config, open_session)
-    assert found["finished"] == found["wanted"] == 16
+    assert found["finished"] == found["wanted"] == 2 * (9 + 4)
     assert set(found["points"]) == {"start", *config.methods.model_dump()}
     (start,) = found["points"]["start"]
     assert start["kl"]["mean"] == pytest.approx(0, abs=1e-5)
     assert found["points"]["best_of_n"][0]["kl"]["mean"] == pytest.approx(np.log(2) - 0.5)
-    assert len(found["dominance"]) == 8 * 7 / 2
+    assert len(found["dominance"]) == 9 * 8 / 2
+    budgets = {(b["method"], b["share"]): b for b in found["budgets"]}
+    assert set(budgets) == {(m, s) for m in ("dpo", "dpo_fresh", "ppo", "ppo_true") for s in (0.5, 1.0)}
+    for method in ("dpo", "dpo_fresh"):
+        assert budgets[method, 0.5]["calls"] < budgets[method, 1.0]["calls"]
+        # each from its own labels: another model comes out
+        assert budgets[method, 0.5]["kl"]["mean"] != budgets[method, 1.0]["kl"]["mean"]
+    assert budgets["ppo", 0.5]["kl"]["mean"] != budgets["ppo", 1.0]["kl"]["mean"]
+    assert all(b["core_seconds"] > 0 for b in budgets.values())
     assert {c["method"] for c in found["stability"]} == {"dpo", "ppo", "ppo_true"}
-    assert not list((tmp_path / "run").glob("points/*/model"))
+    assert not list((tmp_path / "run").glob("points/**/model"))
     # a point that is missing is computed again, to the same figures; the others are left alone
     paths = {p.parent.name: p for p in (tmp_path / "run").glob("points/*/point.json")}
     before = {name: (p.stat().st_mtime_ns, p.read_text()) for name, p in paths.items()}
@@ -173,13 +240,14 @@ def test_a_whole_picture_and_its_resumption(task, tmp_path):
     changed = [name for name, p in paths.items() if p.stat().st_mtime_ns != before[name][0]]
     assert changed == ["dpo-0.5-seed1"]
     rows = frontier_rows(again)
-    assert len(rows.points) == 9
+    assert len(rows.points) == 10
+    assert len(rows.budgets) == 8
     write_page(collect(tmp_path / "run", SECTIONS), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "Who dominates whom" in page
     assert "PPO, learnt reward" in page
-    # the frontier, wide and small; KL and reward over training of three methods
-    assert page.count('<svg class="plot"') == 2 + 6
+    # the frontier, wide and small; two costs; KL and reward over training of three methods
+    assert page.count('<svg class="plot"') == 2 + 2 + 6
     with pytest.raises(ConfigError, match="another recipe"):
         frontier(config.model_copy(update={"jobs": 1}), open_session)
 

@@ -18,6 +18,7 @@ from favor.report.table import FEW
 LABELS = {
     "start": "SFT (start)",
     "dpo": "DPO",
+    "dpo_fresh": "DPO, fresh answers",
     "ipo": "IPO",
     "kto": "KTO",
     "ppo": "PPO, learnt reward",
@@ -27,7 +28,7 @@ LABELS = {
     "best_of_n": "Best-of-N",
 }
 _STRENGTH = {
-    **dict.fromkeys(("dpo", "ipo", "kto"), "beta"),
+    **dict.fromkeys(("dpo", "dpo_fresh", "ipo", "kto"), "beta"),
     **dict.fromkeys(("ppo", "ppo_true"), "target KL"),
     "unlikelihood": "alpha",
     "preferred_ft": "epochs",
@@ -37,6 +38,7 @@ _STRENGTH = {
 _COLOURS = {
     "start": 6,
     "dpo": 0,
+    "dpo_fresh": 8,
     "ipo": 5,
     "kto": 3,
     "ppo": 1,
@@ -50,10 +52,11 @@ _WIDE, _SMALL = (1000, 480), (360, 330)
 
 
 class FrontierRows(NamedTuple):
-    """Tables as text: every point; every pair of methods; notes."""
+    """Tables as text: every point; every pair of methods; what a budget buys; notes."""
 
     points: list[tuple[str, str, str, str]]
     dominance: list[tuple[str, str, str]]
+    budgets: list[tuple[str, ...]]
     notes: list[str]
 
 
@@ -65,6 +68,7 @@ def frontier_section(found: Mapping[str, Any]) -> str:
         verdict=card(frontier_verdict(found)),
         rows=frontier_rows(found),
         plot=frontier_plot(found),
+        costs=cost_plots(found),
         small=frontier_plot(found, _SMALL),
         stability=stability_plots(found),
         samples=samples_side_by_side(found),
@@ -128,18 +132,29 @@ def frontier_rows(found: Mapping[str, Any]) -> FrontierRows:
     )
     notes = [
         f"{found['finished']} of {found['wanted']} points; {each}",
-        f"{_brackets(found)}. A method dominates another when its reward at equal KL is higher over the range both reach, by an "
-        "interval that leaves out 0",
+        f"{_brackets(found)}. A method dominates another when its reward at equal KL is higher over the range both reach, and "
+        "that stands after Holm's correction for having looked at all pairs (5 % for any wrong verdict)",
         "Best-of-N's KL is its bound log N - (N-1)/N, not a measurement",
     ]
-    took = ", ".join(
-        f"{LABELS[m]} {s / _runs(found, m):.0f}" for m, s in found["seconds"].items() if found["points"].get(m)
-    )
-    notes += [f"Seconds a point, training and measuring: {took}; the learnt rewards of PPO and Best-of-N come on top"]
+    took = ", ".join(f"{LABELS[m]} {s:.0f}" for m, s in found["core_seconds"].items() if found["points"].get(m))
+    notes += [
+        f"Seconds of one core to train a point, with its labels, its reward model and its reference, without measuring it: {took}. "
+        "Best-of-N trains nothing and draws N answers for each that it gives"
+    ]
     if far := _beyond(found["points"]):
         notes.append(f"Beyond the plot's right edge: {', '.join(far)}")
     notes += [f"{item['point']} stopped early: {item['why']}" for item in found["stopped"]]
-    return FrontierRows(points, dominance, notes)
+    budgets = [
+        (
+            f"{LABELS[p['method']]}, {_strength(p['method'], p['strength'])}",
+            f"{p['calls']:,}",
+            f"{p['core_seconds']:.0f}",
+            _interval(p["kl"], ".2f"),
+            _interval(p["reward"], ".3f"),
+        )
+        for p in found["budgets"]
+    ]
+    return FrontierRows(points, dominance, budgets, notes)
 
 
 def _brackets(found: Mapping[str, Any]) -> str:
@@ -156,17 +171,14 @@ def _brackets(found: Mapping[str, Any]) -> str:
 def _difference(pair: Mapping[str, Any]) -> str:
     if pair["difference"] is None:
         return "no KL range in common"
-    return f"{pair['difference']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}]"
+    p = "" if pair["p"] is None else f", p {pair['p']:.2g}"
+    return f"{pair['difference']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}]{p}"
 
 
 def _verdict(pair: Mapping[str, Any]) -> str:
     return {"neither": "neither", "one seed": "no verdict: one seed"}.get(
         pair["wins"]
     ) or f"{LABELS[pair['wins']]} dominates"
-
-
-def _runs(found: Mapping[str, Any], method: str) -> int:
-    return len(found["points"][method]) * len(found["seeds"])
 
 
 def frontier_table(found: Mapping[str, Any]) -> Table:
@@ -203,6 +215,31 @@ def frontier_plot(found: Mapping[str, Any], size: tuple[int, int] = _WIDE) -> Ma
         what, "sampled KL, nats a response (square root)", "ground-truth reward", *size, "sqrt", ends, inside=True
     )
     return chart(axes, lines)
+
+
+def cost_plots(found: Mapping[str, Any]) -> list[Drawn]:
+    """Reward against calls of the ground truth, and against seconds of a core, a line a method."""
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for point in found["budgets"]:
+        by_method.setdefault(point["method"], []).append(point)
+    if not any(len(members) > 1 for members in by_method.values()):
+        return []
+    plots: list[Drawn] = []
+    for key, unit in (("calls", "calls of the ground truth"), ("core_seconds", "seconds of a core")):
+        lines = [
+            Line(
+                [p[key] for p in sorted(members, key=lambda p: p[key])],
+                [p["reward"]["mean"] for p in sorted(members, key=lambda p: p[key])],
+                f"{LABELS[method]}, {_strength(method, members[0]['strength'])}",
+                _COLOURS[method],
+                marks=True,
+                up=[(p["reward"]["low"], p["reward"]["high"]) for p in sorted(members, key=lambda p: p[key])],
+            )
+            for method, members in by_method.items()
+        ]
+        title = f"Reward against {unit}"
+        plots.append(Drawn(title, "", "", chart(Axes(title, unit, "ground-truth reward"), lines)))
+    return plots
 
 
 def widest_kl(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:

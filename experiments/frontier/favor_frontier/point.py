@@ -21,6 +21,7 @@ from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
+from favor.online import OnlineConfig, Round, loop
 from favor.rewards.source import Scorer, make_scorer
 from favor.run import RunFolder, make_folder, read_json, read_jsonl, write_json, write_jsonl
 from favor.train.loop import LoopConfig, SaveConfig
@@ -31,7 +32,7 @@ from favor.train.reference import ReferenceConfig
 from favor.train.session import OpenSession
 from favor.train.watch import KlConfig, WatchConfig
 from favor_frontier.prepare import Places, Task, learnt_reward, start_model, training_prompts
-from favor_frontier.recipe import FrontierConfig, Point
+from favor_frontier.recipe import FrontierConfig, Point, calls, num_prompts, num_rollouts
 
 
 @dataclass(frozen=True)
@@ -61,22 +62,46 @@ def run_point(
         return
     shutil.rmtree(root, ignore_errors=True)
     make_folder(root)
-    began = time.monotonic()
+    # of a core, not of the clock: points run beside each other, and beside whatever else the machine does
+    began = time.process_time()
+    spent = 0.0
     if point.method == "start":
         found = {"status": "ok"} | measure(config, bench.reference, bench, point.seed)
     elif point.method == "best_of_n":
         found = _best_of_n(config, task, places, point, bench)
     else:
-        status = _train(config, task, places, point, root, open_session)
-        model = RunFolder(root).model
+        status, model = _train(config, task, places, point, root, open_session)
+        spent = time.process_time() - began
         found = {"status": status}
         if model.exists():
             policy = load_policy(ModelConfig(path=str(model), dtype="float32"))
             found |= measure(config, policy, bench, point.seed)
-            shutil.rmtree(model)
-    found |= {"method": point.method, "strength": point.strength, "seed": point.seed}
-    shutil.rmtree(RunFolder(root).checkpoints, ignore_errors=True)
-    write_json(root / "point.json", found | {"seconds": time.monotonic() - began})
+        for path in (*root.glob("**/model"), *root.glob("**/checkpoints")):
+            shutil.rmtree(path)
+    found |= {"method": point.method, "strength": point.strength, "seed": point.seed, "share": point.share}
+    found |= {"calls": calls(config, point), "core_seconds": spent + _shared_seconds(places, point)}
+    write_json(root / "point.json", found)
+
+
+# the shared parts that a method stands on
+_STANDS_ON = {
+    **dict.fromkeys(("dpo", "ipo", "kto", "unlikelihood"), ("label", "reference")),
+    "preferred_ft": ("label",),
+    **dict.fromkeys(("ppo", "best_of_n"), ("label", "reward")),
+}
+
+
+def _shared_seconds(places: Places, point: Point) -> float:
+    """Seconds of a core that labels, stored log-probs and the reward model took, as far as the method needs them."""
+    spent = 0.0
+    for kind in _STANDS_ON.get(point.method, ()):
+        if kind == "label":
+            # a share's labels are some of the seed's
+            spent += point.share * read_json(places.cost(kind, point.seed))["core_seconds"]
+        elif kind == "reward" or point.share == 1:
+            # with less than all labels the run computes its reference itself
+            spent += read_json(places.cost(kind, point.seed, point.share))["core_seconds"]
+    return spent
 
 
 def measure(config: FrontierConfig, policy: Policy, bench: Bench, seed: int) -> dict[str, Any]:
@@ -127,16 +152,21 @@ def _best_of_n(config: FrontierConfig, task: Task, places: Places, point: Point,
 
 def _train(
     config: FrontierConfig, task: Task, places: Places, point: Point, root: Path, open_session: OpenSession
-) -> str:
-    """Train the point's policy; "ok", or what stopped it."""
+) -> tuple[str, Path]:
+    """Train the point's policy; "ok", or what stopped it, and where its model would lie."""
+    model = RunFolder(root).model
     try:
         if point.method in ("ppo", "ppo_true"):
             train_ppo(_ppo_recipe(config, task, places, point, root), open_session)
+        elif point.method == "dpo_fresh":
+            recipe = _fresh_recipe(config, task, places, point, root)
+            model = Round(recipe.rounds, recipe).train.model
+            loop(recipe, open_session, lambda label, done, total: None)
         else:
             train(_preference_recipe(config, task, places, point, root), open_session)
     except NumericsError as error:
-        return str(error)
-    return "ok"
+        return str(error), model
+    return "ok", model
 
 
 def _preference_recipe(config: FrontierConfig, task: Task, places: Places, point: Point, root: Path) -> TrainConfig:
@@ -144,17 +174,18 @@ def _preference_recipe(config: FrontierConfig, task: Task, places: Places, point
     options = {"unlikelihood": {"alpha": point.strength}, "preferred_ft": {}}.get(kind, {"beta": point.strength})
     epochs = int(point.strength) if kind == "preferred_ft" else sizes.epochs
     probe = None
-    if probed := point.method == "dpo" and sizes.probe_every > 0:
+    # one seed shows how training goes; the others' seconds are training alone
+    if probed := point.method == "dpo" and sizes.probe_every > 0 and point.seed == config.seeds[0]:
         probe = KlConfig(every=sizes.probe_every, prompts=32, tokens=config.evaluate.max_new_tokens)
     return TrainConfig(
         run=str(root),
         seed=point.seed,
         model=start_model(task, places),
-        data=DataConfig(train=str(places.preferences(point.seed))),
+        data=DataConfig(train=str(places.preferences(point.seed, point.share))),
         tokens=task.tokens,
         loss=make_loss(kind, **options),
         optim=AdamW(lr=sizes.lr, warmup=2),
-        reference=ReferenceConfig(store=str(places.reference(point.seed))),
+        reference=ReferenceConfig(store=str(places.reference(point.seed)) if point.share == 1 else None),
         train=LoopConfig(batch_prompts=sizes.batch_prompts, epochs=epochs, max_tokens_per_pack=2048),
         save=SaveConfig(every=0),
         watch=WatchConfig(kl=probe),
@@ -162,24 +193,50 @@ def _preference_recipe(config: FrontierConfig, task: Task, places: Places, point
     )
 
 
+def _fresh_recipe(config: FrontierConfig, task: Task, places: Places, point: Point, root: Path) -> OnlineConfig:
+    sizes = config.offline
+    return OnlineConfig(
+        run=str(root),
+        seed=point.seed,
+        rounds=config.fresh.rounds,
+        model=start_model(task, places),
+        prompts=str(_prompts_file(config, task, places, point)),
+        prompts_per_round=num_prompts(config, point.share) // config.fresh.rounds,
+        samples_per_prompt=sizes.answers,
+        tokens=task.tokens,
+        sample=SampleConfig(max_new_tokens=config.evaluate.max_new_tokens, batch=128),
+        reward=task.reward,
+        loss=make_loss("dpo", beta=point.strength),
+        optim=AdamW(lr=sizes.lr, warmup=2),
+        train=LoopConfig(batch_prompts=sizes.batch_prompts, epochs=sizes.epochs, max_tokens_per_pack=2048),
+        save=SaveConfig(every=0),
+    )
+
+
+def _prompts_file(config: FrontierConfig, task: Task, places: Places, point: Point) -> Path:
+    """The seed's prompts, beside the run: its folder is not there before it starts. Every method of a seed writes the same."""
+    path = places.preferences(point.seed).with_name("prompts.jsonl")
+    write_jsonl(path, [{"prompt": text} for _, text in training_prompts(config, task, point.seed)])
+    return path
+
+
 def _ppo_recipe(config: FrontierConfig, task: Task, places: Places, point: Point, root: Path) -> PpoConfig:
-    sizes = config.ppo
-    # beside the run: its folder is not there before it starts. Both PPO methods of a seed write the same
-    prompts = places.preferences(point.seed).with_name("prompts.jsonl")
-    chosen = training_prompts(config, task, point.seed)
-    write_jsonl(prompts, [{"prompt": text} for _, text in chosen])
+    sizes, learnt = config.ppo, point.method == "ppo"
+    # PPO on the learnt reward asks nothing while it runs: a share of the labels is the reward model's
+    rollouts = sizes.rollouts if learnt else num_rollouts(config, point.share)
+    scales = places.scales(point.seed, point.share if learnt else 1.0)
     return PpoConfig(
         run=str(root),
         seed=point.seed,
         model=start_model(task, places),
-        data=PromptsConfig(train=str(prompts)),
+        data=PromptsConfig(train=str(_prompts_file(config, task, places, point))),
         tokens=PromptTokens(template=task.tokens.template, special_text=task.tokens.special_text),
-        reward=learnt_reward(task, places, point.seed) if point.method == "ppo" else task.reward,
+        reward=learnt_reward(task, places, point.seed, point.share) if learnt else task.reward,
         ppo=PpoSettings(
             samples_per_prompt=sizes.answers,
             updates=sizes.updates,
             kl=AdaptiveKl(target=point.strength, coef=sizes.kl_coef, horizon=sizes.kl_horizon),
-            reward_scale=read_json(places.scales(point.seed))[point.method],
+            reward_scale=read_json(scales)[point.method],
             explosion_kl=sizes.explosion_kl,
         ),
         sample=SampleConfig(max_new_tokens=config.evaluate.max_new_tokens, batch=128),
@@ -187,10 +244,10 @@ def _ppo_recipe(config: FrontierConfig, task: Task, places: Places, point: Point
         train=LoopConfig(
             batch_prompts=sizes.batch_prompts,
             epochs=1_000,
-            max_steps=sizes.rollouts,
+            max_steps=rollouts,
             max_tokens_per_pack=2048,
         ),
-        save=SaveConfig(every=max(1, sizes.rollouts // 4), keep=1),
+        save=SaveConfig(every=max(1, rollouts // 4), keep=1),
     )
 
 

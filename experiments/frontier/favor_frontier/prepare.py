@@ -3,7 +3,9 @@
 In: FrontierConfig. Out: files and folders below the run; what is there already is kept. Next: point.py.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import pstdev
@@ -23,16 +25,16 @@ from favor.model.load import ModelConfig, load_policy
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sample
 from favor.rewards.model import ScoredTokens
-from favor.rewards.source import ClassifierReward, ModelReward, RewardConfig, make_scorer
+from favor.rewards.source import CallableReward, ClassifierReward, ModelReward, RewardConfig, make_scorer
 from favor.run import RunFolder, cache_folder, make_folder, read_jsonl, remove_folder, write_json, write_jsonl
 from favor.train import reference
 from favor.train.loop import LoopConfig, SaveConfig
 from favor.train.optim import AdamW
 from favor.train.reward import RewardTrainConfig, train_reward
-from favor.train.session import OpenSession, load_splits
+from favor.train.session import OpenSession, Session, load_splits
 from favor.train.sft import SftConfig, sft
 from favor_frontier.films import film_files
-from favor_frontier.recipe import FrontierConfig
+from favor_frontier.recipe import FrontierConfig, num_prompts
 from favor_frontier.shrink import shrink
 
 
@@ -50,7 +52,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the shared parts lie."""
+    """Where the shared parts lie; those of less than all labels (share) under a name of their own."""
 
     root: Path
 
@@ -59,25 +61,41 @@ class Places:
         """The run folder of the SFT; its model is every method's start and reference."""
         return self.root / "sft"
 
-    def preferences(self, seed: int) -> Path:
+    def preferences(self, seed: int, share: float = 1.0) -> Path:
         """Ranked answers of the start, labelled by the ground truth."""
-        return self.root / f"seed-{seed}" / "preferences.jsonl"
+        return self.root / f"seed-{seed}" / f"preferences{_part(share)}.jsonl"
 
-    def reference(self, seed: int) -> Path:
+    def reference(self, seed: int, share: float = 1.0) -> Path:
         """The start's log-probs of these answers, which every method of the seed reads."""
-        return self.root / f"seed-{seed}" / "reference.safetensors"
+        return self.root / f"seed-{seed}" / f"reference{_part(share)}.safetensors"
 
-    def scales(self, seed: int) -> Path:
+    def scales(self, seed: int, share: float = 1.0) -> Path:
         """What brings each PPO reward to standard deviation 1 on the start's answers (JSON)."""
-        return self.root / f"seed-{seed}" / "scales.json"
+        return self.root / f"seed-{seed}" / f"scales{_part(share)}.json"
 
-    def reward(self, seed: int) -> Path:
+    def reward(self, seed: int, share: float = 1.0) -> Path:
         """The run folder of the learnt reward."""
-        return self.root / f"seed-{seed}" / "reward"
+        return self.root / f"seed-{seed}" / f"reward{_part(share)}"
+
+    def cost(self, kind: str, seed: int, share: float = 1.0) -> Path:
+        """Seconds of a core that a shared part took (JSON): label, reference or reward."""
+        return self.root / f"seed-{seed}" / f"cost-{kind}{_part(share)}.json"
 
     def point(self, name: str) -> Path:
         """The run folder of a point."""
         return self.root / "points" / name
+
+
+def _part(share: float) -> str:
+    return f"-{share:g}" if share < 1 else ""
+
+
+@contextmanager
+def _costs(path: Path) -> Generator[None]:
+    """Seconds of a core, written when the part is done."""
+    began = time.process_time()
+    yield
+    write_json(path, {"core_seconds": time.process_time() - began})
 
 
 def settle_task(config: FrontierConfig, root: Path, say: Callable[[str], None]) -> Task:
@@ -97,7 +115,9 @@ def settle_task(config: FrontierConfig, root: Path, say: Callable[[str], None]) 
         prompts=str(files / "sft.jsonl"),
         eval_prompts=str(files / "eval.jsonl"),
         sft=str(files / "sft.jsonl"),
-        reward=ClassifierReward(path=str(reviews / "classifier.jsonl")),
+        reward=CallableReward(path="favor_frontier.style:score")
+        if config.embedded == "format"
+        else ClassifierReward(path=str(reviews / "classifier.jsonl")),
         tokens=TokensConfig(template="plain"),
     )
 
@@ -134,6 +154,17 @@ def label(config: FrontierConfig, task: Task, places: Places, seed: int) -> None
     if path.exists():
         return
     make_folder(path.parent)
+    with _costs(places.cost("label", seed)):
+        rows = _labelled(config, task, places, seed)
+    for share in config.budgets:
+        few = num_prompts(config, share)
+        write_jsonl(places.preferences(seed, share), [row for place, row in rows if place < few])
+    # last: what is there is whole
+    write_jsonl(path, [row for _, row in rows])
+
+
+def _labelled(config: FrontierConfig, task: Task, places: Places, seed: int) -> list[tuple[int, dict[str, Any]]]:
+    """Rankings of answers that differ in score, each with the place of its prompt."""
     policy = load_policy(start_model(task, places))
     prompts = training_prompts(config, task, seed)
     each = config.offline.answers
@@ -143,15 +174,15 @@ def label(config: FrontierConfig, task: Task, places: Places, seed: int) -> None
     out = sample(policy, [i for i in ids for _ in range(each)], seeds, settings)
     texts = decode(policy.tokenizer, out)
     scores = make_scorer(task.reward)([text for _, text in prompts for _ in range(each)], texts)
-    rows: list[dict[str, Any]] = []
+    rows: list[tuple[int, dict[str, Any]]] = []
     for i, (_, prompt) in enumerate(prompts):
         mine = range(i * each, (i + 1) * each)
         kept = {texts[k]: k for k in mine if texts[k].strip()}
         if len({scores[k] for k in kept.values()}) > 1:
             ended = [out[k][-1] in policy.end_ids for k in kept.values()]
             values = [scores[k] for k in kept.values()]
-            rows.append({"prompt": prompt, "responses": list(kept), "scores": values, "ended": ended})
-    write_jsonl(path, rows)
+            rows.append((i, {"prompt": prompt, "responses": list(kept), "scores": values, "ended": ended}))
+    return rows
 
 
 def store_reference(task: Task, places: Places, seed: int, open_session: OpenSession) -> None:
@@ -160,6 +191,11 @@ def store_reference(task: Task, places: Places, seed: int, open_session: OpenSes
     if path.exists():
         return
     session = open_session(path.parent)
+    with _costs(places.cost("reference", seed)):
+        _store(task, places, seed, path, session)
+
+
+def _store(task: Task, places: Places, seed: int, path: Path, session: Session) -> None:
     policy = load_policy(start_model(task, places))
     data = DataConfig(train=str(places.preferences(seed)))
     splits = load_splits(data, task.tokens, policy, session)
@@ -173,9 +209,11 @@ def store_reference(task: Task, places: Places, seed: int, open_session: OpenSes
     reference.stored(policy, {"train": splits.train}, identity, path, build, session.world)
 
 
-def learn_reward(config: FrontierConfig, task: Task, places: Places, seed: int, open_session: OpenSession) -> None:
+def learn_reward(
+    config: FrontierConfig, task: Task, places: Places, seed: int, share: float, open_session: OpenSession
+) -> None:
     """The Bradley-Terry reward model of RLHF, from the same preferences that DPO sees."""
-    root = places.reward(seed)
+    root = places.reward(seed, share)
     others = [s for s in config.seeds if s != seed]
     if RunFolder(root).model.exists() and (RunFolder(root).evaluation.exists() or not others):
         return
@@ -187,7 +225,7 @@ def learn_reward(config: FrontierConfig, task: Task, places: Places, seed: int, 
         model=start_model(task, places),
         # another seed's answers are new to it: they measure accuracy and calibration
         data=DataConfig(
-            train=str(places.preferences(seed)), eval=str(places.preferences(others[0])) if others else None
+            train=str(places.preferences(seed, share)), eval=str(places.preferences(others[0])) if others else None
         ),
         tokens=task.tokens,
         optim=AdamW(lr=config.offline.reward_lr, warmup=2),
@@ -198,16 +236,17 @@ def learn_reward(config: FrontierConfig, task: Task, places: Places, seed: int, 
         ),
         save=SaveConfig(every=0),
     )
-    train_reward(recipe, open_session)
+    with _costs(places.cost("reward", seed, share)):
+        train_reward(recipe, open_session)
 
 
-def scale_rewards(task: Task, places: Places, seed: int) -> None:
+def scale_rewards(task: Task, places: Places, seed: int, share: float = 1.0) -> None:
     """Write 1/(standard deviation) of either reward on the start's answers, so that one KL coefficient suits both."""
-    path = places.scales(seed)
+    path = places.scales(seed, share)
     if path.exists():
         return
-    rows = read_jsonl(places.preferences(seed))
-    learnt = make_scorer(learnt_reward(task, places, seed))
+    rows = read_jsonl(places.preferences(seed, share))
+    learnt = make_scorer(learnt_reward(task, places, seed, share))
     prompts = [row["prompt"] for row in rows for _ in row["responses"]]
     scores = learnt(prompts, [text for row in rows for text in row["responses"]])
     true = [score for row in rows for score in row["scores"]]
@@ -215,10 +254,10 @@ def scale_rewards(task: Task, places: Places, seed: int) -> None:
     write_json(path, {"ppo": 1 / (pstdev(scores) or 1.0), "ppo_true": 1 / (pstdev(true) or 1.0)})
 
 
-def learnt_reward(task: Task, places: Places, seed: int) -> RewardConfig:
+def learnt_reward(task: Task, places: Places, seed: int, share: float = 1.0) -> RewardConfig:
     """The seed's reward model as a [reward]."""
     tokens = ScoredTokens(template=task.tokens.template, max_tokens=task.tokens.max_tokens)
-    return ModelReward(path=str(RunFolder(places.reward(seed)).model), tokens=tokens)
+    return ModelReward(path=str(RunFolder(places.reward(seed, share)).model), tokens=tokens)
 
 
 def training_prompts(config: FrontierConfig, task: Task, seed: int) -> NumberedPrompts:

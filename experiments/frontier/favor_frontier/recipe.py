@@ -4,8 +4,10 @@ In: TOML. Out: FrontierConfig and its list of Points. Next: prepare.py.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from math import ceil
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -74,6 +76,18 @@ class OfflineSizes(BaseModel):
     """Steps between two measurements of DPO's KL; 0: none."""
 
 
+class FreshSizes(BaseModel):
+    """Section [fresh]: DPO on answers of the policy as it is (`favor loop`).
+
+    Every round draws its share of `offline.prompts`, so the ground truth is asked as often as for the other methods. Learning
+    rate, answers, epochs and batches are those of [offline].
+    """
+
+    model_config = STRICT
+    rounds: int = Field(default=4, ge=1)
+    """Rounds of sampling, ranking and training."""
+
+
 class PpoSizes(BaseModel):
     """Section [ppo]: rollouts of batch_prompts x answers samples; kl_coef is the adaptive coefficient's start.
 
@@ -117,19 +131,21 @@ class MethodStrengths(BaseModel):
     model_config = STRICT
     dpo: Strengths = (0.03, 0.1, 0.5)
     """Values of beta."""
-    ipo: Strengths = (0.03, 0.1, 0.5)
+    dpo_fresh: Strengths = (0.03, 0.1, 0.5)
+    """Values of beta, of DPO on fresh answers ranked by the ground truth: the equal of PPO on the ground truth."""
+    ipo: Strengths = (0.03, 0.5)
     """Values of beta."""
-    kto: Strengths = (0.03, 0.1, 0.5)
+    kto: Strengths = (0.03, 0.5)
     """Values of beta."""
     ppo: Strengths = (3.0, 6.0, 12.0)
     """Target KLs of PPO on the learnt reward, nats a response."""
     ppo_true: Strengths = (3.0, 6.0, 12.0)
     """The same on the ground truth."""
-    unlikelihood: Shares = (0.1, 0.5, 1.0)
+    unlikelihood: Shares = (0.1, 0.5)
     """Values of alpha."""
-    preferred_ft: Counts = (1, 2, 3)
+    preferred_ft: Counts = (1, 3)
     """Numbers of epochs."""
-    best_of_n: Counts = (2, 4, 8, 16)
+    best_of_n: Counts = (2, 4, 16)
     """Values of N; the learnt reward chooses."""
 
 
@@ -139,8 +155,12 @@ class FrontierConfig(BaseModel):
     model_config = STRICT
     run: str = "runs/frontier"
     """The folder this run writes into."""
-    seeds: tuple[Seed, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)
     """One whole experiment a seed."""
+    embedded: Literal["sentiment", "format"] = "sentiment"
+    """Which embedded task: reviews that a classifier takes for praise, or reviews of eight words that end in "!" (exact)."""
+    budgets: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25,)
+    """DPO and PPO, each at its middle strength, with these shares of the calls of the ground truth too."""
     jobs: int = Field(default=2, ge=1, le=256)
     """Points computed at once, each with its share of the cores."""
     layers: tuple[int, ...] = (0, 1, 2)
@@ -148,6 +168,7 @@ class FrontierConfig(BaseModel):
     task: TaskConfig | None = None
     sft: SftSizes = SftSizes()
     offline: OfflineSizes = OfflineSizes()
+    fresh: FreshSizes = FreshSizes()
     ppo: PpoSizes = PpoSizes()
     evaluate: EvaluateSizes = EvaluateSizes()
     methods: MethodStrengths = MethodStrengths()
@@ -164,8 +185,21 @@ class FrontierConfig(BaseModel):
         if twice := [name for name, strengths in self.methods if len(set(strengths)) < len(strengths)]:
             raise ValueError(f"methods.{twice[0]} names a strength twice; name each once")
         # by value: the resolved recipe names every key
-        if self.task is not None and self.layers != type(self).model_fields["layers"].default:
-            raise ValueError("layers cuts the embedded model; with [task] it is not read, remove it")
+        for name in ("layers", "embedded"):
+            if self.task is not None and vars(self)[name] != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is about the embedded task; with [task] it is not read, remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_hold_a_preference(self) -> "FrontierConfig":
+        if len(set(self.budgets)) < len(self.budgets):
+            raise ValueError("budgets names a share twice; name each once")
+        least = min((*self.budgets, 1.0)) * self.offline.prompts
+        if least < 2 or (self.methods.dpo_fresh and least < self.fresh.rounds):
+            raise ValueError(
+                f"budgets and fresh.rounds leave {least:g} of offline.prompts = {self.offline.prompts} to a method or "
+                "less than one to a round; raise offline.prompts, or set fewer rounds and larger budgets"
+            )
         return self
 
 
@@ -176,17 +210,55 @@ class Point:
     method: str
     strength: float
     seed: int
+    share: float = 1.0
+    """Of the calls of the ground truth that the others have."""
 
     @property
     def name(self) -> str:
         """Folder name."""
-        return f"{self.method}-{self.strength:g}-seed{self.seed}"
+        part = f"-share{self.share:g}" if self.share < 1 else ""
+        return f"{self.method}-{self.strength:g}{part}-seed{self.seed}"
+
+
+# methods that are also trained on less
+BUDGETED = ("dpo", "dpo_fresh", "ppo", "ppo_true")
 
 
 def points(config: FrontierConfig) -> list[Point]:
     """Every point but the start, seeds outermost so that an unfinished picture has whole seeds."""
-    grid = config.methods.model_dump()
-    return [Point(m, float(s), seed) for seed in config.seeds for m, strengths in grid.items() for s in strengths]
+    found: list[Point] = []
+    for seed in config.seeds:
+        for method, strengths in config.methods.model_dump().items():
+            found += [Point(method, float(strength), seed) for strength in strengths]
+            if method in BUDGETED and strengths:
+                found += [Point(method, middle(strengths), seed, share) for share in config.budgets]
+    return found
+
+
+def middle(strengths: Sequence[float]) -> float:
+    """The strength at which a method is shown where one must do."""
+    return float(sorted(strengths)[len(strengths) // 2])
+
+
+def num_prompts(config: FrontierConfig, share: float) -> int:
+    """Prompts whose answers are labelled."""
+    return max(2, int(config.offline.prompts * share))
+
+
+def num_rollouts(config: FrontierConfig, share: float) -> int:
+    """Rollouts of PPO on the ground truth."""
+    return ceil(config.ppo.rollouts * share)
+
+
+def calls(config: FrontierConfig, point: Point) -> int:
+    """How often a point's method asks the ground truth about an answer."""
+    if point.method == "start":
+        return 0
+    if point.method == "ppo_true":
+        return num_rollouts(config, point.share) * config.ppo.batch_prompts * config.ppo.answers
+    if point.method == "dpo_fresh":
+        return config.fresh.rounds * (num_prompts(config, point.share) // config.fresh.rounds) * config.offline.answers
+    return num_prompts(config, point.share) * config.offline.answers
 
 
 def threads(config: FrontierConfig) -> int:

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def _frontier(config: FrontierConfig, session: Session, open_session: OpenSessio
     with session.stop.looked_at(told), _Pool(config, task, session) as pool:
         # a reward model is measured on another seed's preferences, so these come first
         pool.run("label", starts)
-        pool.run("reward", starts)
+        pool.run("reward", [*starts, *(replace(start, share=share) for start in starts for share in config.budgets)])
         pool.run("point", [*starts, *points(config)])
     found = summarise(config, places)
     append(folder.root / "timing.jsonl", {"seconds": time.monotonic() - began, "finished": found["finished"]})
@@ -83,9 +84,10 @@ def work(recipe: Path, task: Task, kind: str, point: Point) -> str:
     if kind == "label":
         label(config, task, places, point.seed)
     elif kind == "reward":
-        store_reference(task, places, point.seed, open_session)
-        learn_reward(config, task, places, point.seed, open_session)
-        scale_rewards(task, places, point.seed)
+        if point.share == 1:
+            store_reference(task, places, point.seed, open_session)
+        learn_reward(config, task, places, point.seed, point.share, open_session)
+        scale_rewards(task, places, point.seed, point.share)
     else:
         run_point(config, task, places, point, make_bench(config, task, places), open_session)
     return point.name

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from favor.eval.intervals import Array, Interval
+from favor.eval.intervals import Array
 from favor_frontier.point import curve
 from favor_frontier.prepare import Places
-from favor_frontier.recipe import FrontierConfig, points
+from favor_frontier.recipe import BUDGETED, FrontierConfig, middle, points
 
 _GRID = 25
 # the upper end of the middle 95 %
 _UPPER = 0.975
+# wrong verdicts among all pairs; the smallest p that is told
+_FAMILY, _LEAST = 0.05, 1e-9
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ def summarise(config: FrontierConfig, places: Places) -> dict[str, Any]:
     return {
         "points": {name: [_point(cell) for cell in members] for name, members in ({"start": start} | cells).items()},
         "dominance": dominance(start, cells),
+        "budgets": _budgets(config, found),
         "stability": _stability(config, places),
         "stopped": [{"point": n, "why": r["status"]} for n, r in found.items() if r.get("status", "ok") != "ok"],
         "samples": [
@@ -46,33 +49,82 @@ def summarise(config: FrontierConfig, places: Places) -> dict[str, Any]:
             for r in found.values()
             if r["seed"] == config.seeds[0] and "samples" in r
         ],
-        "seconds": {name: sum(r["seconds"] for r in found.values() if r["method"] == name) for name in cells},
+        "core_seconds": {name: _typical(found, name) for name in cells},
         "finished": sum(p.name in found for p in wanted),
         "wanted": len(wanted),
         "num_prompts": config.evaluate.prompts,
         "samples_per_prompt": config.evaluate.samples,
         "seeds": list(config.seeds),
         "intervals": "crossed",
+        "correction": "holm",
     }
+
+
+def _typical(found: Mapping[str, dict[str, Any]], method: str) -> float:
+    """The median over a method's points: one seed's probes do not move it."""
+    return float(np.median([r["core_seconds"] for r in found.values() if r["method"] == method and r["share"] == 1]))
+
+
+def _budgets(config: FrontierConfig, found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a method reaches for how many calls of the ground truth and seconds of a core, at its middle strength."""
+    groups: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
+    for r in found.values():
+        if r["method"] in BUDGETED and r["strength"] == middle(vars(config.methods)[r["method"]]) and "reward" in r:
+            groups.setdefault((r["method"], r["strength"], r["share"]), []).append(r)
+    return [
+        _point(_cell(strength, records))
+        | {"method": method, "share": share, "calls": records[0]["calls"]}
+        | {"core_seconds": float(np.median([r["core_seconds"] for r in records]))}
+        for (method, strength, share), records in sorted(groups.items())
+        if len(records) == len(config.seeds)
+    ]
 
 
 def dominance(start: Sequence[Cell], frontiers: Mapping[str, Sequence[Cell]]) -> list[dict[str, Any]]:
     """For every two methods, the mean reward difference at equal KL, over the KL range that both reach.
 
     Each frontier (method -> its strengths, behind the start that all share) is the best reward at or below a KL, straight
-    between points. A method dominates when the 95 % interval of the difference is above 0; one seed decides nothing.
-    Where the methods have no KL range in common the difference is None.
+    between points. Intervals are each pair's own 95 %. As many pairs are looked at, a method dominates only where the
+    difference stands after Holm's correction over all of them (Holm 1979, Scand. J. Statist. 6): no pair is wrongly called in
+    95 % of pictures. One seed decides nothing. Where the methods have no KL range in common the difference is None.
     """
-    names, found = list(frontiers), []
+    names, found = list(frontiers), list[dict[str, Any]]()
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            difference, low, high = _difference(start, frontiers[a], frontiers[b]) or (None, None, None)
-            verdict = "neither"
-            if low is not None and high is not None and low < high:
-                verdict = a if low > 0 else b if high < 0 else "neither"
-                verdict = verdict if len(frontiers[a][0].reward_SP) > 1 else "one seed"
-            found.append({"a": a, "b": b, "difference": difference, "low": low, "high": high, "wins": verdict})
+            said = {"a": a, "b": b, "difference": None, "low": None, "high": None, "p": None, "wins": "neither"}
+            if (influence := _influence(start, frontiers[a], frontiers[b])) is not None:
+                difference, influence_SP = influence
+                reach = crossed_reach(influence_SP)
+                said |= {"difference": difference, "low": difference - reach, "high": difference + reach}
+                # equal values everywhere have no spread to judge by
+                said["p"] = p_value(difference, influence_SP) if reach > 0 else None
+                said["wins"] = "neither" if len(influence_SP) > 1 or reach == 0 else "one seed"
+            found.append(said)
+    for said in _settled([said for said in found if said["p"] is not None and said["wins"] == "neither"]):
+        said["wins"] = said["a"] if said["difference"] > 0 else said["b"]
     return found
+
+
+def _settled(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that stand at a family-wise 5 %: by rising p, up to the first that is above 5 % over the pairs left."""
+    kept: list[dict[str, Any]] = []
+    for place, said in enumerate(sorted(pairs, key=lambda said: said["p"])):
+        if said["p"] > _FAMILY / (len(pairs) - place):
+            break
+        kept.append(said)
+    return kept
+
+
+def p_value(difference: float, influence_SP: Array) -> float:
+    """One less the confidence of the widest `crossed_reach` that leaves out 0; 1e-9 at least."""
+    low, high = 0.5, 1 - _LEAST / 2
+    if crossed_reach(influence_SP, high) < abs(difference):
+        return _LEAST
+    # 40 halvings of the confidence
+    for _ in range(40):
+        upper = (low + high) / 2
+        low, high = (upper, high) if crossed_reach(influence_SP, upper) < abs(difference) else (low, upper)
+    return 2 * (1 - high)
 
 
 def envelope(kl: Array, reward: Array, grid: Array) -> Array:
@@ -82,8 +134,8 @@ def envelope(kl: Array, reward: Array, grid: Array) -> Array:
     return np.interp(grid, kl[order], best)
 
 
-def _difference(start: Sequence[Cell], a: Sequence[Cell], b: Sequence[Cell]) -> Interval | None:
-    """The difference with its interval by the delta method: its slope in every mean weighs that mean's values.
+def _influence(start: Sequence[Cell], a: Sequence[Cell], b: Sequence[Cell]) -> tuple[float, Array] | None:
+    """The difference, and what moves it (seeds x prompts), by the delta method: its slope in every mean weighs that mean's values.
 
     A slope is taken over one standard error to either side, because the frontier has corners.
     """
@@ -105,8 +157,7 @@ def _difference(start: Sequence[Cell], a: Sequence[Cell], b: Sequence[Cell]) -> 
         if step[place] > 0:
             slope = (between(means_2C + step) - between(means_2C - step)) / (2 * step[place])
             influence_SP += slope * (values_SP - mean)
-    difference, reach = between(means_2C), crossed_reach(influence_SP)
-    return Interval(difference, difference - reach, difference + reach)
+    return between(means_2C), influence_SP
 
 
 def _at_equal_kl(a_2C: Array, b_2C: Array) -> float:
@@ -125,15 +176,18 @@ def _cells(config: FrontierConfig, found: Mapping[str, dict[str, Any]]) -> dict[
     """Method -> its strengths, those for which every seed has figures (a stopped run may have none)."""
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for record in found.values():
-        if "reward" in record:
+        if "reward" in record and record["share"] == 1:
             groups.setdefault((record["method"], record["strength"]), []).append(record)
     cells: dict[str, list[Cell]] = {}
     for (method, strength), records in groups.items():
         if len(records) == len(config.seeds):
-            reward_SP = np.stack([_by_prompt(r["prompt"], r["reward"]) for r in records])
-            kl_SP = np.stack([_by_prompt(r["prompt"], r["kl"]) for r in records])
-            cells.setdefault(method, []).append(Cell(strength, reward_SP, kl_SP))
+            cells.setdefault(method, []).append(_cell(strength, records))
     return cells
+
+
+def _cell(strength: float, records: Sequence[Mapping[str, Any]]) -> Cell:
+    reward_SP, kl_SP = (np.stack([_by_prompt(r["prompt"], r[key]) for r in records]) for key in ("reward", "kl"))
+    return Cell(strength, reward_SP, kl_SP)
 
 
 def _by_prompt(prompts: Sequence[int], values: Sequence[float]) -> Array:
@@ -160,8 +214,8 @@ def _stability(config: FrontierConfig, places: Places) -> list[dict[str, Any]]:
     return [item for item in curves if item["curve"]]
 
 
-def crossed_reach(values_SP: Array) -> float:
-    """Half the 95 % interval of the mean of `values_SP` [seeds, prompts], every seed having the same prompts.
+def crossed_reach(values_SP: Array, upper: float = _UPPER) -> float:
+    """Half the interval, by default 95 %, of the mean of `values_SP` [seeds, prompts], every seed having the same prompts.
 
     reach^2 = t(S-1)^2 V_S + t(P-1)^2 max(V_P - V_SP, 0), with V_S = var(seed means)/S, V_P = var(prompt means)/P and V_SP
     that of seed x prompt noise, which V_S and V_P both hold. Each part has its own t (Howe 1974, JASA 69), which keeps
@@ -170,12 +224,12 @@ def crossed_reach(values_SP: Array) -> float:
     """
     seeds, prompts = values_SP.shape
     over_prompts = values_SP.mean(0).var(ddof=1) / prompts if prompts > 1 else 0.0
-    t_prompts = stdtrit(max(prompts - 1, 1), _UPPER)
+    t_prompts = stdtrit(max(prompts - 1, 1), upper)
     given = float(t_prompts * np.sqrt(over_prompts))
     if seeds == 1:
         return given
     over_seeds = values_SP.mean(1).var(ddof=1) / seeds
     rest_SP = values_SP - values_SP.mean(1, keepdims=True) - values_SP.mean(0) + values_SP.mean()
     noise = (rest_SP**2).sum() / ((seeds - 1) * max(prompts - 1, 1) * seeds * prompts)
-    both = stdtrit(seeds - 1, _UPPER) ** 2 * over_seeds + t_prompts**2 * max(over_prompts - noise, 0.0)
+    both = stdtrit(seeds - 1, upper) ** 2 * over_seeds + t_prompts**2 * max(over_prompts - noise, 0.0)
     return max(given, float(np.sqrt(both)))
