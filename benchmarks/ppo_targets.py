@@ -34,20 +34,20 @@ class Setting(NamedTuple):
     kl_horizon: int
     kl_coef: float = 0.2
     updates: int = 2
+    batch_prompts: int = 16
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return "-".join(f"{value:g}" for value in self)
+        return "-".join(f"{value:g}" for value in self[:5]) + f"-{self.batch_prompts}" * (self.batch_prompts != 16)
 
 
 SEARCHED = (
     Setting(2e-4, 14, 128),
     Setting(2e-4, 14, 64),
-    Setting(4e-4, 14, 64),
-    Setting(2e-4, 28, 64),
-    Setting(4e-4, 28, 64),
-    Setting(4e-4, 28, 64, kl_coef=0.05),
+    Setting(2e-4, 14, 32),
+    Setting(2e-4, 14, 64, kl_coef=0.5),
+    Setting(2e-4, 28, 32, batch_prompts=8),
 )
 
 
@@ -79,7 +79,7 @@ def row(root: Path, point: Point) -> dict[str, Any]:
     return {
         "method": point.method,
         "target": point.strength,
-        "seconds": found["seconds"],
+        "core_seconds": found["core_seconds"],
         "status": found["status"],
         **mean,
     }
@@ -98,10 +98,8 @@ def main() -> None:
     task = settle_task(config, given.out / "shared", print)
     points = [Point(method, target, given.seed) for method in given.methods for target in given.targets]
     recipes = {setting: placed(config, setting, given.out) for setting in SEARCHED}
-    print(
-        "| lr | rollouts | horizon | first coefficient | reward | target | KL, held-out | ground-truth reward | seconds | |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    columns = ("lr", "rollouts x prompts", "horizon", "first coefficient", "reward", "target", "KL, held-out")
+    print(f"| {' | '.join(columns)} | ground-truth reward | core seconds | |\n|{'---|' * 10}")
     with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
         todo = [
             (setting, point, pool.submit(work, recipes[setting], task, "point", point))
@@ -112,11 +110,14 @@ def main() -> None:
             r = row(recipes[setting].parent, point)
             kl = r.get("kl", float("nan"))
             said = f"{'binds' if abs(kl / point.strength - 1) <= WITHIN else 'does not bind'}, {r['status']}"
-            print(
-                f"| {setting.lr:g} | {setting.rollouts} | {setting.kl_horizon} | {setting.kl_coef:g} | {point.method} | "
-                f"{point.strength:g} | {kl:.2f} | {r.get('reward', float('nan')):.3f} | {r['seconds']:.0f} | {said} |",
-                flush=True,
+            how = (
+                f"{setting.lr:g}",
+                f"{setting.rollouts} x {setting.batch_prompts}",
+                setting.kl_horizon,
+                setting.kl_coef,
             )
+            figures = (f"{kl:.2f}", f"{r.get('reward', float('nan')):.3f}", f"{r['core_seconds']:.0f}")
+            print(f"| {' | '.join(map(str, (*how, point.method, point.strength, *figures, said)))} |", flush=True)
 
 
 if __name__ == "__main__":
