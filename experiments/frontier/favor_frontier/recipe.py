@@ -133,19 +133,19 @@ class MethodStrengths(BaseModel):
     """Values of beta."""
     dpo_fresh: Strengths = (0.03, 0.1, 0.5)
     """Values of beta, of DPO on fresh answers ranked by the ground truth: the equal of PPO on the ground truth."""
-    ipo: Strengths = (0.03, 0.5)
+    ipo: Strengths = (0.03,)
     """Values of beta."""
-    kto: Strengths = (0.03, 0.5)
+    kto: Strengths = (0.1,)
     """Values of beta."""
     ppo: Strengths = (3.0, 6.0, 12.0)
     """Target KLs of PPO on the learnt reward, nats a response."""
     ppo_true: Strengths = (3.0, 6.0, 12.0)
     """The same on the ground truth."""
-    unlikelihood: Shares = (0.1, 0.5)
+    unlikelihood: Shares = (0.5,)
     """Values of alpha."""
-    preferred_ft: Counts = (1, 3)
+    preferred_ft: Counts = (3,)
     """Numbers of epochs."""
-    best_of_n: Counts = (2, 4, 16)
+    best_of_n: Counts = (4, 16)
     """Values of N; the learnt reward chooses."""
 
 
