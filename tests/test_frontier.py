@@ -120,8 +120,8 @@ def test_every_method_asks_as_often_and_says_so():
     whole = {count for name, count in asked.items() if "share" not in name}
     assert whole == {896}
     assert asked["dpo-0.1-share0.25-seed0"] == asked["dpo_fresh-0.5-share0.25-seed0"] == 224
-    assert asked["ppo-12-share0.25-seed0"] == 224
-    assert asked["ppo_true-12-share0.25-seed0"] == 224
+    assert asked["ppo-8-share0.25-seed0"] == 224
+    assert asked["ppo_true-8-share0.25-seed0"] == 224
     # 3.5 rollouts are 4
     fewer = FrontierConfig.model_validate({"ppo": {"rollouts": 14, "batch_prompts": 16}})
     assert calls(fewer, Point("ppo_true", 6, 0, 0.25)) == 4 * 64

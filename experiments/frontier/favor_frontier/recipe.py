@@ -137,9 +137,9 @@ class MethodStrengths(BaseModel):
     """Values of beta."""
     kto: Strengths = (0.1,)
     """Values of beta."""
-    ppo: Strengths = (3.0, 12.0)
+    ppo: Strengths = (3.0, 8.0)
     """Target KLs of PPO on the learnt reward, nats a response."""
-    ppo_true: Strengths = (3.0, 12.0)
+    ppo_true: Strengths = (3.0, 8.0)
     """The same on the ground truth."""
     unlikelihood: Shares = (0.5,)
     """Values of alpha."""
