@@ -9,7 +9,7 @@ import tiny
 from test_value import FAIR, rows, written
 
 from favor.ask.choose import by_margin, spread_out
-from favor.ask.sequence import sequence
+from favor.eval.sequence import sequence
 from favor.ask.settings import AskConfig
 from favor.config import load
 from favor.errors import ConfigError

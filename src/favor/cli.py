@@ -71,7 +71,7 @@ _PARTS: Mapping[str, str] = {
     **dict.fromkeys(("lint", "demo", "doctor"), _BEGIN),
     **dict.fromkeys(("sft", "reward", "ppo", "loop"), _TRAIN),
     **dict.fromkeys(("label", "sample", "prefer", "score", "value", "ask"), _DATA),
-    **dict.fromkeys(("eval", "chat", "winrate", "audit", "realign", "frontier", "conform"), _LOOK),
+    **dict.fromkeys(("eval", "chat", "winrate", "diff", "audit", "realign", "frontier", "conform"), _LOOK),
     "export": _OUT,
 }
 app = typer.Typer(

@@ -28,7 +28,7 @@ Figures = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Done:
-    """What a command leaves. changed: in words; figures, paths: by name; following: what to type next; failed: exit code 1.
+    """What a command leaves. changed: in words; figures, paths: by name; following: what to type next; failed: exit code `code`.
 
     product: the text that was asked for, alone on stdout, so that it can go into a file.
     """
@@ -38,6 +38,7 @@ class Done:
     paths: Mapping[str, str] = field(default_factory=dict[str, str])
     following: tuple[str, ...] = ()
     failed: bool = False
+    code: int = 1
     product: str | None = None
 
     def lines(self, seconds: float) -> Iterator[str]:
@@ -103,7 +104,7 @@ def ended(speech: Speech, work: Callable[[], Done]) -> None:
         done = work()
     speech.end(done)
     if done.failed:
-        sys.exit(1)
+        sys.exit(done.code)
 
 
 def typed(*words: str) -> str:
@@ -293,6 +294,19 @@ def asked(out: str, history: str, figures: Figures) -> Done:
         typed("label", "db=labels.sqlite", "out=labels.jsonl"),
     )
     return Done(tuple(said), figures, {"pairs": out, "history": history}, following)
+
+
+def compared(said: str, figures: Figures, written: Mapping[str, str | None]) -> Done:
+    """After `favor diff`. said: its headline. The exit code is 1 where a gate fails, 3 where one is not settled."""
+    paths = {name: path for name, path in written.items() if path is not None}
+    answered = f"{figures['answered']} of {figures['prompts']} prompts answered"
+    sides = (f"a={figures['a']}", f"b={figures['b']}", "prompts=FILE")
+    more = typed("diff", *sides, *(() if "page" in paths else ("page=diff.html",)))
+    models = (f"a.model={figures['b']}", f"b.model={figures['a']}", "prompts=FILE", "judge.kind=...", "run=runs/duel")
+    following = (more, typed("winrate", *models))
+    verdict = figures["verdict"]
+    bad = verdict in ("fails", "not settled")
+    return Done((said, answered), figures, paths, following, bad, 3 if verdict == "not settled" else 1)
 
 
 def conformed(found: Mapping[str, Figures], out: str | None, page: str | None) -> Done:

@@ -119,6 +119,24 @@ def _winrate() -> Command:
     return Command(WinrateConfig, run)
 
 
+def _diff() -> Command:
+    """What changed between two models on the same prompts; with [gate], exit code 0 passes, 1 fails, 3 not settled."""
+    from favor.diff.page import headline
+    from favor.diff.run import diff
+    from favor.diff.settings import DiffConfig
+    from favor.report.table import diff_table
+
+    def run(config: DiffConfig, terminal: Terminal) -> Done:
+        say_precision(config.a.dtype, config.b.dtype)
+        figures = diff(config, terminal.console.print, terminal.progress, terminal.recipe)
+        terminal.console.print(diff_table(figures))
+        for note in figures["left_out"]:
+            terminal.console.print(note, style="yellow", markup=False)
+        return closing.compared(headline(figures), figures, {"out": config.out, "page": config.page})
+
+    return Command(DiffConfig, run)
+
+
 def _audit() -> Command:
     """Measure a judge's biases and its agreement with people; a win rate from few labels, and soft labels."""
     from favor.audit.run import audit
@@ -264,6 +282,7 @@ OTHERS: Mapping[str, Callable[[], Command]] = {
     "frontier": _frontier,
     "eval": _eval,
     "winrate": _winrate,
+    "diff": _diff,
     "audit": _audit,
     "realign": _realign,
     "loop": _loop,

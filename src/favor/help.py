@@ -39,6 +39,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "frontier": ("favor frontier recipes/frontier.toml run=runs/frontier", "favor report runs/frontier"),
     "eval": ("favor eval run=runs/dpo", "favor report runs/dpo"),
     "winrate": ("favor winrate recipes/winrate.toml run=runs/winrate", "favor report runs/winrate"),
+    "diff": (
+        "favor diff runs/sft runs/dpo prompts=test.jsonl page=diff.html gate.refused.max_rise=0.02",
+        "favor winrate recipes/winrate.toml run=runs/winrate",
+    ),
     "realign": (
         "favor realign run=runs/dpo",
         "favor realign run=runs/dpo lambdas=[0.5] bake=0.5 bake_to=milder",

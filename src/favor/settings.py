@@ -116,7 +116,9 @@ def settings(
         inner = here.get(name)
         inner = inner if isinstance(inner, Mapping) else {}
         if not sections and any(models(field.annotation)):
-            yield Setting(key, "section", _shown(field.default), "a list of tables", field.description or "")
+            by_name = get_origin(field.annotation) is dict
+            allowed = "tables by name" if by_name else "a list of tables"
+            yield Setting(key, "section", _shown(field.default), allowed, field.description or "")
         elif not sections:
             if name != "kind" or not kind_of(schema) or len(get_args(field.annotation)) > 1:
                 yield _leaf(key, field, getattr(own, name) if own and name in own.model_fields_set else field.default)

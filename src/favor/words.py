@@ -24,6 +24,7 @@ SHORT: Mapping[str, Mapping[str, str]] = {
     **dict.fromkeys(("lint", "value", "ask"), MappingProxyType({"model": "model.path", "data": "data.train"})),
     **dict.fromkeys(("sample", "prefer"), _SAMPLING),
     "winrate": {"out": "run", "data": "prompts"},
+    "diff": {"data": "prompts"},
     "audit": {"out": "run"},
     "frontier": {"out": "run"},
     "demo": {"out": "run"},
@@ -41,7 +42,22 @@ def expanded(command: str, words: Sequence[str]) -> list[str]:
     Of model, data and out only text is a short form: `model={path="x"}` is the section. Raises CheckpointError for a run=
     that is no finished run.
     """
-    return [word for given in words for word in _own(command, given)]
+    placed = _sides(words) if command == "diff" else words
+    return [word for given in placed for word in _own(command, given)]
+
+
+def _sides(words: Sequence[str]) -> list[str]:
+    """`favor diff A B` for a=A b=B; a run folder stands for its model."""
+    names = iter(("a", "b"))
+    found: list[str] = []
+    for word in words:
+        plain = "=" not in word and not word.endswith(".toml")
+        word = f"{name}={word}" if plain and (name := next(names, None)) else word
+        key, _, value = word.partition("=")
+        folder = RunFolder(Path(value))
+        of_run = key in ("a", "b") and folder.config.exists() and folder.model.exists()
+        found.append(f"{key}={folder.model}" if of_run else word)
+    return found
 
 
 def _own(command: str, word: str) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Which pairs to ask about: those the cheap models cannot decide, and among these ones that differ.
 
-In: margins and features of unlabelled pairs. Out: their places. Next: sequence.py.
+In: margins and features of unlabelled pairs. Out: their places. Next: ../eval/sequence.py.
 """
 
 import numpy as np

@@ -12,11 +12,11 @@ import numpy as np
 
 from favor import output
 from favor.ask.choose import by_margin, spread_out
-from favor.ask.sequence import sequence
 from favor.ask.settings import AskConfig
 from favor.data.grow import key_of
 from favor.data.types import Comparison, PromptTree, Text
 from favor.errors import DataError
+from favor.eval.sequence import sequence
 from favor.guard import sha
 from favor.label.intake import take_in
 from favor.label.settings import LabelConfig

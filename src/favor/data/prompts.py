@@ -4,7 +4,8 @@ In: a source of rows. Out: distinct prompts in order of appearance, with their r
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -49,28 +50,46 @@ def read_prompts(
     Raises DataError for a row without a usable prompt, and when there is none at all.
     """
     seen: dict[str, tuple[int, Text]] = {}
-    for number, row in read_objects(source, split):
-        try:
-            prompt = _prompt(named(row, columns, None))
-        except RowError as error:
-            raise DataError(f"{source}, row {number}: no prompt (text or messages): {_remedied(error, row)}") from None
+    for number, prompt, _ in prompt_rows(source, split, columns):
         seen.setdefault(json.dumps(prompt, sort_keys=True), (number, prompt))
         if limit is not None and len(seen) >= limit:
             break
-    if not seen:
-        raise DataError(f"{source}: nothing to use: it holds no rows; name a file with rows")
     return list(seen.values())
 
 
+def prompt_rows(
+    source: str, split: str, columns: Mapping[str, str] = _AS_THEY_ARE
+) -> Iterator[tuple[int, Text, dict[str, Any]]]:
+    """(row number, prompt, the row under our names) of every row, equal prompts too. Raises DataError as `read_prompts` does."""
+    empty = True
+    for number, row in read_objects(source, split):
+        empty = False
+        try:
+            ours = named(row, columns, None)
+            prompt = _prompt(ours)
+        except RowError as error:
+            raise DataError(f"{source}, row {number}: no prompt (text or messages): {_remedied(error, row)}") from None
+        yield number, prompt, ours
+    if empty:
+        raise DataError(f"{source}: nothing to use: it holds no rows; name a file with rows")
+
+
 def encode_prompts(
-    source: str, prompts: NumberedPrompts, tokenizer: PreTrainedTokenizerBase, tokens: TokensConfig
+    source: str,
+    prompts: NumberedPrompts,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: TokensConfig,
+    variables: Sequence[Mapping[str, Any]] = (),
 ) -> list[tuple[int, ...]]:
-    """Token ids of each prompt. Raises DataError naming the row of one that cannot be rendered."""
+    """Token ids of each prompt. variables: what the template is given beside each, such as tools.
+
+    Raises DataError naming the row of one that cannot be rendered.
+    """
     encode = prompt_encoder(tokenizer, tokens)
     found: list[tuple[int, ...]] = []
-    for number, prompt in prompts:
+    for (number, prompt), given in zip(prompts, variables or repeat({}, len(prompts)), strict=True):
         try:
-            found.append(encode(prompt))
+            found.append(encode(prompt, given))
         except RowError as error:
             raise DataError(f"{source}, row {number}: {error}; fix the row") from None
     return found

@@ -14,11 +14,12 @@ from datasketch import MinHash, MinHashLSH
 from favor.data.formats import Judgment
 from favor.data.types import Finding
 from favor.lint.cheap import ENOUGH, Hit, Told, contradictions, leaks, length, place, shown
+from favor.lint.language import identifier
 from favor.lint.rows import Row
 from favor.lint.settings import LintSettings
 
-# words and probability from which a language is sure; a second one above this share makes a bilingual file, not a fault
-_WORDS, _SURE, _RARE = 6, 0.95, 0.1
+# a second language above this share makes a bilingual file, not a fault
+_RARE = 0.1
 # no fair choice falls on one side so often
 _ONE_SIDED = 0.9
 # the hashing finds half of what lies just at its threshold: look lower, then check exactly
@@ -125,18 +126,14 @@ def _openings(rows: Sequence[Row], most: float) -> Iterator[Finding]:
 
 def _languages(rows: Sequence[Row]) -> Iterator[Hit]:
     """Responses in another language than most of the file's; only where there is enough text to be sure."""
-    import py3langid.langid as langid
-
-    identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+    identify = identifier()
     by_language: dict[str, list[Hit]] = defaultdict(list)
     for row in rows:
         for text in row.responses:
-            if len(text.split()) < _WORDS:
-                continue
-            language, sure = identifier.classify(text[:500])
-            if sure >= _SURE:
-                said = f"looks like '{language}': {shown(text, 80)!r}"
-                by_language[str(language)].append(Hit("language", row.where, said))
+            if language := identify(text):
+                by_language[language].append(
+                    Hit("language", row.where, f"looks like '{language}': {shown(text, 80)!r}")
+                )
     total = sum(map(len, by_language.values()))
     main = max(by_language, key=lambda name: len(by_language[name]), default="")
     odd = [hits for name, hits in by_language.items() if name != main and len(hits) < _RARE * total]

@@ -22,6 +22,7 @@ KINDS = {
     "realign": "favor realign",
     "conform": "favor conform",
     "audit": "favor audit",
+    "diff": "favor diff",
 }
 
 

@@ -1,6 +1,7 @@
 """Figures as rows of text, for the terminal and the page alike.
 
-In: the content of eval.json, winrate.json, audit.json or realign.json. Out: rows and rich tables. Next: words.py.
+In: the content of eval.json, winrate.json, audit.json or realign.json, or of favor diff. Out: rows and rich tables.
+Next: words.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -190,6 +191,41 @@ def family_table(figures: Mapping[str, Any]) -> Table:
     sampled = figures["sampled_prompts"]
     held_out = f"{figures['pairs']} held-out pairs of {figures['prompts']} prompts{_few(figures['prompts'])}"
     table.caption = f"{held_out}; samples of {sampled} prompts{_few(sampled)}"
+    return table
+
+
+def diff_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """One row per figure of favor diff: (what, a, b, b less a, how sure it is of that, prompts)."""
+    rows: list[tuple[str, str, str, str, str]] = []
+    for one in figures["figures"].values():
+        spec, (low, high) = one["spec"], one["interval"]
+        sides = ("", "") if one["a"] is None else (f"{one['a']:{spec}}", f"{one['b']:{spec}}")
+        sign = "" if one["a"] is None else "+"
+        change = f"{one['change']:{sign}{spec}} [{low:{sign}{spec}}, {high:{sign}{spec}}]"
+        rows.append((one["what"], *sides, change, str(one["prompts"])))
+    means = figures["means"]
+    a, b = means["distinct_over_all"]
+    rows.append(("distinct 2-grams over all answers", f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", ""))
+    if "reward" in means:
+        a, b = means["reward"]
+        rows.append(("mean reward", f"{a:.4g}", f"{b:.4g}", f"{b - a:+.4g}", ""))
+    if "kl_of_answers" in means:
+        rows.append(("KL(b || a), nats an answer", "", "", f"{means['kl_of_answers']:.3f}", ""))
+        rows.append(("KL(a || b), nats an answer", "", "", f"{means['reverse_kl_of_answers']:.3f}", ""))
+    return rows
+
+
+DIFF_HEADER = ("figure", "a", "b", "b less a, or of both", "prompts")
+
+
+def diff_table(figures: Mapping[str, Any]) -> Table:
+    """The figures of favor diff, then its gates."""
+    table = _table(DIFF_HEADER, diff_rows(figures))
+    for gate in figures["gates"]:
+        low, high = gate["interval"]
+        table.add_row(
+            f"gate {gate['figure']}: {gate['limit']}", "", "", f"{gate['verdict']} [{low:.3g}, {high:.3g}]", ""
+        )
     return table
 
 
