@@ -17,10 +17,11 @@ from scipy.stats import norm
 
 from favor.audit.figures import Judged, length_figures, self_figures
 from favor.audit.powered import powered
+from favor.diff.figures import ERROR, Values, measured
 from favor.eval import figures
 from favor.eval.evaluate import score_samples
 from favor.eval.figures import PairFigures, calibrate
-from favor.eval.intervals import t_quantile
+from favor.eval.intervals import mean_interval, t_quantile
 from favor.model.sample import SampleConfig
 from favor.winrate import stats as winstats
 from favor.winrate.stats import JudgedPair, win_figures
@@ -263,6 +264,74 @@ def biases(prompts: int, each: int, length: float, own: float):
     return trial
 
 
+class Peeked(NamedTuple):
+    """A figure of favor diff by prompt: its name, what draws (a, b), the bounds of its values, the true change."""
+
+    figure: str
+    draw: Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
+    bounds: tuple[float, float]
+    truth: float
+
+
+def peeks(peeked: Peeked, prompts: int, every: int, naive: bool = False):
+    """favor diff, looked at after every batch: what all looks together leave. naive: by the t interval of each look."""
+
+    def interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+        if naive:
+            ends = mean_interval(b - a).ends
+            return (-np.inf, np.inf) if ends is None else ends
+        return measured(peeked.figure, Values(a, b), peeked.bounds, None, ERROR).interval
+
+    def trial(rng: np.random.Generator) -> Trial:
+        a, b = peeked.draw(rng, prompts)
+        low, high = np.array([interval(a[:n], b[:n]) for n in range(every, prompts + 1, every)]).T
+        what = "t interval, ever outside" if naive else "confidence sequence, ever outside"
+        return {what: ((low.max(), high.min()), peeked.truth)}
+
+    return trial
+
+
+def shares(a: float, b: float, kept: float = 0.0):
+    """Whether an answer has something: of a and of b, of which this share of prompts is decided by the prompt alone."""
+
+    def draw(rng: np.random.Generator, prompts: int) -> tuple[np.ndarray, np.ndarray]:
+        alike, chance = rng.random(prompts) < kept, rng.random((2, prompts))
+        return (chance[0] < a) * 1.0, (np.where(alike, chance[0], chance[1]) < np.where(alike, a, b)) * 1.0
+
+    return draw
+
+
+def lengths(rng: np.random.Generator, prompts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of answers cut at 64, the longer ones at the limit: b has more by 64 (3/5 - 2/5)."""
+    return 64 * rng.beta(0.8, 1.2, prompts), 64 * rng.beta(1.2, 0.8, prompts)
+
+
+def ratios(rng: np.random.Generator, prompts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Clipped log-ratios a token: mostly near 0, a few at the clip; mean 0.9 (2/12 - 0.1) + 0.1."""
+    found = np.where(rng.random(prompts) < 0.1, 1.0, rng.beta(2, 10, prompts) - 0.1)
+    return found, found
+
+
+PEEKED = {
+    "refusals 0.02 to 0.04": Peeked("refused", shares(0.02, 0.04), (0.0, 1.0), 0.02),
+    "half of the answers, nothing changes": Peeked("lists", shares(0.5, 0.5), (0.0, 1.0), 0.0),
+    "ends 0.9 to 0.7, half of the prompts alike": Peeked("ended", shares(0.9, 0.7, 0.5), (0.0, 1.0), -0.1),
+    "lengths at both ends": Peeked("length", lengths, (0.0, 64.0), 64 * 0.2),
+    "KL a token, skewed": Peeked("kl", ratios, (-1.0, 1.0), 0.9 * (2 / 12 - 0.1) + 0.1),
+}
+# why a usual interval does not do: it promises nothing where one looks so often
+NAIVE = tuple(
+    Setting(
+        f"200 prompts, looked at every 10, {name}",
+        peeks(one, 200, 10, naive=True),
+        5,
+        {"t interval, ever outside": 0.0},
+    )
+    for name, one in PEEKED.items()
+    if one.figure != "kl"
+)
+
+
 def normal(rng, size):
     """Scores without bounds."""
     return rng.normal(0, 0.2, size)
@@ -332,6 +401,12 @@ def settings() -> Iterator[Setting]:
     for prompts, each, length, own in ((30, 1, 0.0, 0.0), (60, 1, 1.0, 0.5), (40, 3, 0.5, 0.0), (200, 1, 0.0, 1.0)):
         name = f"{prompts} labelled prompts, {each} a prompt, length {length:g}, own {own:g}"
         yield Setting(name, biases(prompts, each, length, own), 5)
+    for prompts, every in ((40, 4), (200, 10)):
+        promised = {"confidence sequence, ever outside": 0.95}
+        for name, one in PEEKED.items():
+            yield Setting(
+                f"{prompts} prompts, looked at every {every}, {name}", peeks(one, prompts, every), 5, promised
+            )
     for prompts, each in ((12, 2), (20, 4), (80, 2)):
         yield Setting(f"{prompts} prompts x {each}, normal", scores(prompts, each, normal, 0.0))
         yield Setting(f"{prompts} prompts x {each}, skewed", scores(prompts, each, skewed, 0.0))
@@ -384,14 +459,16 @@ def main():
         "| interval | setting | truth | coverage ± Monte-Carlo error | mean width | promised |\n|---|---|---|---|---|---|"
     )
     worst = 1.0
-    for row in sorted((row for setting in SETTINGS for row in measure(setting, trials)), key=lambda row: row.interval):
+    for row in sorted(
+        (row for setting in (*SETTINGS, *NAIVE) for row in measure(setting, trials)), key=lambda row: row.interval
+    ):
         mark = "" if row.coverage >= row.promised else " **below**"
         none = f" (no interval in {row.without:.1%})" if row.without else ""
         print(
             f"| {row.interval} | {row.setting} | {row.truth:.3f} | {row.coverage:.3f} ± {row.error:.3f}{mark}{none} "
             f"| {row.width:.3f} | {row.promised:g} |"
         )
-        worst = min(worst, row.coverage)
+        worst = min(worst, row.coverage if row.promised else 1.0)
     print(f"\nsmallest coverage {worst:.3f}")
 
 

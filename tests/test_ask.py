@@ -9,10 +9,10 @@ import tiny
 from test_value import FAIR, rows, written
 
 from favor.ask.choose import by_margin, spread_out
-from favor.eval.sequence import sequence
 from favor.ask.settings import AskConfig
 from favor.config import load
 from favor.errors import ConfigError
+from favor.eval.sequence import sequence
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +58,39 @@ def test_a_confidence_sequence_holds_at_all_times(share):
 
 
 def test_a_confidence_sequence_by_hand_and_of_other_bounds():
-    """One value x = 1 of [0, 1]: l = min(sqrt(2 ln 40 / (ln 2 / 4)), 1/2) = 1/2, m_0 = 1/2, v = 1."""
-    reach = (np.log(40) + (-np.log(0.5) - 0.5) / 4) / 0.5
-    low, high = sequence(np.array([1.0]))
-    assert (low, high) == (max(0, 1 - reach), 1)
+    """Ones alone: K = mean over c of (1 - c + c / m)^t, which grows for every m < 1; where it is 40 is the end."""
+    bets = (0.02, 0.06, 0.18, 0.45, 0.9)
+    for count in (1, 2, 7):
+        low, high = sequence(np.ones(count))
+        assert high == 1
+        assert np.mean([(1 - c + c / low) ** count for c in bets]) == pytest.approx(40, rel=1e-3)
+    assert sequence(np.ones(0)) == (0, 1)
     values = np.random.default_rng(0).normal(0.4, 0.1, 400).clip(0, 1)
     narrow, wide = sequence(values), sequence(2 * values - 1, -1, 1)
     assert wide == pytest.approx(tuple(2 * end - 1 for end in narrow))
     assert narrow[0] <= 0.4 <= narrow[1]
+    assert sequence(1 - values) == pytest.approx((1 - narrow[1], 1 - narrow[0]))
+    # what was left out stays out
+    ends = [sequence(values[:n]) for n in range(1, 400, 20)]
+    assert all(a[0] <= b[0] and b[1] <= a[1] for a, b in itertools.pairwise(ends))
     # all alike: sure after a while, and never the other way round
     assert sequence(np.ones(200))[0] > 0.9
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_confidence_sequence_beside_a_slow_oracle(share):
+    """Every mean of a grid, its capital multiplied value by value: what was refuted at any time is left out."""
+    values = (np.random.default_rng(3).random(60) < share).astype(float)
+    left = []
+    for mean in np.linspace(0.0005, 0.9995, 1000):
+        up, down, most = [1.0] * 5, [1.0] * 5, 0.0
+        for x in values:
+            for k, share in enumerate((0.02, 0.06, 0.18, 0.45, 0.9)):
+                up[k] *= 1 + share / mean * (x - mean)
+                down[k] *= 1 + share / (1 - mean) * (mean - x)
+            most = max(most, sum(up) / 5, sum(down) / 5)
+        left += [mean] if most < 40 else []
+    assert sequence(values) == pytest.approx((left[0], left[-1]), abs=0.0011)
 
 
 def answer(path, db):

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from favor.api.calls import Scores, evaluate, frontier, sample, score, winrate
+    from favor.api.calls import Scores, diff, evaluate, frontier, sample, score, winrate
     from favor.api.run import Run, load_run
     from favor.api.training import lint, reward, sft, train
     from favor.errors import FavorError
@@ -16,6 +16,7 @@ __all__ = [
     "FavorError",
     "Run",
     "Scores",
+    "diff",
     "dpo_loss",
     "evaluate",
     "frontier",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 # where each lies; imported on first use, so that `favor --help` need not wait for torch
 _PLACES = {
-    **dict.fromkeys(("Scores", "evaluate", "frontier", "sample", "score", "winrate"), "favor.api.calls"),
+    **dict.fromkeys(("Scores", "diff", "evaluate", "frontier", "sample", "score", "winrate"), "favor.api.calls"),
     **dict.fromkeys(("lint", "reward", "sft", "train"), "favor.api.training"),
     **dict.fromkeys(("Run", "load_run"), "favor.api.run"),
     "FavorError": "favor.errors",
@@ -49,7 +50,7 @@ def __dir__() -> list[str]:
 
 
 class _Front(ModuleType):
-    """`favor.train` is the function, also once the rooms train/, lint/ and winrate/ have been imported."""
+    """`favor.train` is the function, also once the rooms train/, lint/, winrate/ and diff/ have been imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _PLACES and isinstance(value, ModuleType)):

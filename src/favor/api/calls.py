@@ -1,10 +1,11 @@
-"""`favor.evaluate`, `sample`, `score`, `winrate` and `frontier`: what is done with models that are there.
+"""`favor.evaluate`, `sample`, `score`, `winrate`, `diff` and `frontier`: what is done with models that are there.
 
 In: models, rows and prompts in memory or by name, settings as keywords. Out: figures or rows. What runs is what the command
 line runs. Next: parts.py.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,6 +144,30 @@ def winrate(
         lay_in_run(root, given)
         figures = winning.winrate(config, console.print, advance)
         console.print(winrate_table(figures))
+    return figures
+
+
+def diff(a: Any, b: Any, prompts: Any, *, quiet: bool = False, **settings: Any) -> dict[str, Any]:
+    """What changed between two models on the same prompts; the content of the JSON file of `favor diff`.
+
+    a, b: a Run, a folder or hub id, a loaded model, or a dict of section [model]. prompts: as in `favor.sample`. settings: those
+    of `favor diff --settings` (`gate={"refused": {"max_rise": 0.02}}, stop_early=True, page="diff.html"`); ["verdict"] says
+    whether the gates pass.
+    """
+    from favor.diff import run as comparing
+    from favor.diff.settings import DiffConfig
+    from favor.report.table import diff_table
+
+    with staged(DiffConfig) as given, calling(quiet=quiet) as (console, advance):
+        tree = keywords_of(DiffConfig, with_reward(settings, given), "favor.diff")
+        for name, side in (("a", a), ("b", b)):
+            section = dict(side) if isinstance(side, Mapping) else {"path": given.model(name, side)}
+            put(tree, name, section, "favor.diff")
+        tree["prompts"] = prompts_of(prompts, given)
+        config = checked(DiffConfig, tree, "favor.diff")
+        lay(given)
+        figures = comparing.diff(config, console.print, advance)
+        console.print(diff_table(figures))
     return figures
 
 

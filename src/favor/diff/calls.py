@@ -5,6 +5,7 @@ tools. Out: Form; how an answer calls. Next: checks.py.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ def _as_object(tail: str) -> Form | None:
     for at, value in _objects(tail):
         keys = {_key_of(inner): key for key, inner in value.items()}
         if "name" in keys and "arguments" in keys:
-            return Form(tail[:at].strip().rstrip("[").rstrip(), keys["name"], keys["arguments"])
+            return Form(_last_word(tail[:at].rstrip(" \n[")), keys["name"], keys["arguments"])
     return None
 
 
@@ -83,8 +84,13 @@ def _named_before(tail: str) -> Form | None:
     at = tail.find(_NAME)
     for start, value in _objects(tail):
         if 0 <= at < start and value == {_KEY: _VALUE} and tail[:at].strip():
-            return Form(tail[:at].strip(), between=tail[at + len(_NAME) : start].strip())
+            return Form(_last_word(tail[:at]), between=_last_word(tail[at + len(_NAME) : start]))
     return None
+
+
+def _last_word(text: str) -> str:
+    """What stands right before a call; reasoning and the like before it may be left out."""
+    return (text.split() or [""])[-1]
 
 
 def _objects(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -138,9 +144,8 @@ def _calls(part: str, form: Form) -> list[tuple[str, dict[str, Any]] | None]:
 
 
 def _named(part: str, form: Form) -> tuple[str, dict[str, Any]] | None:
-    start = part.find("{")
-    name, between, rest = part[:start].partition(form.between) if form.between else (part[:start], "", "")
+    start, name = part.find("{"), re.match(r"[\w.-]+", part)
     value = _decoded(part, start)[0] if start >= 0 else None
-    if value is None or bool(between) != bool(form.between) or rest.strip():
+    if value is None or name is None or form.between not in part[name.end() : start]:
         return None
-    return name.strip(), value
+    return name[0], value

@@ -127,14 +127,15 @@ def of_range(limits: Limits, bounds: Bounds) -> str:
 def measured(name: str, values: Values, bounds: Bounds, limits: Limits | None, error: float) -> Figure:
     """A figure with its intervals, each of which misses with probability `error` at any time."""
     low, high = bounds
-    ends = sequence(values.b, low, high, error)
+    level = limits is not None and limits.of_level
+    ends = sequence(values.b, low, high, error) if level or not FIGURES[name].paired else None
     if not FIGURES[name].paired:
+        assert ends is not None
         mean = _mean(values.b)
         return Figure(None, mean, mean, ends, ends, len(values.b), 1 - error)
     change = values.b - values.a
     interval = sequence(change, low - high, high - low, error)
-    level = ends if limits is not None and limits.of_level else None
-    return Figure(_mean(values.a), _mean(values.b), _mean(change), interval, level, len(change), 1 - error)
+    return Figure(_mean(values.a), _mean(values.b), _mean(change), interval, ends, len(change), 1 - error)
 
 
 def all_measured(
