@@ -39,6 +39,7 @@ TOML = (
     "eval",
     "score",
     "winrate",
+    "diff",
     "sample",
     "prefer",
     "loop",
@@ -106,6 +107,7 @@ def base(command, inputs):
         "score": ["out=out.jsonl", f"data={data}", *reward],
         "winrate": ["run=run", f"a.file={inputs / 'a.jsonl'}", f"b.file={inputs / 'b.jsonl'}", "judge.kind=callable"]
         + [f"judge.path={inputs / 'first.py'}:judge"],
+        "diff": [f"a={inputs / 'model'}", f"b={inputs / 'model'}", f"prompts={data}", "checks=false", drawn],
         "sample": ["out=out.jsonl", f"prompts={data}", *engine, drawn],
         "prefer": ["out=out.jsonl", f"prompts={data}", *engine, drawn, *reward],
         "loop": ["run=run", "rounds=1", f"prompts={data}", *model, drawn, *reward, *steps, "prompts_per_round=2"],
@@ -245,6 +247,13 @@ def numbers():
     yield odd("sample", f"engine.batch={10**15}")
     yield bad("sample", f"samples_per_prompt={10**9}", names=["samples_per_prompt"])
     yield bad("winrate", f"samples_per_prompt={10**30}", names=["samples_per_prompt"])
+    yield bad("diff", "gate.refused.max_rise=nan", names=["gate.refused.max_rise"])
+    yield bad("diff", "gate.refused.max_rise=2", names=["gate.refused.max_rise"])
+    yield bad("diff", "gate.refusal.max_rise=0.1", names=["gate.refusal", "refused"])
+    yield bad("diff", "gate=0.1", names=["gate"])
+    yield bad("diff", "kl_clip=0", names=["kl_clip"])
+    yield bad("diff", f"sample.max_new_tokens={10**9}", names=["max_new_tokens"])
+    yield odd("diff", "gate.refused.max_rise=1", "stop_early=true")
     yield bad("ppo", "ppo.clip=inf", names=["ppo.clip"])
     yield bad("ppo", f"ppo.samples_per_prompt={10**18}", names=["ppo.samples_per_prompt"])
     yield bad("eval", f"samples_per_prompt={10**18}", names=["samples_per_prompt"])

@@ -90,6 +90,11 @@ def commands(inputs):
             False,
             ("run/winrate.json", "run/winrate-samples.jsonl"),
         ),
+        "diff": Command(
+            ["diff", f"a={inputs}/model", f"b={inputs}/other", *drawn[:2], "out=d.json", "page=d.html", "checks=false"],
+            False,
+            ("d.json", "d.html"),
+        ),
         "lint": Command(
             ["lint", f"data.train={data}", "lint.fix=clean.jsonl", "lint.out=lint.json", "lint.page=lint.html"],
             False,

@@ -185,6 +185,7 @@ SMALL = {
     "loop": (*_SAMPLES, "rounds=1", "prompts_per_round=3", "samples_per_prompt=2", "train.max_steps=1"),
     "eval": (*_SAMPLES, "sample_prompts=2"),
     "winrate": ("max_prompts=3",),
+    "diff": (*_SAMPLES, "max_prompts=3"),
     "realign": (*_SAMPLES, "lambdas=[0,0.5,1]", "sample_prompts=2"),
     "conform": ("cases=first_loss",),
     "audit": ("pairs=12",),

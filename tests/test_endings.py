@@ -109,6 +109,7 @@ def test_what_each_command_says_at_its_end(place, favor, monkeypatch, tmp_path):
         "prefer": [*engine, "out=p.jsonl", *called, "sample.temperature=2"],
         "winrate": ["a.file=s.jsonl", "b.file=s.jsonl", "judge.kind=reward", "run=duel"]
         + [f"judge.{word}" for word in called],
+        "diff": ["sft", "dpo", *sampled, "checks=false", "max_prompts=2"],
         "realign": ["run=dpo", *sampled[1:], "lambdas=[0, 0.5]", "sample_prompts=2"],
         "reward": [model, data, *small, "run=reward"],
         "ppo": [model, data, *small, *called, "run=ppo", "sample.max_new_tokens=4"],

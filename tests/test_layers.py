@@ -37,6 +37,9 @@ ALLOWED = {
     "realign": BASE
     | {"output", "data", "model", "eval", "generate.samples", "ranks", "rewards"}
     | {"report.curves", "report.frame", "report.plot", "report.samples", "report.table"},
+    "diff": BASE
+    | {"output", "data", "model", "eval.intervals", "eval.sequence", "generate.engines", "generate.samples", "rewards"}
+    | {"lint.language", "train.health", "report.found", "report.frame", "report.samples", "report.table", "report.words"},
     "audit": BASE | {"data", "eval", "generate", "report", "winrate"},
     "eval": BASE | {"output", "data", "model", "losses", "ranks", "rewards", "generate"},
     "train": BASE
@@ -47,7 +50,7 @@ ALLOWED = {
     | {"output", "data", "model", "eval.figures", "eval.intervals", "report.frame", "report.words"}
     | {"lint.settings", "lint.cheap", "lint.page"},
     "ask": BASE
-    | {"output", "data", "model", "label.intake", "label.settings", "label.store", "lint.settings"}
+    | {"output", "data", "model", "eval.sequence", "label.intake", "label.settings", "label.store", "lint.settings"}
     | {"value.cheap", "value.pairs"},
     "label": BASE | {"output", "data", "eval.intervals"},
     "chat": BASE | {"data", "model", "generate.engines", "rewards", "label"},
@@ -62,13 +65,13 @@ ALLOWED = {
     "trl": BASE | {"losses", "train"},
     # favor in Python: what the commands call, called
     "api": BASE
-    | {"settings", "data", "model", "ranks", "stop", "generate", "eval", "train", "lint", "report", "winrate"}
+    | {"settings", "data", "model", "ranks", "stop", "generate", "eval", "train", "lint", "report", "winrate", "diff"}
     | {"closing", "pages", "trl.names", "words", "favor_frontier"},
     "command": {"closing", "model", "stop"},
     "preferring": BASE
     | {"closing", "command", "pages", "report.table", "eval", "generate", "lint", "value", "ask", "label"},
     "commands": BASE
-    | {"eval", "ranks", "train", "report", "winrate", "audit", "realign", "demo", "online"}
+    | {"eval", "ranks", "train", "report", "winrate", "diff", "audit", "realign", "demo", "online"}
     | {"closing", "command", "preferring", "words", "pages", "data", "doctor", "export", "chat", "conform"}
     # the paper's experiment stands on the library; nothing of the library may know it, but for its command
     | {"favor_frontier"},

@@ -406,6 +406,7 @@ def recipes():
     from favor.chat.settings import ChatConfig
     from favor.conform.settings import ConformConfig
     from favor.demo import DemoConfig
+    from favor.diff.settings import DiffConfig
     from favor.doctor.settings import DoctorConfig
     from favor.eval.evaluate import EvalConfig
     from favor.eval.score import ScoreConfig
@@ -436,6 +437,7 @@ def recipes():
         SamplesConfig: made | {"engine": model},
         PreferConfig: made | {"engine": model} | reward,
         WinrateConfig: run | {"a": {"file": "a"}, "b": {"file": "b"}, "judge": {"kind": "callable", "path": "j.py:f"}},
+        DiffConfig: {"a": {"path": "a"}, "b": {"path": "b"}, "prompts": "p"},
         OnlineConfig: run | model | reward | {"prompts": "p"},
         LabelConfig: {"data": "d"},
         ChatConfig: {"run": "r"},
@@ -452,7 +454,7 @@ def recipes():
     }
 
 
-RECIPES = 22
+RECIPES = 23
 
 
 def keys_of(schema, prefix=""):
