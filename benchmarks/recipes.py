@@ -144,6 +144,17 @@ def commands(at: Inputs, here: Path) -> dict[str, tuple[str, list[str], str]]:
             ],
             f"{PROMPTS} prompts x 2 sides of up to 128 tokens",
         ),
+        "diff": (
+            "diff",
+            [
+                f"a={here / 'sft/model'}",
+                f"b={at.model}",
+                f"prompts={at.test}",
+                f"max_prompts={PROMPTS}",
+                "unsettled=pass",
+            ],
+            f"{PROMPTS} prompts x 2 models of up to 128 tokens",
+        ),
     }
 
 

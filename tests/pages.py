@@ -204,6 +204,9 @@ def smaller(words):
     if any(option in words for option in _SHOWS_ONLY):
         return words
     given = {word.partition("=")[0] for word in words}
+    # a few prompts settle no gate
+    gated = words[0] == "diff" and any(word.startswith(("gate.", "recipes/")) for word in words)
+    words = [*words, *(["unsettled=pass"] if gated else [])]
     return [*words, *(word for word in SMALL.get(words[0], ()) if word.partition("=")[0] not in given)]
 
 

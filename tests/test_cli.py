@@ -387,6 +387,9 @@ def recipe_words(name, inputs, here):
         reward = ["reward.kind=callable", f"reward.path={here / 'length.py'}:score"]
         rounds = ["run=loop", "rounds=2", "prompts_per_round=3", "train.max_steps=3", "train.batch_prompts=1"]
         return name, [*model, *drawn, *reward, *(rounds if name == "loop" else ["out=preferences.jsonl"])]
+    if name == "diff":
+        sides = [f"{side}={inputs / 'model'}" for side in ("a", "b")]
+        return name, [*sides, f"prompts={inputs / 'good.jsonl'}", "sample.max_new_tokens=4", "unsettled=pass"]
     if name in ("ppo", "winrate", "frontier"):
         return name, rlhf_words(name, inputs, here)
     data = [f"data.train={inputs / 'good.jsonl'}", f"data.eval={inputs / 'good.jsonl'}"]

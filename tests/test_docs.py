@@ -60,7 +60,7 @@ HAS = {
     "realign": ["runs/dpo", "runs/dpo:runs/dpo-strong", "reward.py"],
     "rlhf": ["recipes", "reward.py"],
     "winrate": ["runs/dpo", "runs/sft"],
-    "diff": ["runs/dpo", "runs/sft"],
+    "diff": ["runs/dpo", "runs/sft", "recipes"],
     "README": ["new.csv"],
     # the same run under the names of the page
     "metrics": ["runs/dpo:A", "runs/dpo:B", "runs/dpo:C", "runs/dpo:RUN"],

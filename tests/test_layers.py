@@ -39,7 +39,15 @@ ALLOWED = {
     | {"report.curves", "report.frame", "report.plot", "report.samples", "report.table"},
     "diff": BASE
     | {"output", "data", "model", "eval.intervals", "eval.sequence", "generate.engines", "generate.samples", "rewards"}
-    | {"lint.language", "train.health", "report.found", "report.frame", "report.samples", "report.table", "report.words"},
+    | {
+        "lint.language",
+        "train.health",
+        "report.found",
+        "report.frame",
+        "report.samples",
+        "report.table",
+        "report.words",
+    },
     "audit": BASE | {"data", "eval", "generate", "report", "winrate"},
     "eval": BASE | {"output", "data", "model", "losses", "ranks", "rewards", "generate"},
     "train": BASE
@@ -93,7 +101,7 @@ DATA_ORDER = (
     *("encode", "shapes", "turns", "render", "tokenize", "splits", "store", "prepare", "prompts", "batches"),
 )
 # the size of the package; a feature may raise a number to the new size in its own commit, with the reason (CONTRIBUTING.md)
-MOST_LINES, MOST_FILES = 33_910, 226
+MOST_LINES, MOST_FILES = 35_370, 237
 # comment lines per 100 of code, on the files of the story (docs/path.md)
 LEAST_COMMENTS = 5
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -40,7 +40,8 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "eval": ("favor eval run=runs/dpo", "favor report runs/dpo"),
     "winrate": ("favor winrate recipes/winrate.toml run=runs/winrate", "favor report runs/winrate"),
     "diff": (
-        "favor diff runs/sft runs/dpo prompts=test.jsonl page=diff.html gate.refused.max_rise=0.02",
+        "favor diff runs/sft runs/dpo prompts=test.jsonl page=diff.html",
+        "favor diff recipes/diff.toml a=runs/sft/model b=runs/dpo/model prompts=test.jsonl out=diff.json",
         "favor winrate recipes/winrate.toml run=runs/winrate",
     ),
     "realign": (

@@ -17,8 +17,8 @@ from favor.data.encode import Encoder
 from favor.data.formats.fields import brief
 from favor.data.read import refused
 from favor.data.readers import Kind, RowError
-from favor.data.render import Rendered, Renderer
-from favor.data.types import Comparison, PromptTree, TokenTree
+from favor.data.render import Rendered, Renderer, Variables
+from favor.data.types import Comparison, PromptTree, Text, TokenTree
 from favor.errors import ConfigError, DataError
 
 # Trees handed to the tokenizer at once: enough for its threads, little enough to hold as text.
@@ -153,9 +153,11 @@ def tokenized(
 def prompt_encoder(tokenizer: PreTrainedTokenizerBase, config: TokensConfig) -> Callable[..., tuple[int, ...]]:
     """Prompt, variables of the template -> its ids, as a model sees it before it answers; a RowError when it cannot be rendered."""
     tools = _tools(tokenizer, config, frozenset())
-    return lambda prompt, *variables: (
-        tools.bos + tuple(tools.encoder.ids([tools.renderer.prompt(prompt, *variables)])[0])
-    )
+
+    def encode(prompt: Text, *variables: Variables) -> tuple[int, ...]:
+        return tools.bos + tuple(tools.encoder.ids([tools.renderer.prompt(prompt, *variables)])[0])
+
+    return encode
 
 
 def _tools(tokenizer: PreTrainedTokenizerBase, config: TokensConfig, end_ids: frozenset[int]) -> _Tools:

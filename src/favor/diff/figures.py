@@ -185,11 +185,6 @@ def side_of_same(name: str, found: Figure) -> int:
     return (found.interval[0] > same) - (found.interval[1] < same)
 
 
-def by_prompt(values: Array, each: int) -> Array:
-    """Means of so many samples of a prompt each: [P each] -> [P]."""
-    return values.reshape(-1, each).mean(1)
-
-
 def as_json(found: Mapping[str, Figure]) -> dict[str, Any]:
     """Figures by name."""
     return {

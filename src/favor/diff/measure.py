@@ -60,16 +60,18 @@ class Pair(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """What looks at answers: phrases of refusals, the language of a text, a reward."""
+    """What looks at answers: phrases of refusals, the language of a text, a reward; whether KL can be told."""
 
     refusals: tuple[str, ...]
     language: Callable[[str], str]
     reward: Scorer | None
+    kl: bool
 
 
-def judge_of(config: DiffConfig, reward: Scorer | None) -> Judge:
+def judge_of(config: DiffConfig, sides: Mapping[str, Side], reward: Scorer | None) -> Judge:
     """As the recipe has it."""
-    return Judge(starts(config.refusals or REFUSALS), identifier(), reward)
+    kl = config.tells_kl and comparable(sides)
+    return Judge(starts(config.refusals or REFUSALS), identifier(), reward, kl)
 
 
 def pairs_of(
@@ -80,7 +82,7 @@ def pairs_of(
     seeds = sample_seeds(config.seed, [one.place for one in asked], config.samples_per_prompt)
     a, b = (_answers(config, side, judge, each, seeds, progress) for side in sides.values())
     ratios: list[Any] = [None] * len(each)
-    if config.tells_kl and comparable(sides):
+    if judge.kl:
         ratios = _log_ratios(sides, each, (a, b), config.max_tokens_per_pack)
     rewards: list[Any] = [None] * len(each)
     if judge.reward is not None:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from favor.errors import without_places
-from favor.report.found import Found, card
+from favor.report.found import Found, Light, card
 from favor.report.frame import rendered
 from favor.report.samples import difference, within
 from favor.report.table import DIFF_HEADER, FEW, diff_rows
 from favor.report.words import between, plural
 
-_LIGHTS = {"passes": "good", "fails": "bad", "not settled": "unsure", "": "settled"}
+_LIGHTS: Mapping[str, Light] = {"passes": "good", "fails": "bad", "not settled": "unsure", "": "settled"}
 
 
 def page(figures: Mapping[str, Any]) -> str:

@@ -145,7 +145,7 @@ def _notes(config: DiffConfig, sides: Mapping[str, Side], *, tools: bool) -> lis
 def _measured(config: DiffConfig, subject: Subject, progress: Progress) -> Found:
     """Batch by batch, in an order that the seed decides, until all prompts are answered or every gate is settled."""
     order = np.random.default_rng(config.seed).permutation(len(subject.asked)).tolist()
-    judge = judge_of(config, None if config.reward is None else make_scorer(config.reward))
+    judge = judge_of(config, subject.sides, None if config.reward is None else make_scorer(config.reward))
     size = max(1, config.sample.batch // config.samples_per_prompt)
     total = 2 * len(order) * config.samples_per_prompt
     pairs: list[Pair] = []

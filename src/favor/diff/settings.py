@@ -3,7 +3,7 @@
 In: a recipe. Out: DiffConfig. Next: signs.py.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -99,7 +99,7 @@ class DiffConfig(BaseModel):
         return self.sample.temperature == 1.0
 
     @property
-    def sides(self) -> dict[str, Any]:
+    def sides(self) -> dict[str, ModelAt]:
         """Both models by name."""
         return {"a": self.a, "b": self.b}
 

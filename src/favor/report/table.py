@@ -194,9 +194,9 @@ def family_table(figures: Mapping[str, Any]) -> Table:
     return table
 
 
-def diff_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+def diff_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One row per figure of favor diff: (what, a, b, b less a, how sure it is of that, prompts)."""
-    rows: list[tuple[str, str, str, str, str]] = []
+    rows: list[tuple[str, ...]] = []
     for one in figures["figures"].values():
         spec, (low, high) = one["spec"], one["interval"]
         sides = ("", "") if one["a"] is None else (f"{one['a']:{spec}}", f"{one['b']:{spec}}")
