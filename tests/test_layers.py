@@ -101,7 +101,7 @@ DATA_ORDER = (
     *("encode", "shapes", "turns", "render", "tokenize", "splits", "store", "prepare", "prompts", "batches"),
 )
 # the size of the package; a feature may raise a number to the new size in its own commit, with the reason (CONTRIBUTING.md)
-MOST_LINES, MOST_FILES = 35_370, 237
+MOST_LINES, MOST_FILES = 35_372, 237
 # comment lines per 100 of code, on the files of the story (docs/path.md)
 LEAST_COMMENTS = 5
 FILES = sorted(PACKAGE.rglob("*.py"))
