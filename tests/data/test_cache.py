@@ -32,7 +32,7 @@ from favor.data.tokenize import TokensConfig
 from favor.data.types import Comparison, Thumb, TokenTree
 from favor.errors import DataError
 from favor.lint.cheap import CHECKS
-from favor.model.layout import longest_path
+from favor.data.types import longest_path
 from favor.ranks import World, on_main
 from favor.run import RunFolder
 from favor.stop import StopRequest

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from favor.data.types import Batch, Comparison, Layout, Node, Thumb, TokenTree, as_read, said
+from favor.data.features import seen, told_apart
+from favor.data.types import Batch, Comparison, Layout, Node, Picture, Thumb, TokenTree, as_read, said
 
 # bins are levelled to this part of their size
 _LEVEL = 64
@@ -164,14 +165,21 @@ class _Rows(NamedTuple):
 
 def shared_tokens(trees: Sequence[TokenTree]) -> np.ndarray:
     """Tokens with which the prompts of two trees begin alike, for every two: [N, N] int64, 0 on the diagonal."""
-    order = sorted(range(len(trees)), key=lambda i: trees[i].prompt_ids)
-    alike = np.array([_common(trees[a].prompt_ids, trees[b].prompt_ids) for a, b in pairwise(order)], np.int64)
+    prompts, _ = _prompts(trees)
+    order = sorted(range(len(trees)), key=lambda i: prompts[i])
+    alike = np.array([_common(prompts[a], prompts[b]) for a, b in pairwise(order)], np.int64)
     shared = np.zeros((len(trees), len(trees)), np.int64)
     for place, i in enumerate(order):
         # between two sorted prompts nothing is shared that all between them do not share
         run = np.minimum.accumulate(alike[place:])
         shared[i, order[place + 1 :]] = shared[order[place + 1 :], i] = run
     return shared
+
+
+def _prompts(trees: Sequence[TokenTree]) -> tuple[list[tuple[int, ...]], tuple[Picture, ...]]:
+    """The ids of every prompt, and the pictures in them."""
+    # the token of a part of a picture is the same in all, and what is equal would be computed once
+    return told_apart(trees) if any(tree.pictures for tree in trees) else ([tree.prompt_ids for tree in trees], ())
 
 
 def computed_tokens(tree: TokenTree, layout: Layout) -> int:
@@ -193,7 +201,12 @@ def build(trees: Sequence[TokenTree], layout: Layout, pad_id: int = 0) -> Batch:
     The true longest common prefix is shared, also between trees: system prompts, multi-turn histories,
     responses that open alike.
     """
-    paths = [tree.prompt_ids + as_read(response) for tree in trees for response in tree.response_ids]
+    prompts, pictures = _prompts(trees)
+    paths = [
+        prompt + as_read(response)
+        for tree, prompt in zip(trees, prompts, strict=True)
+        for response in tree.response_ids
+    ]
     # where the model's own tokens stand on every path
     places = [len(tree.prompt_ids) + np.flatnonzero(said(ids)) for tree in trees for ids in tree.response_ids]
     if layout == "tree":
@@ -212,6 +225,8 @@ def build(trees: Sequence[TokenTree], layout: Layout, pad_id: int = 0) -> Batch:
         **_comparisons(trees),
         num_naive_tokens=sum(map(len, paths)),
         idle=False,
+        pictures=pictures,
+        **(seen(ids_BT, trees) if pictures else {}),
     )
 
 

@@ -6,16 +6,21 @@ In: sections [data] and [tokens], a tokenizer. Out: Splits. Small sources are re
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from favor.data import sources
 from favor.data.read import DataConfig, read_split, splits_of
+from favor.data.sight import Sight
 from favor.data.splits import Checks, OnMain, Prepared, Recipe, Splits, refuse_changed, stamps_of
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.data.types import PromptTree
 
+# a tokenizer, its end-of-turn ids, and what sees the pictures of a model that reads them
+Vocabulary: TypeAlias = (
+    tuple[PreTrainedTokenizerBase, frozenset[int]] | tuple[PreTrainedTokenizerBase, frozenset[int], Sight | None]
+)
 # From here on data.cache = "auto" keeps token ids in a file.
 _LARGE = 50 * 1024**2
 
@@ -35,14 +40,14 @@ def alone(work: Callable[[], object]) -> None:
 def prepare(
     data: DataConfig,
     tokens: TokensConfig,
-    vocabulary: tuple[PreTrainedTokenizerBase, frozenset[int]],
+    vocabulary: Vocabulary,
     checks: Checks,
     say: Callable[[str], None],
     on_main: OnMain = alone,
 ) -> Splits:
     """Read and tokenise both splits; `say` gets a line on each, and on what the checks find.
 
-    vocabulary: a tokenizer and its end-of-turn ids. on_main: a cache of token ids is built once.
+    on_main: a cache of token ids is built once.
     Raises DataError when a split cannot be used.
     """
     found: dict[str, Prepared] = {}
@@ -75,8 +80,9 @@ def prepare_split(recipe: Recipe, checks: Checks, say: Callable[[str], None], on
         from favor.data import store  # which small sources do not need
 
         return store.prepare_split(recipe, checks, say, on_main)
-    texts, read_report = read_split(recipe.split, recipe.data)
-    trees, report = tokenize(texts, recipe.tokenizer, recipe.tokens, recipe.end_ids, recipe.data.bad_rows)
+    texts, read_report = read_split(recipe.split, recipe.data, sees=recipe.sight is not None)
+    how = (recipe.tokenizer, recipe.tokens, recipe.end_ids, recipe.data.bad_rows, recipe.sight)
+    trees, report = tokenize(texts, *how)
     prompts = [PromptTree(tree.prompt, (), (), tree.rows[:1], tree.source) for tree in texts]
     return Prepared(trees, prompts, asdict(read_report), asdict(report), checks.split(texts, report))
 
@@ -126,4 +132,5 @@ _TOKENS = {
     "responses_trimmed": "responses lose blanks around their text in the template",
     "reasoning_rewritten": "responses with the template's own blanks around their reasoning",
     "tools_unread": "prompts whose tools the template leaves out",
+    "pictures": "pictures",
 }

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from favor.config import STRICT
 from favor.data.formats import FORMATS, RowError, recognise
 from favor.data.formats.columns import like, named
-from favor.data.formats.fields import TEMPLATE_KWARGS, as_text, checked_texts, joined_parts, shown
+from favor.data.formats.fields import TEMPLATE_KWARGS, as_text, checked_texts, joined_parts, refuse_pictures, shown
 from favor.data.sources import read_objects
 from favor.data.tokenize import TokensConfig, prompt_encoder
 from favor.data.types import Text
@@ -102,6 +102,7 @@ def sample_seeds(seed: int, groups: Sequence[int], each: int) -> list[int]:
 
 def prompt_of(row: dict[str, Any]) -> Text:
     """The column prompt of a row that need not be of a preference format. Raises RowError."""
+    refuse_pictures(row)
     prompt = as_text(row.get("prompt"), "prompt")
     checked_texts(prompt)
     return prompt

@@ -4,12 +4,13 @@ In: section [data]. Out: for each split, PromptTrees (rows of one prompt merged)
 formats/ and docs/formats.md, DataConfig is in settings.py. Next: tokenize.py.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from favor.data import sources
+from favor.data import pictures, sources
 from favor.data.formats import FORMATS, Judgment, RowError, check_order, recognise
 from favor.data.formats.columns import named
 from favor.data.grow import ReadReport, grow, key_of
@@ -47,21 +48,21 @@ def splits_of(config: DataConfig) -> list[SplitSpec]:
     return [SplitSpec("train", config.parts, "all")]
 
 
-def read_splits(config: DataConfig) -> dict[str, Trees]:
+def read_splits(config: DataConfig, *, sees: bool = False) -> dict[str, Trees]:
     """Every split, read whole. Raises DataError as `read` does."""
-    return {spec.name: read_split(spec, config) for spec in splits_of(config)}
+    return {spec.name: read_split(spec, config, sees=sees) for spec in splits_of(config)}
 
 
-def read(source: str, config: DataConfig, split: str) -> Trees:
-    """Read one source whole, as section [data] says. `split` matters for hub data sets only.
+def read(source: str, config: DataConfig, split: str, *, sees: bool = False) -> Trees:
+    """Read one source whole, as section [data] says. `split` matters for hub data sets only. sees: with pictures.
 
     Raises DataError: no such file, damaged or empty file, unknown format; and for the first row that cannot
     be used, unless `data.bad_rows = "drop"` leaves such rows out and lists them.
     """
-    return read_split(SplitSpec("train", (SourceConfig(path=source, split=split),), "all"), config)
+    return read_split(SplitSpec("train", (SourceConfig(path=source, split=split),), "all"), config, sees=sees)
 
 
-def read_split(spec: SplitSpec, config: DataConfig) -> Trees:
+def read_split(spec: SplitSpec, config: DataConfig, *, sees: bool = False) -> Trees:
     """One split, read whole. Raises DataError as `read` does."""
     trees: list[PromptTree] = []
     reports: list[ReadReport] = []
@@ -69,7 +70,7 @@ def read_split(spec: SplitSpec, config: DataConfig) -> Trees:
         report = ReadReport(source.path, config.format_of(source))
         by_prompt: dict[str, list[tuple[int, Judgment]]] = {}
         # rows of one prompt need not stand together, so a tree is made when all are there
-        for number, _, judgment in judged(source, config, spec.half, report):
+        for number, _, judgment in judged(source, config, spec.half, report, sees=sees):
             by_prompt.setdefault(tree_key(judgment), []).append((number, judgment))
         trees += [grow(rows, config.rules, source.path, report) for rows in by_prompt.values()]
         reports.append(report)
@@ -78,13 +79,13 @@ def read_split(spec: SplitSpec, config: DataConfig) -> Trees:
 
 
 def judged(
-    source: SourceConfig, config: DataConfig, half: Half, report: ReadReport
+    source: SourceConfig, config: DataConfig, half: Half, report: ReadReport, *, sees: bool = False
 ) -> Iterator[tuple[int, dict[str, Any], Judgment]]:
     """(row number, row under our names, what it says) of every usable row of a half; the report counts, and lists the rest.
 
     Raises DataError for a row that cannot be used, unless those are dropped, and for a source without a usable row.
     """
-    for number, _, row, judgment in outcomes(source, config, report):
+    for number, _, row, judgment in outcomes(source, config, report, sees=sees):
         if isinstance(judgment, RowError):
             if config.bad_rows == "error":
                 raise refused(source.path, number, judgment)
@@ -101,26 +102,49 @@ def judged(
         raise DataError(f"{source.path}: nothing to use: {reason}; name a file with usable rows")
 
 
-def outcomes(source: SourceConfig, config: DataConfig, report: ReadReport) -> Iterator[Outcome]:
-    """Every row of a source; what the source does not say, the section says. The format found goes into the report."""
+def outcomes(source: SourceConfig, config: DataConfig, report: ReadReport, *, sees: bool = False) -> Iterator[Outcome]:
+    """Every row of a source; what the source does not say, the section says. The format found goes into the report.
+
+    sees: a model reads the pictures of rows; without one a row that has any cannot be used.
+    """
     asked = config.format_of(source)
     columns, verdict = config.columns_of(source), config.verdict_of(source)
-    found = sources.rows(source.path, source.split or config.split, streaming=config.streaming)
-    for number, raw in islice(found, source.max_rows or config.max_rows):
+    folder = pictures.folder_of(source.path) if sees else None
+    for number, raw in _raw(source, config):
         row: dict[str, Any] = {}
         try:
             row = sources.as_object(raw)
             if columns or verdict:
                 row = named(row, columns, verdict)
+            row = pictures.marked(row, folder) if sees else row
             if report.format == "auto":
                 # the first row that can be read decides; a later row of another format is a bad row
                 report.format = recognise(row)
             if asked == "auto":
                 check_order(row, report.format)
             judgment = judge(row, report.format, source.weight)
+            if sees:
+                pictures.refuse_said(judgment.responses)
         except RowError as error:
             judgment = error
         yield number, raw, row, judgment
+
+
+def _raw(source: SourceConfig, config: DataConfig) -> Iterator[tuple[int, Any]]:
+    """The rows of a source as they are, with their numbers."""
+    found = sources.rows(source.path, source.split or config.split, streaming=config.streaming)
+    return islice(found, source.max_rows or config.max_rows)
+
+
+def named_pictures(source: SourceConfig, config: DataConfig) -> list[list[str]]:
+    """Every picture file that the rows of a source name, with its SHA-256; what cannot be read is left to `outcomes`."""
+    columns, folder, found = config.columns_of(source), pictures.folder_of(source.path), dict[str, str]()
+    for _, raw in _raw(source, config):
+        with contextlib.suppress(RowError):
+            row = named(sources.as_object(raw), columns, None)
+            names = [name for name in pictures.named(row, folder) if name not in found]
+            found |= {name: pictures.digest_of(name) for name in names}
+    return [[name, what] for name, what in sorted(found.items())]
 
 
 def refused(source: str, number: int, error: RowError) -> DataError:
@@ -146,7 +170,9 @@ def _is_held_out(judgment: Judgment, config: DataConfig) -> bool:
     """Whether a prompt belongs to the held-out part: its hash, seen as a number from 0 to 1, is below the share."""
     prompt, hold_out = judgment.prompt, config.hold_out
     assert hold_out is not None, "only then is the data split"
-    digest = hashlib.sha256(f"{hold_out.seed}\n{words_of(prompt).strip()}".encode()).digest()
+    # wherever the files of its pictures lie
+    words = pictures.without_places(words_of(prompt).strip())
+    digest = hashlib.sha256(f"{hold_out.seed}\n{words}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < hold_out.share * 2**64
 
 

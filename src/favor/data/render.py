@@ -16,8 +16,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from favor.data.formats.fields import SAID, RowError, checked_texts, shown
+from favor.data.pictures import as_parts
 from favor.data.shapes import MARK, MARKED, Shapes
-from favor.data.turns import apart, as_json, as_object, called, forms, mark, placed, reasoned
+from favor.data.turns import REMEDY, apart, as_json, as_object, called, check_heard, mark, placed, reasoned
 from favor.data.types import Message, PromptTree, Text
 
 # a turn of the model's and what others say behind it -> all up to there
@@ -66,11 +67,15 @@ class _Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class Renderer:
-    """A tokenizer's way to put turns into text. special: refuse texts that would be read as control tokens."""
+    """A tokenizer's way to put turns into text. special: refuse texts that would be read as control tokens.
+
+    parts: the template takes a turn's content as a list of parts, among them pictures.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     chat: bool
     special: bool
+    parts: bool = False
 
     def tree(self, tree: PromptTree) -> Rendered:
         """Text of the prompt and of prompt + response. Raises RowError (its place is the response's, if it is one's)."""
@@ -86,7 +91,7 @@ class Renderer:
             full.append(texts)
             kept.append(how)
         if chat:
-            _check_heard(self._turns(tree.prompt, "user"), prompt, "prompt")
+            check_heard(self._turns(tree.prompt, "user"), prompt, "prompt")
         unread = tree.tools is not None and not (chat and _names(tree.tools) <= set(re.findall(r"[\w.-]+", prompt)))
         gaps = tuple(tuple(how.gap for how in each[:-1]) for each in kept)
         trimmed, rewritten = (sum(any(how[i] for how in each) for each in kept) for i in (0, 1))
@@ -103,7 +108,7 @@ class Renderer:
         self._refuse_forged((tuple(turns), dict(variables)))
         text = self._apply(turns, variables, generation=True)
         if proven:
-            _check_heard(turns, text, "prompt")
+            check_heard(turns, text, "prompt")
         return text
 
     def _full(
@@ -146,7 +151,7 @@ class Renderer:
         """What the model sees after its turn: where it says another, all up to that one, as it was. And as `_survives`."""
         text = written(turn, heard)
         if text.startswith(known):
-            _check_heard(heard, text[len(known) :], "response")
+            check_heard(heard, text[len(known) :], "response")
             return text, self._survives(turn, heard, written, (known, text), last=last)
         base = _OPENED.sub("", known)
         if not last or base == known or not text.startswith(base):
@@ -161,7 +166,7 @@ class Renderer:
                 "as reasoning_content, or before the answer as <think>...</think>"
             )
         if written(answer, []) != text:
-            raise RowError(f"the chat template changes its response: it becomes {_end_of(text[len(base) :])}{_REMEDY}")
+            raise RowError(f"the chat template changes its response: it becomes {_end_of(text[len(base) :])}{REMEDY}")
         return f"{known}{reasoning}{text[len(base) :]}", self._survives(answer, [], written, (base, text), last=last)
 
     def _survives(
@@ -187,17 +192,17 @@ class Renderer:
         places = [int(place) for place in shape[1::2]]
         missing = {i for i, value in enumerate(values[:own]) if value.strip()}.difference(places)
         if missing:
-            remedy = _REMEDY if last else f"; {_A_ROW_EACH}"
+            remedy = REMEDY if last else f"; {_A_ROW_EACH}"
             raise RowError(f"the chat template leaves out {shown(values[min(missing)])} of the response{remedy}")
         # the header of a tool's answer may name the call again
         again = {place for place in places if places.count(place) > 1}
         if any(last or values[place] not in called(turn) for place in again):
-            raise RowError(f"the chat template changes its response: it writes a part of it twice{_REMEDY}")
+            raise RowError(f"the chat template changes its response: it writes a part of it twice{REMEDY}")
         pieces = [values[int(piece)] if i % 2 else piece for i, piece in enumerate(shape)]
         # reasoning inside the text may replace what the template would write before it
         found = placed(tail, pieces) or [(0, 0), *(placed(tail, pieces[1:]) or ())]
         if len(found) < len(pieces):
-            raise RowError(f"the chat template changes its response: it becomes {_end_of(tail)}{_REMEDY}")
+            raise RowError(f"the chat template changes its response: it becomes {_end_of(tail)}{REMEDY}")
         trimmed = "".join(pieces) != tail and any(v != v.strip() and v not in tail for v in values[:own])
         # a tool's header may name the call again, so the first place of each counts
         first = {place: found[2 * i + 1] for i, place in reversed(list(enumerate(places)))}
@@ -315,8 +320,9 @@ class Renderer:
 
     def _render(self, messages: list[Message], variables: Variables, generation: bool) -> str:
         try:
+            turns = [as_parts(turn) for turn in messages] if self.parts else messages
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation, **variables
+                turns, tokenize=False, add_generation_prompt=generation, **variables
             )
         except _FAILS as error:
             raise RowError(f"the chat template refuses it ({type(error).__name__}: {error})") from None
@@ -326,7 +332,6 @@ class Renderer:
 
 _PROMPT_CHANGES = "the prompt differently once the response follows"
 _A_ROW_EACH = "make a row of every turn, with those before it as its prompt, or take out its reasoning"
-_REMEDY = "; use a template that keeps it, set tokens.template=plain, or change the row to the form in which the template writes it"
 
 
 def _variables(tree: PromptTree) -> Variables:
@@ -366,19 +371,6 @@ def _plain_content(message: Message) -> str:
             "a message holds '\\n\\nHuman:' or '\\n\\nAssistant:', which would be read as a turn; take it out"
         )
     return content
-
-
-def _check_heard(turns: Sequence[Message], rendered: str, what: str) -> None:
-    """Every turn's text must stand in what is rendered; of the assistant's earlier turns what follows their reasoning."""
-    for turn in turns:
-        text = str(turn.get("content") or "")
-        if turn.get("role") == "assistant":
-            text = text.rpartition("</think>")[2]
-        said = [text]
-        mark([turn.get("tool_calls"), turn.get("function_call")], said)
-        lost = next((text for text in said if not any(form.strip() in rendered for form in forms(text))), None)
-        if lost is not None:
-            raise RowError(f"the chat template leaves out or changes {shown(lost)} of the {what}{_REMEDY}")
 
 
 def _names(tools: Sequence[dict[str, Any]]) -> set[str]:

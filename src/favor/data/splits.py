@@ -17,15 +17,17 @@ from transformers import PreTrainedTokenizerBase
 
 from favor.data import sources
 from favor.data.read import DataConfig, SplitSpec
+from favor.data.sight import Sight
 from favor.data.tokenize import TokenReport, TokensConfig
-from favor.data.types import Finding, PromptTree, Text, TokenTree
+from favor.data.types import Finding, Picture, PromptTree, Text, TokenTree
 from favor.errors import DataError
 
 # Trees turned into columns at once.
 WINDOW = 1024
 # of some trees: all their ids int32 [tokens], the lengths of prompt and responses int32 [paths], paths of each tree
-# int32 [trees] (1 + responses), and what is said of the responses as JSON [trees]
-Columns: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]
+# int32 [trees] (1 + responses), what is said of the responses as JSON [trees], and of pictures what they are and where their
+# files lie, as JSON [trees] ("" without any)
+Columns: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, list[str], list[str], list[str]]
 # runs a function in the main process while the others wait
 OnMain: TypeAlias = Callable[[Callable[[], object]], None]
 
@@ -48,6 +50,8 @@ class Recipe(NamedTuple):
     tokens: TokensConfig
     tokenizer: PreTrainedTokenizerBase
     end_ids: frozenset[int]
+    # of a model that reads pictures
+    sight: Sight | None = None
 
     @property
     def names(self) -> str:
@@ -119,7 +123,7 @@ def refuse_changed(splits: Sequence[SplitSpec], before: list[list[sources.Stamp]
 
 
 class Notes(NamedTuple):
-    """What would take a pass over all trees: hashes of ids, lengths, paths and comparisons; places of some trees.
+    """What would take a pass over all trees: hashes of ids, lengths, paths, comparisons, any pictures; places of some trees.
 
     extremes: the first with the longest path, with the longest prompt, with the longest response, with the largest id.
     """
@@ -143,7 +147,8 @@ class Streams:
     """A running hash of each column, so that it does not matter where windows are cut; and the trees with most of something."""
 
     def __init__(self) -> None:
-        self._hashes = [hashlib.sha256() for _ in range(4)]
+        self._hashes = [hashlib.sha256() for _ in range(5)]
+        self._pictured = False
         self._most = [(-1, 0)] * 4
         self._seen = 0
 
@@ -151,7 +156,9 @@ class Streams:
         """Take in some trees."""
         for stream, column in zip(self._hashes, columns[:3], strict=False):
             stream.update(np.ascontiguousarray(column).tobytes())
-        self._hashes[3].update("".join(text + "\n" for text in columns[3]).encode())
+        for stream, texts in zip(self._hashes[3:], columns[3:], strict=False):
+            stream.update("".join(text + "\n" for text in texts).encode())
+        self._pictured |= any(columns[4])
         for i, values in enumerate(_extents(columns)):
             # of equals the first
             self._most[i] = max(self._most[i], (int(values.max()), -self._seen - int(values.argmax())))
@@ -159,13 +166,14 @@ class Streams:
 
     def notes(self) -> Notes:
         """Of all trees so far."""
-        digests = tuple(stream.hexdigest() for stream in self._hashes)
+        # without pictures none of them is a part of what the data is
+        digests = tuple(stream.hexdigest() for stream in self._hashes[: 4 + self._pictured])
         return Notes(digests, tuple(sorted({-place for _, place in self._most})))
 
 
 def _extents(columns: Columns) -> tuple[np.ndarray, ...]:
     """Of every tree: tokens of its longest path, of its prompt, of its longest response; its largest id."""
-    ids, lengths, paths, _ = columns
+    ids, lengths, paths, *_ = columns
     first = np.cumsum(paths) - paths
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     prompts, responses = lengths[first], lengths.copy()
@@ -187,13 +195,14 @@ def outlines(trees: Iterable[TokenTree]) -> Iterable[TokenTree]:
 
 
 def hash_ids(splits: Mapping[str, Sequence[TokenTree]]) -> str:
-    """A hash of every token id of every split."""
+    """A hash of every token id and picture of every split."""
     nothing = hashlib.sha256().hexdigest()
-    return _whole({name: [*_digests(trees)[:3], nothing] for name, trees in splits.items()})
+    found = {name: _digests(trees) for name, trees in splits.items()}
+    return _whole({name: [*digests[:3], nothing, *digests[4:]] for name, digests in found.items()})
 
 
 def hash_all(splits: Mapping[str, Sequence[TokenTree]]) -> str:
-    """A hash of every token id and comparison of every split."""
+    """A hash of every token id, comparison and picture of every split."""
     return _whole({name: _digests(trees) for name, trees in splits.items()})
 
 
@@ -219,4 +228,21 @@ def encode(trees: Sequence[TokenTree]) -> Columns:
         np.fromiter(map(len, paths), np.int32, len(paths)),
         np.fromiter((1 + len(tree.response_ids) for tree in trees), np.int32, len(trees)),
         [json.dumps([tree.complete, tree.comparisons, tree.ties, tree.thumbs]) for tree in trees],
+        [json.dumps([tree.picture_id, *map(_content, tree.pictures)]) if tree.pictures else "" for tree in trees],
+        [json.dumps([picture.path for picture in tree.pictures]) if tree.pictures else "" for tree in trees],
     )
+
+
+def _content(picture: Picture) -> list[Any]:
+    """What a picture is, wherever its file lies."""
+    return [picture.digest, picture.height, picture.width, picture.tokens]
+
+
+def pictures_of(said: str, places: str) -> tuple[tuple[Picture, ...], int]:
+    """The pictures of a tree, and the id that stands for their parts; as `encode` wrote them."""
+    if not said:
+        return (), -1
+    picture_id, *found = json.loads(said)
+    paths = json.loads(places)
+    pictures = (Picture(digest, path, *size) for (digest, *size), path in zip(found, paths, strict=True))
+    return tuple(pictures), picture_id

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from favor import data as data_package
 from favor.data import sources, tables
 from favor.data.grow import ReadReport, grow
-from favor.data.read import Half, joined, judge, judged, need_prompts, tree_key
+from favor.data.read import Half, joined, judge, judged, named_pictures, need_prompts, tree_key
 from favor.data.settings import DataConfig, SourceConfig
 from favor.data.splits import (
     WINDOW,
@@ -38,6 +38,7 @@ from favor.data.splits import (
     Recipe,
     Streams,
     encode,
+    pictures_of,
     refuse_changed,
     stamps_of,
 )
@@ -64,6 +65,8 @@ _TREE_SCHEMA = pa.schema(
         ("source", pa.string()),
         ("row", pa.int64()),
         ("first_response", pa.int64()),
+        ("pictures", pa.string()),
+        ("places", pa.string()),
     ]
 )
 _PROMPT_SCHEMA = pa.schema([("source", pa.string()), ("row", pa.int64()), ("prompt", pa.string())])
@@ -115,6 +118,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "special tokens": {key: str(value) for key, value in recipe.tokenizer.special_tokens_map.items()},
         "template": sha(json.dumps(recipe.tokenizer.chat_template)),
         "end ids": sorted(recipe.end_ids),
+        "pictures": recipe.sight and recipe.sight.identity,
         "code": sha(code),
         "versions": {name: version(name) for name in ("tokenizers", "transformers")},
     }
@@ -134,10 +138,10 @@ def identity(source: str, split: str, *, streaming: bool) -> list[list[str]]:
 
 
 def _content(recipe: Recipe) -> list[list[list[str]]]:
-    return [
-        identity(source.path, source.split or recipe.data.split, streaming=recipe.data.streaming)
-        for source in recipe.split.sources
-    ]
+    data, split = recipe.data, recipe.split
+    own = [identity(each.path, each.split or data.split, streaming=data.streaming) for each in split.sources]
+    # files that its rows only name
+    return own if recipe.sight is None else [*own, *(named_pictures(each, data) for each in split.sources)]
 
 
 def _build_once(
@@ -186,12 +190,12 @@ def _alone(folder: Path, say: Callable[[str], None]) -> Generator[None]:
 
 def _fill(folder: Path, recipe: Recipe, checks: Checks, work: Path) -> dict[str, Any]:
     """Read, group, tokenise and check in one pass; the trees and prompts go to files, the reports are returned."""
-    data, reports, streams = recipe.data, list[ReadReport](), Streams()
+    data, half, reports, streams = recipe.data, recipe.split.half, list[ReadReport](), Streams()
     grouped: list[Iterator[PromptTree]] = []
     for number, source in enumerate(recipe.split.sources):
         (work / str(number)).mkdir()
         reports.append(ReadReport(source.path, data.format_of(source)))
-        grouped.append(group(source, data, recipe.split.half, work / str(number), reports[-1]))
+        grouped.append(group(source, data, half, work / str(number), reports[-1], sees=recipe.sight is not None))
     need_prompts(reports, recipe.split, data)
     waiting: deque[PromptTree] = deque()
     token_report = TokenReport()
@@ -203,8 +207,8 @@ def _fill(folder: Path, recipe: Recipe, checks: Checks, work: Path) -> dict[str,
 
     def written() -> Iterator[PromptTree]:
         """The trees as text, each once its tokens are written."""
-        trees = tokenized(texts(), recipe.tokenizer, recipe.tokens, recipe.end_ids, data.bad_rows, token_report)
-        for _ in write_trees(folder, trees, streams):
+        how = (recipe.tokenizer, recipe.tokens, recipe.end_ids, data.bad_rows, token_report, recipe.sight)
+        for _ in write_trees(folder, tokenized(texts(), *how), streams):
             while waiting:
                 yield waiting.popleft()
         yield from waiting
@@ -215,7 +219,7 @@ def _fill(folder: Path, recipe: Recipe, checks: Checks, work: Path) -> dict[str,
 
 
 def group(
-    source: SourceConfig, config: DataConfig, half: Half, folder: Path, report: ReadReport
+    source: SourceConfig, config: DataConfig, half: Half, folder: Path, report: ReadReport, *, sees: bool = False
 ) -> Iterator[PromptTree]:
     """Read a source into an empty folder; the trees of its prompts, in the order of first rows, are then made one by one.
 
@@ -227,7 +231,7 @@ def group(
     database.execute("begin")
     found = (
         (n, sha(tree_key(said))[:32], json.dumps(row, default=str))
-        for n, row, said in judged(source, config, half, report)
+        for n, row, said in judged(source, config, half, report, sees=sees)
     )
     database.executemany("insert into rows values (?, ?, ?)", found)
     database.execute("insert into prompts select min(number), prompt from rows group by prompt")
@@ -301,7 +305,7 @@ def write_trees(folder: Path, trees: Iterable[TokenTree], streams: Streams) -> I
     """Write every tree, take it into the digests, and pass it on."""
 
     def columns(window: Sequence[TokenTree]) -> list[Any]:
-        ids, lengths, paths, judgments = found = encode(window)
+        ids, lengths, paths, judgments, pictures, places = found = encode(window)
         streams.add(found)
         ends = np.concatenate([[0], np.cumsum(paths)])
         tokens = np.concatenate([[0], np.cumsum(lengths)])[ends]
@@ -312,6 +316,8 @@ def write_trees(folder: Path, trees: Iterable[TokenTree], streams: Streams) -> I
             [tree.source for tree in window],
             [tree.row for tree in window],
             [tree.first_response for tree in window],
+            pictures,
+            places,
         ]
 
     return _written(folder / _TREES, _TREE_SCHEMA, trees, columns)
@@ -374,10 +380,11 @@ def _trees(batch: _RecordBatch) -> Iterator[TokenTree]:
 
 def _outlines(batch: _RecordBatch) -> Iterator[TokenTree]:
     """The trees of a batch with no token in their prompt and responses."""
-    for judgments, source, row, first in zip(*(column.to_pylist() for column in batch.columns[2:]), strict=True):
+    for judgments, source, row, first, *seen in zip(*(column.to_pylist() for column in batch.columns[2:]), strict=True):
         complete, comparisons, ties, thumbs = _judged(judgments)
         empty = ((),) * len(complete)
-        yield TokenTree((), empty, complete, comparisons, first, row, ties, thumbs, source=source)
+        pictures, picture_id = pictures_of(*seen)
+        yield TokenTree((), empty, complete, comparisons, first, row, ties, thumbs, source, pictures, picture_id)
 
 
 @lru_cache(4096)

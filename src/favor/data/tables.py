@@ -37,6 +37,7 @@ NOT_TEXT = frozenset(
             "messages",
             "conversations",
             "context",
+            "images",
         ),
         *("responses", "ranking", "scores", "votes", "choices", "verdict", "ended", "answers", "completions"),
         *("score_chosen", "score_rejected", "score_A", "score_B", "score_ratio", "preference_strength"),

@@ -18,6 +18,7 @@ from favor.data.formats.fields import brief
 from favor.data.read import refused
 from favor.data.readers import Kind, RowError
 from favor.data.render import Rendered, Renderer, Variables
+from favor.data.sight import Sight
 from favor.data.types import Comparison, PromptTree, Text, TokenTree
 from favor.errors import ConfigError, DataError
 
@@ -46,7 +47,7 @@ class TokenReport:
     tokens and pairs (comparisons) are those before truncation, `_lost` what it took of them. responses_trimmed: the template
     took blanks around their text; reasoning_rewritten: it puts other blanks around their <think>...</think>; tools_unread:
     it leaves out the tools of the row. several_turns: responses in which others speak too, tokens_read: tokens of those,
-    which are not scored. kinds: of each one dropped, why.
+    which are not scored. pictures: in all prompts. kinds: of each one dropped, why.
     """
 
     template: str = "plain"
@@ -63,6 +64,7 @@ class TokenReport:
     responses_trimmed: int = 0
     reasoning_rewritten: int = 0
     tools_unread: int = 0
+    pictures: int = 0
     tokens: int = 0
     tokens_lost: int = 0
     pairs: int = 0
@@ -93,6 +95,7 @@ class _Tools(NamedTuple):
     end_ids: frozenset[int]
     bos: tuple[int, ...]
     eos: int | None
+    sight: Sight | None = None
 
 
 def tokenize(
@@ -101,14 +104,15 @@ def tokenize(
     config: TokensConfig,
     end_ids: frozenset[int],
     bad_rows: str,
+    sight: Sight | None = None,
 ) -> tuple[list[TokenTree], TokenReport]:
-    """Tokenise, place the boundary, end the turns, truncate.
+    """Tokenise, place the boundary, end the turns, truncate. sight: of a model that reads pictures.
 
     Raises ConfigError when template and tokenizer do not go together; DataError for the first tree that
     cannot be tokenised exactly, unless `bad_rows` is "drop"; and DataError when nothing is left.
     """
     report = TokenReport()
-    return list(tokenized(trees, tokenizer, config, end_ids, bad_rows, report)), report
+    return list(tokenized(trees, tokenizer, config, end_ids, bad_rows, report, sight)), report
 
 
 def tokenized(
@@ -118,9 +122,10 @@ def tokenized(
     end_ids: frozenset[int],
     bad_rows: str,
     report: TokenReport,
+    sight: Sight | None = None,
 ) -> Iterator[TokenTree]:
     """As `tokenize`, one tree after the other; the report is whole when the last has been taken."""
-    tools = _tools(tokenizer, config, end_ids)
+    tools = _tools(tokenizer, config, end_ids, sight)
     report.template = "chat" if tools.chat else "plain"
     source, first = "", 0
     for tree, result in _encoded(trees, tools, report):
@@ -160,8 +165,12 @@ def prompt_encoder(tokenizer: PreTrainedTokenizerBase, config: TokensConfig) -> 
     return encode
 
 
-def _tools(tokenizer: PreTrainedTokenizerBase, config: TokensConfig, end_ids: frozenset[int]) -> _Tools:
+def _tools(
+    tokenizer: PreTrainedTokenizerBase, config: TokensConfig, end_ids: frozenset[int], sight: Sight | None = None
+) -> _Tools:
     chat = config.template == "chat" or (config.template == "auto" and tokenizer.chat_template is not None)
+    if sight is not None and not chat:
+        raise ConfigError("a model that reads pictures needs its template, which places them; set tokens.template=chat")
     if chat and tokenizer.chat_template is None:
         raise ConfigError(
             "tokens.template is 'chat', but this tokenizer has no chat template; set tokens.template=plain"
@@ -175,8 +184,8 @@ def _tools(tokenizer: PreTrainedTokenizerBase, config: TokensConfig, end_ids: fr
     # a template writes its own beginning of sequence; in plain text the tokenizer's call shows whether it wants one
     if not chat and isinstance(first, int) and tokenizer("x").input_ids[:1] == [first]:
         bos = (first,)
-    renderer = Renderer(tokenizer, chat, config.special_text == "refuse")
-    return _Tools(Encoder(tokenizer), renderer, chat, end_ids, bos, eos if isinstance(eos, int) else None)
+    renderer = Renderer(tokenizer, chat, config.special_text == "refuse", sight is not None)
+    return _Tools(Encoder(tokenizer), renderer, chat, end_ids, bos, eos if isinstance(eos, int) else None, sight)
 
 
 def _encoded(
@@ -204,7 +213,8 @@ def _encoded(
 
 def _try_render(tree: PromptTree, tools: _Tools) -> Rendered | RowError:
     try:
-        return tools.renderer.tree(tree)
+        whole = tools.renderer.tree(tree)
+        return tools.sight.written(whole, tree.prompt) if tools.sight else whole
     except RowError as error:
         return error
 
@@ -228,6 +238,8 @@ def _assemble(
         responses.append(tuple(ids[:-1] if i in tree.cut else ids))
     # only now is it known that all of it can be used, so only now is it counted
     _refuse_equal(tree, responses)
+    seen = tools.sight.placed(tree.prompt, prompt_ids, responses) if tools.sight else {}
+    report.pictures += len(seen.get("pictures", ()))
     report.several_turns += sum(len(texts) > 1 for texts in rendered.full)
     report.tokens_read += sum(i < 0 for ids in responses for i in ids)
     report.responses_trimmed += rendered.trimmed
@@ -243,6 +255,7 @@ def _assemble(
         ties=tree.ties,
         thumbs=tree.thumbs,
         source=tree.source,
+        **seen,
     )
 
 
@@ -348,7 +361,8 @@ def _truncate(tree: TokenTree, config: TokensConfig, num_bos: int, report: Token
     excess = len(tree.prompt_ids) + longest - config.max_tokens
     if excess <= 0:
         return tree
-    if config.truncation == "prompt_start" and excess < len(tree.prompt_ids) - num_bos:
+    # a part of a picture would be cut off: such a tree goes as a whole
+    if config.truncation == "prompt_start" and excess < len(tree.prompt_ids) - num_bos and not tree.pictures:
         report.prompts_cut += 1
         return replace(tree, prompt_ids=tree.prompt_ids[:num_bos] + tree.prompt_ids[num_bos + excess :])
     room = config.max_tokens - len(tree.prompt_ids)

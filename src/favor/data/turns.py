@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from favor.data.formats.fields import shown
+from favor.data.pictures import MARK as PICTURE
 from favor.data.readers import RowError, parse
 from favor.data.shapes import MARK
 from favor.data.types import Message
@@ -18,6 +20,7 @@ _UNSAID = frozenset(("type", "id", "index"))
 _REASONED = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _ENDED = re.compile(r"(?:\s*<think>)?(.*?)</think>(.*)", re.DOTALL)
 _FIELDS = ("reasoning_content", "reasoning", "thinking")
+REMEDY = "; use a template that keeps it, set tokens.template=plain, or change the row to the form in which the template writes it"
 
 
 def as_object(arguments: Any) -> Any:
@@ -105,3 +108,20 @@ def forms(text: str) -> Iterator[str]:
     yield json.dumps(text, ensure_ascii=False)[1:-1]
     yield json.dumps(text)[1:-1]
     yield repr(text)[1:-1]
+
+
+def check_heard(turns: Sequence[Message], rendered: str, what: str) -> None:
+    """Every turn's text must stand in what is rendered; of the assistant's earlier turns what follows their reasoning.
+
+    Raises RowError.
+    """
+    for turn in turns:
+        text = str(turn.get("content") or "")
+        if turn.get("role") == "assistant":
+            text = text.rpartition("</think>")[2]
+        # between the marks of pictures
+        said = PICTURE.split(text)[::2]
+        mark([turn.get("tool_calls"), turn.get("function_call")], said)
+        lost = next((text for text in said if not any(form.strip() in rendered for form in forms(text))), None)
+        if lost is not None:
+            raise RowError(f"the chat template leaves out or changes {shown(lost)} of the {what}{REMEDY}")

@@ -6,10 +6,12 @@ Shape legend, used as name suffixes everywhere:
   B rows of a padded batch (1 when packed)     T tokens of a row        N positions whose logits are needed
   E scored tokens (each once)                  M (response, scored token) memberships
   R responses     P pairs     Q rankings       K longest ranking        U ties      I thumbs     V vocabulary
+  J tokens that are parts of pictures
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -68,6 +70,16 @@ class PromptTree:
     template_kwargs: Mapping[str, Any] | None = None
 
 
+class Picture(NamedTuple):
+    """A picture of a prompt: SHA-256 of its file and where that is, its size as it is seen, its tokens in the prompt."""
+
+    digest: str
+    path: str
+    height: int
+    width: int
+    tokens: int = 0
+
+
 @dataclass(frozen=True)
 class TokenTree:
     """A PromptTree after tokenisation and truncation.
@@ -77,6 +89,7 @@ class TokenTree:
     `complete[r]` says that response r still ends with its end-of-turn token (a cut one does not).
     `first_response` is the index of response 0 in the whole data set: the key of the reference store.
     `source` and `row` name the first row it came from.
+    Where the prompt holds `picture_id`, parts of its pictures stand, one picture after the other.
     """
 
     prompt_ids: tuple[int, ...]
@@ -89,6 +102,8 @@ class TokenTree:
     ties: tuple[Comparison, ...] = ()
     thumbs: tuple[Thumb, ...] = ()
     source: str = ""
+    pictures: tuple[Picture, ...] = ()
+    picture_id: int = -1
 
     @property
     def num_scored(self) -> int:
@@ -99,6 +114,26 @@ class TokenTree:
     def num_tokens(self) -> int:
         """Tokens when the prompt is computed once (an upper bound: shared openings save more)."""
         return len(self.prompt_ids) + sum(map(len, self.response_ids))
+
+
+def sampled_tree(prompt_ids: Sequence[int], length: int) -> TokenTree:
+    """A tree as large as a sample of `length` tokens can make it: for `settle`, before there are samples."""
+    response = tuple(islice(cycle(prompt_ids), length))
+    return TokenTree(tuple(prompt_ids), (response,), (True,), (), 0, 0)
+
+
+def longest_path(tree: TokenTree) -> int:
+    """Tokens from the start of the prompt to the end of the longest response."""
+    return len(tree.prompt_ids) + max(map(len, tree.response_ids))
+
+
+def unseen(tree: TokenTree) -> TokenTree:
+    """The tree with another token where pictures stand: as long, and text alone."""
+    if not tree.pictures:
+        return tree
+    other = next(token for token in tree.prompt_ids if token != tree.picture_id)
+    ids = tuple(other if token == tree.picture_id else token for token in tree.prompt_ids)
+    return replace(tree, prompt_ids=ids, pictures=(), picture_id=-1)
 
 
 def said(ids: Sequence[int]) -> np.ndarray:
@@ -149,7 +184,8 @@ class Batch:
     ranking_QK int64, best first, padded with -1; weight_Q float32; drop_QK float32 is how far each member's score lies
     below the best one's (0 where unknown). tie_U2 int64 indexes R, weight_U float32. thumb_I int64 indexes R, good_I
     bool, weight_I float32. index_R int64 is the data-set-wide response index. `idle`: computed beside other
-    ranks by one that has no trees; it counts for nothing.
+    ranks by one that has no trees; it counts for nothing. pictures: those of its prompts, each once; seen_J int64 are the flat
+    places of B*T where parts of them stand, feature_J int64 which of all their features belongs there.
     """
 
     ids_BT: Tensor
@@ -186,6 +222,9 @@ class Batch:
     weight_I: Tensor
     num_naive_tokens: int
     idle: bool = False
+    pictures: tuple[Picture, ...] = ()
+    seen_J: Tensor | None = None
+    feature_J: Tensor | None = None
 
     @property
     def num_responses(self) -> int:

@@ -23,6 +23,7 @@ EXTRAS: Mapping[str, str] = {
     "wandb": "watch.logger=wandb",
     "mlflow": "watch.logger=mlflow",
     "trackio": "watch.logger=trackio",
+    "vision": "models that read pictures",
     "vllm": "engine.kind=vllm",
     "bitsandbytes": "model.weights=nf4, optim.kind=adamw8bit",
 }

@@ -16,12 +16,12 @@ from torch import Tensor
 from favor.config import STRICT, Seed, checked
 from favor.data.read import DataConfig, read, read_splits
 from favor.data.tokenize import tokenize
-from favor.data.types import Batch, PromptTree, TokenTree
+from favor.data.types import Batch, PromptTree, TokenTree, sampled_tree
 from favor.errors import ConfigError, DataError
 from favor.eval.figures import kl_of_samples, pair_figures
 from favor.eval.intervals import SHARE, mean_interval
 from favor.generate.samples import Progress
-from favor.model.layout import sampled_tree, settle
+from favor.model.layout import settle
 from favor.model.load import Policy, precision_of
 from favor.model.logprobs import response_logps
 from favor.model.sample import SampleConfig, decode, sampled
@@ -109,7 +109,7 @@ def evaluate(
     """
     folder, recipe = read_run(config.run)
     with opened(folder) if members.is_main else contextlib.nullcontext():
-        return _evaluate(config, folder, subject_of(config, recipe, members, say), progress, scorer)
+        return _evaluate(config, folder, subject_of(config, recipe, members, say, sees=True), progress, scorer)
 
 
 def _evaluate(
@@ -139,8 +139,10 @@ def _evaluate(
     return figures
 
 
-def subject_of(config: EvalConfig, recipe: RunRecipe, members: World, say: Callable[[str], None]) -> Subject:
-    """Held-out trees of a run with both models, settled. Raises as `evaluate` does."""
+def subject_of(
+    config: EvalConfig, recipe: RunRecipe, members: World, say: Callable[[str], None], *, sees: bool = False
+) -> Subject:
+    """Held-out trees of a run with both models, settled; sees: also with pictures. Raises as `evaluate` does."""
     # a share held out is a share of the rows that training read
     limit = config.max_rows or (recipe.data.get("max_rows") if recipe.data.get("hold_out") else None)
     kept = {key: value for key, value in recipe.data.items() if key != "max_rows"} | (
@@ -151,9 +153,15 @@ def subject_of(config: EvalConfig, recipe: RunRecipe, members: World, say: Calla
         raise ConfigError(
             f"{config.run}: the run held nothing out (data.eval, data.hold_out.share); name held-out preferences with data=FILE"
         )
-    texts, report = read(config.data, data, data.eval_split) if config.data else read_splits(data)["eval"]
-    policy, reference = load_pair(config.run, config.reference, config.ranks.shard)
-    trees, _ = tokenize(texts, policy.tokenizer, recipe.tokens, policy.end_ids, data.bad_rows)
+    policy, reference = load_pair(config.run, config.reference, config.ranks.shard, sees=sees)
+    sees = policy.sight is not None
+    if sees and config.sample_prompts:
+        raise ConfigError(
+            f"{config.run}: its model reads pictures, and no samples are taken with them; set sample_prompts=0"
+        )
+    named = config.data
+    texts, report = read(named, data, data.eval_split, sees=sees) if named else read_splits(data, sees=sees)["eval"]
+    trees, _ = tokenize(texts, policy.tokenizer, recipe.tokens, policy.end_ids, data.bad_rows, policy.sight)
     trees = [tree for tree in trees if tree.comparisons]
     if not trees:
         raise DataError(f"{report.source}: no comparison to evaluate on; give chosen and rejected, a ranking or scores")

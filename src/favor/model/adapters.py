@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from favor.config import STRICT
 from favor.errors import CheckpointError, ConfigError
 from favor.model.four_bits import is_marked, round_
+from favor.model.vision import OUTSIDE, SEES
 from favor.model.weights import Unmatched, check_objects, check_path, load_weights, readable, tensors_of
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> "Pef
         task_type=task,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
+        exclude_modules=OUTSIDE if model.config.model_type in SEES else None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from favor.data.batches import build
-from favor.data.types import Batch, Layout, TokenTree, as_read
+from favor.data.types import Batch, Layout, TokenTree, as_read, longest_path, unseen
 from favor.errors import CheckpointError, ConfigError, NumericsError, first_line
 from favor.model import attention, split
 from favor.model.load import Policy, check_ids, precise, use_attention
@@ -34,13 +35,15 @@ _FAILURES = (
     *(ConfigError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError),
     *(AssertionError, NotImplementedError, ImportError),
 )
+# the tree with the longest path, the smallest with pictures
+Looked = tuple[TokenTree, TokenTree | None]
 
 
 class Method(NamedTuple):
     """What is measured of every response, and what plain transformers says of one row of ids scored from `start` on."""
 
     measure: Callable[[Policy, Batch], Tensor]
-    plain: Callable[[Policy, Tensor, int], Tensor]
+    plain: Callable[..., Tensor]
     causal: bool
 
 
@@ -83,15 +86,15 @@ def settle(
     when the model does not run, or a later token changes an earlier log-prob; NumericsError when no way of computing it
     equals plain transformers.
     """
-    row, exact = _longest(policy, itertools.chain(trees, also)), precise(policy)
-    config, longest = policy.causal_lm.config.get_text_config().to_dict(), longest_path(row)
+    looked, exact = _looked_at(policy, itertools.chain(trees, also)), precise(policy)
+    config, longest = policy.causal_lm.config.get_text_config().to_dict(), longest_path(looked[0])
     if isinstance(most := config.get("index_topk"), int) and longest > most:
         # a token reads only the keys it ranks highest, and rounding, so the batch, decides ties
         raise CheckpointError(
             f"{policy.source}: a token reads the {most} keys it ranks highest (index_topk) and the longest row has "
             f"{longest}: which ones depends on rounding, so nothing would be exact; set tokens.max_tokens={most}"
         )
-    truths = _truths(exact, [_cut(tree) for tree in trees[:2]], row, method, train=train)
+    truths = _truths(exact, [_cut(tree) for tree in trees[:2]], looked, method, train=train)
     obstacle = config_obstacle(config, longest)
     if asked != "rows" and obstacle is None:
         found, obstacle = _try(exact, "tree", truths, method)
@@ -136,41 +139,37 @@ def config_obstacle(config: dict[str, Any], longest_path: int) -> str | None:
     return None
 
 
-def sampled_tree(prompt_ids: Sequence[int], length: int) -> TokenTree:
-    """A tree as large as a sample of `length` tokens can make it: for `settle`, before there are samples."""
-    response = tuple(itertools.islice(itertools.cycle(prompt_ids), length))
-    return TokenTree(tuple(prompt_ids), (response,), (True,), (), 0, 0)
-
-
-def longest_path(tree: TokenTree) -> int:
-    """Tokens from the start of the prompt to the end of the longest response."""
-    return len(tree.prompt_ids) + max(map(len, tree.response_ids))
-
-
-def _longest(policy: Policy, trees: Iterable[TokenTree]) -> TokenTree:
-    """The tree with the longest path. Raises CheckpointError for token ids that the model has no embedding for."""
-    row, largest = None, 0
+def _looked_at(policy: Policy, trees: Iterable[TokenTree]) -> Looked:
+    """What of all trees is looked at. Raises CheckpointError for token ids that the model has no embedding for."""
+    row, pictured, largest = None, None, 0
     for tree in trees:
         largest = max(itertools.chain((largest,), tree.prompt_ids, *map(as_read, tree.response_ids)))
         if row is None or longest_path(tree) > longest_path(row):
             row = tree
+        if tree.pictures and (pictured is None or tree.num_tokens < pictured.num_tokens):
+            pictured = tree
     assert row is not None, "there is something to compute"
     check_ids(policy, largest)
-    return row
+    return row, pictured
 
 
-def _truths(
-    policy: Policy, short: Sequence[TokenTree], longest: TokenTree, method: Method, *, train: bool
-) -> list[Probe]:
-    """What plain transformers says of a few trees cut short, and of the data's longest path beside them."""
-    samples = [short]
+def _truths(policy: Policy, short: Sequence[TokenTree], looked: Looked, method: Method, *, train: bool) -> list[Probe]:
+    """What plain transformers says of a few trees cut short, of one with pictures, and of the data's longest path."""
+    (longest, pictured), samples = looked, [short]
     if longest_path(longest) > max(map(longest_path, short)):
         samples.append([*_long(longest), *short])
+    if pictured is not None:
+        # whole, as its pictures are, and with gradients, which flow into them
+        responses = tuple(map(as_read, pictured.response_ids[:2]))
+        samples.insert(1, [replace(pictured, response_ids=responses, comparisons=(), ties=(), thumbs=())])
     try:
         use_attention(policy, policy.plain_attention)
         if method.causal:
             _check_causal(policy, short[0])
-        return [_plain(policy, sample, method, train=train and i == 0) for i, sample in enumerate(samples)]
+        return [
+            _plain(policy, sample, method, train=train and i <= (pictured is not None))
+            for i, sample in enumerate(samples)
+        ]
     except _FAILURES as error:
         raise CheckpointError(
             f"{policy.source}: {type(policy.causal_lm).__name__} does not run as a plain causal language model "
@@ -180,13 +179,14 @@ def _truths(
 
 def _plain(policy: Policy, trees: Sequence[TokenTree], method: Method, *, train: bool) -> Probe:
     """One unpadded row at a time, with the model's own attention and head."""
-    paths = [(tree.prompt_ids, response) for tree in trees for response in tree.response_ids]
+    paths = [(tree, response) for tree in trees for response in tree.response_ids]
     values: list[Tensor] = []
     total: dict[str, Tensor] = {}
-    for share, (prompt, response) in zip(_shares(len(paths)), paths, strict=True):
-        ids = torch.tensor([prompt + response], device=policy.device)
+    for share, (tree, response) in zip(_shares(len(paths)), paths, strict=True):
+        ids = torch.tensor([tree.prompt_ids + response], device=policy.device)
+        plain = partial(method.plain, pictures=tree.pictures) if tree.pictures else method.plain
         with torch.set_grad_enabled(train):
-            value = method.plain(policy, ids, len(prompt))
+            value = plain(policy, ids, len(tree.prompt_ids))
             found = _gradient(policy, share * value) if train else {}
         values.append(value.detach().double())
         for name, gradient in found.items():
@@ -375,13 +375,14 @@ def _check_finite(policy: Policy, values: Tensor) -> None:
 
 def _cut(tree: TokenTree) -> TokenTree:
     """A tree cut short: what matters is how tokens see each other, not which they are, nor who said them."""
-    keep = _CHECK_TOKENS // 2
+    keep, tree = _CHECK_TOKENS // 2, unseen(tree)
     responses = tuple(as_read(response[:keep]) for response in tree.response_ids[:3])
     return replace(tree, prompt_ids=tree.prompt_ids[-keep:], response_ids=responses, comparisons=(), ties=(), thumbs=())
 
 
 def _long(tree: TokenTree) -> list[TokenTree]:
     """The longest path of a tree, its end scored, and another that leaves it early."""
+    tree = unseen(tree)
     longest = as_read(max(tree.response_ids, key=len))
     scored = min(_SCORED, len(longest))
     before = tree.prompt_ids + longest[: len(longest) - scored]

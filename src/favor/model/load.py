@@ -15,10 +15,10 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import find_adapter_config_file
 
 from favor.config import STRICT, TemplateKwargs
+from favor.data.sight import Sight
 from favor.data.types import Layout
 from favor.errors import CheckpointError, ConfigError
 from favor.model.adapters import LoraSettings, load_adapted, with_lora
@@ -26,7 +26,8 @@ from favor.model.four_bits import numbers
 from favor.model.kept import keep, read_rounded, untrainable
 from favor.model.rotary import row_by_row
 from favor.model.template import with_defaults
-from favor.model.weights import Unmatched, check_path, check_there, load_weights, readable
+from favor.model.vision import SEES, text_part
+from favor.model.weights import Unmatched, check_path, check_there, load_weights, model_type, readable
 from favor.ranks import Shard, current
 
 
@@ -52,6 +53,8 @@ class ModelConfig(BaseModel):
     """Run the code that comes with the model."""
     template_kwargs: TemplateKwargs = {}
     """What variables of its chat template are unless a row says otherwise: {enable_thinking=false}; saved with the model."""
+    vision: Literal["frozen", "train"] = "frozen"
+    """Of a model that reads pictures: whether its vision tower trains as well; the connector does, without LoRA."""
     lora: LoraSettings | None = None
     """Train adapters rather than all weights."""
 
@@ -75,6 +78,8 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _starts_at_its_reference(self) -> "ModelConfig":
+        if self.vision == "train" and self.lora is not None:
+            raise ValueError("model.vision = 'train' trains weights, and adapters go on the language model; drop one")
         if self.lora is not None and self.lora.dora and self.dtype != "float32":
             raise ValueError(
                 f"model.lora.dora measures weights in the format of products, so with model.dtype = {self.dtype!r} the policy "
@@ -125,7 +130,7 @@ class Policy:
     `kept_bytes` in the format `weights` (in full training: what they would take that are read in it); `compute_dtype` bfloat16
     means autocast (`two_parts`: two_parts.py). `layout` says whether trees may be computed, `attention` how (engines.py; "parts"
     is attention.py's own), `exact_attention` how in float32. `root`: what forwards run within when weights are split over
-    ranks (split.py), else None.
+    ranks (split.py), else None. sight: of a model that reads pictures, what its processor makes of them.
     """
 
     model: Any
@@ -143,6 +148,7 @@ class Policy:
     attention: str = "parts"
     exact_attention: str = "parts"
     two_parts: bool = False
+    sight: Sight | None = None
 
     @property
     def products(self) -> str:
@@ -194,12 +200,20 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return with_defaults(tokenizer, config.template_kwargs, config.path) if config.template_kwargs else tokenizer
 
 
-def load_policy(config: ModelConfig, seed: int = 0, shard: Shard = "none", *, frozen: bool = False) -> Policy:
+def load_policy(
+    config: ModelConfig, seed: int = 0, shard: Shard = "none", *, frozen: bool = False, sees: bool = False
+) -> Policy:
     """Weights and tokenizer, and LoRA adapters when asked (their start depends on `seed`).
 
-    shard: as ranks.shard. frozen: none of it will train.
+    shard: as ranks.shard. frozen: none of it will train. sees: the caller can give it pictures.
     Raises CheckpointError for a missing, unreadable or incomplete model, ConfigError for settings that cannot work.
     """
+    if model_type(config.path, config.revision) in SEES:
+        from favor.model import seeing
+
+        return seeing.load(config, seed, shard, frozen=frozen, sees=sees)
+    if config.vision == "train":
+        raise ConfigError(f"model.vision = 'train', but {config.path} reads no pictures; remove it")
     if splits(shard):
         from favor.model.pieces import load
 
@@ -319,7 +333,9 @@ def make_policy(
 
         read_in_two_parts(model, policy.model)
     if config.gradient_checkpointing:
-        _checkpoint_layers(policy, int(config.gradient_checkpointing))
+        from favor.model.recompute import recompute_layers
+
+        recompute_layers(policy.causal_lm, int(config.gradient_checkpointing))
     return policy
 
 
@@ -370,30 +386,13 @@ def weights_hash(policy: Policy) -> str:
 
 def use_attention(policy: Policy, name: str) -> None:
     """Let the model compute attention by the function of this name. Raises what transformers raises when it cannot."""
+    part = policy.causal_lm if policy.sight is None else text_part(policy.causal_lm)
     # models of several parts refuse the very name they came with, as one part does not know it
-    if attention_name(policy.causal_lm) != name:
-        policy.causal_lm.set_attn_implementation(name)
+    if attention_name(part) != name:
+        part.set_attn_implementation(name)
 
 
 def attention_name(model: PreTrainedModel) -> str:
     """The name of the function that computes its attention."""
     # the only place where transformers keeps the name in force
     return model.config._attn_implementation or "eager"  # pyright: ignore[reportPrivateUsage]
-
-
-def _checkpoint_layers(policy: Policy, every: int) -> None:
-    """Recompute every so many-th layer in the backward. Only the layers' own flag says `training`: dropout stays off."""
-    model = policy.causal_lm
-    if model.supports_gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers or not model.supports_gradient_checkpointing:
-        raise ConfigError(
-            f"model.gradient_checkpointing: {type(model).__name__} has no layers that can be recomputed; set it to false"
-        )
-    if every > len(layers):
-        raise ConfigError(
-            f"model.gradient_checkpointing: every {every}th layer of {len(layers)} is none; set a smaller number, or false"
-        )
-    for layer in layers[every - 1 :: every]:
-        layer.training = True

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from favor.data.types import Batch
+from favor.data.types import Batch, Picture
+from favor.model import vision
 from favor.model.load import Policy
 
 T = TypeVar("T")
@@ -71,19 +72,21 @@ def edge_logps(policy: Policy, batch: Batch) -> Tensor:
     return logps_of_states(policy, batch, head_states(policy, batch, batch.head_N))
 
 
-def plain_logits(policy: Policy, ids_1T: Tensor, keep: int) -> Tensor:
+def plain_logits(policy: Policy, ids_1T: Tensor, keep: int, pictures: Sequence[Picture] = ()) -> Tensor:
     """The last `keep` rows of model(input_ids).logits, by plain transformers, inside `within`: float32 [keep, V]."""
     # the logits of a long row would not fit: then only those that are read are made
     fewer = {"logits_to_keep": keep} if ids_1T.shape[1] > _LONG_ROW else {}
-    return policy.model(input_ids=ids_1T, use_cache=False, **fewer).logits[0, -keep:].float()
+    # the tower once more for every row
+    seen = vision.plain(policy.sight, pictures, policy.device) if policy.sight is not None else {}
+    return policy.model(input_ids=ids_1T, use_cache=False, **fewer, **seen).logits[0, -keep:].float()
 
 
-def plain_logp(policy: Policy, ids_1T: Tensor, start: int) -> Tensor:
+def plain_logp(policy: Policy, ids_1T: Tensor, start: int, pictures: Sequence[Picture] = ()) -> Tensor:
     """Sum of the log-probs of ids[start:] of one unpadded row, nats, by plain transformers: float64 scalar."""
     targets_E = ids_1T[0, start:]
 
     def forward() -> Tensor:
-        logp_EV = plain_logits(policy, ids_1T, len(targets_E) + 1)[:-1].log_softmax(-1)
+        logp_EV = plain_logits(policy, ids_1T, len(targets_E) + 1, pictures)[:-1].log_softmax(-1)
         return logp_EV.gather(1, targets_E[:, None]).double().sum()
 
     return within(policy, forward)
@@ -126,9 +129,9 @@ def logit_tiles(policies: Sequence[Policy], batch: Batch) -> Iterator[tuple[int,
 
 def head_states(policy: Policy, batch: Batch, flat_index: Tensor) -> Tensor:
     """The backbone's last hidden states at flat places of the batch: [positions, hidden], in the compute dtype; inside `within`."""
-    inputs, index_N = _inputs(policy, batch, flat_index)
     # [B, T, H] -> [B T, H] -> [N, H]: the head sees only the places that score a token
     with precision(policy):
+        inputs, index_N = _inputs(policy, batch, flat_index)
         states_NH = policy.backbone(**inputs).last_hidden_state.flatten(0, 1)[index_N]
     # the head reads its whole weights then; of most models these states are float32 anyway
     return states_NH.float() if policy.two_parts else states_NH
@@ -155,6 +158,21 @@ def precision(policy: Policy) -> torch.autocast:
 
 def _inputs(policy: Policy, batch: Batch, index: Tensor) -> tuple[dict[str, Any], Tensor]:
     """What the model is called with, and where the tokens of an index stand in it."""
+    if policy.sight is None:
+        return _laid_out(policy, batch, index)
+    if batch.seen_J is None or batch.feature_J is None:
+        # the model would read the placeholder's own embedding, and nobody would know
+        assert not bool((batch.ids_BT == policy.sight.token_id).any()), "every picture of a batch comes with it"
+        return _laid_out(policy, batch, index)
+    feature_FH = vision.features(policy.backbone, policy.sight, batch.pictures)
+    # a GPU's way may have an order of its own, and the model takes features in that of the places
+    inputs, found = _laid_out(policy, batch, torch.cat([index, batch.seen_J]))
+    order_J = batch.feature_J[found[len(index) :].argsort()]
+    return inputs | vision.seen(feature_FH, order_J), found[: len(index)]
+
+
+def _laid_out(policy: Policy, batch: Batch, index: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """The batch as the model's layout and attention want it."""
     common = {"input_ids": batch.ids_BT, "position_ids": batch.position_BT, "use_cache": False}
     if batch.mask_BT is not None:
         return common | {"attention_mask": batch.mask_BT.long()}, index

@@ -8,12 +8,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from favor.model.adapters import LoraSettings, with_lora
 from favor.model.four_bits import layers
 from favor.model.kept import keepable
 from favor.model.load import ModelConfig
+from favor.model.vision import SEES
 from favor.model.weights import readable
 
 GIB = 1 << 30
@@ -60,8 +68,9 @@ def trained(architecture: PreTrainedConfig, lora: LoraSettings | None) -> int:
 
 
 def _shapes(architecture: PreTrainedConfig) -> PreTrainedModel:
+    loader = AutoModelForImageTextToText if architecture.model_type in SEES else AutoModelForCausalLM
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture)
+        return loader.from_config(architecture)
 
 
 def _numbers(parameters: Iterable[Tensor]) -> int:

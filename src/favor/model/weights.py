@@ -30,6 +30,8 @@ _OBJECTS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("adapter_config.json", "model.safetensors.index.json"),
 )
+_ADAPTER = "adapter_config.json"
+_IF_THERE: Mapping[str, bool] = {"_raise_exceptions_for_missing_entries": False}
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _KINDS = {"I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool"}
 
@@ -70,6 +72,17 @@ def check_there(path: str) -> None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if not Path(path).exists() and looks_local:
         raise CheckpointError(f"{path}: no such model folder; give a local folder or a hub id like owner/name")
+
+
+def model_type(path: str, revision: str | None) -> str:
+    """What config.json says the model is, of an adapter its base's; "" where nothing says it."""
+    with contextlib.suppress(*_UNREADABLE):
+        for _ in range(2):
+            found = {name: cached_file(path, name, revision=revision, **_IF_THERE) for name in (CONFIG_NAME, _ADAPTER)}
+            if found[CONFIG_NAME] is not None:
+                return str(json.loads(Path(found[CONFIG_NAME]).read_text("utf-8")).get("model_type", ""))
+            path, revision = json.loads(Path(str(found[_ADAPTER])).read_text("utf-8"))["base_model_name_or_path"], None
+    return ""
 
 
 def check_path(path: str) -> None:

@@ -14,11 +14,12 @@ from pydantic import BaseModel, Field, model_validator
 
 from favor import output
 from favor.config import STRICT, Overwrite, Seed
+from favor.data.types import sampled_tree
 from favor.errors import ConfigError
 from favor.eval.evaluate import EvalConfig, Subject, subject_of
 from favor.eval.figures import pairs
 from favor.generate.samples import Progress
-from favor.model.layout import sampled_tree, settle
+from favor.model.layout import settle
 from favor.model.load import precision_of, weights_hash
 from favor.model.sample import SampleConfig
 from favor.output import Output

@@ -14,12 +14,12 @@ from torch import Tensor
 from favor.config import STRICT, load
 from favor.data.formats import RowError
 from favor.data.tokenize import TokensConfig, prompt_encoder, tokenize
-from favor.data.types import Batch, PromptTree, Text, TokenTree
+from favor.data.types import Batch, PromptTree, Text, TokenTree, longest_path
 from favor.errors import CheckpointError, ConfigError, DataError
 from favor.losses.table import beta_of, make_loss
 from favor.model.batched import measured
 from favor.model.heads import load_scalar_model, response_scores, settle_scores
-from favor.model.layout import longest_path, settle
+from favor.model.layout import settle
 from favor.model.load import ModelConfig, Policy, load_policy, weights_hash
 from favor.model.logprobs import response_logps
 from favor.ranks import Shard
@@ -88,17 +88,20 @@ def base_of(run: str) -> str | None:
     return load(RunRecipe, folder.config).model.path if folder.config.exists() else None
 
 
-def load_pair(run: str, reference: str | None, shard: Shard = "none") -> tuple[Policy, Policy]:
-    """A run's trained policy and its reference (the model it started from, or another one), in float32. shard: as ranks.shard."""
+def load_pair(run: str, reference: str | None, shard: Shard = "none", *, sees: bool = False) -> tuple[Policy, Policy]:
+    """A run's trained policy and its reference (the model it started from, or another one), in float32.
+
+    shard, sees: as `load_policy` has them.
+    """
     folder, recipe = read_run(run)
     start = recipe.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
     # what was trained, and any other model, may hold numbers that bfloat16 has not
     whole = start.model_copy(update={"weights": "float32", "revision": None})
     if recipe.model.lora is None:
         start = start.model_copy(update={"weights": "float32"})
-    policy = load_policy(whole.model_copy(update={"path": str(folder.model)}), shard=shard)
+    policy = load_policy(whole.model_copy(update={"path": str(folder.model)}), shard=shard, sees=sees)
     other = start if reference is None else whole.model_copy(update={"path": reference})
-    base = load_policy(other, shard=shard, frozen=True)
+    base = load_policy(other, shard=shard, frozen=True, sees=sees)
     began = read_json(folder.inputs).get("weights") if folder.inputs.exists() else None
     if reference is None and began not in (None, weights_hash(base)):
         raise CheckpointError(

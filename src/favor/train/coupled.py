@@ -87,7 +87,7 @@ def surrogate(config: LossConfig, policy: Policy, whole: Whole, stats: Mapping[s
 def branches(trees: Sequence[TokenTree]) -> list[TokenTree]:
     """Every response as a tree of its own: what pass 2 cuts into micro-batches."""
     return [
-        TokenTree(tree.prompt_ids, (response,), (tree.complete[i],), (), tree.first_response + i, tree.row)
+        _of(tree, (response,), tree.first_response + i, complete=tree.complete[i])
         for tree in trees
         for i, response in enumerate(tree.response_ids)
     ]
@@ -104,11 +104,16 @@ def kto_zero(
         return 0.0
     # at i = 0 the tree before is the last one
     mismatched = [
-        TokenTree(tree.prompt_ids, trees[i - 1].response_ids[:1], (True,), (), tree.first_response, tree.row)
-        for i, tree in enumerate(trees)
+        _of(tree, trees[i - 1].response_ids[:1], tree.first_response, complete=True) for i, tree in enumerate(trees)
     ]
     ratio_R = measured(policy, mismatched, lambda batch: response_logps(policy, batch) - live(batch), budget, world)
     return max(0.0, float(ratio_R.mean()))
+
+
+def _of(tree: TokenTree, responses: tuple[tuple[int, ...], ...], first: int, *, complete: bool) -> TokenTree:
+    """The prompt of a tree, its pictures too, with another response and nothing compared."""
+    alone = replace(tree, response_ids=responses, complete=(complete,), first_response=first)
+    return replace(alone, comparisons=(), ties=(), thumbs=())
 
 
 def _once(value: Tensor, stats: Mapping[str, Tensor], *, here: bool) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:

@@ -8,17 +8,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from favor.data import batches
 from favor.data.prepare import check_sources, prepare
+from favor.data.sight import Sight
 from favor.data.splits import outlines
-from favor.data.types import Layout, TokenTree
+from favor.data.types import Layout, TokenTree, longest_path
 from favor.lint.cheap import CHECKS
-from favor.model.layout import config_obstacle, longest_path
+from favor.model.layout import config_obstacle
 from favor.model.load import end_ids, load_tokenizer, precision_of
 from favor.model.room import memory
 from favor.model.size import GIB, Sizes, architecture_of, described_ends, sizes, trained
+from favor.model.vision import SEES, load_sight
+from favor.model.weights import model_type
 from favor.train.loop import length_notes, num_steps
 from favor.train.optim import STATE_BYTES, learning_rate, warmup
 from favor.train.packs import chosen, looked_at
@@ -29,9 +32,9 @@ from favor.train.stats import usable
 def describe(config: TrainConfig) -> str:
     """Rows, what the cheap checks find in them, steps, learning rate, memory and disk. Raises what training would raise."""
     check_sources(config.data)
-    tokenizer, lines = load_tokenizer(config.model), list[str]()
+    (tokenizer, sight), lines = _vocabulary(config), list[str]()
     ends = end_ids(tokenizer, described_ends(config.model))
-    splits = prepare(config.data, config.tokens, (tokenizer, ends), CHECKS, lines.append)
+    splits = prepare(config.data, config.tokens, (tokenizer, ends, sight), CHECKS, lines.append)
     # as training, on the trees that hold items of the loss
     trees = [splits.train[i] for i in usable(config.loss, outlines(splits.train), config.data.training)]
     architecture = architecture_of(config.model)
@@ -59,6 +62,15 @@ def describe(config: TrainConfig) -> str:
         _disk(config, architecture),
     ]
     return "\n".join(lines)
+
+
+def _vocabulary(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Sight | None]:
+    """The tokenizer, and what sees the pictures of a model that reads them."""
+    model = config.model
+    if model_type(model.path, model.revision) not in SEES:
+        return load_tokenizer(model), None
+    sight = load_sight(model.path, model.revision, trust=model.trust_remote_code)
+    return sight.processor.tokenizer, sight
 
 
 def _rate(config: TrainConfig, steps: int) -> Iterator[str]:

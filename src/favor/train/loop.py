@@ -280,6 +280,8 @@ def save_model(policy: Policy, folder: Path) -> None:
         probe.write_text(cast(PreTrainedTokenizerFast, policy.tokenizer).backend_tokenizer.to_str(pretty=True), "utf-8")
         probe.unlink()
         policy.tokenizer.save_pretrained(aside)
+        if policy.sight is not None:
+            policy.sight.processor.save_pretrained(aside)
         card = aside / "README.md"
         if card.exists():
             # PEFT's names the base model by its path on this machine; adapter_config.json needs it, readers do not

@@ -19,12 +19,12 @@ from favor.config import STRICT, Resume, Run, Seed, by_kind, dump
 from favor.data import sources
 from favor.data.prompts import PromptTokens, encode_prompts, read_prompts
 from favor.data.settings import Columns
-from favor.data.types import Batch
+from favor.data.types import Batch, sampled_tree
 from favor.errors import NumericsError
 from favor.guard import sha
 from favor.losses import ppo
 from favor.model.heads import Critic, logps_and_values, make_critic
-from favor.model.layout import sampled_tree, settle
+from favor.model.layout import settle
 from favor.model.load import Policy, TrainedModel, load_policy
 from favor.model.logprobs import position_M
 from favor.model.sample import SampleConfig

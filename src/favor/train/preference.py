@@ -22,13 +22,13 @@ from favor.data.prepare import check_sources
 from favor.data.read import DataConfig
 from favor.data.splits import Splits, extremes, outlines
 from favor.data.tokenize import TokensConfig
-from favor.data.types import Batch, TokenTree
-from favor.errors import NumericsError
+from favor.data.types import Batch, TokenTree, sampled_tree, unseen
+from favor.errors import ConfigError, NumericsError
 from favor.losses import table as losses
 from favor.losses.table import LossConfig, make_loss, needs
 from favor.losses.view import RATIOS, Scored
 from favor.model.batched import measured
-from favor.model.layout import sampled_tree, settle
+from favor.model.layout import settle
 from favor.model.load import Policy, TrainedModel, load_policy, precise
 from favor.model.logprobs import mean_overlap, response_logps, scored_logps, sum_tokens
 from favor.ranks import RanksConfig, World
@@ -150,7 +150,9 @@ def _train(config: TrainConfig, session: Session) -> None:
 
 def begin(config: TrainConfig, session: Session) -> Begun:
     """Load the policy, read the data, and settle how they are computed."""
-    policy = load_policy(config.model, config.seed, config.ranks.shard)
+    policy = load_policy(config.model, config.seed, config.ranks.shard, sees=True)
+    if policy.sight is not None and (config.watch.kl or config.health):
+        raise ConfigError("[watch.kl] and [health] take samples, which favor does not with pictures; remove them")
     splits = load_splits(config.data, config.tokens, policy, session)
     # trees without an item of the loss (a prompt whose answers only tie) are read and not trained on
     used = usable(config.loss, outlines(splits.train), config.data.training)
@@ -174,7 +176,7 @@ def _computed(config: TrainConfig, splits: Splits) -> Iterator[TokenTree]:
         if asked is not None:
             yield from (sampled_tree(tree.prompt_ids, asked.tokens) for tree in trees[: asked.prompts])
     if needs(config.loss).zero:
-        few = extremes(splits.train)
+        few = [unseen(tree) for tree in extremes(splits.train)]
         prompt = max((tree.prompt_ids for tree in few), key=len)
         yield sampled_tree(prompt, max(len(response) for tree in few for response in tree.response_ids))
 

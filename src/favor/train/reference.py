@@ -90,6 +90,8 @@ def identity(policy: Policy, tokens: TokensConfig) -> dict[str, str]:
         "truncation": f"{tokens.truncation} at {tokens.max_tokens}",
         "dtype": policy.products,
         "favor": _CODE,
+        # what is not there has no name in older stores
+        **({"pictures": policy.sight.identity} if policy.sight else {}),
     }
 
 

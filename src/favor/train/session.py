@@ -214,7 +214,12 @@ def running(
 def load_splits(data: DataConfig, tokens: TokensConfig, policy: Policy, session: Session) -> Splits:
     """The data of a run, its report in data.json. Raises DataError as `prepare` does."""
     splits = prepare(
-        data, tokens, (policy.tokenizer, policy.end_ids), CHECKS, session.say, partial(on_main, session.world)
+        data,
+        tokens,
+        (policy.tokenizer, policy.end_ids, policy.sight),
+        CHECKS,
+        session.say,
+        partial(on_main, session.world),
     )
     if session.world.is_main:
         write_json(session.folder.data_report, splits.report)

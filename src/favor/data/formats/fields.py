@@ -19,6 +19,8 @@ Row: TypeAlias = dict[str, Any]
 SAID = ("content", "reasoning_content", "reasoning", "thinking", "thought", "tool_calls", "function_call", "refusal")
 # TRL's name of the column
 TEMPLATE_KWARGS = "chat_template_kwargs"
+# columns of pictures, which are marks in the prompt where a model reads them (../pictures.py)
+PICTURES = ("images", "image")
 # kinds of content parts that are text
 _TEXT_PARTS = ("text", "input_text", "output_text")
 # beyond this a float32 or a difference of two numbers overflows
@@ -68,6 +70,7 @@ class Format(NamedTuple):
 
     def __call__(self, row: Row) -> Judgment:
         """What a row says. Raises RowError for one that cannot be used, or holds something else where text belongs."""
+        refuse_pictures(row)
         try:
             said = self.reader(row)
             tools = tools_of(row) if "tools" in self.also else said.tools
@@ -83,10 +86,19 @@ class Format(NamedTuple):
     @property
     def columns(self) -> frozenset[str]:
         """Every column that is read."""
-        return self.also.union(*self.needs, {TEMPLATE_KWARGS})
+        return self.also.union(*self.needs, {TEMPLATE_KWARGS}, PICTURES)
 
     def __str__(self) -> str:
         return " or ".join(" + ".join(names) for names in self.needs)
+
+
+def refuse_pictures(row: Mapping[str, Any]) -> None:
+    """Raises RowError for a row with pictures: whoever reads it would answer without seeing them."""
+    if held := [name for name in PICTURES if row.get(name)]:
+        raise RowError(
+            f"it has pictures (column '{held[0]}'), which favor train and favor eval alone read, for a model that sees "
+            "(docs/vision.md); name such a model, or take the column out"
+        )
 
 
 def brief(value: Any, limit: int = 60) -> str:
