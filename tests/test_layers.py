@@ -27,7 +27,7 @@ ALLOWED = {
     "closing": {"errors", "run", "data.types", "doctor.settings", "train.notes"},
     "data": {"errors", "config", "guard", "run"},
     "losses": {"errors", "config", "data.types"},
-    "model": {"errors", "config", "data.types", "data.batches", "ranks", "parts"},
+    "model": {"errors", "config", "data.types", "data.batches", "data.sight", "ranks", "parts"},
     "ranks": {"errors", "config"},
     "parts": set(),
     "server": {"errors", "config"},
@@ -97,8 +97,9 @@ TRAIN_ORDER = (
 )
 # inside data/ too; the package formats is one
 DATA_ORDER = (
-    *("types", "readers", "tables", "sources", "formats", "grow", "settings", "read"),
-    *("encode", "shapes", "turns", "render", "tokenize", "splits", "store", "prepare", "prompts", "batches"),
+    *("types", "readers", "tables", "sources", "formats", "pictures", "grow", "settings", "read"),
+    *("encode", "shapes", "turns", "render", "sight", "tokenize", "splits", "store", "prepare", "prompts"),
+    *("features", "batches"),
 )
 # the size of the package; a feature may raise a number to the new size in its own commit, with the reason (CONTRIBUTING.md)
 MOST_LINES, MOST_FILES = 35_372, 237

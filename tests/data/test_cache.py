@@ -29,10 +29,9 @@ from favor.data.settings import SourceConfig
 from favor.data.splits import WINDOW, Recipe, Streams, extremes, hash_all, hash_ids, outlines
 from favor.data.store import describe, group
 from favor.data.tokenize import TokensConfig
-from favor.data.types import Comparison, Thumb, TokenTree
+from favor.data.types import Comparison, Thumb, TokenTree, longest_path
 from favor.errors import DataError
 from favor.lint.cheap import CHECKS
-from favor.data.types import longest_path
 from favor.ranks import World, on_main
 from favor.run import RunFolder
 from favor.stop import StopRequest

@@ -6,7 +6,7 @@ In: sections [data] and [tokens], a tokenizer. Out: Splits. Small sources are re
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,12 +17,16 @@ from favor.data.splits import Checks, OnMain, Prepared, Recipe, Splits, refuse_c
 from favor.data.tokenize import TokensConfig, tokenize
 from favor.data.types import PromptTree
 
-# a tokenizer, its end-of-turn ids, and what sees the pictures of a model that reads them
-Vocabulary: TypeAlias = (
-    tuple[PreTrainedTokenizerBase, frozenset[int]] | tuple[PreTrainedTokenizerBase, frozenset[int], Sight | None]
-)
 # From here on data.cache = "auto" keeps token ids in a file.
 _LARGE = 50 * 1024**2
+
+
+class Vocabulary(NamedTuple):
+    """What makes ids of text: a tokenizer, its end-of-turn ids, and what sees the pictures of a model that reads them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: frozenset[int]
+    sight: Sight | None = None
 
 
 def check_sources(data: DataConfig) -> None:

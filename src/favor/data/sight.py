@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from favor.data.pictures import opened, pictures_of
@@ -46,7 +45,10 @@ class Sight:
         """What stands for a picture in a prompt: its tiles, with their rows and columns."""
         size = (picture.height, picture.width)
         if size not in self._known:
-            blank = np.zeros((*size, 3), np.uint8)
+            from PIL import Image
+
+            # not as an array, of which a processor would guess where the colours are
+            blank = Image.new("RGB", (picture.width, picture.height))
             self._known[size] = self._text(self._processed(blank, resample=_NEAREST, do_normalize=False))
         return self._known[size]
 

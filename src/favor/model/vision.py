@@ -83,7 +83,7 @@ def features(backbone: nn.Module, sight: Sight, pictures: Sequence[Picture]) -> 
 def seen(feature_FH: Tensor, order_J: Tensor) -> dict[str, Any]:
     """What the model is called with beside ids: the feature of every place of a picture, in the order of its places."""
     # the model itself puts them where the ids say; pooler_output is where its own tower leaves them
-    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[feature_FH[order_J]])}}
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=feature_FH[order_J])}}
 
 
 def plain(sight: Sight, pictures: Sequence[Picture], device: torch.device) -> dict[str, Tensor]:

@@ -79,8 +79,8 @@ def model_type(path: str, revision: str | None) -> str:
     with contextlib.suppress(*_UNREADABLE):
         for _ in range(2):
             found = {name: cached_file(path, name, revision=revision, **_IF_THERE) for name in (CONFIG_NAME, _ADAPTER)}
-            if found[CONFIG_NAME] is not None:
-                return str(json.loads(Path(found[CONFIG_NAME]).read_text("utf-8")).get("model_type", ""))
+            if (config := found[CONFIG_NAME]) is not None:
+                return str(json.loads(Path(config).read_text("utf-8")).get("model_type", ""))
             path, revision = json.loads(Path(str(found[_ADAPTER])).read_text("utf-8"))["base_model_name_or_path"], None
     return ""
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from favor.data import batches
-from favor.data.prepare import check_sources, prepare
+from favor.data.prepare import Vocabulary, check_sources, prepare
 from favor.data.sight import Sight
 from favor.data.splits import outlines
 from favor.data.types import Layout, TokenTree, longest_path
@@ -34,7 +34,7 @@ def describe(config: TrainConfig) -> str:
     check_sources(config.data)
     (tokenizer, sight), lines = _vocabulary(config), list[str]()
     ends = end_ids(tokenizer, described_ends(config.model))
-    splits = prepare(config.data, config.tokens, (tokenizer, ends, sight), CHECKS, lines.append)
+    splits = prepare(config.data, config.tokens, Vocabulary(tokenizer, ends, sight), CHECKS, lines.append)
     # as training, on the trees that hold items of the loss
     trees = [splits.train[i] for i in usable(config.loss, outlines(splits.train), config.data.training)]
     architecture = architecture_of(config.model)

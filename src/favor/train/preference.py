@@ -176,6 +176,7 @@ def _computed(config: TrainConfig, splits: Splits) -> Iterator[TokenTree]:
         if asked is not None:
             yield from (sampled_tree(tree.prompt_ids, asked.tokens) for tree in trees[: asked.prompts])
     if needs(config.loss).zero:
+        # a length alone: no pictures belong to what is made up here
         few = [unseen(tree) for tree in extremes(splits.train)]
         prompt = max((tree.prompt_ids for tree in few), key=len)
         yield sampled_tree(prompt, max(len(response) for tree in few for response in tree.response_ids))

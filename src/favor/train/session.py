@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from favor.config import STRICT, dump
-from favor.data.prepare import prepare
+from favor.data.prepare import Vocabulary, prepare
 from favor.data.read import DataConfig
 from favor.data.splits import Splits
 from favor.data.tokenize import TokensConfig
@@ -213,14 +213,8 @@ def running(
 
 def load_splits(data: DataConfig, tokens: TokensConfig, policy: Policy, session: Session) -> Splits:
     """The data of a run, its report in data.json. Raises DataError as `prepare` does."""
-    splits = prepare(
-        data,
-        tokens,
-        (policy.tokenizer, policy.end_ids, policy.sight),
-        CHECKS,
-        session.say,
-        partial(on_main, session.world),
-    )
+    vocabulary = Vocabulary(policy.tokenizer, policy.end_ids, policy.sight)
+    splits = prepare(data, tokens, vocabulary, CHECKS, session.say, partial(on_main, session.world))
     if session.world.is_main:
         write_json(session.folder.data_report, splits.report)
     return splits
