@@ -117,9 +117,27 @@ def _like_the_hub(path):
     DatasetDict({"validation": Dataset.from_list(rows)}).save_to_disk(path)
 
 
+def pictured_model(path):
+    """A tiny model that reads pictures."""
+    pytest.importorskip("PIL", reason="favor[vision] is not installed")
+    import pictured
+
+    pictured.save(path)
+
+
+def pictured_file(path):
+    """A picture of noise."""
+    import pictured
+
+    pictured.picture(path, 90, 120)
+
+
 MAKE: dict[str, Callable[[Path], object]] = {
     "MODEL": tiny.save,
     "HuggingFaceTB/SmolLM2-135M-Instruct": tiny.save,
+    "SMOLVLM": pictured_model,
+    "cat.png": pictured_file,
+    "pictures.jsonl": lambda path: write_jsonl(path, [row | {"images": ["cat.png"]} for row in rows_of("Film", 6)]),
     "prefs.jsonl": lambda path: write_jsonl(path, rows_of("Film", 24)),
     "train.jsonl": lambda path: write_jsonl(path, rows_of("Film", 24)),
     "test.jsonl": lambda path: write_jsonl(path, rows_of("Other film", 8)),

@@ -59,6 +59,7 @@ HAS = {
     "coming_from": ["FILE"],
     "realign": ["runs/dpo", "runs/dpo:runs/dpo-strong", "reward.py"],
     "rlhf": ["recipes", "reward.py"],
+    "vision": ["SMOLVLM", "cat.png", "pictures.jsonl"],
     "winrate": ["runs/dpo", "runs/sft"],
     "diff": ["runs/dpo", "runs/sft", "recipes"],
     "README": ["new.csv"],

@@ -181,8 +181,9 @@ def _with_all(name: str, value: Any, files: Sequence[Picture], left: Sequence[Pi
 
 def _is_conversation(value: Any) -> bool:
     """Whether it is messages that do not begin with an answer."""
-    turns = isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(turn, dict) for turn in value)
-    return bool(turns) and value[0].get("role", "assistant") != "assistant"
+    turns: list[Any] = list(value) if isinstance(value, list | tuple) else []
+    messages = bool(turns) and all(isinstance(turn, dict) for turn in turns)
+    return messages and turns[0].get("role", "assistant") != "assistant"
 
 
 def _brought(part: Mapping[str, Any]) -> Any:
