@@ -29,7 +29,7 @@ from favor.data.settings import SourceConfig
 from favor.data.splits import WINDOW, Recipe, Streams, extremes, hash_all, hash_ids, outlines
 from favor.data.store import describe, group
 from favor.data.tokenize import TokensConfig
-from favor.data.types import Comparison, Thumb, TokenTree, longest_path
+from favor.data.types import Comparison, Picture, Thumb, TokenTree, longest_path
 from favor.errors import DataError
 from favor.lint.cheap import CHECKS
 from favor.ranks import World, on_main
@@ -185,6 +185,8 @@ def test_sequence(tmp_path):
             source=f"file {i // 700}",
             ties=(Comparison((0, 1), 2.0),),
             thumbs=(Thumb(0, True, 0.5),),
+            pictures=(Picture("ab" * 32, f"/p/{i}.png", 3, 4, 1),) if i % 3 else (),
+            picture_id=1 if i % 3 else -1,
         )
         for i in range(2 * WINDOW + 5)
     ]
@@ -197,7 +199,7 @@ def test_sequence(tmp_path):
     assert found[-3:] == trees[-3:]
     with pytest.raises(IndexError):
         found[len(trees)]
-    names = "prompt_ids response_ids complete comparisons first_response row ties thumbs source"
+    names = "prompt_ids response_ids complete comparisons first_response row ties thumbs source pictures picture_id"
     assert [field.name for field in fields(TokenTree)] == names.split(), (
         "splits.encode and store's readers must learn the new field"
     )
@@ -370,10 +372,10 @@ def test_a_file_that_changes_meanwhile_leaves_no_cache(tmp_path, tok, monkeypatc
         else:
             write(path, make_rows(50, 20, seed=1))
 
-    def group_while_it_changes(*args):
+    def group_while_it_changes(*args, **more):
         if when in ("before it is read", "and back"):
             change()
-        found = real(*args)
+        found = real(*args, **more)
         if when == "and back":
             path.write_bytes(content)
         elif when != "before it is read":
