@@ -19,7 +19,7 @@ from favor.data.read import refused
 from favor.data.readers import Kind, RowError
 from favor.data.render import Rendered, Renderer, Variables
 from favor.data.sight import Sight
-from favor.data.types import Comparison, PromptTree, Text, TokenTree
+from favor.data.types import Comparison, PromptTree, Text, TokenTree, until_said
 from favor.errors import ConfigError, DataError
 
 # Trees handed to the tokenizer at once: enough for its threads, little enough to hold as text.
@@ -373,7 +373,7 @@ def _truncate(tree: TokenTree, config: TokensConfig, num_bos: int, report: Token
 
 def _cut_responses(tree: TokenTree, room: int, report: TokenReport) -> TokenTree | None:
     """Cut every response to `room` tokens (no end token is forged), then merge what became equal."""
-    cut = [_until_said(response[:room]) for response in tree.response_ids]
+    cut = [until_said(response[:room]) for response in tree.response_ids]
     report.responses_cut += sum(len(response) > room for response in tree.response_ids)
     unique = list(dict.fromkeys(cut))
     report.responses_merged += len(cut) - len(unique)
@@ -389,12 +389,6 @@ def _cut_responses(tree: TokenTree, room: int, report: TokenReport) -> TokenTree
     return replace(
         tree, response_ids=tuple(unique), complete=complete, comparisons=comparisons, ties=ties, thumbs=thumbs
     )
-
-
-def _until_said(ids: tuple[int, ...]) -> tuple[int, ...]:
-    """Ids up to the last that the model says."""
-    last = max((i for i, token in enumerate(ids, 1) if token >= 0), default=0)
-    return ids[:last]
 
 
 def _mapped(comparisons: Sequence[Comparison], index: Sequence[int]) -> tuple[Comparison, ...]:

@@ -146,6 +146,12 @@ def as_read(ids: tuple[int, ...]) -> tuple[int, ...]:
     return ids if min(ids, default=0) >= 0 else tuple(i if i >= 0 else ~i for i in ids)
 
 
+def until_said(ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Ids up to the last that the model says."""
+    last = max((i for i, token in enumerate(ids, 1) if token >= 0), default=0)
+    return ids[:last]
+
+
 def words_of(text: Text) -> str:
     """A prompt or response as plain text."""
     return text if isinstance(text, str) else "\n".join(str(m.get("content") or "") for m in text)

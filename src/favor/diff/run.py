@@ -14,6 +14,7 @@ from favor import output
 from favor.data.formats import RowError
 from favor.data.formats.fields import tools_of
 from favor.data.prompts import encode_prompts, prompt_rows
+from favor.data.types import sampled_tree
 from favor.diff.calls import form_of
 from favor.diff.checks import questions, right, trees_of
 from favor.diff.examples import most_changed
@@ -25,7 +26,7 @@ from favor.diff.signs import wanted
 from favor.errors import ConfigError, DataError, NumericsError
 from favor.eval.intervals import Array
 from favor.generate.samples import Progress
-from favor.model.layout import sampled_tree, settle
+from favor.model.layout import settle
 from favor.model.load import load_policy, precision_of
 from favor.output import Output
 from favor.rewards.source import check_scorer, make_scorer, reads
