@@ -63,6 +63,7 @@ CALL = [
 ]
 LOST = {
     "reasoning stripped": (STRIPPING, say(THINK)),
+    "marks of an empty reasoning stripped": (STRIPPING, say("<think></think>Paris")),
     "cut": (template("m['content'][:12]"), say("Paris is the capital of France")),
     "rewritten": (template("m['content'] | lower"), say("paRis")),
     "escaped": (template("m['content'] | e"), say("a < b")),
@@ -96,6 +97,7 @@ def test_what_a_template_loses_is_refused_with_its_row(fault):
     ("how", "response", "end"),
     [
         (REASONING, say(THINK), THINK),
+        (REASONING, say("<think></think>Paris"), "<think>\n\n</think>\n\nParis"),
         (REASONING, say("Paris"), "<think>\n\n</think>\n\nParis"),
         (REASONING, say("Paris", reasoning_content="It is warm."), THINK),
         (REASONING, say("Paris", tool_calls=CALL), "<tool_call>\n" + json.dumps(CALL[0]["function"]) + "\n</tool_call>"),

@@ -181,7 +181,9 @@ class Renderer:
         if last and said == {"content"} and tail == f"{start}{turn['content']}{end}":
             return _Kept()
         other = apart(turn)
-        if other is not None and turn["content"].strip() not in tail:
+        # marks of a reasoning that says nothing are lost, not rewritten, where the template writes none
+        marked_off = other is not None and (other["reasoning_content"] or "</think>" in tail)
+        if other is not None and marked_off and turn["content"].strip() not in tail:
             return self._survives(other, heard, written, texts, last=last)._replace(rewritten=True)
         values: list[str] = []
         marked = {name: mark(value, values) if name in said else value for name, value in turn.items()}
