@@ -13,7 +13,7 @@ frontier: .venv/.ready
 
 # the same on a task of another kind
 frontier-format: .venv/.ready
-	$(BIN)/favor frontier recipes/frontier-format.toml
+	$(BIN)/favor frontier recipes/frontier.toml run=runs/frontier-format embedded=format
 
 matrix: .venv/.ready
 	cd tests && ../$(BIN)/python -W ignore matrix.py

@@ -38,8 +38,8 @@ def on_gpu(policy, asked="auto", trees=None, train=True):
     """`settle` as it goes on a GPU: trees settled in parts, in float32, then the ways of a GPU."""
     trees = trees or forest()
     exact = settle(precise(policy), "tree", trees, train=train)[0]
-    row = layout._longest(exact, trees)
-    truths = layout._truths(exact, [layout._cut(tree) for tree in trees[:2]], row, layout.LOGPS, train=train)
+    looked = layout._looked_at(exact, trees)
+    truths = layout._truths(exact, [layout._cut(tree) for tree in trees[:2]], looked, layout.LOGPS, train=train)
     layout.use_attention(exact, layout.attention.NAME)
     return layout._on_gpu(policy, exact, asked, truths, layout.LOGPS, trees if train else ())
 

@@ -99,7 +99,7 @@ def a_picture(root, evil="<script>alert(1)</script>"):
                 {"method": "dpo", "strength": s, "samples": [{"prompt": evil, "text": f"dpo at {s}", "reward": 0.875}]}
                 for s in (1, 2, 3)
             ],
-            "seconds": {"dpo": 8.0},
+            "core_seconds": {"dpo": 8.0},
             "finished": 8,
             "wanted": 8,
             "num_prompts": 4,
@@ -153,7 +153,7 @@ def test_frontier_winrate_and_calibration_are_shown_and_escaped(tmp_path):
         "Brackets are of an earlier favor and too narrow",
         "ppo-3-seed0 stopped early",
         "a tie",
-        "Seconds a point, training and measuring: DPO 2;",
+        "without measuring it: DPO 8.",
         'DPO beta 2 <span class="score">0.88</span></h4><p class="text">dpo at 2',
     ):
         assert text in page, text
@@ -184,7 +184,7 @@ def test_a_method_that_broke_down_does_not_squash_the_frontier():
     assert drawn.count("m-6 -4l7 4l-7 4") == 1
     assert "106" not in re.sub(r"aria-label=\"[^\"]*\"", "", drawn)
     found = {"points": points, "dominance": [], "finished": 7, "wanted": 7, "num_prompts": 4, "samples_per_prompt": 2}
-    found |= {"seeds": [0], "seconds": {}, "stopped": []}
+    found |= {"seeds": [0], "stopped": []}
     assert "Unlikelihood alpha 1 (KL 106, reward 0.50)" in frontier_rows(found).notes[-1]
     found["points"] = points | {"unlikelihood": [at(2)]}
     assert not any("Beyond" in note for note in frontier_rows(found).notes)
@@ -279,11 +279,16 @@ def test_a_frontier_says_what_its_intervals_are(tmp_path, seeds, prompts, words)
     pair = found["dominance"][0]
     found["dominance"] = [
         pair | {"wins": "one seed"},
+        pair | {"p": 0.0123, "wins": "neither"},
         pair | {"difference": None, "low": None, "high": None, "wins": "neither"},
     ]
     rows = frontier_rows(found)
     assert words in "\n".join(rows.notes)
+    # this file is of an earlier favor
+    assert "do not correct for that" in "\n".join(rows.notes)
+    assert "Holm's correction" in "\n".join(frontier_rows(found | {"correction": "holm"}).notes)
     assert [row[1:] for row in rows.dominance] == [
         ("+0.120 [+0.010, +0.200]", "no verdict: one seed"),
+        ("+0.120 [+0.010, +0.200], p 0.012", "neither"),
         ("no KL range in common", "neither"),
     ]

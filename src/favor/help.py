@@ -41,7 +41,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "winrate": ("favor winrate recipes/winrate.toml run=runs/winrate", "favor report runs/winrate"),
     "diff": (
         "favor diff runs/sft runs/dpo prompts=test.jsonl page=diff.html",
-        "favor diff recipes/diff.toml a=runs/sft/model b=runs/dpo/model prompts=test.jsonl out=diff.json",
+        "favor diff recipes/diff.toml a.path=runs/sft/model b.path=runs/dpo/model prompts=test.jsonl out=diff.json",
         "favor winrate recipes/winrate.toml run=runs/winrate",
     ),
     "realign": (

@@ -132,15 +132,16 @@ def frontier_rows(found: Mapping[str, Any]) -> FrontierRows:
     )
     notes = [
         f"{found['finished']} of {found['wanted']} points; {each}",
-        f"{_brackets(found)}. A method dominates another when its reward at equal KL is higher over the range both reach, and "
-        "that stands after Holm's correction for having looked at all pairs (5 % for any wrong verdict)",
+        f"{_brackets(found)}. A method dominates another when its reward at equal KL is higher over the range both reach, "
+        + _rule(found),
         "Best-of-N's KL is its bound log N - (N-1)/N, not a measurement",
     ]
-    took = ", ".join(f"{LABELS[m]} {s:.0f}" for m, s in found["core_seconds"].items() if found["points"].get(m))
-    notes += [
-        f"Seconds of one core to train a point, with its labels, its reward model and its reference, without measuring it: {took}. "
-        "Best-of-N trains nothing and draws N answers for each that it gives"
-    ]
+    took = ", ".join(f"{LABELS[m]} {s:.0f}" for m, s in found.get("core_seconds", {}).items() if found["points"].get(m))
+    if took:
+        notes.append(
+            "Seconds of one core to train a point, with its labels, its reward model and its reference, without measuring it: "
+            f"{took}. Best-of-N trains nothing and draws N answers for each that it gives"
+        )
     if far := _beyond(found["points"]):
         notes.append(f"Beyond the plot's right edge: {', '.join(far)}")
     notes += [f"{item['point']} stopped early: {item['why']}" for item in found["stopped"]]
@@ -152,9 +153,15 @@ def frontier_rows(found: Mapping[str, Any]) -> FrontierRows:
             _interval(p["kl"], ".2f"),
             _interval(p["reward"], ".3f"),
         )
-        for p in found["budgets"]
+        for p in found.get("budgets", ())
     ]
     return FrontierRows(points, dominance, budgets, notes)
+
+
+def _rule(found: Mapping[str, Any]) -> str:
+    if found.get("correction") == "holm":
+        return "and that stands after Holm's correction for having looked at all pairs (5 % for any wrong verdict)"
+    return "by an interval that leaves out 0; the pairs are many, and files of an earlier favor do not correct for that"
 
 
 def _brackets(found: Mapping[str, Any]) -> str:
@@ -171,7 +178,8 @@ def _brackets(found: Mapping[str, Any]) -> str:
 def _difference(pair: Mapping[str, Any]) -> str:
     if pair["difference"] is None:
         return "no KL range in common"
-    p = "" if pair["p"] is None else f", p {pair['p']:.2g}"
+    # files of an earlier favor have none
+    p = "" if pair.get("p") is None else f", p {pair['p']:.2g}"
     return f"{pair['difference']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}]{p}"
 
 
@@ -220,7 +228,7 @@ def frontier_plot(found: Mapping[str, Any], size: tuple[int, int] = _WIDE) -> Ma
 def cost_plots(found: Mapping[str, Any]) -> list[Drawn]:
     """Reward against calls of the ground truth, and against seconds of a core, a line a method."""
     by_method: dict[str, list[Mapping[str, Any]]] = {}
-    for point in found["budgets"]:
+    for point in found.get("budgets", ()):
         by_method.setdefault(point["method"], []).append(point)
     if not any(len(members) > 1 for members in by_method.values()):
         return []
