@@ -64,7 +64,10 @@ class DiffConfig(BaseModel):
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "DiffConfig":
-        given, written = self.model_fields_set, self.out is not None or self.page is not None
+        written = self.out is not None or self.page is not None
+        # by value: a resolved recipe names every key
+        fields = type(self).model_fields
+        given = {name for name in ("examples", "unsettled", "kl_clip") if vars(self)[name] != fields[name].default}
         unread: dict[str, tuple[bool, str]] = {
             "overwrite": (self.overwrite and not written, "neither out nor page is written; set one of them"),
             "examples": ("examples" in given and not written, "neither out nor page is written; set one of them"),
