@@ -65,9 +65,9 @@ class Places:
         """Ranked answers of the start, labelled by the ground truth."""
         return self.root / f"seed-{seed}" / f"preferences{_part(share)}.jsonl"
 
-    def reference(self, seed: int, share: float = 1.0) -> Path:
+    def reference(self, seed: int) -> Path:
         """The start's log-probs of these answers, which every method of the seed reads."""
-        return self.root / f"seed-{seed}" / f"reference{_part(share)}.safetensors"
+        return self.root / f"seed-{seed}" / "reference.safetensors"
 
     def scales(self, seed: int, share: float = 1.0) -> Path:
         """What brings each PPO reward to standard deviation 1 on the start's answers (JSON)."""
@@ -78,7 +78,7 @@ class Places:
         return self.root / f"seed-{seed}" / f"reward{_part(share)}"
 
     def cost(self, kind: str, seed: int, share: float = 1.0) -> Path:
-        """Seconds of a core that a shared part took (JSON): label, reference or reward."""
+        """Seconds of a core that a shared part took (JSON): label, reference or reward. Written when the part is done."""
         return self.root / f"seed-{seed}" / f"cost-{kind}{_part(share)}.json"
 
     def point(self, name: str) -> Path:
@@ -187,9 +187,9 @@ def _labelled(config: FrontierConfig, task: Task, places: Places, seed: int) -> 
 
 def store_reference(task: Task, places: Places, seed: int, open_session: OpenSession) -> None:
     """Log-probs of the seed's answers under the start, once for all its points."""
-    path = places.reference(seed)
-    if path.exists():
+    if places.cost("reference", seed).exists():
         return
+    path = places.reference(seed)
     session = open_session(path.parent)
     with _costs(places.cost("reference", seed)):
         _store(task, places, seed, path, session)
@@ -214,9 +214,9 @@ def learn_reward(
 ) -> None:
     """The Bradley-Terry reward model of RLHF, from the same preferences that DPO sees."""
     root = places.reward(seed, share)
-    others = [s for s in config.seeds if s != seed]
-    if RunFolder(root).model.exists() and (RunFolder(root).evaluation.exists() or not others):
+    if places.cost("reward", seed, share).exists():
         return
+    others = [s for s in config.seeds if s != seed]
     # one that was interrupted starts anew, as a point does
     remove_folder(root)
     recipe = RewardTrainConfig(

@@ -67,16 +67,12 @@ def _typical(found: Mapping[str, dict[str, Any]], method: str) -> float:
 
 def _budgets(config: FrontierConfig, found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """What a method reaches for how many calls of the ground truth and seconds of a core, at its middle strength."""
-    groups: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
-    for r in found.values():
-        if r["method"] in BUDGETED and r["strength"] == middle(vars(config.methods)[r["method"]]) and "reward" in r:
-            groups.setdefault((r["method"], r["strength"], r["share"]), []).append(r)
     return [
         _point(_cell(strength, records))
         | {"method": method, "share": share, "calls": records[0]["calls"]}
         | {"core_seconds": float(np.median([r["core_seconds"] for r in records]))}
-        for (method, strength, share), records in sorted(groups.items())
-        if len(records) == len(config.seeds)
+        for (method, strength, share), records in sorted(_whole(config, found).items())
+        if method in BUDGETED and strength == middle(vars(config.methods)[method])
     ]
 
 
@@ -172,15 +168,22 @@ def _records(config: FrontierConfig, places: Places) -> dict[str, dict[str, Any]
     return {name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.exists()}
 
 
-def _cells(config: FrontierConfig, found: Mapping[str, dict[str, Any]]) -> dict[str, list[Cell]]:
-    """Method -> its strengths, those for which every seed has figures (a stopped run may have none)."""
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+def _whole(
+    config: FrontierConfig, found: Mapping[str, dict[str, Any]]
+) -> dict[tuple[str, float, float], list[dict[str, Any]]]:
+    """(method, strength, share) -> its records, of those for which every seed has figures (a stopped run may have none)."""
+    groups: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
     for record in found.values():
-        if "reward" in record and record["share"] == 1:
-            groups.setdefault((record["method"], record["strength"]), []).append(record)
+        if "reward" in record:
+            groups.setdefault((record["method"], record["strength"], record["share"]), []).append(record)
+    return {key: records for key, records in groups.items() if len(records) == len(config.seeds)}
+
+
+def _cells(config: FrontierConfig, found: Mapping[str, dict[str, Any]]) -> dict[str, list[Cell]]:
+    """Method -> its strengths, with all calls."""
     cells: dict[str, list[Cell]] = {}
-    for (method, strength), records in groups.items():
-        if len(records) == len(config.seeds):
+    for (method, strength, share), records in _whole(config, found).items():
+        if share == 1:
             cells.setdefault(method, []).append(_cell(strength, records))
     return cells
 
