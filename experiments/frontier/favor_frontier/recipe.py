@@ -95,9 +95,9 @@ class PpoSizes(BaseModel):
     """
 
     model_config = STRICT
-    rollouts: int = Field(default=28, ge=1)
+    rollouts: int = Field(default=14, ge=1)
     """How many rollouts are trained on."""
-    batch_prompts: int = Field(default=8, ge=1)
+    batch_prompts: int = Field(default=16, ge=1)
     """Prompts a rollout."""
     answers: int = Field(default=4, ge=1)
     """Answers a prompt."""
@@ -107,7 +107,7 @@ class PpoSizes(BaseModel):
     """Learning rate."""
     kl_coef: float = Field(default=0.2, gt=0)
     """Where the adaptive coefficient of the KL starts."""
-    kl_horizon: int = Field(default=32, ge=1)
+    kl_horizon: int = Field(default=64, ge=1)
     """Over how many samples the coefficient adapts."""
     explosion_kl: float = Field(default=100.0, gt=0)
     """A KL beyond which the run is stopped, in nats a response."""
@@ -137,9 +137,9 @@ class MethodStrengths(BaseModel):
     """Values of beta."""
     kto: Strengths = (0.1,)
     """Values of beta."""
-    ppo: Strengths = (3.0, 8.0)
+    ppo: Strengths = (3.0, 12.0)
     """Target KLs of PPO on the learnt reward, nats a response."""
-    ppo_true: Strengths = (3.0, 8.0)
+    ppo_true: Strengths = (8.0, 12.0)
     """The same on the ground truth."""
     unlikelihood: Shares = (0.5,)
     """Values of alpha."""
