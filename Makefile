@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo fault frontier frontier-format matrix zoo coverage broken-models bad-settings bad-sources settings-doc docs test dist test-all check smoke lock bench bench-gpu clean
+.PHONY: demo fault frontier frontier-format matrix templates zoo coverage broken-models bad-settings bad-sources settings-doc docs test dist test-all check smoke lock bench bench-gpu clean
 
 demo: .venv/.ready
 	$(BIN)/favor demo
@@ -23,6 +23,14 @@ coverage: .venv/.ready
 
 broken-models: .venv/.ready
 	cd tests && PYTHONPATH=. ../$(BIN)/python -W ignore broken_models.py
+
+# chat templates that no wheel ships, from a source package
+LLAMA_CPP := llama_cpp_python-0.3.36
+templates: .venv/.ready
+	mkdir -p build/templates
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest build/templates $(subst _,-,$(subst -,==,$(LLAMA_CPP)))
+	tar xzf build/templates/$(LLAMA_CPP).tar.gz -C build/templates --strip-components=5 $(LLAMA_CPP)/vendor/llama.cpp/models/templates
+	FAVOR_TEMPLATES=$(CURDIR)/build/templates $(BIN)/pytest tests/data/test_templates.py
 
 zoo: .venv/.ready
 	cd tests && ../$(BIN)/python -W ignore zoo.py

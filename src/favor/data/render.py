@@ -194,8 +194,9 @@ class Renderer:
         places = [int(place) for place in shape[1::2]]
         missing = {i for i, value in enumerate(values[:own]) if value.strip()}.difference(places)
         if missing:
-            remedy = REMEDY if last else f"; {_A_ROW_EACH}"
-            raise RowError(f"the chat template leaves out {shown(values[min(missing)])} of the response{remedy}")
+            lost = values[min(missing)]
+            remedy = _NO_CALLS if lost in called(turn) else REMEDY if last else f"; {_A_ROW_EACH}"
+            raise RowError(f"the chat template leaves out {shown(lost)} of the response{remedy}")
         # the header of a tool's answer may name the call again
         again = {place for place in places if places.count(place) > 1}
         if any(last or values[place] not in called(turn) for place in again):
@@ -329,10 +330,14 @@ class Renderer:
         except _FAILS as error:
             raise RowError(f"the chat template refuses it ({type(error).__name__}: {error})") from None
         assert isinstance(text, str)
+        # a template that takes every content for text writes parts as Python writes a list
+        if any(isinstance(turn.get("content"), list) and str(turn["content"]) in text for turn in turns):
+            raise RowError(f"the chat template writes the parts of a content as a list of data{REMEDY}")
         return text
 
 
 _PROMPT_CHANGES = "the prompt differently once the response follows"
+_NO_CALLS = "; use a template that writes tool calls"
 _A_ROW_EACH = "make a row of every turn, with those before it as its prompt, or take out its reasoning"
 
 
