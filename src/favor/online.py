@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, model_validator
 from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data.prompts import NumberedPrompts, read_prompts
 from favor.data.read import DataConfig
-from favor.data.settings import Columns
+from favor.data.settings import Columns, kwargs_are_read
 from favor.data.tokenize import TokensConfig
 from favor.errors import CheckpointError, ConfigError
 from favor.generate.engines import Decoding, TransformersEngine
@@ -39,6 +39,7 @@ class OnlineConfig(BaseModel):
     """A recipe for `favor loop`. Round r takes the r-th `prompts_per_round` prompts, from the first again after the last."""
 
     model_config = STRICT
+    _kwargs = model_validator(mode="after")(kwargs_are_read)
     run: Run
     seed: Seed = 0
     resume: Resume = False

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
+from favor.ask.settings import AskConfig
 from favor.cli import main
 from favor.data.batches import build
 from favor.data.prepare import prepare
@@ -27,11 +28,18 @@ from favor.eval.score import _rows as scored_rows
 from favor.label.intake import Tally, _data
 from favor.label.settings import LabelConfig
 from favor.lint.cheap import CHECKS
+from favor.lint.settings import LintConfig
 from favor.model.batched import measured
 from favor.model.layout import settle
 from favor.model.load import ModelConfig, make_policy
 from favor.model.logprobs import response_logps, scored_logps
 from favor.model.template import with_defaults
+from favor.online import OnlineConfig
+from favor.train.ppo import PpoConfig
+from favor.train.preference import TrainConfig
+from favor.train.reward import RewardTrainConfig
+from favor.train.sft import SftConfig
+from favor.value.settings import ValueConfig
 
 END = frozenset({2})
 USER = {"role": "user", "content": "What is good?"}
@@ -444,6 +452,19 @@ def test_a_run_begins_at_ln_2_and_keeps_the_variables(tmp_path, monkeypatch):
 def test_variables_want_a_template():
     with pytest.raises(ConfigError, match="model.template_kwargs is for a chat template, and nowhere has none"):
         with_defaults(tiny.tokenizer(None), {"enable_thinking": False}, "nowhere")
+    with pytest.raises(ConfigError, match="the chat template of here has no variable enable_thnking"):
+        with_defaults(tiny.tokenizer(SWITCHED), {"enable_thnking": False}, "here")
+    plain = {"model": {"path": "x", "template_kwargs": {"enable_thinking": False}}, "tokens": {"template": "plain"}}
+    rows, reward = {"data": {"train": "x"}}, {"reward": {"kind": "model", "path": "x"}}
+    for recipe, more in (
+        *((recipe, {"run": "r", **rows}) for recipe in (TrainConfig, SftConfig, RewardTrainConfig)),
+        (OnlineConfig, {"run": "r", "prompts": "x", **reward}),
+        (PpoConfig, {"run": "r", "data": {"train": "x"}, **reward}),
+        *((recipe, rows) for recipe in (LintConfig, ValueConfig)),
+        (AskConfig, {"pool": "x", "out": "y"}),
+    ):
+        with pytest.raises(ValidationError, match="template_kwargs is for a chat template, and tokens.template=plain"):
+            recipe.model_validate({**more, **plain})
     with pytest.raises(ValidationError, match="'messages' is no variable"):
         ModelConfig(path="x", template_kwargs={"messages": 1})
 

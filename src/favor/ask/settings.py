@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from favor.config import STRICT, Overwrite, Seed
-from favor.data.settings import DataConfig
+from favor.data.settings import DataConfig, kwargs_are_read
 from favor.data.tokenize import TokensConfig
 from favor.lint.settings import ELSEWHERE, passed_over
 from favor.model.load import ModelConfig
@@ -18,6 +18,7 @@ class AskConfig(BaseModel):
     """A recipe for `favor ask`; sections of a training recipe that it does not read are passed over."""
 
     model_config = STRICT
+    _kwargs = model_validator(mode="after")(kwargs_are_read)
     seed: Seed = 0
     model: ModelConfig
     pool: str

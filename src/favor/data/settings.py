@@ -5,7 +5,7 @@ In: a recipe. Out: DataConfig. Next: read.py.
 
 import difflib
 from collections.abc import Iterable
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
@@ -202,3 +202,12 @@ def _check_names(columns: dict[str, str], verdict: VerdictConfig | None, name: s
     both = sorted({"first", "second", "verdict"} & columns.keys())
     if both:
         raise ValueError(f"columns maps {', '.join(both)}, which verdict names already; name it in one place")
+
+
+def kwargs_are_read(recipe: Any) -> Any:
+    """The recipe as it is. Raises ValueError for variables of a chat template where none is used."""
+    if recipe.tokens.template == "plain" and recipe.model and recipe.model.template_kwargs:
+        raise ValueError(
+            "model.template_kwargs is for a chat template, and tokens.template=plain uses none; leave one out"
+        )
+    return recipe

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from favor.config import STRICT
-from favor.data.settings import DataConfig
+from favor.data.settings import DataConfig, kwargs_are_read
 from favor.data.tokenize import TokensConfig
 from favor.model.load import ModelConfig
 from favor.rewards.source import RewardConfig
@@ -139,6 +139,7 @@ class LintConfig(BaseModel):
     """
 
     model_config = STRICT
+    _kwargs = model_validator(mode="after")(kwargs_are_read)
     data: DataConfig
     tokens: TokensConfig = TokensConfig()
     lint: LintSettings = LintSettings()

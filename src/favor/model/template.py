@@ -4,6 +4,7 @@ In: a tokenizer and model.template_kwargs. Out: the same one. Next: load.py.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +16,16 @@ from favor.errors import ConfigError
 def with_defaults(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any], path: str) -> PreTrainedTokenizerBase:
     """The tokenizer, for whose template these are what variables are where whoever renders it does not say.
 
-    Raises ConfigError where it has no chat template.
+    Raises ConfigError where it has no chat template, or one that does not name them.
     """
     template = tokenizer.chat_template
     if given and not isinstance(template, str):
         raise ConfigError(f"model.template_kwargs is for a chat template, and {path} has none; leave it out")
+    for name in given:
+        if not re.search(rf"\b{re.escape(name)}\b", str(template)):
+            raise ConfigError(
+                f"model.template_kwargs: the chat template of {path} has no variable {name}; correct it or leave it out"
+            )
     before = "".join(
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
         for name, value in sorted(given.items())

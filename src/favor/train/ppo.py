@@ -18,7 +18,7 @@ from torch import Tensor
 from favor.config import STRICT, Resume, Run, Seed, by_kind, dump
 from favor.data import sources
 from favor.data.prompts import PromptTokens, encode_prompts, read_prompts
-from favor.data.settings import Columns
+from favor.data.settings import Columns, kwargs_are_read
 from favor.data.types import Batch, sampled_tree
 from favor.errors import NumericsError
 from favor.guard import sha
@@ -170,6 +170,7 @@ class PpoConfig(BaseModel):
     """A recipe for `favor ppo`. train.batch_prompts prompts form one rollout; train.max_steps counts rollouts."""
 
     model_config = STRICT
+    _kwargs = model_validator(mode="after")(kwargs_are_read)
     _split = model_validator(mode="after")(can_be_split)
     run: Run
     seed: Seed = 0

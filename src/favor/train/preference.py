@@ -20,6 +20,7 @@ from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data.batches import build
 from favor.data.prepare import check_sources
 from favor.data.read import DataConfig
+from favor.data.settings import kwargs_are_read
 from favor.data.splits import Splits, extremes, outlines
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree, sampled_tree, unseen
@@ -64,6 +65,7 @@ class TrainConfig(BaseModel):
     """A recipe for `favor train`. [reward], if there, scores the samples of the KL probe; it trains nothing."""
 
     model_config = STRICT
+    _kwargs = model_validator(mode="after")(kwargs_are_read)
     _split = model_validator(mode="after")(can_be_split)
     run: Run
     seed: Seed = 0

@@ -16,6 +16,7 @@ from torch import Tensor
 from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data.prepare import check_sources
 from favor.data.read import DataConfig
+from favor.data.settings import kwargs_are_read
 from favor.data.splits import Splits, extremes, outlines
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
@@ -56,6 +57,7 @@ class RewardTrainConfig(BaseModel):
     """A recipe for `favor reward`."""
 
     model_config = STRICT
+    _kwargs = model_validator(mode="after")(kwargs_are_read)
     _split = model_validator(mode="after")(can_be_split)
     run: Run
     seed: Seed = 0

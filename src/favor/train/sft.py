@@ -13,6 +13,7 @@ from torch import Tensor
 from favor.config import STRICT, Resume, Run, Seed, dump
 from favor.data.prepare import check_sources
 from favor.data.read import DataConfig
+from favor.data.settings import kwargs_are_read
 from favor.data.splits import Splits, outlines
 from favor.data.tokenize import TokensConfig
 from favor.data.types import Batch, TokenTree
@@ -36,6 +37,7 @@ class SftConfig(BaseModel):
     """A recipe for `favor sft`."""
 
     model_config = STRICT
+    _kwargs = model_validator(mode="after")(kwargs_are_read)
     _split = model_validator(mode="after")(can_be_split)
     run: Run
     seed: Seed = 0

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from favor.config import STRICT, Seed
-from favor.data.settings import DataConfig
+from favor.data.settings import DataConfig, kwargs_are_read
 from favor.data.tokenize import TokensConfig
 from favor.lint.settings import ELSEWHERE, passed_over
 from favor.model.load import ModelConfig
@@ -66,6 +66,7 @@ class ValueConfig(BaseModel):
     """A recipe for `favor value`: [model], [data], [tokens] and [value]; a whole training recipe serves too."""
 
     model_config = STRICT
+    _kwargs = model_validator(mode="after")(kwargs_are_read)
     seed: Seed = 0
     model: ModelConfig
     data: DataConfig
