@@ -76,6 +76,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train-shares", type=float, nargs="+", default=[0.2])
     parser.add_argument("--train-seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=3e-5)
+    parser.add_argument(
+        "--rules", nargs="+", type=int, default=list(range(len(RULES))), help="numbers of RULES; 0 is all pairs"
+    )
     parts = ["noise", "train", "gradients"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     return parser.parse_args()
@@ -247,7 +250,7 @@ def train_table(mine: Known, args: argparse.Namespace) -> None:
     )
     for share in args.train_shares:
         base: list[float] = []
-        for name, rule in RULES.items():
+        for name, rule in [list(RULES.items())[number] for number in args.rules]:
             found = [trained(mine, share, seed, name, rule, args) for seed in range(args.train_seeds)]
             accuracy = [one["accuracy"] for one in found]
             base = base or accuracy
