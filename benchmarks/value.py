@@ -40,7 +40,6 @@ Array = NDArray[np.float64]
 GAMMA = 2.0
 MODELS, FOLDS = 10, 5
 KEPT = 0.6
-HELD = 200
 
 
 class Known(NamedTuple):
@@ -59,7 +58,7 @@ def main() -> None:
     if "noise" in args.parts:
         noise_table(known["train"], known["eval"], args)
     if "train" in args.parts:
-        write_jsonl(args.out / "held.jsonl", known["eval"].rows[:HELD])
+        write_jsonl(args.out / "held.jsonl", known["eval"].rows[: args.held])
         train_table(known["train"], args)
     if "gradients" in args.parts:
         gradient_table(known["train"], known["eval"], args)
@@ -79,6 +78,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rules", nargs="+", type=int, default=list(range(len(RULES))), help="numbers of RULES; 0 is all pairs"
     )
+    parser.add_argument("--held", type=int, default=200, help="held-out pairs that say how good the trained models are")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--epochs", type=int, default=1)
     parts = ["noise", "train", "gradients"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     return parser.parse_args()
@@ -91,6 +93,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="model folder; default the embedded one")
     parser.add_argument("--out", type=Path, default=Path("runs/value"))
     parser.add_argument("--pairs", type=int, default=600)
+    parser.add_argument("--template", default="auto", help="tokens.template")
     parser.add_argument("--max-tokens", type=int, default=1024, help="longer pairs are left out")
 
 
@@ -102,7 +105,7 @@ def read(args: argparse.Namespace) -> dict[str, Known]:
     args.model = args.model or str(model_folder(cache_folder(), print))
     args.out.mkdir(parents=True, exist_ok=True)
     data = DataConfig(train=args.data, eval=args.held_out, max_rows=args.pairs, bad_rows="drop")
-    tokens = TokensConfig(max_tokens=args.max_tokens)
+    tokens = TokensConfig(max_tokens=args.max_tokens, template=args.template)
     config = ValueConfig(model=ModelConfig(path=args.model), data=data, tokens=tokens)
     kept = args.out / "features.npz"
     texts = args.out / "rows.json"
@@ -243,7 +246,7 @@ def holder_head(gap_PF: Array, strength: float) -> Array:
 def train_table(mine: Known, args: argparse.Namespace) -> None:
     """A row for each rule: held-out accuracy of DPO on what it keeps, over seeds."""
     print(
-        f"\nDPO on {args.train_pairs} pairs, lr {args.lr}, bfloat16; accuracy on {HELD} held-out pairs with right labels"
+        f"\nDPO on {args.train_pairs} pairs, lr {args.lr}, {args.dtype}; accuracy on {args.held} held-out pairs with right labels"
     )
     print(
         "| planted | rule | pairs | wrong among them | accuracy by seed | less all, 95 % over seeds |\n|---|---|---|---|---|---|"
@@ -319,24 +322,43 @@ def trained(
     rows = [row if final > 0 else swapped(row) for row, final in zip(mine.rows, final_P, strict=False) if final]
     write_jsonl(folder / "train.jsonl", rows)
     robust = {"kind": "robust", "label_smoothing": min(noise.certain, 0.45)} if "robust" in name else {"kind": "dpo"}
-    if not run.evaluation.exists():
+    if not run.model.exists():
         favor.train(
             args.model,
             str(folder / "train.jsonl"),
             out=run.root,
             seed=seed,
             lr=args.lr,
-            dtype="bfloat16",
+            dtype=args.dtype,
+            epochs=args.epochs,
             batch_prompts=8,
-            tokens={"max_tokens": args.max_tokens},
+            tokens={"max_tokens": args.max_tokens, "template": args.template},
             loss={**robust, "beta": 0.1},
             save={"every": 0},
             quiet=True,
         )
-        favor.evaluate(str(run.root), data=str(args.out / "held.jsonl"), sample_prompts=0, quiet=True)
-    accuracy = json.loads(run.evaluation.read_text())["accuracy"]
+    accuracy = held_accuracy(run.model, args)
     wrong = float((final_P[use_P != 0] < 0).mean())
     return {"accuracy": accuracy, "pairs": float((use_P != 0).sum()), "wrong": wrong}
+
+
+def held_accuracy(model: Path, args: argparse.Namespace) -> float:
+    """Share of the held-out pairs whose implicit reward is right, ties half: log-prob margin less the start's."""
+    kept = args.out / "held_gap.npy"
+    if not kept.exists():
+        np.save(kept, held_gap(args.model, args))
+    gain_P = held_gap(str(model), args) - np.load(kept)
+    return float(((gain_P > 0) + 0.5 * (gain_P == 0)).mean())
+
+
+def held_gap(model: str, args: argparse.Namespace) -> Array:
+    """log pi(chosen) - log pi(rejected) of every held-out pair."""
+    config = ValueConfig(
+        model=ModelConfig(path=model, dtype=args.dtype),
+        data=DataConfig(train=str(args.out / "held.jsonl")),
+        tokens=TokensConfig(max_tokens=args.max_tokens, template=args.template),
+    )
+    return read_parts(config, lambda *told: None)["train"].logp_gap_P
 
 
 def gradient_table(mine: Known, held: Known, args: argparse.Namespace) -> None:
@@ -352,7 +374,7 @@ def gradient_table(mine: Known, held: Known, args: argparse.Namespace) -> None:
         favor_value = ValueConfig(
             model=ModelConfig(path=args.model),
             data=DataConfig(train=str(args.out / "asked.jsonl")),
-            tokens=TokensConfig(max_tokens=args.max_tokens),
+            tokens=TokensConfig(max_tokens=args.max_tokens, template=args.template),
             value=ValueSettings(
                 trusted=str(args.out / "trusted.jsonl"),
                 gradients=True,

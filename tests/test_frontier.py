@@ -114,17 +114,17 @@ def test_points_and_refusals():
 
 
 def test_every_method_asks_as_often_and_says_so():
-    """224 prompts x 4 answers; 4 rounds of 56 prompts; 28 rollouts of 8 prompts. A quarter of each, in whole prompts."""
+    """224 prompts x 4 answers; 4 rounds of 56 prompts; 14 rollouts of 16 prompts. A quarter of each, in whole rollouts."""
     config = FrontierConfig()
     asked = {p.name: calls(config, p) for p in points(config) if p.seed == 0}
     whole = {count for name, count in asked.items() if "share" not in name}
     assert whole == {896}
     assert asked["dpo-0.1-share0.25-seed0"] == asked["dpo_fresh-0.5-share0.25-seed0"] == 224
-    assert asked["ppo-8-share0.25-seed0"] == 224
-    assert asked["ppo_true-8-share0.25-seed0"] == 224
+    assert asked["ppo-12-share0.25-seed0"] == 224
     # 3.5 rollouts are 4
-    fewer = FrontierConfig.model_validate({"ppo": {"rollouts": 14, "batch_prompts": 16}})
-    assert calls(fewer, Point("ppo_true", 6, 0, 0.25)) == 4 * 64
+    assert asked["ppo_true-12-share0.25-seed0"] == 4 * 64
+    smaller = FrontierConfig.model_validate({"ppo": {"rollouts": 28, "batch_prompts": 8}})
+    assert calls(smaller, Point("ppo_true", 6, 0, 0.25)) == 224
     assert calls(config, Point("start", 0, 0)) == 0
 
 
