@@ -131,15 +131,15 @@ class MethodStrengths(BaseModel):
     model_config = STRICT
     dpo: Strengths = (0.03, 0.1, 0.5)
     """Values of beta."""
-    dpo_fresh: Strengths = (0.1, 0.5)
+    dpo_fresh: Strengths = (0.1, 0.5, 2.0)
     """Values of beta, of DPO on fresh answers ranked by the ground truth: the equal of PPO on the ground truth."""
     ipo: Strengths = (0.03,)
     """Values of beta."""
     kto: Strengths = (0.1,)
     """Values of beta."""
-    ppo: Strengths = (3.0, 12.0)
+    ppo: Strengths = (3.0, 6.0, 12.0)
     """Target KLs of PPO on the learnt reward, nats a response."""
-    ppo_true: Strengths = (8.0, 12.0)
+    ppo_true: Strengths = (3.0, 8.0, 12.0)
     """The same on the ground truth."""
     unlikelihood: Shares = (0.5,)
     """Values of alpha."""
