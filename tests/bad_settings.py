@@ -45,8 +45,14 @@ TOML = (
     "loop",
     "frontier",
     "lint",
+    "value",
+    "ask",
+    "audit",
+    "realign",
+    "conform",
     "demo",
 )
+SEEDLESS = ("frontier", "lint", "conform")
 
 
 class Case(NamedTuple):
@@ -71,6 +77,10 @@ def prepare(folder):
     """A tiny model, good data, functions, and a finished run."""
     tiny.save(folder / "model")
     lines(folder / "good.jsonl", ROWS)
+    lines(
+        folder / "many.jsonl",
+        [{"prompt": f"Film {i}?", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(24)],
+    )
     lines(folder / "a.jsonl", [{"prompt": r["prompt"], "responses": [r["chosen"]]} for r in ROWS])
     lines(folder / "b.jsonl", [{"prompt": r["prompt"], "responses": [r["rejected"]]} for r in ROWS])
     (folder / "length.py").write_text(LENGTH)
@@ -113,6 +123,24 @@ def base(command, inputs):
         "loop": ["run=run", "rounds=1", f"prompts={data}", *model, drawn, *reward, *steps, "prompts_per_round=2"],
         "frontier": ["run=run", *task, *(f"task.{word}" for word in reward)],
         "lint": [f"data.train={data}", "lint.fail_on=never"],
+        "value": [*model, f"data.train={inputs / 'many.jsonl'}", "value.out=out.jsonl"],
+        "ask": [*model, f"pool={data}", "out=out.jsonl"],
+        "audit": [
+            "run=run",
+            f"data={data}",
+            f"human={data}",
+            "judge.kind=callable",
+            f"judge.path={inputs / 'first.py'}:judge",
+        ],
+        "realign": [
+            f"run={inputs / 'run'}",
+            "lambdas=[0,1]",
+            "sample_prompts=1",
+            drawn,
+            "out=out.json",
+            "page=out.html",
+        ],
+        "conform": ["adapter=favor", "cases=first_loss"],
         "report": [f"{inputs / 'run'}"],
         "demo": ["run=run"],
     }
@@ -190,8 +218,8 @@ def every_command():
         yield bad(command, "a..b=1", names=["a..b=1"])
         yield bad(
             command,
-            "seed=-1" if command not in ("frontier", "lint") else "data=1",
-            names=["seed"] if command not in ("frontier", "lint") else ["data"],
+            "seed=-1" if command not in SEEDLESS else "data=1",
+            names=["seed"] if command not in SEEDLESS else ["data"],
         )
         yield bad(command, "two.toml", "three.toml", names=["two.toml", "three.toml"])
 
@@ -254,6 +282,7 @@ def numbers():
     yield bad("diff", "kl_clip=0", names=["kl_clip"])
     yield bad("diff", f"sample.max_new_tokens={10**9}", names=["max_new_tokens"])
     yield odd("diff", "gate.refused.max_rise=1", "stop_early=true")
+    yield from answers()
     yield bad("ppo", "ppo.clip=inf", names=["ppo.clip"])
     yield bad("ppo", f"ppo.samples_per_prompt={10**18}", names=["ppo.samples_per_prompt"])
     yield bad("eval", f"samples_per_prompt={10**18}", names=["samples_per_prompt"])
@@ -276,6 +305,52 @@ def numbers():
     yield bad("frontier", f"methods.best_of_n=[{10**15}]", names=["methods.best_of_n"])
     yield bad("frontier", f"jobs={10**9}", names=["jobs"])
     yield bad("demo", f"pairs={10**30}", names=["pairs"])
+
+
+def answers():
+    """The commands that answer a question about data, judges and models."""
+    for command in ("value", "ask", "audit", "realign"):
+        yield bad(command, f"seed={10**30}", names=["seed"])
+        yield odd(command)
+    yield bad("value", "value.models=1", names=["value.models"])
+    yield bad("value", "value.flip=0.5", names=["value.flip"])
+    yield bad("value", "value.flip=nan", names=["value.flip"])
+    yield bad("value", f"value.folds={10**9}", names=["value.folds"])
+    yield bad("value", "value.gradients=true", names=["value.gradients", "value.trusted"])
+    yield bad("value", "value.trusted=nothing.jsonl", names=["nothing.jsonl"])
+    yield bad("value", "data.train=few.jsonl", names=["few.jsonl"])
+    yield odd("value", f"value.asks={10**9}", f"value.examples={10**9}", "value.page=page.html")
+    yield odd("value", f"value.max_tokens_per_pack={10**15}")
+    yield bad("ask", "by_chance=2", names=["by_chance"])
+    yield bad("ask", "by_chance=nan", names=["by_chance"])
+    yield bad("ask", "gain=0", names=["gain"])
+    yield bad("ask", "enough=1", names=["enough"])
+    yield bad("ask", "pool=nothing.jsonl", names=["nothing.jsonl"])
+    yield odd("ask", f"count={10**9}")
+    yield bad("audit", f"pairs={10**30}", names=["pairs"], name="audit pairs of 31 digits")
+    yield odd("audit", f"pairs={10**9}")
+    yield bad("audit", "pairs=1", names=["pairs"])
+    yield bad("audit", "repeats=0", "repeat_pairs=3", names=["repeat_pairs"])
+    yield bad("audit", f"repeats={10**9}", names=["repeats"])
+    yield bad("audit", "own=me", names=["source"])
+    yield bad("audit", 'source=["a", "b", "c"]', "own=me", names=["source"])
+    yield bad("audit", "fail_on.flip_rate=nan", names=["fail_on.flip_rate"])
+    yield bad("audit", "fail_on.self_bias=0.1", names=["fail_on.self_bias"])
+    yield bad("audit", "human=nothing.jsonl", names=["nothing.jsonl"])
+    yield bad("realign", "lambdas=[]", names=["lambdas"])
+    yield bad("realign", "lambdas=[1, 1]", names=["lambdas"])
+    yield bad("realign", "lambdas=[nan]", names=["lambdas"])
+    yield bad("realign", "lambdas=[-1]", names=["lambdas"])
+    yield bad("realign", "bake=1", names=["bake_to"])
+    yield bad("realign", "sweep=[nothing]", names=["nothing"])
+    yield bad("realign", "sample.temperature=0.5", names=["sample.temperature"])
+    yield bad("realign", f"sample.max_new_tokens={10**9}", names=["max_new_tokens"])
+    yield odd("realign", "lambdas=[100]")
+    yield bad("conform", "cases=nothing", names=["nothing"])
+    yield bad("conform", "adapter=nothing", names=["nothing"])
+    yield bad("conform", "adapter=nothing.py", names=["nothing.py"])
+    yield bad("conform", "timeout_s=0", names=["timeout_s"])
+    yield bad("conform", "timeout_s=nan", names=["timeout_s"])
 
 
 def words_and_types():
