@@ -264,7 +264,7 @@ def train_table(mine: Known, args: argparse.Namespace) -> None:
                 f"{np.mean([one['pairs'] for one in found]):.0f}",
                 f"{np.mean([one['wrong'] for one in found]):.1%}",
                 ", ".join(f"{value:.3f}" for value in accuracy),
-                f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]",
+                "" if accuracy == base else f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]",
             )
             print("| " + " | ".join(cells) + " |", flush=True)
 

@@ -208,6 +208,18 @@ def reward(tmp_path):
     return ["reward.kind=callable", f"reward.path={tmp_path / 'good.py'}:score"]
 
 
+def test_rows_that_all_fail_are_told_by_their_numbers(files):
+    """As where one is left: file and row, from 1."""
+    said = [{"role": "assistant", "content": "", "reasoning_content": "hm"}]
+    bad = [{**row, "rejected": said} for row in clean_rows(4)]
+    found = [f for f in lint(files(bad)) if f.severity == "error"]
+    assert found
+    told = " ".join(str(f) for f in found)
+    assert "row 0" not in told
+    assert "row 1" in told
+    assert "max_tokens" not in told
+
+
 def test_clean_data_has_no_findings(files, tmp_path):
     for seed in range(3):
         found = lint(files(clean_rows(seed=seed), None, *reward(tmp_path)))

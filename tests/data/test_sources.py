@@ -163,3 +163,29 @@ def test_hub_id_streams(monkeypatch):
     assert [tree.prompt for tree in trees] == ["p 1"]
     assert asked == [("org/name", "train", True)]
     assert store.identity("org/name", "train", streaming=True) == [["org/name", "abc"]]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_call_has_its_own_arguments_and_not_those_that_arrow_gives_to_all(tmp_path, kind):
+    """Two calls of tools with other arguments stand in one column of Arrow, whose structs have the fields of both."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    def called(name, **arguments):
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        return [{"role": "assistant", "content": None, "tool_calls": [call]}]
+
+    rows = [
+        {"prompt": [{"role": "user", "content": f"q{i}"}], "chosen": called("weather", city="Oslo"), "rejected": said}
+        for i, said in enumerate((called("day", zone="CET"), called("weather", city="Rome")))
+    ]
+    path = tmp_path / ("rows.parquet" if kind == "parquet" else "rows")
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        assert '"city": null' in json.dumps(pyarrow.parquet.read_table(path).to_pylist()[0]["rejected"])
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    trees, _ = read(str(path), DataConfig(train=str(path)), "train")
+    found = [[text[0]["tool_calls"][0]["function"]["arguments"] for text in tree.responses] for tree in trees]
+    assert found == [[{"city": "Oslo"}, {"zone": "CET"}], [{"city": "Oslo"}, {"city": "Rome"}]]

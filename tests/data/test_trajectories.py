@@ -585,7 +585,7 @@ def test_no_command_drops_the_variables_of_a_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "chat_template_kwargs": {"enable_thinking": False}}
     path.write_text(json.dumps(row) + "\n", "utf-8")
-    with pytest.raises(DataError, match="chat_template_kwargs is not read beside prompts"):
+    with pytest.raises(DataError, match="chat_template_kwargs is not read where answers are sampled"):
         read_prompts(str(path), "train")
     with pytest.raises(DataError, match="it has chat_template_kwargs, which a reward on text does not see"):
         scored_rows(ScoreConfig(data=str(path), out=str(tmp_path / "o"), reward={"kind": "callable", "path": "f.py:f"}))

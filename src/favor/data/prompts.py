@@ -68,7 +68,7 @@ def prompt_rows(
             ours = named(row, columns, None)
             prompt = _prompt(ours)
         except RowError as error:
-            raise DataError(f"{source}, row {number}: no prompt (text or messages): {_remedied(error, row)}") from None
+            raise DataError(f"{source}, row {number}: {_remedied(error, row)}") from None
         yield number, prompt, ours
     if empty:
         raise DataError(f"{source}: nothing to use: it holds no rows; name a file with rows")
@@ -123,8 +123,8 @@ def sample_text(value: Any, name: str) -> str:
 
 def _remedied(error: RowError, row: Mapping[str, Any]) -> str:
     if not error.of_names:
-        return f"{error}; every row needs one"
-    held = f"its columns are {', '.join(row) or 'none'}"
+        return str(error)
+    held = f"no prompt (text or messages): its columns are {', '.join(row) or 'none'}"
     texts = [name for name, value in row.items() if isinstance(value, str) and " " in value]
     named_so = like("prompt", row) or (texts[0] if len(texts) == 1 else "COLUMN")
     return f"{held}; name the one that holds it: 'columns={{prompt={json.dumps(named_so, ensure_ascii=False)}}}'"
@@ -133,7 +133,7 @@ def _remedied(error: RowError, row: Mapping[str, Any]) -> str:
 def _prompt(row: dict[str, Any]) -> Text:
     if row.get(TEMPLATE_KWARGS):
         raise RowError(
-            f"{TEMPLATE_KWARGS} is not read beside prompts; set template_kwargs of the model, and leave the column out"
+            f"{TEMPLATE_KWARGS} is not read where answers are sampled; set template_kwargs of the model for all rows"
         )
     if row.get("prompt") is None:
         return FORMATS[recognise(row)](row).prompt

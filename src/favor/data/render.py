@@ -330,9 +330,6 @@ class Renderer:
         except _FAILS as error:
             raise RowError(f"the chat template refuses it ({type(error).__name__}: {error})") from None
         assert isinstance(text, str)
-        # a template that takes every content for text writes parts as Python writes a list
-        if any(isinstance(turn.get("content"), list) and str(turn["content"]) in text for turn in turns):
-            raise RowError(f"the chat template writes the parts of a content as a list of data{REMEDY}")
         return text
 
 

@@ -208,7 +208,8 @@ def _first_line(error: Exception) -> str:
 def _values_of(table: _Table) -> Iterator[Any]:
     """The rows of a piece of an Arrow table as dicts; a RowError where one holds what Python has no value for.
 
-    Dates and times become text and decimals numbers, as they are in JSON.
+    Dates and times become text and decimals numbers, as they are in JSON. Fields that are null inside a column's values go:
+    Arrow gives every call of a tool the arguments of all.
     """
     import pyarrow
 
@@ -221,13 +222,17 @@ def _values_of(table: _Table) -> Iterator[Any]:
             found = [RowError(f"a column cannot be read: {_unread(table, errors) or error}")]
         else:
             found = [row for i in range(table.num_rows) for row in _values_of(table.slice(i, 1))]
-    odd = any(name in str(table.schema) for name in ("date", "time", "duration", "decimal"))
-    yield from map(_plain, found) if odd else found
+    odd = any(name in str(table.schema) for name in ("date", "time", "duration", "decimal", "struct"))
+    yield from map(_plain_row, found) if odd else found
+
+
+def _plain_row(row: Any) -> Any:
+    return {name: _plain(value) for name, value in row.items()} if isinstance(row, dict) else row
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
+        return {name: _plain(inner) for name, inner in value.items() if inner is not None}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
     if isinstance(value, decimal.Decimal):
@@ -252,7 +257,7 @@ def data_set_rows(source: str, split: str, *, streaming: bool) -> Iterator[Any]:
 
     found = load(source, split, streaming=streaming)
     if not isinstance(found, datasets.Dataset):
-        yield from found
+        yield from map(_plain_row, found)
         return
     if not len(found):
         return  # which `datasets` itself cannot go through

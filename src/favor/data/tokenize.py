@@ -150,9 +150,8 @@ def tokenized(
         first += len(cut.response_ids)
     if not first:
         reason = f"the first: row {report.dropped[0][0]}: {report.dropped[0][1]}" if report.dropped else "no rows"
-        raise DataError(
-            f"{source}: nothing is left after tokenising ({reason}); raise tokens.max_tokens or fix the rows"
-        )
+        remedy = "raise tokens.max_tokens" if report.kinds[:1] == ["truncation"] else "fix the rows"
+        raise DataError(f"{source}: nothing is left after tokenising ({reason}); {remedy}")
 
 
 def prompt_encoder(tokenizer: PreTrainedTokenizerBase, config: TokensConfig) -> Callable[..., tuple[int, ...]]:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from favor.data.formats import Judgment
-from favor.data.tokenize import TokensConfig, tokenize
+from favor.data.tokenize import TokenReport, TokensConfig, tokenize, tokenized
 from favor.data.types import Batch, Comparison, Finding, PromptTree, Text, TokenTree
 from favor.errors import DataError
 from favor.lint.cheap import Hit, Told, shown, truncation
@@ -41,12 +41,14 @@ def token_checks(
     rows: Sequence[Row], tokenizer: Any, end_ids: frozenset[int], tokens: TokensConfig, cut_share: float
 ) -> Iterator[Told]:
     """Tokenise every row as training would; whatever it would refuse, cut or render differently is told."""
+    trees, kept, report = [as_tree(row, index) for index, row in enumerate(rows)], list[TokenTree](), TokenReport()
     try:
-        trees = [as_tree(row, index) for index, row in enumerate(rows)]
-        kept, report = tokenize(trees, tokenizer, tokens, end_ids, "drop")
+        kept = list(tokenized(trees, tokenizer, tokens, end_ids, "drop", report))
     except DataError as error:
-        yield Finding("error", "tokens", str(error))
-        return
+        # that no row is left is told row by row
+        if not report.dropped:
+            yield Finding("error", "tokens", str(error))
+            return
     dropped = zip(report.dropped, report.kinds, strict=True)
     hits = [Hit(kind, rows[index].where, reason) for (index, reason), kind in dropped]
     yield from hits
