@@ -2,8 +2,9 @@
 
     python benchmarks/ask.py [--out FOLDER of benchmarks/value.py] [--seeds 5] [--train 0]
 
-Heads: a cheap model fitted to the labels so far, as `favor ask` does. --train N: DPO in full on the first N labels of each rule.
-Features and rows are those of benchmarks/value.py (made if they are not there).
+Stopping: after how many labels `favor ask` says that it is enough. Heads: a cheap model fitted to the labels so far, as
+`favor ask` does. --train N: DPO in full on the first N labels of each rule. Features and rows are those of
+benchmarks/value.py (made if they are not there).
 """
 
 import argparse
@@ -17,6 +18,7 @@ from value import Known, add_data, read
 import favor
 from favor.ask.choose import by_margin, spread_out
 from favor.eval.intervals import mean_interval, sign_share
+from favor.eval.sequence import sequence
 from favor.model.room import memory_settings
 from favor.run import RunFolder, write_jsonl
 from favor.value.cheap import Cases, head, margins
@@ -49,6 +51,7 @@ def main() -> None:
             for rule in RULES
         }
         print(f"| {count} | " + " | ".join(cell(scores[rule], scores[RULES[0]]) for rule in RULES) + " |", flush=True)
+    stop_table(known["train"], held, args.seeds)
     if args.train:
         train(known["train"], labelled, args)
 
@@ -86,6 +89,49 @@ def accuracy(pool: Cases, labelled: list[int], held: Cases) -> float:
     some = pool.some(np.array(labelled))
     strength = margins(some, some.gap_PF[:0], 2, 5, 0).strength
     return float(sign_share(head(some, strength)(held.gap_PF)).mean())
+
+
+def stop_table(pool: Known, held: Cases, seeds: int) -> None:
+    """Labels until both rules of `favor ask` are settled, a row for each share drawn by chance."""
+    print(
+        "\nrounds of 20 labels until it is settled, by seed: labels (held-out accuracy then); -: not with all of the pool"
+    )
+    print("| by_chance | accuracy surely 0.75 | twice the labels surely gain less than 0.05 |\n|---|---|---|")
+    for share in (0.2, 1.0):
+        found = [settled(pool, share, seed) for seed in range(seeds)]
+        cells = [
+            ", ".join(
+                f"{len(one[rule])} ({accuracy(pool.cases, one[rule], held):.3f})" if one[rule] else "-" for one in found
+            )
+            for rule in ("enough", "gain")
+        ]
+        print(f"| {share:g} | {' | '.join(cells)} |", flush=True)
+
+
+def settled(pool: Known, share: float, seed: int) -> dict[str, list[int]]:
+    """The labels that there were when each rule was settled first; none where it never was."""
+    rng, cases = np.random.default_rng(seed), pool.cases
+    scaled_TF = cases.gap_PF / np.sqrt((cases.gap_PF**2).mean(0))
+    taken: list[int] = rng.permutation(len(pool.rows))[:20].tolist()
+    right, gain, found = list[float](), list[float](), dict[str, list[int]](enough=[], gain=[])
+    while len(taken) + 20 <= len(pool.rows) and not all(found.values()):
+        rest = rng.permutation(np.setdiff1d(np.arange(len(pool.rows)), taken))
+        half = rng.permutation(taken)[: len(taken) // 2]
+        whole_T, half_T = (
+            margins(cases.some(np.array(some)), cases.gap_PF[rest], 10, 5, seed).other_HT.mean(0)
+            for some in (taken, half)
+        )
+        by_chance = round(share * 20)
+        # the answer that people prefer is the first of every pair
+        right += (whole_T[:by_chance] > 0).astype(float).tolist()
+        gain += ((whole_T[:by_chance] > 0) * 1.0 - (half_T[:by_chance] > 0)).tolist()
+        taken += rest[:by_chance].tolist()
+        if by_chance < 20:
+            least = by_margin(whole_T[by_chance:], scaled_TF[rest[by_chance:]], 20 - by_chance)
+            taken += rest[by_chance:][least].tolist()
+        now = {"enough": sequence(np.array(right))[0] >= 0.75, "gain": sequence(np.array(gain), -1.0, 1.0)[1] < 0.05}
+        found = {rule: found[rule] or (list(taken) if now[rule] else []) for rule in found}
+    return found
 
 
 def train(pool: Known, labelled: dict[tuple[str, int], list[int]], args: argparse.Namespace) -> None:
