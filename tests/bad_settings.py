@@ -319,7 +319,6 @@ def answers():
     yield bad("value", "value.gradients=true", names=["value.gradients", "value.trusted"])
     yield bad("value", "value.examples=3", names=["value.examples", "value.page"])
     yield bad("ask", "gain=0.1", "by_chance=0", names=["gain", "by_chance"])
-    yield bad("ask", "models=5", names=["models", "data"])
     yield bad("value", "value.trusted=nothing.jsonl", names=["nothing.jsonl"])
     yield bad("value", "data.train=few.jsonl", names=["few.jsonl"])
     yield odd("value", f"value.asks={10**9}", f"value.examples={10**9}", "value.page=page.html")

@@ -59,10 +59,6 @@ class AskConfig(BaseModel):
             raise ValueError(
                 "gain is measured on pairs drawn by chance, and by_chance=0 draws none; change one of the two"
             )
-        if self.models != 10 and self.data is None:
-            raise ValueError(
-                "models are fitted to labels, and data names none; remove models, or name the labels so far"
-            )
         if self.data is not None and (self.data.eval is not None or self.data.hold_out is not None):
             raise ValueError("favor ask reads labels only; remove data.eval and data.hold_out")
         return self
