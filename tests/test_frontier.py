@@ -120,9 +120,9 @@ def test_every_method_asks_as_often_and_says_so():
     whole = {count for name, count in asked.items() if "share" not in name}
     assert whole == {896}
     assert asked["dpo-0.1-share0.25-seed0"] == asked["dpo_fresh-0.5-share0.25-seed0"] == 224
-    assert asked["ppo-12-share0.25-seed0"] == 224
+    assert asked["ppo-6-share0.25-seed0"] == 224
     # 3.5 rollouts are 4
-    assert asked["ppo_true-12-share0.25-seed0"] == 4 * 64
+    assert asked["ppo_true-8-share0.25-seed0"] == 4 * 64
     smaller = FrontierConfig.model_validate({"ppo": {"rollouts": 28, "batch_prompts": 8}})
     assert calls(smaller, Point("ppo_true", 6, 0, 0.25)) == 224
     assert calls(config, Point("start", 0, 0)) == 0
