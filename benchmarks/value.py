@@ -371,7 +371,7 @@ def gradient_table(mine: Known, held: Known, args: argparse.Namespace) -> None:
     if not kept.exists():
         write_jsonl(args.out / "asked.jsonl", mine.rows[:count])
         write_jsonl(args.out / "trusted.jsonl", held.rows[: args.trusted])
-        favor_value = ValueConfig(
+        config = ValueConfig(
             model=ModelConfig(path=args.model),
             data=DataConfig(train=str(args.out / "asked.jsonl")),
             tokens=TokensConfig(max_tokens=args.max_tokens, template=args.template),
@@ -382,7 +382,7 @@ def gradient_table(mine: Known, held: Known, args: argparse.Namespace) -> None:
                 overwrite=True,
             ),
         )
-        value(favor_value, lambda *told: None)
+        value(config, lambda *told: None)
         lines = (args.out / "value.jsonl").read_text("utf-8").splitlines()
         kept.write_text(json.dumps([json.loads(line)["gradient"] for line in lines]))
     cosine_P = np.array(json.loads(kept.read_text()))

@@ -51,14 +51,12 @@ class AskConfig(BaseModel):
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "AskConfig":
-        if self.enough is not None and self.by_chance == 0:
-            raise ValueError(
-                "enough is measured on pairs drawn by chance, and by_chance=0 draws none; change one of the two"
-            )
-        if self.gain != 0.05 and self.by_chance == 0:
-            raise ValueError(
-                "gain is measured on pairs drawn by chance, and by_chance=0 draws none; change one of the two"
-            )
+        # by value: a resolved recipe names every key
+        for name in ("enough", "gain"):
+            if self.by_chance == 0 and vars(self)[name] != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is measured on pairs drawn by chance, and by_chance=0 draws none; change one of the two"
+                )
         if self.data is not None and (self.data.eval is not None or self.data.hold_out is not None):
             raise ValueError("favor ask reads labels only; remove data.eval and data.hold_out")
         return self

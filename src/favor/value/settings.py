@@ -55,7 +55,7 @@ class ValueSettings(BaseModel):
     def _every_option_is_read(self) -> "ValueSettings":
         if self.gradients and self.trusted is None:
             raise ValueError("value.gradients compares with the pairs of value.trusted; name them, or remove it")
-        if self.examples != 10 and not self.page:
+        if self.examples != type(self).model_fields["examples"].default and not self.page:
             raise ValueError("value.examples is read only with value.page; set it or remove value.examples")
         if self.overwrite and not (self.out or self.page or self.clean):
             raise ValueError(

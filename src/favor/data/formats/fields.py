@@ -201,10 +201,13 @@ def _message(value: Any, name: str) -> Message:
     message = {str(key): v for key, v in value.items() if v is not None}
     if "content" in message:
         message["content"] = joined_parts(message["content"], f"{name}.content")
-    calls = message.get("tool_calls") or message.get("function_call")
-    if not isinstance(message.get("content", ""), str) or ("content" not in message and not calls):
+    if not isinstance(message.get("content", ""), str) or ("content" not in message and not _calls(message)):
         raise RowError(f"{name} has no text content", "empty")
     return message
+
+
+def _calls(message: Message) -> Any:
+    return message.get("tool_calls") or message.get("function_call")
 
 
 def joined_parts(value: Any, name: str) -> Any:
@@ -232,7 +235,7 @@ def complete(messages: tuple[Message, ...], name: str) -> tuple[Message, ...]:
     last = messages[-1]
     if last["role"] != "assistant":
         raise RowError(f"{name} ends with a turn of '{last['role']}', expected the assistant's")
-    if not (last.get("content") or "").strip() and not (last.get("tool_calls") or last.get("function_call")):
+    if not (last.get("content") or "").strip() and not _calls(last):
         raise RowError(f"{name} is empty (its last turn says nothing)", "empty")
     return messages
 
