@@ -8,19 +8,16 @@ benchmarks/value.py (made if they are not there).
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from value import Known, add_data, read
+from value import Known, add_data, add_training, fitted, read
 
-import favor
 from favor.ask.choose import by_margin, spread_out
 from favor.eval.intervals import mean_interval, sign_share
 from favor.eval.sequence import sequence
 from favor.model.room import memory_settings
-from favor.run import RunFolder, write_jsonl
+from favor.run import write_jsonl
 from favor.value.cheap import Cases, head, margins
 
 Array = NDArray[np.float64]
@@ -32,9 +29,9 @@ def main() -> None:
     """Print the table of heads, then that of DPO."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data(parser)
+    add_training(parser)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--train", type=int, default=0, help="labels to train DPO on; 0: none")
-    parser.add_argument("--lr", type=float, default=3e-5)
     args = parser.parse_args()
     memory_settings()
     known = read(args)
@@ -53,6 +50,7 @@ def main() -> None:
         print(f"| {count} | " + " | ".join(cell(scores[rule], scores[RULES[0]]) for rule in RULES) + " |", flush=True)
     stop_table(known["train"], held, args.seeds)
     if args.train:
+        write_jsonl(args.out / "held.jsonl", known["eval"].rows[: args.held])
         train(known["train"], labelled, args)
 
 
@@ -136,29 +134,21 @@ def settled(pool: Known, share: float, seed: int) -> dict[str, list[int]]:
 
 def train(pool: Known, labelled: dict[tuple[str, int], list[int]], args: argparse.Namespace) -> None:
     """DPO on the first labels of two rules."""
-    print(f"\nDPO on {args.train} labels, lr {args.lr}, bfloat16; accuracy on 200 held-out pairs")
-    print("| rule | accuracy by seed | mean |\n|---|---|---|")
+    print(f"\nDPO on {args.train} labels, lr {args.lr}, {args.dtype}; accuracy on {args.held} held-out pairs")
+    print("| rule | accuracy by seed | mean (paired gain over chance) |\n|---|---|---|")
+    base = np.zeros(0)
     for rule in (RULES[0], RULES[2]):
-        found = [
-            trained(pool, labelled[rule, seed][: args.train], f"{rule}-{seed}", seed, args)
-            for seed in range(args.seeds)
-        ]
-        print(f"| {rule} | {', '.join(f'{one:.3f}' for one in found)} | {np.mean(found):.3f} |", flush=True)
-
-
-def trained(pool: Known, labels: list[int], name: str, seed: int, args: argparse.Namespace) -> float:
-    """Held-out implicit reward accuracy."""
-    folder: Path = args.out / "ask" / f"{name.replace(' ', '_')}-{len(labels)}"
-    run = RunFolder(folder / "run")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "train.jsonl", [pool.rows[place] for place in labels])
-    if not run.evaluation.exists():
-        settings = {"dtype": "bfloat16", "batch_prompts": 8, "loss": {"kind": "dpo", "beta": 0.1}, "save": {"every": 0}}
-        favor.train(
-            args.model, str(folder / "train.jsonl"), out=run.root, seed=seed, lr=args.lr, quiet=True, **settings
+        found = np.array(
+            [dpo(pool, labelled[rule, seed][: args.train], rule, seed, args) for seed in range(args.seeds)]
         )
-        favor.evaluate(str(run.root), data=args.held_out, max_rows=200, sample_prompts=0, quiet=True)
-    return float(json.loads(run.evaluation.read_text())["accuracy"])
+        base = base if len(base) else found
+        print(f"| {rule} | {', '.join(f'{one:.3f}' for one in found)} | {cell(found, base)} |", flush=True)
+
+
+def dpo(pool: Known, labels: list[int], rule: str, seed: int, args: argparse.Namespace) -> float:
+    """Held-out accuracy of DPO on these labels."""
+    rows = [pool.rows[place] for place in labels]
+    return fitted(rows, f"ask-{rule.replace(' ', '-')}-{seed}-{len(labels)}", seed, args, {"kind": "dpo"})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Judges with planted faults on real pairs: what `favor audit` finds of each, over seeds.
 
-In: the film quotes of `favor demo` (downloaded once). Out: a table for docs/log.md: the fault, the figure that should find it
-with its interval, how often each finding was made. `python benchmarks/audit.py [--pairs 200] [--seeds 5]`.
+In: the film quotes of `favor demo` (downloaded once). Out: tables for docs/log.md: the fault, the figure that should find it
+with its interval, how often each finding was made; what a handful of labels makes of a win rate; soft labels fitted to them
+beside one share for all verdicts, on the pairs without a label. `python benchmarks/audit.py [--pairs 200] [--seeds 5]`.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from favor.audit.run import audit
 from favor.audit.settings import AuditConfig
 from favor.config import load
 from favor.demo import review_files
-from favor.run import cache_folder, write_jsonl
+from favor.eval.intervals import mean_interval
+from favor.run import cache_folder, read_jsonl, write_jsonl
 
 # an answer's own text says nothing of which is fresh, so the judges look it up; whose an answer is they know too
 JUDGES = """
@@ -80,15 +82,30 @@ def look(here, judge, seed, *more):
     return audit(load(AuditConfig, None, words), lambda text: None, lambda *_: None)
 
 
+def losses(here, judge, figures, known):
+    """Mean loss (nats) of P(preferred) on pairs without a label: soft labels, one share for all verdicts, a coin.
+
+    One share says 1 - `label_smoothing` of the answer that both orders prefer, and 1/2 where they disagree or tie.
+    """
+    rows = read_jsonl(here / "runs" / judge / "soft-labels.jsonl")
+    rows = [row for row in rows if "human" not in row]
+    right = np.array([1.0 if known[row["responses"][0]][0] else 0.0 for row in rows])
+    soft = np.array([row["votes"][0] for row in rows])
+    smooth = 1 - figures["soft_labels"]["label_smoothing"]
+    sure = {("A", "B"): smooth, ("B", "A"): 1 - smooth}
+    one = np.array([sure.get(tuple(row["verdicts"]), 0.5) for row in rows])
+    return [float(-np.log(np.where(right == 1, p, 1 - p)).mean()) for p in (soft, one)]
+
+
 def main():
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=5)
     asked = parser.parse_args()
     lines = (review_files(cache_folder(), print) / "test.jsonl").read_text("utf-8").splitlines()
     pairs = [json.loads(line) for line in lines]
-    found, stretched = {judge: [] for judge in PLANTED}, []
+    found, stretched, told = {judge: [] for judge in PLANTED}, [], {judge: [] for judge in PLANTED}
     for seed in range(asked.seeds):
         with tempfile.TemporaryDirectory() as folder:
             here = Path(folder)
@@ -100,6 +117,9 @@ def main():
             (here / "known.json").write_text(json.dumps(known))
             for judge in PLANTED:
                 found[judge].append(look(here, judge, seed, f"human={here / 'pairs.jsonl'}"))
+            for judge in PLANTED:
+                words = (f"human={here / 'few.jsonl'}", "repeats=0")
+                told[judge].append(losses(here, judge, look(here, judge, seed, *words), known))
             for judge in ("noisy", "often_longer", "often_own", "longer"):
                 few = look(here, judge, seed, f"human={here / 'few.jsonl'}", "side=me", "repeats=0")["win_rate"]
                 whole = look(here, judge, seed, f"human={here / 'pairs.jsonl'}", "side=me", "repeats=0")["win_rate"]
@@ -116,6 +136,17 @@ def main():
         three = " | ".join(shown(few[name], few[f"{name}_interval"]) for name in ("human", "judge", "both"))
         print(
             f"| {PLANTED[judge][0]} | {seed} | {whole['human']:.3f} | {three} | {few['worth']:.0f} of {few['labels']} |"
+        )
+    print(
+        f"\nloss on the {asked.pairs - 40} pairs without a label, by seed"
+        "\n| judge | soft labels | one share for all | soft less one share |\n|---|---|---|---|"
+    )
+    for judge, losses_of in told.items():
+        soft, one = np.array(losses_of).T
+        gap = mean_interval(soft - one)
+        print(
+            f"| {PLANTED[judge][0]} | {', '.join(f'{x:.3f}' for x in soft)} | {', '.join(f'{x:.3f}' for x in one)} "
+            f"| {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] |"
         )
 
 

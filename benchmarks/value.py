@@ -68,19 +68,16 @@ def parse() -> argparse.Namespace:
     """The words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data(parser)
+    add_training(parser)
     parser.add_argument("--trusted", type=int, default=100, help="held-out pairs whose labels are trusted")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.4])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--train-pairs", type=int, default=240)
     parser.add_argument("--train-shares", type=float, nargs="+", default=[0.2])
     parser.add_argument("--train-seeds", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=3e-5)
     parser.add_argument(
         "--rules", nargs="+", type=int, default=list(range(len(RULES))), help="numbers of RULES; 0 is all pairs"
     )
-    parser.add_argument("--held", type=int, default=200, help="held-out pairs that say how good the trained models are")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--epochs", type=int, default=1)
     parts = ["noise", "train", "gradients"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     return parser.parse_args()
@@ -97,6 +94,14 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=1024, help="longer pairs are left out")
 
 
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """What says how DPO is trained, and on what it is measured."""
+    parser.add_argument("--lr", type=float, default=3e-5)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--held", type=int, default=200, help="held-out pairs that say how good the trained models are")
+
+
 def read(args: argparse.Namespace) -> dict[str, Known]:
     """Both files as numbers, computed once."""
     files = review_files(cache_folder(), print)
@@ -105,8 +110,7 @@ def read(args: argparse.Namespace) -> dict[str, Known]:
     args.model = args.model or str(model_folder(cache_folder(), print))
     args.out.mkdir(parents=True, exist_ok=True)
     data = DataConfig(train=args.data, eval=args.held_out, max_rows=args.pairs, bad_rows="drop")
-    tokens = TokensConfig(max_tokens=args.max_tokens, template=args.template)
-    config = ValueConfig(model=ModelConfig(path=args.model), data=data, tokens=tokens)
+    config = asking(args, ModelConfig(path=args.model), data)
     kept = args.out / "features.npz"
     texts = args.out / "rows.json"
     if not kept.exists():
@@ -138,6 +142,12 @@ def read(args: argparse.Namespace) -> dict[str, Known]:
         )
         for name in rows
     }
+
+
+def asking(args: argparse.Namespace, model: ModelConfig, data: DataConfig, **more: Any) -> ValueConfig:
+    """A recipe of `favor value`, texts laid out as the words say."""
+    tokens = TokensConfig(max_tokens=args.max_tokens, template=args.template)
+    return ValueConfig(model=model, data=data, tokens=tokens, **more)
 
 
 def plain(text: Text) -> Any:
@@ -172,8 +182,7 @@ def estimates(
 ) -> tuple[float, Noise, Noise, float, float, float]:
     """Truth, mixture, beside trusted, Hölder, and two AUCs."""
     rng = np.random.default_rng(seed)
-    sign_P = turned(len(mine.rows), share, seed)
-    cases = mine.cases._replace(gap_PF=mine.cases.gap_PF * sign_P[:, None])
+    sign_P, cases = turned(mine, len(mine.rows), share, seed)
     trusted = held.cases.some(rng.permutation(len(held.rows))[: args.trusted])
     said = margins(cases, trusted.gap_PF, MODELS, FOLDS, seed)
     margin_P = said.out_MP.mean(0)
@@ -185,9 +194,11 @@ def estimates(
     return float(wrong.mean()), mixed, beside, holder_share(cases, said.strength, seed), aucs[0], aucs[1]
 
 
-def turned(count: int, share: float, seed: int) -> Array:
-    """-1 for a label that is turned round."""
-    return np.where(np.random.default_rng(1000 + seed).random(count) < share, -1.0, 1.0)
+def turned(mine: Known, count: int, share: float, seed: int) -> tuple[Array, Cases]:
+    """The first pairs by labels of which a share is turned round by chance; -1 for these, 1 for the others."""
+    sign_P = np.where(np.random.default_rng(1000 + seed).random(count) < share, -1.0, 1.0)
+    some = mine.cases.some(np.arange(count))
+    return sign_P, some._replace(gap_PF=some.gap_PF * sign_P[:, None])
 
 
 def noise_cells(noises: tuple[Noise, ...], truth: tuple[float, ...]) -> tuple[str, str]:
@@ -305,9 +316,7 @@ def trained(
     mine: Known, share: float, seed: int, name: str, rule: Callable[[Choice], Array], args: argparse.Namespace
 ) -> dict[str, float]:
     """One run of DPO on what a rule keeps."""
-    some = mine.cases.some(np.arange(args.train_pairs))
-    sign_P = turned(args.train_pairs, share, seed)
-    cases = some._replace(gap_PF=some.gap_PF * sign_P[:, None])
+    sign_P, cases = turned(mine, args.train_pairs, share, seed)
     said = margins(cases, cases.gap_PF[:0], MODELS, FOLDS, seed)
     noise = mixture(said.out_MP.mean(0), cases.prompt_P)
     verdicts = judge(noise.wrong(said.out_MP.mean(0)), said.out_MP, ValueSettings())
@@ -316,12 +325,19 @@ def trained(
     )
     use_P = rule(seen)
     final_P = use_P * sign_P
-    folder = args.out / f"{share:g}-{seed}-{list(RULES).index(name)}"
+    rows = [row if final > 0 else swapped(row) for row, final in zip(mine.rows, final_P, strict=False) if final]
+    robust = {"kind": "robust", "label_smoothing": min(noise.certain, 0.45)} if "robust" in name else {"kind": "dpo"}
+    accuracy = fitted(rows, f"{share:g}-{seed}-{list(RULES).index(name)}", seed, args, robust)
+    wrong = float((final_P[use_P != 0] < 0).mean())
+    return {"accuracy": accuracy, "pairs": float((use_P != 0).sum()), "wrong": wrong}
+
+
+def fitted(rows: list[dict[str, Any]], name: str, seed: int, args: argparse.Namespace, loss: dict[str, Any]) -> float:
+    """Held-out accuracy of DPO trained on these rows; the run is kept under this name."""
+    folder = args.out / name
     run = RunFolder(folder / "run")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row if final > 0 else swapped(row) for row, final in zip(mine.rows, final_P, strict=False) if final]
     write_jsonl(folder / "train.jsonl", rows)
-    robust = {"kind": "robust", "label_smoothing": min(noise.certain, 0.45)} if "robust" in name else {"kind": "dpo"}
     if not run.model.exists():
         favor.train(
             args.model,
@@ -333,13 +349,11 @@ def trained(
             epochs=args.epochs,
             batch_prompts=8,
             tokens={"max_tokens": args.max_tokens, "template": args.template},
-            loss={**robust, "beta": 0.1},
+            loss={**loss, "beta": 0.1},
             save={"every": 0},
             quiet=True,
         )
-    accuracy = held_accuracy(run.model, args)
-    wrong = float((final_P[use_P != 0] < 0).mean())
-    return {"accuracy": accuracy, "pairs": float((use_P != 0).sum()), "wrong": wrong}
+    return held_accuracy(run.model, args)
 
 
 def held_accuracy(model: Path, args: argparse.Namespace) -> float:
@@ -353,11 +367,8 @@ def held_accuracy(model: Path, args: argparse.Namespace) -> float:
 
 def held_gap(model: str, args: argparse.Namespace) -> Array:
     """log pi(chosen) - log pi(rejected) of every held-out pair."""
-    config = ValueConfig(
-        model=ModelConfig(path=model, dtype=args.dtype),
-        data=DataConfig(train=str(args.out / "held.jsonl")),
-        tokens=TokensConfig(max_tokens=args.max_tokens, template=args.template),
-    )
+    data = DataConfig(train=str(args.out / "held.jsonl"))
+    config = asking(args, ModelConfig(path=model, dtype=args.dtype), data)
     return read_parts(config, lambda *told: None)["train"].logp_gap_P
 
 
@@ -371,17 +382,11 @@ def gradient_table(mine: Known, held: Known, args: argparse.Namespace) -> None:
     if not kept.exists():
         write_jsonl(args.out / "asked.jsonl", mine.rows[:count])
         write_jsonl(args.out / "trusted.jsonl", held.rows[: args.trusted])
-        config = ValueConfig(
-            model=ModelConfig(path=args.model),
-            data=DataConfig(train=str(args.out / "asked.jsonl")),
-            tokens=TokensConfig(max_tokens=args.max_tokens, template=args.template),
-            value=ValueSettings(
-                trusted=str(args.out / "trusted.jsonl"),
-                gradients=True,
-                out=str(args.out / "value.jsonl"),
-                overwrite=True,
-            ),
+        asked = ValueSettings(
+            trusted=str(args.out / "trusted.jsonl"), gradients=True, out=str(args.out / "value.jsonl"), overwrite=True
         )
+        data = DataConfig(train=str(args.out / "asked.jsonl"))
+        config = asking(args, ModelConfig(path=args.model, dtype=args.dtype), data, value=asked)
         value(config, lambda *told: None)
         lines = (args.out / "value.jsonl").read_text("utf-8").splitlines()
         kept.write_text(json.dumps([json.loads(line)["gradient"] for line in lines]))
@@ -396,9 +401,8 @@ def gradient_table(mine: Known, held: Known, args: argparse.Namespace) -> None:
 def gradient_aucs(mine: Known, cosine_P: Array, share: float, seed: int) -> tuple[float, float, float]:
     """By cosine, by P(wrong), by the reference's margin."""
     count = len(cosine_P)
-    sign_P = turned(count, share, seed)
-    some = mine.cases.some(np.arange(count))
-    said = margins(some._replace(gap_PF=some.gap_PF * sign_P[:, None]), some.gap_PF[:0], MODELS, FOLDS, seed)
+    sign_P, cases = turned(mine, count, share, seed)
+    said = margins(cases, cases.gap_PF[:0], MODELS, FOLDS, seed)
     scores = (cosine_P * sign_P, said.out_MP.mean(0), mine.logp_gap[:count] * sign_P)
     auc = [float(roc_auc_score(sign_P < 0, -score)) for score in scores]
     return auc[0], auc[1], auc[2]
