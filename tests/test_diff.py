@@ -14,13 +14,14 @@ from interval_coverage import NAIVE, PEEKED, measure, peeks
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from favor.config import load
+from favor.data.schema import holds
 from favor.diff import checks, run
 from favor.diff import measure as measuring
 from favor.diff.calls import Called, Form, called, form_of
 from favor.diff.figures import FIGURES, Gate, Limits, Values, all_measured, judged, measured, verdict_of
 from favor.diff.run import diff
 from favor.diff.settings import DiffConfig
-from favor.diff.signs import REFUSALS, elsewhere, holds, is_json, refuses, script_of, starts, wanted, written
+from favor.diff.signs import REFUSALS, elsewhere, is_json, refuses, script_of, starts, wanted, written
 from favor.errors import ConfigError, DataError
 from favor.eval.sequence import sequence
 from favor.lint.language import identifier

@@ -271,6 +271,40 @@ def test_fix_writes_a_clean_copy_and_says_what_it_did(files, tmp_path, fault):
     assert [json.loads(line) for line in (tmp_path / "again.jsonl").read_text("utf-8").splitlines()] == kept
 
 
+def says(name, arguments):
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return [{"role": "assistant", "content": "I look it up.", "tool_calls": [call]}]
+
+
+@pytest.mark.parametrize(
+    ("call", "tools", "said"),
+    [
+        (("weather", '{"town": "Os'), True, "the arguments of weather are no JSON object"),
+        (("weather", '{"town": "Os'), False, "the arguments of weather are no JSON object"),
+        (("rain", {"town": "Oslo"}), True, "rain is not among the row's tools (weather)"),
+        (("weather", '{"city": "Oslo"}'), True, "do not fit its schema"),
+        (("weather", {"town": 7}), True, "do not fit its schema"),
+        (("weather", '{"town": "Oslo"}'), True, None),
+        (("weather", {"town": "Oslo"}), True, None),
+        (("rain", {"any": 1}), False, None),
+    ],
+)
+def test_calls_of_preferred_responses_are_calls_that_a_tool_takes(tmp_path, call, tools, said):
+    """Those of the worse one may be broken: that is mostly why it is worse."""
+    schema = {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]}
+    known = [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+    row = {"prompt": [{"role": "user", "content": "Rain?"}], "chosen": says(*call), "rejected": says("wether", "{")}
+    path, clean = tmp_path / "calls.jsonl", tmp_path / "clean.jsonl"
+    path.write_text(
+        "".join(json.dumps(one) + "\n" for one in [*clean_rows(3), row | ({"tools": known} if tools else {})])
+    )
+    found = [f for f in lint(load(LintConfig, None, [f"data.train={path}", f"lint.fix={clean}"])) if f.kind == "calls"]
+    assert [f.rows for f in found] == ([((str(path), 4),)] if said else [])
+    assert len(clean.read_text().splitlines()) == (3 if said else 4)
+    if said:
+        assert said in found[0].examples[0]
+
+
 def test_what_is_no_fault(files):
     """Typographic quotes, accents, emoji of several parts, code, tags in a note only."""
     train = clean_rows()

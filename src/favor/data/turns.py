@@ -5,7 +5,7 @@ In: messages, or rendered text. Out: the same in another form, or whether a text
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from favor.data.formats.fields import shown
@@ -37,10 +37,21 @@ def as_json(arguments: Any) -> Any:
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
+def calls_of(turn: Message) -> list[dict[str, Any]]:
+    """What a turn calls: name and arguments."""
+    calls = [call.get("function", call) for call in turn.get("tool_calls") or [] if isinstance(call, dict)]
+    return [call for call in calls if isinstance(call, dict)]
+
+
 def called(turn: Message) -> set[str]:
     """The names of what a turn calls."""
-    calls = [call.get("function", call) for call in turn.get("tool_calls") or [] if isinstance(call, dict)]
-    return {str(call.get("name")) for call in calls if isinstance(call, dict)}
+    return {str(call.get("name")) for call in calls_of(turn)}
+
+
+def parameters_of(tools: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Name of a tool -> schema of its arguments."""
+    inner = [tool.get("function", tool) for tool in tools]
+    return {str(one.get("name")): one.get("parameters") for one in inner if isinstance(one, Mapping)}
 
 
 def apart(turn: Message) -> Message | None:

@@ -13,8 +13,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from favor.data.readers import value_at
-from favor.data.turns import as_object
-from favor.diff.signs import holds
+from favor.data.schema import holds
+from favor.data.turns import as_object, parameters_of
 
 _NAME, _KEY, _VALUE = "zqnamefavorqz", "zqkeyfavorqz", "zqvaluefavorqz"
 # ways in which a template can fail on a call that it does not know
@@ -114,17 +114,11 @@ def _decoded(text: str, at: int) -> tuple[dict[str, Any] | None, int]:
 
 def called(text: str, form: Form, tools: Sequence[Mapping[str, Any]]) -> Called:
     """The calls of an answer (with its special tokens). Without a mark before them a text that begins with { is one."""
-    known = _parameters(tools)
+    known = parameters_of(tools)
     parts = text.split(form.opening)[1:] if form.opening else [text] if text.lstrip().startswith("{") else []
     found = [call for part in parts for call in (_calls(part, form) or [None])]
     bad = sum(call is None or call[0] not in known or not holds(call[1], known[call[0]]) for call in found)
     return Called(len(found), bad)
-
-
-def _parameters(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Name -> schema of its arguments."""
-    inner = [tool.get("function", tool) for tool in tools]
-    return {str(one.get("name")): one.get("parameters") for one in inner if isinstance(one, Mapping)}
 
 
 def _calls(part: str, form: Form) -> list[tuple[str, dict[str, Any]] | None]:

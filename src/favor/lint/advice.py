@@ -51,6 +51,11 @@ ADVICE: Mapping[str, Advice] = {
         "Often an export that broke off; fine where one word is an answer.",
         "Look at the rows below.",
     ),
+    "calls": Advice(
+        "A preferred answer calls what no tool takes",
+        "The model learns to call so.",
+        "Write the call as the tool's schema says, or take the row out.",
+    ),
     "refusal": Advice(
         "The preferred answer refuses, the other does not",
         "Many such rows teach the model to refuse.",

@@ -7,13 +7,15 @@ import html
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import ftfy
 
 from favor.data.formats import Judgment, RowError
+from favor.data.schema import holds
+from favor.data.turns import as_object, calls_of, parameters_of
 from favor.data.types import words_of
 from favor.errors import in_texts
 from favor.lint.cheap import RESPONSE_CHECKS, Hit, Where, shown
@@ -73,6 +75,7 @@ def row_checks(row: Row) -> Iterator[Hit]:
                 said = f"column '{name}' holds what looks like {what}: {hit.group()[:letters]}..."
                 yield Hit(kind, row.where, said)
     yield from _odd_responses(row)
+    yield from _broken_calls(row)
     prompt = row.said.prompt if isinstance(row.said, Judgment) else ""
     for before, turn in pairwise(() if isinstance(prompt, str) else prompt):
         if before == turn and turn.get("content"):
@@ -114,6 +117,30 @@ def _odd_responses(row: Row) -> Iterator[Hit]:
         chosen, rejected = row.responses[best], row.responses[worst]
         if _REFUSAL.search(chosen) and not _REFUSAL.search(rejected):
             yield Hit("refusal", row.where, f"chosen refuses, rejected does not: {shown(chosen, 80)!r}")
+
+
+def _broken_calls(row: Row) -> Iterator[Hit]:
+    """Calls of preferred responses; one that is worse than all others may well be broken, and is mostly worse for it."""
+    if isinstance(row.said, RowError):
+        return
+    tools = None if row.said.tools is None else parameters_of(row.said.tools)
+    for place in sorted({place for order in row.orders for place in order[:-1]}):
+        response = row.said.responses[place]
+        for turn in () if isinstance(response, str) else response:
+            for said in filter(None, (_wrong_call(call, tools) for call in calls_of(turn))):
+                yield Hit("calls", row.where, said)
+
+
+def _wrong_call(call: Mapping[str, Any], tools: Mapping[str, Any] | None) -> str | None:
+    """What is wrong with a call, in words; without tools its arguments must be an object."""
+    name, arguments = str(call.get("name")), as_object(call.get("arguments", {}))
+    if not isinstance(arguments, dict):
+        return f"the arguments of {name} are no JSON object: {shown(str(arguments), 80)!r}"
+    if tools is not None and name not in tools:
+        return f"{name} is not among the row's tools ({', '.join(tools)})"
+    if tools is not None and not holds(arguments, tools[name]):
+        return f"the arguments of {name} do not fit its schema: {shown(json.dumps(arguments, ensure_ascii=False), 80)}"
+    return None
 
 
 def _strings(value: object) -> list[str]:

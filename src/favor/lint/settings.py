@@ -54,6 +54,7 @@ KINDS: dict[str, tuple[Severity, str, bool]] = {
     "echo": ("warning", "rows whose response repeats the prompt", True),
     "repeated_turn": ("warning", "rows with the same turn twice", True),
     "blanks": ("warning", "rows with a response that ends in blanks", False),
+    "calls": ("warning", "rows whose preferred response calls what no tool takes", True),
     "stub": ("note", "rows with a response of a single word", False),
     "refusal": ("note", "rows whose preferred response is the refusal", False),
     "contradiction": ("error", "rows contradict another row", True),
