@@ -97,12 +97,12 @@ TRAIN_ORDER = (
 )
 # inside data/ too; the package formats is one
 DATA_ORDER = (
-    *("types", "readers", "tables", "sources", "formats", "pictures", "grow", "settings", "read"),
+    *("types", "schema", "readers", "tables", "sources", "formats", "pictures", "grow", "settings", "read"),
     *("encode", "shapes", "turns", "render", "sight", "tokenize", "splits", "store", "prepare", "prompts"),
     *("features", "batches"),
 )
 # the size of the package; a feature may raise a number to the new size in its own commit, with the reason (CONTRIBUTING.md)
-MOST_LINES, MOST_FILES = 36_212, 243
+MOST_LINES, MOST_FILES = 36_256, 244
 # comment lines per 100 of code, on the files of the story (docs/path.md)
 LEAST_COMMENTS = 5
 FILES = sorted(PACKAGE.rglob("*.py"))
