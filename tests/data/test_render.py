@@ -259,7 +259,7 @@ def test_what_a_model_says_is_no_forgery():
 @pytest.mark.parametrize("expression", ["1 // 0", "m.content.nothing()", "'a' + 1", "range(10 ** 9)", "raise_exception('no')", "m.x.y.z", "'%d' % 'x'"])  # fmt: skip
 def test_a_template_that_fails_refuses_the_row(expression):
     how = tiny.CHATML.replace("{% for", "{% for m in messages %}{% if 'odd' in m.content %}{{ " + expression + " }}{% endif %}{% endfor %}{% for", 1)  # fmt: skip
-    with pytest.raises(DataError, match=r"row 7: the chat template refuses it \(\w+: .*\); fix the row"):
+    with pytest.raises(DataError, match=r"row 7: the chat template refuses it \(\w+: .*\); change the row"):
         ids(tree(say("good"), say("odd")), how)
 
 

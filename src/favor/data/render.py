@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeAlias, cast
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from favor.data.formats.fields import SAID, RowError, checked_texts, shown
+from favor.data.formats.fields import SAID, RowError, checked_texts
 from favor.data.pictures import as_parts
 from favor.data.shapes import MARK, MARKED, Shapes
-from favor.data.turns import REMEDY, apart, as_json, as_object, called, check_heard, mark, placed, reasoned
+from favor.data.turns import ARGUMENTS, REMEDY, apart, called, check_heard, differs, left_out, mark, placed, reasoned
 from favor.data.types import Message, PromptTree, Text
 
 # a turn of the model's and what others say behind it -> all up to there
@@ -155,9 +155,7 @@ class Renderer:
             return text, self._survives(turn, heard, written, (known, text), last=last)
         base = _OPENED.sub("", known)
         if not last or base == known or not text.startswith(base):
-            what = _PROMPT_CHANGES if last else "an earlier turn differently once others follow"
-            remedy = "use another template, or tokens.template=plain" if last else _A_ROW_EACH
-            raise RowError(f"the chat template renders {what}, so no exact boundary exists; {remedy}")
+            raise differs(known, last=last)
         # the prompt opens the model's reasoning, and the template writes none of it where it was said before
         reasoning, answer = reasoned(turn, known[len(base) :])
         if not reasoning:
@@ -194,9 +192,7 @@ class Renderer:
         places = [int(place) for place in shape[1::2]]
         missing = {i for i, value in enumerate(values[:own]) if value.strip()}.difference(places)
         if missing:
-            lost = values[min(missing)]
-            remedy = _NO_CALLS if lost in called(turn) else REMEDY if last else f"; {_A_ROW_EACH}"
-            raise RowError(f"the chat template leaves out {shown(lost)} of the response{remedy}")
+            raise left_out(values[min(missing)], turn, last=last)
         # the header of a tool's answer may name the call again
         again = {place for place in places if places.count(place) > 1}
         if any(last or values[place] not in called(turn) for place in again):
@@ -233,7 +229,7 @@ class Renderer:
     @cached_property
     def _arguments(self) -> Callable[[Any], Any]:
         """What makes of a call's arguments what the template wants: an object, or JSON text."""
-        for form in (as_object, as_json):
+        for form in ARGUMENTS:
             function = {"name": "f", "arguments": form({"a": MARK})}
             call = {"id": "abcdefghi", "type": "function", "function": function}
             turns: list[Message] = [{"role": "user", "content": "hi"}]
@@ -328,14 +324,12 @@ class Renderer:
                 turns, tokenize=False, add_generation_prompt=generation, **variables
             )
         except _FAILS as error:
-            raise RowError(f"the chat template refuses it ({type(error).__name__}: {error})") from None
+            raise RowError(f"the chat template refuses it ({type(error).__name__}: {error}); {_REFUSES}") from None
         assert isinstance(text, str)
         return text
 
 
-_PROMPT_CHANGES = "the prompt differently once the response follows"
-_NO_CALLS = "; use a template that writes tool calls"
-_A_ROW_EACH = "make a row of every turn, with those before it as its prompt, or take out its reasoning"
+_REFUSES = "change the row as it says, or use a template that takes it"
 
 
 def _variables(tree: PromptTree) -> Variables:

@@ -284,8 +284,8 @@ def _turns(
         stop = next(ends, -1) + 1
         if not stop:
             raise RowError(
-                "the chat template ends no turn with an end-of-turn token, so within a response of several turns the model could "
-                "not have ended one"
+                "the chat template ends no turn with an end-of-turn token, so the model could not have ended one within a "
+                "response of several turns; make a row of every turn, with those before it as its prompt"
             )
         found += [*new[:stop], *(~token for token in new[stop:])]
     return found

@@ -21,6 +21,7 @@ _REASONED = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _ENDED = re.compile(r"(?:\s*<think>)?(.*?)</think>(.*)", re.DOTALL)
 _FIELDS = ("reasoning_content", "reasoning", "thinking")
 REMEDY = "; use a template that keeps it, set tokens.template=plain, or change the row to the form in which the template writes it"
+_A_ROW_EACH = "make a row of every turn, with those before it as its prompt, or take out its reasoning"
 
 
 def as_object(arguments: Any) -> Any:
@@ -35,6 +36,10 @@ def as_object(arguments: Any) -> Any:
 def as_json(arguments: Any) -> Any:
     """An object as JSON text."""
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+
+
+# what templates take for the arguments of a call
+ARGUMENTS = (as_object, as_json)
 
 
 def calls_of(turn: Message) -> list[dict[str, Any]]:
@@ -83,6 +88,28 @@ def reasoned(turn: Message, opened: str) -> tuple[str, Message]:
     opens = "<think>" in turn["content"].partition("</think>")[0]
     inner = found[1].removeprefix(opened.removeprefix("<think>")) if opens else found[1]
     return f"{inner}</think>", {**bare, "content": found[2]}
+
+
+def differs(known: str, *, last: bool) -> RowError:
+    """Why a row is refused whose template shows `known`, all up to a turn, otherwise once that turn (`last`) or more follow."""
+    if last and known.rstrip().endswith("</think>"):
+        return RowError(
+            "the prompt ends the model's reasoning (</think>), and the chat template does not write that once the response "
+            "follows; set enable_thinking=true (in chat_template_kwargs or model.template_kwargs), or take out its reasoning"
+        )
+    what, remedy = "an earlier turn differently once others follow", _A_ROW_EACH
+    if last:
+        what = "the prompt differently once the response follows"
+        remedy = "use another template, or tokens.template=plain"
+    return RowError(f"the chat template renders {what}, so no exact boundary exists; {remedy}")
+
+
+def left_out(lost: str, turn: Message, *, last: bool) -> RowError:
+    """Why a row cannot be used whose template does not write `lost`, which a turn of a response says; `last`: its last one."""
+    remedy = REMEDY if last else f"; {_A_ROW_EACH}"
+    if lost in called(turn):
+        remedy = "; use a template that writes every tool call of a turn"
+    return RowError(f"the chat template leaves out {shown(lost)} of the response{remedy}")
 
 
 def mark(value: Any, values: list[str], *, keys: bool = False) -> Any:
