@@ -22,18 +22,19 @@ TIED = {"ties", "helpsteer2", "helpsteer3", "ultrafeedback_binarized"}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.save(tmp_path_factory.mktemp("tiny") / "model")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return {t: tiny.save(folder / name, template=t) for name, t in (("plain", tiny.CHATML), ("agents", tiny.AGENTS))}
 
 
 @pytest.mark.parametrize("fixture", FIXTURES, ids=lambda path: path.stem)
-def test_a_step(model, tmp_path, fixture):
+def test_a_step(models, tmp_path, fixture):
     def session(root):
         return Session(RunFolder(root), World(), Console(quiet=True), StopRequest())
 
     words = [
         f"run={tmp_path / 'run'}",
-        f"model.path={model}",
+        f"model.path={models[tiny.template_of(fixture.stem)]}",
         "model.dtype=float32",
         f"data.train={fixture}",
         "tokens.max_tokens=4096",
@@ -41,7 +42,7 @@ def test_a_step(model, tmp_path, fixture):
     ]
     if fixture.stem == "alpaca_ranking":
         words.append("data.format=alpaca")
-    if fixture.stem == "sft":
+    if fixture.stem.startswith("sft"):
         sft(load(SftConfig, None, words), session)
     else:
         loss = "kto" if fixture.stem in THUMBS else "davidson" if fixture.stem in TIED else "dpo"

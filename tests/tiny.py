@@ -48,6 +48,15 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# ChatML that writes tools, calls, and reasoning where it was said, and ends that before it begins where a row says so
+AGENTS = (
+    "{% set off = '<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking else '' %}"
+    "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m.reasoning_content %}"
+    "{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% elif m['role'] == 'assistant' %}{{ off }}{% endif %}"
+    "{{ m['content'] or '' }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + off }}{% endif %}"
+)
 _CORPUS = [
     "What is the capital of France? Paris is the capital of France.",
     "Write a one-line review of the film. A warm, funny and humane film that never stops.",
@@ -91,6 +100,11 @@ def tokenizer(template=CHATML, bos=False):
     )
     made.chat_template = template
     return made
+
+
+def template_of(fixture):
+    """The chat template that an example of a published format (data/formats) wants."""
+    return AGENTS if fixture.endswith(("_tools", "_thinking")) else CHATML
 
 
 def save(folder, family="llama", template=CHATML):

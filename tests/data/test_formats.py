@@ -61,6 +61,11 @@ MEANT = {
     "ties": ("pairs", [([], [C((0, 1))], []), ([C((0, 1))], [], [])]),
     "ranked": ("ranked", [([C((2, 1, 0))], [], []), ([C((0, 1), gaps=(4.0,)), C((2, 1), gaps=(4.0,))], [C((0, 2))], [])]),
     "sft": ("sft", [([], [], []), ([], [], [])]),
+    "trl_tools": ("pairs", [([C((0, 1))], [], []), ([C((0, 1))], [], [])]),
+    "trl_thinking": ("pairs", [([C((0, 1))], [], []), ([C((0, 1))], [], [])]),
+    "openai_tools": ("openai_preference", [([C((0, 1))], [], []), ([C((0, 1))], [], [])]),
+    "sharegpt_tools": ("sharegpt", [([C((0, 1))], [], []), ([C((0, 1))], [], [])]),
+    "sft_tools": ("sft", [([], [], []), ([], [], [])]),
 }  # fmt: skip
 
 
@@ -95,7 +100,8 @@ def test_fixture_is_recognised_and_means_what_it_says(name):
 def test_fixture_trains(name):
     """Read, tokenised and packed, every fixture gives finite tensors with all its comparisons."""
     texts, _ = load(name)
-    tokens, _ = tokenize(texts, tiny.tokenizer(), TokensConfig(max_tokens=512), frozenset({2}), "error")
+    made = tiny.tokenizer(tiny.template_of(name))
+    tokens, _ = tokenize(texts, made, TokensConfig(max_tokens=2048), frozenset({2}), "error")
     for layout in ("tree", "rows"):
         batch = batches.build(tokens, layout)
         for value in vars(batch).values():
@@ -131,6 +137,85 @@ def test_prompts_and_responses_as_they_are_shown_to_the_model():
     assert load("helpsteer")[1].lone_scores == 1
 
 
+def roles(turns):
+    """Who speaks; of a turn with calls the names and arguments."""
+    return [
+        [(call["function"]["name"], call["function"]["arguments"]) for call in turn.get("tool_calls", [])]
+        or turn["role"]
+        for turn in turns
+    ]
+
+
+def test_calls_as_openai_writes_them_are_read_as_they_are():
+    """Several of one turn, each with its arguments, which are JSON text; tools as a list and as JSON text."""
+    oslo, rome = '{"city": "Oslo"}', '{"city": "Rome"}'
+    both, late = [("weather", oslo), ("weather", rome)], [("time", oslo)]
+    whole, step = load("trl_tools")[0]
+    assert roles(whole.prompt) == ["user"]
+    assert roles(whole.responses[0]) == [both, "tool", "tool", "assistant"]
+    assert roles(whole.responses[1]) == [[("weather", oslo)], "tool", "assistant"]
+    assert [turn["tool_call_id"] for turn in whole.responses[0][1:3]] == ["call_0", "call_1"]
+    assert roles(step.prompt) == ["user", [("weather", oslo)], "tool"]
+    assert [roles(side) for side in step.responses] == [[late], ["assistant"]]
+    assert whole.tools == step.tools
+    first, second = load("openai_tools")[0]
+    assert [roles(side) for side in first.responses] == [[both], ["assistant"]]
+    assert (roles(second.prompt), roles(second.responses[1])) == (["user", late, "tool"], [late])
+    told, asked = load("sft_tools")[0]
+    assert roles(told.prompt) == ["system", "user", [("weather", oslo)], "tool"]
+    assert roles(asked.responses[0]) == [both]
+    for tree in (whole, first, second, told):
+        assert {"weather": 1, "time": 1}.keys() >= {tool["function"]["name"] for tool in tree.tools} > set()
+
+
+def test_calls_and_observations_of_sharegpt():
+    """A function_call is one call or a list of them, all of one turn; a side may be a list of turns."""
+    oslo, rome = {"city": "Oslo"}, {"city": "Rome"}
+    whole, step = load("sharegpt_tools")[0]
+    assert roles(whole.prompt) == ["system", "user"]
+    assert roles(whole.responses[0]) == [[("weather", oslo), ("weather", rome)], "tool", "assistant"]
+    assert whole.responses[0][1]["content"] == "[5, 18]"
+    assert whole.responses[1] == (say("assistant", "In Rome."),)
+    assert roles(step.prompt) == ["user", [("weather", oslo)], "tool"]
+    assert [roles(side) for side in step.responses] == [[[("time", oslo)]], ["assistant"]]
+    assert [tool["name"] for tool in whole.tools] == ["weather", "time"]
+
+
+def test_reasoning_and_variables_are_read_as_they_are():
+    thinking, brief = load("trl_thinking")[0]
+    assert [side[0]["reasoning_content"] for side in thinking.responses] == ["7 times 8 is 56.", "7 times 8 is 54."]
+    assert thinking.template_kwargs == {"enable_thinking": True}
+    assert "reasoning_content" not in brief.responses[0][0]
+    assert brief.template_kwargs == {"enable_thinking": False}
+    assert thinking.prompt == brief.prompt
+
+
+def test_agents_rows_by_other_names_are_read_by_columns_alone(tmp_path):
+    """As sets name them that hold the messages so far and two answers."""
+    (whole, step), (thinking, brief) = rows_of("trl_tools"), rows_of("trl_thinking")
+    names = {
+        "prompt": "messages",
+        "chosen": "chosen_response",
+        "rejected": "rejected_response",
+        "tools": "functions",
+        "chat_template_kwargs": "template.kwargs",
+    }
+    rows = [
+        {names[key]: value for key, value in row.items() if key != "chat_template_kwargs"}
+        for row in (whole, step, thinking, brief)
+    ]
+    for row, fixture in zip(rows[2:], (thinking, brief), strict=True):
+        row["template"] = {"kwargs": fixture["chat_template_kwargs"]}
+    path = tmp_path / "r.jsonl"
+    for kinds, fixture in ((rows[:2], "trl_tools"), (rows[2:], "trl_thinking")):
+        path.write_text("".join(json.dumps(row) + "\n" for row in kinds))
+        used = {ours: theirs for ours, theirs in names.items() if ours in rows_of(fixture)[0]}
+        trees, _ = read(str(path), DataConfig(train=str(path), columns=used), "train")
+        for tree, meant in zip(trees, load(fixture)[0], strict=True):
+            assert (tree.prompt, tree.responses, tree.tools) == (meant.prompt, meant.responses, meant.tools)
+            assert (tree.comparisons, tree.template_kwargs) == (meant.comparisons, meant.template_kwargs)
+
+
 MALFORMED = [
     ("trl_unpaired", {"label": 1}, "label is 1, expected true"),
     ("ultrafeedback", {"completions": []}, "completions must be a list of at least 2 objects"),
@@ -162,6 +247,13 @@ MALFORMED = [
     ("alpaca_pairs", {"rejected": None}, "column 'rejected' is missing"),
     ("sharegpt", {"chosen": "text"}, r"chosen\[0\] is not a turn"),
     ("sharegpt", {"conversations": [{"from": "robot", "value": "x"}]}, r"conversations\[0\].from is 'robot'"),
+    ("sharegpt", {"chosen": []}, "chosen must be a list of turns"),
+    ("sharegpt", {"chosen": [{"from": "gpt", "value": "a"}, {"from": "observation", "value": "b"}]}, "chosen ends with a turn of 'tool'"),
+    ("sharegpt", {"chosen": [{"from": "gpt", "value": "a"}, "b"]}, r"chosen\[1\] is not a turn"),
+    ("sharegpt", {"chosen": {"from": "function_call", "value": "look(1)"}}, r"chosen\[0\].value is not a function call: not JSON"),
+    ("sharegpt", {"chosen": {"from": "function_call", "value": "[]"}}, r"chosen\[0\].value must be the JSON of a function call.* or a list"),
+    ("sharegpt", {"chosen": {"from": "function_call", "value": "[1]"}}, r"chosen\[0\].value must be the JSON of a function call"),
+    ("sharegpt", {"chosen": {"from": "function_call", "value": '{"arguments": {}}'}}, r"chosen\[0\].value must be .* with name and arguments"),
     ("votes", {"votes": [1]}, "votes must be a list of 2"),
     ("votes", {"votes": [0, 0]}, "at least one above 0"),
     ("votes_choices", {"choices": [0, 2]}, "choices holds 2"),

@@ -236,7 +236,7 @@ def _alpaca_prompt(row: Row) -> Text:
 
 
 def sharegpt(row: Row) -> Judgment:
-    """`conversations` of turns with `from` and `value`, then `chosen` and `rejected`, one turn each.
+    """`conversations` of turns with `from` and `value`, then `chosen` and `rejected`, a turn or a list of turns each.
 
     Without them the last turn of conversations is the answer: with `kto_tag` a thumb, else SFT.
     """
@@ -245,7 +245,8 @@ def sharegpt(row: Row) -> Judgment:
         turns = ({"role": "system", "content": _string(row, "system")}, *turns)
     if "chosen" in row or "rejected" in row:
         named = fields.needed(row, "chosen", "rejected").items()
-        responses = tuple(fields.complete(_turns([value], name), name) for name, value in named)
+        sides = [(name, value if isinstance(value, list) else [value]) for name, value in named]
+        responses = tuple(fields.complete(_turns(side, name), name) for name, side in sides)
         fields.distinct(responses, "chosen and rejected")
         return _answered(row, turns, responses)
     if len(turns) < 2:
@@ -281,8 +282,20 @@ def _turn(turn: Any, name: str) -> Message:
         raise RowError(f"{name}.from is '{turn['from']}', known are {', '.join(_ROLES)}")
     if turn["from"] != "function_call":
         return {"role": _ROLES[turn["from"]], "content": turn["value"]}
+    calls = [{"type": "function", "function": call} for call in _function_calls(turn["value"], f"{name}.value")]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _function_calls(text: str, name: str) -> list[dict[str, Any]]:
+    """What a turn of `function_call` calls: the JSON of one call, or of a list of them."""
     try:
-        call = parse(turn["value"])
+        found = parse(text)
     except ValueError as error:
-        raise RowError(f"{name}.value is not a function call: {error}") from None
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+        raise RowError(f"{name} is not a function call: {error}") from None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise RowError(
+            f"{name} must be the JSON of a function call, an object with name and arguments, or a list of such; "
+            f"found {fields.shown(found)}"
+        )
+    return calls
