@@ -9,6 +9,7 @@ import tiny
 from test_value import FAIR, rows, written
 
 from favor.ask.choose import by_margin, spread_out
+from favor.ask.run import Foretold, drawn
 from favor.ask.settings import AskConfig
 from favor.config import load
 from favor.errors import ConfigError
@@ -129,8 +130,8 @@ def test_rounds_of_asking_and_answering(model, favor, tmp_path):
         assert figures["by_chance"] == len(new) // 2
         seen += [(row["prompt"], *sorted((row["chosen"], row["rejected"]))) for row in new]
         assert len(set(seen)) == len(seen)
-    # rounds 2 and 3 were foretold, 20 of each by chance
-    assert figures["foretold"] == 40
+    # rounds 2 and 3 were foretold, 20 of each by chance, and chance drew some of those that were chosen in them
+    assert 40 < figures["foretold"] <= 80
     assert figures["accuracy"] > 0.9
     assert figures["accuracy_sequence"][0] > 0.7
     assert figures["settled"]
@@ -138,8 +139,37 @@ def test_rounds_of_asking_and_answering(model, favor, tmp_path):
     code, _, err = favor("lint", "data=labels.jsonl")
     assert code == 0, err
     history = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
-    assert len(history) == 30 + 40 + 40 + 40
+    assert len({line["pair"] for line in history}) == 30 + 40 + 40 + 40
+    twice = len(history) - 150
+    assert 0 < twice == sum(line["by_chance"] for line in history) - 15 - 20 - 20 - 20
     assert history[0]["by_all"] is None
+
+
+def test_chance_draws_from_the_whole_pool_whatever_was_chosen():
+    """The hard pairs are chosen; among those still open they are missing, among those drawn they are as frequent as in the pool."""
+    pool, hard = [f"p{i}" for i in range(200)], {f"p{i}" for i in range(60)}
+    config = AskConfig.model_validate({"model": {"path": "m"}, "pool": "p", "out": "o", "count": 20, "by_chance": 0.5})
+    shares, still_open = [], []
+    for seed in range(60):
+        rng, history = np.random.default_rng(seed), []
+        for _ in range(6):
+            asked = {line.pair for line in history}
+            open_T = [i for i, name in enumerate(pool) if name not in asked]
+            found, again = drawn(config, history, pool, open_T, rng)
+            assert len(found) == 10
+            chance = [pool[open_T[place]] for place in found]
+            chosen = [pool[i] for i in open_T if pool[i] in hard and pool[i] not in chance][:10]
+            history += [*again, *(Foretold(name, True, "", 1.0, 1.0) for name in chance)]
+            history += [Foretold(name, False, "", 1.0, 1.0) for name in chosen]
+        by_chance = [line.pair for line in history if line.by_chance]
+        assert len(set(by_chance)) == len(by_chance)
+        shares.append(np.mean([name in hard for name in by_chance]))
+        still_open.append(
+            np.mean([name in hard for name in by_chance if all(p.pair != name or p.by_chance for p in history)])
+        )
+    # of 60 means of about 80 pairs each: 0.3 with a standard error of 0.006
+    assert np.mean(shares) == pytest.approx(0.3, abs=0.02)
+    assert np.mean(still_open) < 0.2
 
 
 def test_wrong_foretelling_is_seen(model, favor, tmp_path):

@@ -52,6 +52,11 @@ def test_dominance_is_found_where_it_is_and_only_there():
     assert verdict["a", "b"]["difference"] == pytest.approx(0.3, abs=0.05)
     assert verdict["a", "c"]["wins"] == "a"
     assert verdict["b", "c"]["wins"] == "neither"
+    # for all three together, 95 % becomes 98.3 % of each: with 3 seeds and t of 2, wider by up to 7.65 / 4.30
+    for d in found:
+        low, high = d["together"]
+        assert (low + high) / 2 == pytest.approx(d["difference"])
+        assert 1.2 < (high - low) / (d["high"] - d["low"]) < 7.65 / 4.30
 
 
 def one_seed(cells):

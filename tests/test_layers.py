@@ -74,6 +74,7 @@ ALLOWED = {
     # favor in Python: what the commands call, called
     "api": BASE
     | {"settings", "data", "model", "ranks", "stop", "generate", "eval", "train", "lint", "report", "winrate", "diff"}
+    | {"value", "ask", "audit", "realign", "conform"}
     | {"closing", "pages", "trl.names", "words", "favor_frontier"},
     "command": {"closing", "model", "stop"},
     "preferring": BASE

@@ -239,6 +239,39 @@ def test_rewards_scores_and_win_rates(run, start, tmp_path, monkeypatch):
         favor.score(ROWS, names["same"], quiet=True)
 
 
+def first(prompt, one, two):
+    return "A"
+
+
+def test_questions_about_labels_judges_policies_and_trainers(run, start, tmp_path, monkeypatch):
+    """Each gives what its command writes; what is in memory is named by its argument."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Film {i}?", "chosen": f"good {i % 7}", "rejected": f"bad {i % 5}"} for i in range(24)]
+    told = favor.value(start, rows, trusted=rows, models=2, folds=2, clean="clean.jsonl", out="worth.jsonl", quiet=True)
+    assert [line["row"] for line in told.rows] == list(range(1, 25))
+    assert told.rows == [json.loads(line) for line in (tmp_path / "worth.jsonl").read_text().splitlines()]
+    assert (told.figures["pairs"], told.figures["measured_by"]) == (24, "trusted")
+    assert (tmp_path / "clean.jsonl").exists()
+    with pytest.raises(DataError, match=r"^trusted: 1 prompts with a pair"):
+        favor.value(start, rows, trusted=rows[:1], models=2, quiet=True)
+    pool = [{"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]} for row in rows]
+    told = favor.ask(start, pool, out="ask.jsonl", count=5, quiet=True)
+    assert (len(told.rows), told.figures["left"]) == (5, 19)
+    labels = [row for row in rows if any(row["prompt"] == one["prompt"] for one in told.rows)]
+    again = favor.ask(start, pool, labels, out="ask.jsonl", count=5, overwrite=True, quiet=True)
+    assert (again.figures["labelled"], again.figures["left"]) == (5, 14)
+    found = favor.audit(rows, first, rows, pairs=20, repeats=0, quiet=True, fail_on={"position_bias": 0.1})
+    assert (found["position_bias"], found["human_pairs"], len(found["failed"])) == (0.5, 20, 1)
+    assert (tmp_path / "runs/audit-1/soft-labels.jsonl").exists()
+    found = favor.realign(run[0], lambdas=[0.0, 1.0], sample={"max_new_tokens": 2}, sample_prompts=1, quiet=True)
+    assert [one["lambda"] for one in found["family"]] == [0, 1]
+    assert found["family"][0]["kl"] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ConfigError, match=r"'pading' is no case"):
+        favor.conform("favor", cases=["pading"], quiet=True)
+    found = favor.conform("favor", cases=["first_loss"], quiet=True)
+    assert {name: one["verdict"] for name, one in found.items()} == {"first_loss": "holds"}
+
+
 def test_lint_and_errors_name_no_temporary_folder():
     found = favor.lint([*ROWS, ROWS[0]], quiet=True)
     (repeated,) = [finding for finding in found if finding.kind == "duplicate"]

@@ -20,7 +20,7 @@ from favor.value.features import features
 from favor.value.gradients import cosines
 from favor.value.noise import Noise, beside_trusted, mixture
 from favor.value.settings import ValueConfig, ValueSettings
-from favor.value.verdict import judge
+from favor.value.verdict import Judged, judge
 
 FAIR = ["warm", "funny", "humane", "bright", "clever", "tender", "lively", "moving"]
 POOR = ["dull", "clumsy", "tired", "hollow", "bland", "noisy", "cheap", "stale"]
@@ -164,6 +164,22 @@ def test_weights_are_repeated_pairs():
     assert heavy(gap) == pytest.approx(repeated(gap), abs=1e-3)
 
 
+def test_trusted_pairs_are_asked_of_heads_that_did_not_see_their_prompts():
+    """Hand-checked rows of one's own file: whoever was fitted to their prompts knows them, and would agree too often."""
+    rng = np.random.default_rng(0)
+    prompt = np.repeat(np.arange(60), 3)
+    gap = np.eye(60)[prompt] * rng.choice([-1.0, 1.0], 60)[prompt][:, None] + rng.normal(0, 0.01, (180, 60))
+    cases, others = Cases(gap, np.ones(180), prompt), np.concatenate([gap[::3], gap[::3]])
+    # the second half is called by prompts of its own
+    known = np.concatenate([prompt[::3], prompt[::3] + 100])
+    found = margins(cases, others, 3, 4, 0, known).other_HT
+    assert np.isfinite(found[:, :60]).sum() == 3 * 60
+    assert np.isfinite(found[:, 60:]).all()
+    unseen = abs(np.nanmean(found[:, :60]))
+    assert found[:, 60:].mean() > 3 * unseen
+    assert margins(cases, others, 3, 4, 0).other_HT[:, :60] == pytest.approx(found[:, 60:])
+
+
 # features and gradients
 
 
@@ -260,6 +276,55 @@ def test_planted_wrong_labels_are_counted_found_and_turned_round(model, favor, t
     # and the copy trains
     code, _, err = favor("train", f"model={model}", "data=clean.jsonl", "run=run", "max_steps=1")
     assert code == 0, err
+
+
+SAYS = {"prompt": "Review.", "chosen": "warm", "rejected": "dull"}
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "flipped"),
+    [
+        (SAYS, SAYS, {"prompt": "Review.", "chosen": "dull", "rejected": "warm"}),
+        (SAYS | {"margin": 2.0, "weight": 3.0}, None, {"prompt": "Review.", "chosen": "dull", "rejected": "warm"}),
+        (
+            {"prompt": "Review.", "responses": ["warm", "dull"], "ranking": [0, 1], "ended": [True, False]},
+            None,
+            {"prompt": "Review.", "responses": ["dull", "warm"], "ranking": [0, 1], "ended": [False, True]},
+        ),
+        (
+            {"prompt": "Review.", "responses": ["warm", "dull"], "votes": [3, 1], "ended": [False, True]},
+            {"prompt": "Review.", "responses": ["warm", "dull"], "votes": [0.75, 0.25], "ended": [False, True]},
+            {"prompt": "Review.", "responses": ["dull", "warm"], "votes": [0.75, 0.25], "ended": [True, False]},
+        ),
+        (
+            {"prompt": "Review.", "responses": ["warm", "dull"], "scores": [5, 2], "ended": [True, False]},
+            {"prompt": "Review.", "responses": ["warm", "dull"], "scores": [3, 0], "ended": [True, False]},
+            {"prompt": "Review.", "responses": ["dull", "warm"], "scores": [3, 0], "ended": [False, True]},
+        ),
+    ],
+)
+def test_the_cleaned_copy_says_what_the_rows_said(model, tmp_path, given, kept, flipped):
+    """Read back, a pair that stays is the same comparison: label, weight, gap, answers that were cut; a flipped one its reverse."""
+    from favor.value.clean import cleaned
+    from favor.value.run import read_parts
+
+    def tree(row, name):
+        path = written(tmp_path / name, [row])
+        config = load(ValueConfig, None, [f"model.path={model}", f"data.train={path}", "tokens.template=plain"])
+        (pair,) = read_parts(config, lambda *told: None)["train"].pairs
+        return pair
+
+    before = tree(given, "before.jsonl")
+    for verdict, expected in (("keep", kept or given), ("flip", flipped)):
+        judged = Judged(verdict, 0.0, 1.0, 0.0, 1.0)
+        (row,) = cleaned([before], [judged])
+        assert {name: row[name] for name in expected} == expected
+        after = tree(json.loads(json.dumps(row)), "after.jsonl")
+        assert after.said._replace(order=()) == before.said._replace(order=())
+        better = before.chosen if verdict == "keep" else before.rejected
+        assert after.text.responses[after.chosen] == before.text.responses[better]
+        assert {after.text.responses[i] for i in after.text.cut} == {before.text.responses[i] for i in before.text.cut}
+        assert after.gap == before.gap
 
 
 def test_right_labels_stay(model, favor, tmp_path):

@@ -55,7 +55,7 @@ class FrontierRows(NamedTuple):
     """Tables as text: every point; every pair of methods; what a budget buys; notes."""
 
     points: list[tuple[str, str, str, str]]
-    dominance: list[tuple[str, str, str]]
+    dominance: list[tuple[str, str, str, str]]
     budgets: list[tuple[str, ...]]
     notes: list[str]
 
@@ -118,14 +118,15 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def frontier_rows(found: Mapping[str, Any]) -> FrontierRows:
-    """Rows of (method, strength, KL, reward) and (comparison, difference at equal KL, verdict)."""
+    """Rows of (method, strength, KL, reward) and (comparison, difference at equal KL, corrected interval, verdict)."""
     points = [
         (LABELS[method], _strength(method, p["strength"]), _interval(p["kl"], ".2f"), _interval(p["reward"], ".3f"))
         for method, members in found["points"].items()
         for p in members
     ]
     dominance = [
-        (f"{LABELS[d['a']]} against {LABELS[d['b']]}", _difference(d), _verdict(d)) for d in found["dominance"]
+        (f"{LABELS[d['a']]} against {LABELS[d['b']]}", _difference(d), _together(d), _verdict(d))
+        for d in found["dominance"]
     ]
     each = (
         f"{found['num_prompts']} held-out prompts x {found['samples_per_prompt']} samples x {len(found['seeds'])} seeds"
@@ -181,6 +182,12 @@ def _difference(pair: Mapping[str, Any]) -> str:
     # files of an earlier favor have none
     p = "" if pair.get("p") is None else f", p {pair['p']:.2g}"
     return f"{pair['difference']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}]{p}"
+
+
+def _together(pair: Mapping[str, Any]) -> str:
+    # files of an earlier favor have none
+    both = pair.get("together")
+    return "" if both is None else f"[{both[0]:+.3f}, {both[1]:+.3f}]"
 
 
 def _verdict(pair: Mapping[str, Any]) -> str:

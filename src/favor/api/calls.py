@@ -1,7 +1,7 @@
 """`favor.evaluate`, `sample`, `score`, `winrate`, `diff` and `frontier`: what is done with models that are there.
 
 In: models, rows and prompts in memory or by name, settings as keywords. Out: figures or rows. What runs is what the command
-line runs. Next: parts.py.
+line runs. Next: answers.py.
 """
 
 import os
@@ -18,12 +18,12 @@ from favor.api.parts import (
     prompts_of,
     put_model,
     reward_of,
+    run_of,
     side_of,
     speaking,
     staged,
     with_reward,
 )
-from favor.api.run import Run, load_run
 from favor.api.show import calling
 from favor.config import checked
 from favor.run import RunFolder, read_jsonl
@@ -51,7 +51,7 @@ def evaluate(
     from favor.report.table import figures_table
 
     with staged(evaluating.EvalConfig) as given, calling(quiet=quiet) as (console, advance):
-        tree = keywords_of(evaluating.EvalConfig, settings, "favor.evaluate", run=str(_run(run).path))
+        tree = keywords_of(evaluating.EvalConfig, settings, "favor.evaluate", run=str(run_of(run).path))
         if data is not None:
             tree["data"] = given.rows("held-out", data)
         if reference is not None:
@@ -184,7 +184,3 @@ def frontier(*, out: Any, quiet: bool = False, **settings: Any) -> dict[str, Any
         tree = keywords_of(FrontierConfig, settings, "favor.frontier", run=os.fspath(out))
         config = checked(FrontierConfig, tree, "favor.frontier")
         return in_session(lambda opened: compare(config, opened), console=console)
-
-
-def _run(run: Any) -> Run:
-    return run if isinstance(run, Run) else load_run(run)

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from favor.api.inputs import Given, paths_of
 from favor.api.keywords import in_python, put, tree_of
-from favor.api.run import Run
+from favor.api.run import Run, load_run
 from favor.errors import ConfigError, FavorError
 
 # endings by which a text is the name of a file of prompts, whether it is there or not
@@ -64,6 +64,11 @@ def keywords_of(schema: Any, settings: Mapping[str, Any], where: str, **own: str
             raise ConfigError(f"{where}: '{name}' is {said} in Python; leave {name}= out")
         tree[name] = value
     return tree
+
+
+def run_of(run: Any) -> Run:
+    """A run, or that of a folder."""
+    return run if isinstance(run, Run) else load_run(run)
 
 
 def put_model(tree: dict[str, Any], key: str, model: Any, given: Given, tokenizer: Any) -> None:

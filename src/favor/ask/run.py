@@ -32,7 +32,10 @@ _LEAST, _FOLDS = 10, 5
 
 
 class Foretold(NamedTuple):
-    """A line of the history: a pair, whether it was drawn by chance, which answer all labels and half of them favored."""
+    """A line of the history: a pair, whether it was drawn by chance, which answer all labels and half of them favored.
+
+    A pair that was chosen in one round and drawn by chance in a later one has two lines.
+    """
 
     pair: str
     by_chance: bool
@@ -62,7 +65,10 @@ def ask(config: AskConfig, progress: Progress, recipe: Path | None = None) -> di
         rng = np.random.default_rng([config.seed, len(before)])
         cases = found["pool"].cases.some(open_T)
         told = [_foretell(config, found.get("train"), cases.gap_PF, share, rng) for share in (1.0, 0.5)]
-        chosen, by_chance = _chosen(config, told[0], cases, rng)
+        names = [_name(pair.text) for pair in mine]
+        by_chance, again = drawn(config, before, names, open_T.tolist(), rng)
+        before = [*before, *again]
+        chosen = [*by_chance, *_chosen(config, told[0], cases, by_chance)]
         texts = [mine[place].text for place in open_T[chosen]]
         lines = [_line(text, place in by_chance, told, place) for text, place in zip(texts, chosen, strict=True)]
         figures = _settled(config, before, labels) | {
@@ -115,20 +121,38 @@ def _foretell(
     return margins(some, gap_TF, config.models, _FOLDS, config.seed).other_HT.mean(0)
 
 
-def _chosen(
-    config: AskConfig, margin_T: Array | None, cases: Cases, rng: np.random.Generator
-) -> tuple[list[int], set[int]]:
-    """Places of the pairs to ask about, and which of them were drawn by chance, from all that are open."""
-    order = rng.permutation(len(cases.gap_PF))
-    count = min(config.count, len(order))
-    by_chance = order[: round(config.by_chance * count)].tolist()
-    rest = order[len(by_chance) :]
-    scaled_TF = cases.gap_PF[rest] / np.maximum(np.sqrt((cases.gap_PF**2).mean(0)), 1e-12)
-    wanted = count - len(by_chance)
+def drawn(
+    config: AskConfig, before: Sequence[Foretold], names: Sequence[str], open_T: Sequence[int], rng: np.random.Generator
+) -> tuple[list[int], list[Foretold]]:
+    """The pairs that chance asks about, as indices of open_T, and those that it draws of the pairs that were chosen before.
+
+    It draws from the whole pool, each pair once over all rounds: among those still open the ones that were hard to tell are
+    missing, and a model would look better than it is. A chosen pair that is drawn counts by what was foretold of it then.
+    """
+    places = {place: index for index, place in enumerate(open_T)}
+    done = {line.pair for line in before if line.by_chance}
+    asked = {line.pair: line for line in before}
+    wanted = round(config.by_chance * min(config.count, len(open_T)))
+    found, again = list[int](), list[Foretold]()
+    for place in rng.permutation(len(names)).tolist():
+        if len(found) == wanted:
+            break
+        if place in places:
+            found.append(places[place])
+        elif names[place] in asked.keys() - done:
+            again.append(asked[names[place]]._replace(by_chance=True))
+    return found, again
+
+
+def _chosen(config: AskConfig, margin_T: Array | None, cases: Cases, taken: Sequence[int]) -> list[int]:
+    """Places of the other pairs to ask about."""
+    rest = np.setdiff1d(np.arange(len(cases.gap_PF)), taken)
+    wanted = min(config.count, len(cases.gap_PF)) - len(taken)
     if wanted == 0:
-        return by_chance, set(by_chance)
+        return []
+    scaled_TF = cases.gap_PF[rest] / np.maximum(np.sqrt((cases.gap_PF**2).mean(0)), 1e-12)
     places = spread_out(scaled_TF, wanted) if margin_T is None else by_margin(margin_T[rest], scaled_TF, wanted)
-    return [*by_chance, *rest[places].tolist()], set(by_chance)
+    return rest[places].tolist()
 
 
 def _settled(config: AskConfig, before: Sequence[Foretold], labels: Mapping[str, str]) -> dict[str, Any]:

@@ -34,11 +34,11 @@ class AskConfig(BaseModel):
     count: int = Field(default=20, ge=1)
     """Pairs to ask about."""
     by_chance: float = Field(default=0.2, ge=0, le=1)
-    """The share of them that is drawn by chance: only these tell without bias how good the model is."""
+    """The share of them that chance draws from the whole pool: only these tell without bias how good the model is."""
     enough: float | None = Field(default=None, gt=0.5, lt=1)
     """Say that it is enough once the accuracy before labelling is surely as high."""
     gain: float = Field(default=0.05, gt=0, lt=1)
-    """Say that it is enough once twice the labels surely gain less accuracy than this."""
+    """Say that it is enough once the second half of the labels surely gained less accuracy than this."""
     models: int = Field(default=10, ge=2, le=1000)
     """Cheap models that are asked, each of a bootstrap sample of the labelled prompts."""
     max_tokens_per_pack: int = Field(default=4096, ge=1)

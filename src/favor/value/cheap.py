@@ -33,7 +33,8 @@ class Cases(NamedTuple):
 class Margins(NamedTuple):
     """r(chosen) - r(rejected) of every pair by M heads that never saw its prompt [M, P].
 
-    other_HT: of other pairs, by every head of every fold. strength: the inverse strength of the ridge.
+    other_HT: of other pairs, by every head of every fold, nan by those that saw its prompt where prompts were given. strength:
+    the inverse strength of the ridge.
     """
 
     out_MP: Array
@@ -48,20 +49,24 @@ def gaps(features_RF: NDArray[np.float32], chosen_P: Places, rejected_P: Places)
     return known_RF[chosen_P] - known_RF[rejected_P]
 
 
-def margins(found: Cases, others_TF: Array, models: int, folds: int, seed: int) -> Margins:
+def margins(
+    found: Cases, others_TF: Array, models: int, folds: int, seed: int, prompt_T: Places | None = None
+) -> Margins:
     """Heads of `models` bootstrap samples of the prompts, each in `folds` parts: a head is fitted to all parts but one.
 
-    The strength is the one by which the pairs left out are likeliest.
+    The strength is the one by which the pairs left out are likeliest. prompt_T: prompts of the others, where a head that saw
+    one is not to be asked about it.
     """
+    others = Cases(others_TF, np.ones(len(others_TF)), np.full(len(others_TF), -1) if prompt_T is None else prompt_T)
     counts = found.weight_P / found.weight_P.sum()
 
     def loss(strength: float) -> float:
-        own_P, _ = _round(found, found.weight_P, others_TF[:0], folds, (strength, seed))
+        own_P, _ = _round(found, found.weight_P, others.some(np.arange(0)), folds, (strength, seed))
         return float(counts @ np.logaddexp(0.0, -own_P))
 
     strength = min(STRENGTHS, key=loss)
     rounds = [
-        _round(found, _bootstrap(found, seed + 1 + turn), others_TF, folds, (strength, seed + 1 + turn))
+        _round(found, _bootstrap(found, seed + 1 + turn), others, folds, (strength, seed + 1 + turn))
         for turn in range(models)
     ]
     return Margins(np.stack([own for own, _ in rounds]), np.concatenate([other for _, other in rounds]), strength)
@@ -86,17 +91,18 @@ def head(found: Cases, strength: float) -> Callable[[Array], Array]:
     return margin
 
 
-def _round(found: Cases, weight_P: Array, others_TF: Array, folds: int, how: tuple[float, int]) -> tuple[Array, Array]:
+def _round(found: Cases, weight_P: Array, asked: Cases, folds: int, how: tuple[float, int]) -> tuple[Array, Array]:
     """Margins of every pair by the head that its prompt was left out of [P]; of others by each head [folds, T]."""
     strength, seed = how
     names, place_P = np.unique(found.prompt_P, return_inverse=True)
     folds = min(folds, len(names))
     fold_P = (np.random.default_rng(seed).permutation(len(names)) % folds)[place_P]
-    own_P, others = np.zeros(len(fold_P)), np.zeros((folds, len(others_TF)))
+    own_P, others = np.zeros(len(fold_P)), np.zeros((folds, len(asked.prompt_P)))
     for fold in range(folds):
         out = fold_P == fold
         margin = head(found._replace(weight_P=np.where(out, 0.0, weight_P)), strength)
-        own_P[out], others[fold] = margin(found.gap_PF[out]), margin(others_TF)
+        seen_T = np.isin(asked.prompt_P, found.prompt_P[~out])
+        own_P[out], others[fold] = margin(found.gap_PF[out]), np.where(seen_T, np.nan, margin(asked.gap_PF))
     return own_P, others
 
 

@@ -67,12 +67,13 @@ def beside_trusted(margin_MP: Array, prompt_P: Places, trusted_HT: Array, truste
     """The share by which agreement falls short of that on pairs of the same kind whose labels are right.
 
     With g odd, E[g(m)] over labels that are turned round with probability e is (1 - 2e) times that over right ones, whatever
-    the heads are worth: e = (1 - E[g(m)] / E_trusted[g(m)]) / 2, here g = tanh(a m / 2), a fitted to the trusted pairs. The
-    interval is the jackknife's, leaving out a prompt of either kind at a time.
+    the heads are worth: e = (1 - E[g(m)] / E_trusted[g(m)]) / 2, here g = tanh(a m / 2), a fitted to the trusted pairs. nan
+    stands where a head saw the trusted pair's prompt. The interval is the jackknife's, leaving out a prompt of either kind
+    at a time.
     """
-    scale = _best_scale(trusted_HT.ravel(), 0.0)[1]
+    scale = _best_scale(trusted_HT[np.isfinite(trusted_HT)], 0.0)[1]
     sums = [
-        _by_prompt(np.tanh(scale * margin / 2).mean(0), prompt)
+        _by_prompt(np.nanmean(np.tanh(scale * margin / 2), 0), prompt)
         for margin, prompt in ((margin_MP, prompt_P), (trusted_HT, trusted_prompt_T))
     ]
     (ours, theirs), (without_ours, without_theirs) = zip(*sums, strict=True)

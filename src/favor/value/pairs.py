@@ -26,17 +26,24 @@ Row: TypeAlias = tuple[PromptTree, str]
 
 
 class Pair(NamedTuple):
-    """A pair in its row: the row as a tree of text and of ids, which response is preferred to which, how much it counts.
+    """A pair in its row: the row as a tree of text and of ids, and what is said of two of its responses.
 
-    Both list the same responses. prompt: a number that pairs of one prompt share.
+    Both list the same responses. gap: by how much chosen is better, where the row says so. prompt: a number that pairs of one
+    prompt share.
     """
 
     text: PromptTree
     ids: TokenTree
     chosen: int
     rejected: int
-    weight: float
+    said: Comparison
+    gap: float | None
     prompt: int
+
+    @property
+    def weight(self) -> float:
+        """How much it counts; a soft label by how far it is from a coin."""
+        return self.said.weight * abs(2 * self.said.label - 1)
 
 
 class Part(NamedTuple):
@@ -69,10 +76,10 @@ def parts(rows: Mapping[str, Sequence[Row]], how: How, progress: Callable[[str, 
     for name, part in trees.items():
         prompts = {(text.source, text.rows): known[key] for text, key in rows[name]}
         pairs_of = [
-            Pair(text, ids, chosen, rejected, _weight(one), prompts[text.source, text.rows])
+            Pair(text, ids, one.order[i], one.order[j], one, _gap(one, i, j), prompts[text.source, text.rows])
             for text, ids in part
             for one in ids.comparisons
-            for chosen, rejected in combinations(one.order, 2)
+            for i, j in combinations(range(len(one.order)), 2)
         ]
         ids_of = [ids for _, ids in part]
         known_RF = features(ready, ids_of, how.budget, lambda done: progress("responses read", done, total))
@@ -104,6 +111,6 @@ def _as_numbers(found: list[Pair], trees: Sequence[TokenTree], known_RF: NDArray
     return Part(found, cases, logp_R[chosen_P] - logp_R[rejected_P], left_out)
 
 
-def _weight(one: Comparison) -> float:
-    """A soft label counts by how far it is from a coin."""
-    return one.weight * abs(2 * one.label - 1)
+def _gap(one: Comparison, better: int, worse: int) -> float | None:
+    """By how much one member of an order is better than another."""
+    return sum(one.gaps[better:worse]) if one.gaps else None

@@ -20,6 +20,7 @@ from favor.eval.intervals import SHARE, mean_interval, sign_share
 from favor.output import Output
 from favor.run import jsonl
 from favor.value.cheap import Array, Cases, Margins, head, margins
+from favor.value.clean import cleaned
 from favor.value.gradients import cosines
 from favor.value.noise import Noise, beside_trusted, mixture
 from favor.value.page import page
@@ -47,8 +48,8 @@ def value(config: ValueConfig, progress: Progress, recipe: Path | None = None) -
         found = read_parts(config, progress)
         mine, trusted = found["train"], found.get("trusted")
         _check(config, found)
-        others_TF = trusted.cases.gap_PF if trusted else mine.cases.gap_PF[:0]
-        said = margins(mine.cases, others_TF, settings.models, settings.folds, config.seed)
+        others = trusted.cases if trusted else mine.cases.some(np.arange(0))
+        said = margins(mine.cases, others.gap_PF, settings.models, settings.folds, config.seed, others.prompt_P)
         noise = _noise(mine, trusted, said)
         verdicts = judge(noise.wrong(said.out_MP.mean(0)), said.out_MP, settings)
         more = _more(config, mine, trusted, said, progress)
@@ -56,7 +57,7 @@ def value(config: ValueConfig, progress: Progress, recipe: Path | None = None) -
         figures = _figures(mine, said, noise, verdicts) | {"curve": curve}
         texts = {
             "value.out": lambda: jsonl(_lines(mine.pairs, verdicts, more)),
-            "value.clean": lambda: jsonl(_clean(mine.pairs, verdicts)),
+            "value.clean": lambda: jsonl(cleaned(mine.pairs, verdicts)),
             "value.page": lambda: page(config, figures, list(zip(mine.pairs, verdicts, strict=True))),
         }
         # only when all is made
@@ -183,21 +184,3 @@ def _lines(
             "chosen": responses[pair.chosen],
             "rejected": responses[pair.rejected],
         }
-
-
-def _clean(pairs: Sequence[Pair], verdicts: Sequence[Judged]) -> Iterator[dict[str, Any]]:
-    """The pairs kept, and those turned round, in the form that `favor train` reads."""
-    for pair, one in zip(pairs, verdicts, strict=True):
-        if one.verdict not in ("keep", "flip"):
-            continue
-        better, worse = (pair.chosen, pair.rejected) if one.verdict == "keep" else (pair.rejected, pair.chosen)
-        text = pair.text
-        row: dict[str, Any] = {
-            "prompt": text.prompt,
-            "chosen": text.responses[better],
-            "rejected": text.responses[worse],
-        }
-        extra = {"tools": text.tools, "chat_template_kwargs": text.template_kwargs}
-        if pair.weight != 1.0:
-            row["weight"] = pair.weight
-        yield row | {name: found for name, found in extra.items() if found}

@@ -194,6 +194,10 @@ def logistic(outcome: Array, features: Array, weight: Array, strength: float = _
 
     strength: the inverse of the ridge, the variance of a normal prior of every coefficient.
     """
+    slope = features.T @ (weight * (outcome - 0.5))
+    if np.allclose(slope, 0, atol=1e-12 * len(outcome)):
+        # the best is where the solver starts, and its search along no slope would warn
+        return np.zeros(features.shape[1])
     model = LogisticRegression(C=strength, fit_intercept=False, solver="newton-cholesky", max_iter=1000, tol=1e-6)
     won = np.repeat([1, 0], len(outcome))
     model.fit(np.tile(features, (2, 1)), won, np.concatenate([weight * outcome, weight * (1 - outcome)]))
