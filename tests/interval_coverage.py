@@ -23,6 +23,7 @@ from favor.eval.evaluate import score_samples
 from favor.eval.figures import PairFigures, calibrate
 from favor.eval.intervals import mean_interval, t_quantile
 from favor.model.sample import SampleConfig
+from favor.value.noise import mixture
 from favor.winrate import stats as winstats
 from favor.winrate.stats import JudgedPair, win_figures
 
@@ -332,6 +333,19 @@ NAIVE = tuple(
 )
 
 
+def mistaken(share: float, prompts: int, each: int, known: float):
+    """favor value: a share of the labels flipped by chance. known: the deviation of how well the heads tell the answers apart."""
+
+    def trial(rng: np.random.Generator) -> Trial:
+        prompt = np.repeat(np.arange(prompts), each)
+        logit = known * latent(rng, prompt, 0.5, 0.3)
+        right = np.where(rng.random(len(prompt)) < 1 / (1 + np.exp(-logit)), 1.0, -1.0)
+        found = mixture(logit * right * np.where(rng.random(len(prompt)) < share, -1.0, 1.0), prompt)
+        return {"share of wrong labels": ((found.low, found.high), share)}
+
+    return trial
+
+
 def normal(rng, size):
     """Scores without bounds."""
     return rng.normal(0, 0.2, size)
@@ -407,6 +421,7 @@ def settings() -> Iterator[Setting]:
             yield Setting(
                 f"{prompts} prompts, looked at every {every}, {name}", peeks(one, prompts, every), 5, promised
             )
+    yield from mistakes()
     for prompts, each in ((12, 2), (20, 4), (80, 2)):
         yield Setting(f"{prompts} prompts x {each}, normal", scores(prompts, each, normal, 0.0))
         yield Setting(f"{prompts} prompts x {each}, skewed", scores(prompts, each, skewed, 0.0))
@@ -431,6 +446,13 @@ def settings() -> Iterator[Setting]:
         yield Setting(
             f"{seeds} seed{'s' * (seeds > 1)} x {prompts} prompts, {spreads}", frontiers(seeds, prompts, spread), 5
         )
+
+
+def mistakes() -> Iterator[Setting]:
+    """Those of favor value."""
+    for share, prompts, each, known in ((0.0, 300, 1, 3.0), (0.1, 150, 2, 3.0), (0.2, 300, 1, 1.5), (0.4, 100, 4, 3.0)):
+        name = f"{share:.0%} wrong, {prompts} prompts x {each}, heads know {known:g}"
+        yield Setting(name, mistaken(share, prompts, each, known), 5)
 
 
 SETTINGS = tuple(settings())

@@ -172,11 +172,12 @@ def test_trusted_pairs_are_asked_of_heads_that_did_not_see_their_prompts():
     cases, others = Cases(gap, np.ones(180), prompt), np.concatenate([gap[::3], gap[::3]])
     # the second half is called by prompts of its own
     known = np.concatenate([prompt[::3], prompt[::3] + 100])
-    found = margins(cases, others, 3, 4, 0, known).other_HT
+    said = margins(cases, others, 3, 4, 0, known)
+    found = said.other_HT
     assert np.isfinite(found[:, :60]).sum() == 3 * 60
     assert np.isfinite(found[:, 60:]).all()
-    unseen = abs(np.nanmean(found[:, :60]))
-    assert found[:, 60:].mean() > 3 * unseen
+    # the head that is left is the one that its own pair is judged by
+    assert np.nanmax(found[:, :60].reshape(3, 4, 60), 1) == pytest.approx(said.out_MP[:, ::3])
     assert margins(cases, others, 3, 4, 0).other_HT[:, :60] == pytest.approx(found[:, 60:])
 
 
