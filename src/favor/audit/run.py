@@ -167,7 +167,7 @@ def _page(config: AuditConfig, figures: dict[str, Any]) -> str:
     light = "bad" if figures["failed"] else "unsure" if said["found"] or said["unknown"] else "good"
     few = f" Under {FEW} prompts little can be told." if figures["human_prompts"] < FEW else ""
     sure = (
-        f"Ranges are 95 % intervals over prompts; of six fair figures one leaves its range in every fourth audit.{few}"
+        f"Ranges are 95 % intervals over prompts; of five fair figures one leaves its range in every fifth audit.{few}"
     )
     following = (
         [("", "Correct for what was found, or ask another judge; docs/audit.md says how.")] if said["found"] else []

@@ -123,6 +123,8 @@ def _people(f: Figures) -> Finding:
         return Finding("people", "found", f"{said}, less often than chance: its verdicts may be the wrong way round.")
     if f["ceiling"] is not None:
         said += f"; two people say the same in {percent(f['ceiling'])} ({_ends(f, 'ceiling')})"
+    else:
+        said += "; how often two people do is unknown (one vote a pair), so their labels are taken for right"
     best = f["ceiling_interval"][0] if f["ceiling_interval"] else 1.0
     below = f["agreement_interval"] is not None and f["agreement_interval"][1] < best
     return Finding("people", "found" if below else "clear", f"{said}.")
