@@ -22,7 +22,8 @@ from favor.value.cheap import Cases, head, margins
 
 Array = NDArray[np.float64]
 ROUNDS = (20, 40, 60, 80, 120, 160, 240, 320)
-RULES = ("by chance", "least certain", "least certain and different", "different")
+RULES = ("by chance", "least certain", "least certain and different", "different", "favor ask")
+BY_CHANCE = 0.2
 
 
 def main() -> None:
@@ -63,13 +64,24 @@ def cell(mine: Array, chance: Array) -> str:
 
 
 def rounds(pool: Known, rule: str, seed: int) -> list[int]:
-    """The pairs in the order in which they are labelled: the first 20 by chance, alike for all rules of a seed."""
+    """The pairs in the order in which they are labelled: the first 20 by chance, alike for all rules of a seed.
+
+    "favor ask" is what the command does: first pairs as different as can be, and a share by chance in every round.
+    """
     rng = np.random.default_rng(seed)
     taken: list[int] = rng.permutation(len(pool.rows))[: ROUNDS[0]].tolist()
     scaled_TF = pool.cases.gap_PF / np.sqrt((pool.cases.gap_PF**2).mean(0))
+    if rule == "favor ask":
+        taken = taken[: round(BY_CHANCE * ROUNDS[0])]
+        rest = np.setdiff1d(np.arange(len(pool.rows)), taken)
+        taken += rest[spread_out(scaled_TF[rest], ROUNDS[0] - len(taken))].tolist()
     for count in ROUNDS[1:]:
         rest = rng.permutation(np.setdiff1d(np.arange(len(pool.rows)), taken))
         wanted = count - len(taken)
+        if rule == "favor ask":
+            chance = round(BY_CHANCE * wanted)
+            taken += rest[:chance].tolist()
+            rest, wanted = rest[chance:], wanted - chance
         if rule == "by chance":
             new = np.arange(wanted)
         elif rule == "different":
@@ -137,7 +149,7 @@ def train(pool: Known, labelled: dict[tuple[str, int], list[int]], args: argpars
     print(f"\nDPO on {args.train} labels, lr {args.lr}, {args.dtype}; accuracy on {args.held} held-out pairs")
     print("| rule | accuracy by seed | mean (paired gain over chance) |\n|---|---|---|")
     base = np.zeros(0)
-    for rule in (RULES[0], RULES[2]):
+    for rule in (RULES[0], RULES[-1]):
         found = np.array(
             [dpo(pool, labelled[rule, seed][: args.train], rule, seed, args) for seed in range(args.seeds)]
         )

@@ -3,10 +3,11 @@
     python benchmarks/value.py [--data FILE] [--held-out FILE] [--pairs 600] [--parts noise train gradients] [--out FOLDER]
 
 noise: labels turned round by chance; the share estimated, with its interval, by the mixture, beside trusted pairs, and by
-the closed form of Hoelder-DPO (arXiv 2505.17859) on heads trained by its loss; AUC of which labels are wrong, by P(wrong)
-and by the reference's log-prob margin. train: DPO in full on what each rule keeps, accuracy on held-out pairs with right
-labels; by worth at several shares kept it is the curve that `favor value` draws by heads. gradients: AUC of the cosines of
-value.gradients, beside P(wrong). Default data: the demo's film quotes. What is there is kept, so a stopped call goes on.
+the closed form of Hoelder-DPO (arXiv 2505.17859) on heads trained by its loss; AUC of which labels are wrong, by the heads'
+margin and by the reference's log-prob margin; what the command flips. train: DPO in full on what each rule keeps, accuracy
+on held-out pairs with right labels; by margin (P(wrong) falls with it) at several shares kept it is the curve that
+`favor value` draws by heads. gradients: AUC of the cosines of value.gradients, beside the margin. Default data: the demo's
+film quotes. What is there is kept, so a stopped call goes on.
 """
 
 import argparse
@@ -96,6 +97,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def add_training(parser: argparse.ArgumentParser) -> None:
     """What says how DPO is trained, and on what it is measured."""
+    parser.add_argument("--policy", help="model folder that is trained; default: the one that is asked")
     parser.add_argument("--lr", type=float, default=3e-5)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--epochs", type=int, default=1)
@@ -161,26 +163,27 @@ def noise_table(mine: Known, held: Known, args: argparse.Namespace) -> None:
         f"{len(mine.rows)} pairs, {len(np.unique(mine.cases.prompt_P))} prompts, {args.seeds} seeds; {args.trusted} trusted pairs"
     )
     print(
-        "| planted | mixture | 95 % holds it | beside trusted | 95 % holds it | Hölder, gamma 2 | AUC, P(wrong) "
-        "| AUC, reference's margin |"
-        "\n|---|---|---|---|---|---|---|---|"
+        "| planted | mixture | 95 % holds it | beside trusted | 95 % holds it | Hölder, gamma 2 | AUC, heads' margin "
+        "| AUC, reference's margin | flipped (wrong among them) by draw |"
+        "\n|---|---|---|---|---|---|---|---|---|"
     )
     for share in args.shares:
         found = [estimates(mine, held, share, seed, args) for seed in range(args.seeds)]
-        truth, mixed, beside, holder, auc, simple = zip(*found, strict=True)
+        truth, mixed, beside, holder, auc, simple, flips = zip(*found, strict=True)
         cells = [
             shown(truth),
             *(cell for noises in (mixed, beside) for cell in noise_cells(noises, truth)),
             shown(holder),
             *(shown(values) if share else "" for values in (auc, simple)),
+            ", ".join(f"{count} ({wrong})" for count, wrong in flips),
         ]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def estimates(
     mine: Known, held: Known, share: float, seed: int, args: argparse.Namespace
-) -> tuple[float, Noise, Noise, float, float, float]:
-    """Truth, mixture, beside trusted, Hölder, and two AUCs."""
+) -> tuple[float, Noise, Noise, float, float, float, tuple[int, int]]:
+    """Truth, mixture, beside trusted, Hölder, two AUCs, and how many labels the command flips, how many of them wrong."""
     rng = np.random.default_rng(seed)
     sign_P, cases = turned(mine, len(mine.rows), share, seed)
     trusted = held.cases.some(rng.permutation(len(held.rows))[: args.trusted])
@@ -191,7 +194,10 @@ def estimates(
     wrong = sign_P < 0
     scores = (margin_P, mine.logp_gap * sign_P)
     aucs = [float(roc_auc_score(wrong, -score)) if wrong.any() else float("nan") for score in scores]
-    return float(wrong.mean()), mixed, beside, holder_share(cases, said.strength, seed), aucs[0], aucs[1]
+    verdicts = judge(mixed.wrong(margin_P), said.out_MP, ValueSettings())
+    flipped = np.array([one.verdict == "flip" for one in verdicts])
+    flips = int(flipped.sum()), int((flipped & wrong).sum())
+    return float(wrong.mean()), mixed, beside, holder_share(cases, said.strength, seed), aucs[0], aucs[1], flips
 
 
 def turned(mine: Known, count: int, share: float, seed: int) -> tuple[Array, Cases]:
@@ -303,12 +309,14 @@ RULES: dict[str, Callable[[Choice], Array]] = {
     "60 % by chance": lambda c: c.top(c.rng.random(len(c.margin))),
     "60 % by the reference's margin": lambda c: c.top(c.logp_gap),
     "60 % with the smallest margin (2508.04149)": lambda c: c.top(-np.abs(c.margin)),
-    "80 % by worth": lambda c: c.top(c.margin, 0.8),
-    "60 % by worth": lambda c: c.top(c.margin),
-    "40 % by worth": lambda c: c.top(c.margin, 0.4),
+    "80 % by margin": lambda c: c.top(c.margin, 0.8),
+    "60 % by margin": lambda c: c.top(c.margin),
+    "40 % by margin": lambda c: c.top(c.margin, 0.4),
     "cleaned: keep and flip": lambda c: np.array(
         [{"keep": 1.0, "flip": -1.0}.get(one.verdict, 0.0) for one in c.verdicts]
     ),
+    "80 % by chance": lambda c: c.top(c.rng.random(len(c.margin)), 0.8),
+    "40 % by chance": lambda c: c.top(c.rng.random(len(c.margin)), 0.4),
 }
 
 
@@ -340,7 +348,7 @@ def fitted(rows: list[dict[str, Any]], name: str, seed: int, args: argparse.Name
     write_jsonl(folder / "train.jsonl", rows)
     if not run.model.exists():
         favor.train(
-            args.model,
+            args.policy or args.model,
             str(folder / "train.jsonl"),
             out=run.root,
             seed=seed,
@@ -360,7 +368,7 @@ def held_accuracy(model: Path, args: argparse.Namespace) -> float:
     """Share of the held-out pairs whose implicit reward is right, ties half: log-prob margin less the start's."""
     kept = args.out / "held_gap.npy"
     if not kept.exists():
-        np.save(kept, held_gap(args.model, args))
+        np.save(kept, held_gap(args.policy or args.model, args))
     gain_P = held_gap(str(model), args) - np.load(kept)
     return float(((gain_P > 0) + 0.5 * (gain_P == 0)).mean())
 
@@ -373,7 +381,7 @@ def held_gap(model: str, args: argparse.Namespace) -> Array:
 
 
 def gradient_table(mine: Known, held: Known, args: argparse.Namespace) -> None:
-    """AUC of which labels are wrong, over draws: by the cosine with trusted gradients, and by P(wrong) of the same pairs.
+    """AUC of which labels are wrong, over draws: by the cosine with trusted gradients, and by margins of the same pairs.
 
     A label turned round turns its pair's gradient round, so one pass serves every draw.
     """
@@ -392,14 +400,14 @@ def gradient_table(mine: Known, held: Known, args: argparse.Namespace) -> None:
         kept.write_text(json.dumps([json.loads(line)["gradient"] for line in lines]))
     cosine_P = np.array(json.loads(kept.read_text()))
     print(f"\n{count} pairs, {args.trusted} trusted; AUC of which labels are wrong, {args.seeds} draws")
-    print("| planted | cosine with trusted gradients | P(wrong) | reference's margin |\n|---|---|---|---|")
+    print("| planted | cosine with trusted gradients | heads' margin | reference's margin |\n|---|---|---|---|")
     for share in (share for share in args.shares if share):
         found = [gradient_aucs(mine, cosine_P, share, seed) for seed in range(args.seeds)]
         print(f"| {share:.0%} | " + " | ".join(shown(values) for values in zip(*found, strict=True)) + " |", flush=True)
 
 
 def gradient_aucs(mine: Known, cosine_P: Array, share: float, seed: int) -> tuple[float, float, float]:
-    """By cosine, by P(wrong), by the reference's margin."""
+    """By cosine, by the heads' margin, by the reference's margin."""
     count = len(cosine_P)
     sign_P, cases = turned(mine, count, share, seed)
     said = margins(cases, cases.gap_PF[:0], MODELS, FOLDS, seed)
