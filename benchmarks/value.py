@@ -270,8 +270,9 @@ def train_table(mine: Known, args: argparse.Namespace) -> None:
     )
     for share in args.train_shares:
         base: list[float] = []
+        seen = [looked_at(mine, share, seed, args) for seed in range(args.train_seeds)]
         for name, rule in [list(RULES.items())[number] for number in args.rules]:
-            found = [trained(mine, share, seed, name, rule, args) for seed in range(args.train_seeds)]
+            found = [trained(mine, one, (share, seed, name), rule, args) for seed, one in enumerate(seen)]
             accuracy = [one["accuracy"] for one in found]
             base = base or accuracy
             difference = mean_interval(np.array(accuracy) - np.array(base))
@@ -320,19 +321,24 @@ RULES: dict[str, Callable[[Choice], Array]] = {
 }
 
 
-def trained(
-    mine: Known, share: float, seed: int, name: str, rule: Callable[[Choice], Array], args: argparse.Namespace
-) -> dict[str, float]:
-    """One run of DPO on what a rule keeps."""
+def looked_at(mine: Known, share: float, seed: int, args: argparse.Namespace) -> Choice:
+    """What the rules see of the labels of a seed, of which a share is turned round."""
     sign_P, cases = turned(mine, args.train_pairs, share, seed)
     said = margins(cases, cases.gap_PF[:0], MODELS, FOLDS, seed)
     noise = mixture(said.out_MP.mean(0), cases.prompt_P)
     verdicts = judge(noise.wrong(said.out_MP.mean(0)), said.out_MP, ValueSettings())
-    seen = Choice(
-        said.out_MP.mean(0), mine.logp_gap[: args.train_pairs] * sign_P, verdicts, noise, np.random.default_rng(seed)
-    )
-    use_P = rule(seen)
-    final_P = use_P * sign_P
+    logp_gap = mine.logp_gap[: args.train_pairs] * sign_P
+    return Choice(said.out_MP.mean(0), logp_gap, verdicts, noise, np.random.default_rng(seed))
+
+
+def trained(
+    mine: Known, seen: Choice, which: tuple[float, int, str], rule: Callable[[Choice], Array], args: argparse.Namespace
+) -> dict[str, float]:
+    """One run of DPO on what a rule keeps; which: share, seed and rule."""
+    share, seed, name = which
+    use_P = rule(seen._replace(rng=np.random.default_rng(seed)))
+    sign_P, _ = turned(mine, args.train_pairs, share, seed)
+    final_P, noise = use_P * sign_P, seen.noise
     rows = [row if final > 0 else swapped(row) for row, final in zip(mine.rows, final_P, strict=False) if final]
     robust = {"kind": "robust", "label_smoothing": min(noise.certain, 0.45)} if "robust" in name else {"kind": "dpo"}
     accuracy = fitted(rows, f"{share:g}-{seed}-{list(RULES).index(name)}", seed, args, robust)

@@ -134,7 +134,7 @@ def drawn(
     asked = {line.pair: line for line in before}
     wanted = round(config.by_chance * min(config.count, len(open_T)))
     found, again = list[int](), list[Foretold]()
-    for place in rng.permutation(len(names)).tolist():
+    for place in map(int, rng.permutation(len(names))):
         if len(found) == wanted:
             break
         if place in places:
