@@ -12,6 +12,7 @@ film quotes. What is there is kept, so a stopped call goes on.
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -351,8 +352,13 @@ def fitted(rows: list[dict[str, Any]], name: str, seed: int, args: argparse.Name
     folder = args.out / name
     run = RunFolder(folder / "run")
     folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "accuracy.json"
+    if kept.exists():
+        return float(json.loads(kept.read_text()))
     write_jsonl(folder / "train.jsonl", rows)
     if not run.model.exists():
+        # of a call that was stopped
+        shutil.rmtree(run.root, ignore_errors=True)
         favor.train(
             args.policy or args.model,
             str(folder / "train.jsonl"),
@@ -367,7 +373,8 @@ def fitted(rows: list[dict[str, Any]], name: str, seed: int, args: argparse.Name
             save={"every": 0},
             quiet=True,
         )
-    return held_accuracy(run.model, args)
+    kept.write_text(json.dumps(held_accuracy(run.model, args)))
+    return float(json.loads(kept.read_text()))
 
 
 def held_accuracy(model: Path, args: argparse.Namespace) -> float:
