@@ -17,6 +17,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _threads():
+    """Fixtures of a module train with as many threads as its tests, whatever OMP_NUM_THREADS says."""
+    torch.set_num_threads(2)
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)

@@ -190,6 +190,7 @@ def test_wrong_foretelling_is_seen(model, favor, tmp_path):
             "models=2",
             "count=30",
             "enough=0.6",
+            "gain=0.001",
             "--json",
             *data,
         )

@@ -269,7 +269,7 @@ def test_questions_about_labels_judges_policies_and_trainers(run, start, tmp_pat
     with pytest.raises(ConfigError, match=r"'pading' is no case"):
         favor.conform("favor", cases=["pading"], quiet=True)
     found = favor.conform("favor", cases=["first_loss"], quiet=True)
-    assert {name: one["verdict"] for name, one in found.items()} == {"first_loss": "holds"}
+    assert {name: one["status"] for name, one in found.items()} == {"first_loss": "holds"}
 
 
 def test_lint_and_errors_name_no_temporary_folder():
