@@ -56,7 +56,7 @@ ALLOWED = {
     "lint": BASE | {"output", "settings", "data", "model", "rewards", "report.frame", "report.words"},
     "value": BASE
     | {"output", "data", "model", "eval.figures", "eval.intervals", "report.frame", "report.words"}
-    | {"lint.settings", "lint.cheap", "lint.page"},
+    | {"lint.settings", "lint.cheap", "lint.page", "rewards.model"},
     "ask": BASE
     | {"output", "data", "model", "eval.sequence", "label.intake", "label.settings", "label.store", "lint.settings"}
     | {"value.cheap", "value.pairs"},

@@ -19,6 +19,7 @@ from favor.value.cheap import Cases, head, margins
 from favor.value.features import features
 from favor.value.gradients import cosines
 from favor.value.noise import Noise, beside_trusted, mixture
+from favor.value.run import read_parts
 from favor.value.settings import ValueConfig, ValueSettings
 from favor.value.verdict import Judged, judge
 
@@ -225,6 +226,43 @@ def test_a_pair_pulls_where_itself_pulls_and_away_from_its_opposite(model):
     assert -0.999 < found[2] < 0.999
 
 
+def test_implicit_margins_are_those_of_plain_transformers(model, favor, tmp_path):
+    """Mean and spread over two runs; a run from another start is refused."""
+    from transformers import AutoModelForCausalLM
+
+    found = rows(40, prompts=20)[0]
+    data = written(tmp_path / "prefs.jsonl", found)
+    for seed in (0, 1):
+        words = [
+            f"model={model}",
+            f"data={data}",
+            f"run=run-{seed}",
+            f"seed={seed}",
+            "lr=1e-2",
+            "max_steps=4",
+            "batch_prompts=4",
+        ]
+        assert favor("train", *words)[0] == 0
+    asked = ["value.models=2", "value.out=worth.jsonl", "--json"]
+    code, _, err = favor("value", f"model={model}", f"data={data}", 'value.policies=["run-0","run-1"]', *asked)
+    assert code == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "worth.jsonl").read_text().splitlines()]
+    config = load(ValueConfig, None, [f"model.path={model}", f"data.train={data}"])
+    trees = [pair.ids for pair in read_parts(config, lambda *told: None)["train"].pairs]
+    with torch.no_grad():
+        start, *runs = (
+            plain_logps(AutoModelForCausalLM.from_pretrained(path), trees).reshape(-1, 2)
+            for path in (model, tmp_path / "run-0/model", tmp_path / "run-1/model")
+        )
+    gaps = np.stack([((run - start)[:, 0] - (run - start)[:, 1]).numpy() for run in runs])
+    assert np.abs(gaps).max() > 0.1
+    assert [line["implicit"] for line in lines] == pytest.approx(gaps.mean(0), abs=1e-4)
+    assert [line["implicit_spread"] for line in lines] == pytest.approx(gaps.std(0), abs=1e-4)
+    code, _, err = favor("value", "model=run-0/model", f"data={data}", 'value.policies=["run-1"]', *asked)
+    assert (code, "run-1 began at another model" in err) == (2, True)
+    assert favor("value", f"model={model}", f"data={data}", 'value.policies=["run-1"]')[0] == 2
+
+
 # verdicts
 
 
@@ -307,7 +345,6 @@ SAYS = {"prompt": "Review.", "chosen": "warm", "rejected": "dull"}
 def test_the_cleaned_copy_says_what_the_rows_said(model, tmp_path, given, kept, flipped):
     """Read back, a pair that stays is the same comparison: label, weight, gap, answers that were cut; a flipped one its reverse."""
     from favor.value.clean import cleaned
-    from favor.value.run import read_parts
 
     def tree(row, name):
         path = written(tmp_path / name, [row])

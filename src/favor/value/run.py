@@ -6,6 +6,7 @@ In: ValueConfig. Out: figures; a line a pair, a page, a cleaned copy. Next: sett
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +23,7 @@ from favor.run import jsonl
 from favor.value.cheap import Array, Cases, Margins, head, margins
 from favor.value.clean import cleaned
 from favor.value.gradients import cosines
+from favor.value.implicit import implicit_margins
 from favor.value.noise import Noise, beside_trusted, mixture
 from favor.value.page import page
 from favor.value.pairs import How, Pair, Part, parts, read_rows
@@ -44,6 +46,7 @@ def value(config: ValueConfig, progress: Progress, recipe: Path | None = None) -
     asked = {"value.out": settings.out, "value.page": settings.page, "value.clean": settings.clean}
     outputs = [Output(Path(path), key, settings.overwrite) for key, path in asked.items() if path is not None]
     read = [*(source.path for source in config.data.parts), config.data.eval, settings.trusted, config.model.path]
+    read += settings.policies
     with output.all_claimed(outputs, [*read, recipe and str(recipe)]):
         found = read_parts(config, progress)
         mine, trusted = found["train"], found.get("trusted")
@@ -103,6 +106,11 @@ def _more(
         # LossDiff of arXiv 2510.13212, by heads: the loss under these labels less that under the trusted ones
         by_trusted_P = head(trusted.cases, said.strength)(mine.cases.gap_PF)
         found["loss_gap"] = (np.logaddexp(0, -said.out_MP.mean(0)) - np.logaddexp(0, -by_trusted_P)).tolist()
+    if config.value.policies:
+        told = partial(progress, "policies")
+        how = (config.model, config.value.policies, mine.pairs, config.value.max_tokens_per_pack)
+        mean_P, spread_P = implicit_margins(*how, told)
+        found |= {"implicit": mean_P.tolist(), "implicit_spread": spread_P.tolist()}
     if trusted is not None and config.value.gradients:
         ours, theirs = ([_alone(pair) for pair in part.pairs] for part in (mine, trusted))
         found["gradient"] = cosines(

@@ -29,6 +29,8 @@ class ValueSettings(BaseModel):
     """Also replace files that favor value did not write."""
     trusted: str | None = None
     """Pairs whose labels are right, of the same kind as those asked about: with them the share of wrong labels is measured."""
+    policies: tuple[str, ...] = ()
+    """Runs of favor train from model.path, such as one with several seeds: the implicit margin of each pair, and its spread."""
     models: int = Field(default=10, ge=2, le=1000)
     """Cheap models, each of a bootstrap sample of the prompts."""
     folds: int = Field(default=5, ge=2, le=100)
@@ -53,6 +55,8 @@ class ValueSettings(BaseModel):
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "ValueSettings":
+        if self.policies and self.out is None:
+            raise ValueError("value.policies adds columns to value.out; name that file, or remove them")
         if self.gradients and self.trusted is None:
             raise ValueError("value.gradients compares with the pairs of value.trusted; name them, or remove it")
         if self.examples != type(self).model_fields["examples"].default and not self.page:
