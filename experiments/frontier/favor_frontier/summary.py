@@ -98,7 +98,7 @@ def dominance(start: Sequence[Cell], frontiers: Mapping[str, Sequence[Cell]]) ->
 
 def _compared(a: str, b: str, influence: tuple[float, Array] | None, looked_at: int) -> dict[str, Any]:
     """A pair of methods, without a verdict. looked_at: how many pairs have a difference."""
-    said = {"a": a, "b": b, "difference": None, "low": None, "high": None, "together": None, "p": None}
+    said: dict[str, Any] = {"a": a, "b": b, "difference": None, "low": None, "high": None, "together": None, "p": None}
     if influence is None:
         return said | {"wins": "neither"}
     difference, influence_SP = influence
