@@ -190,7 +190,7 @@ def estimates(
     trusted = held.cases.some(rng.permutation(len(held.rows))[: args.trusted])
     said = margins(cases, trusted.gap_PF, MODELS, FOLDS, seed)
     margin_P = said.out_MP.mean(0)
-    mixed = mixture(margin_P, cases.prompt_P)
+    mixed = mixture(said.out_MP, cases.prompt_P)
     beside = beside_trusted(said.out_MP, cases.prompt_P, said.other_HT, trusted.prompt_P)
     wrong = sign_P < 0
     scores = (margin_P, mine.logp_gap * sign_P)
@@ -326,7 +326,7 @@ def looked_at(mine: Known, share: float, seed: int, args: argparse.Namespace) ->
     """What the rules see of the labels of a seed, of which a share is turned round."""
     sign_P, cases = turned(mine, args.train_pairs, share, seed)
     said = margins(cases, cases.gap_PF[:0], MODELS, FOLDS, seed)
-    noise = mixture(said.out_MP.mean(0), cases.prompt_P)
+    noise = mixture(said.out_MP, cases.prompt_P)
     verdicts = judge(noise.wrong(said.out_MP.mean(0)), said.out_MP, ValueSettings())
     logp_gap = mine.logp_gap[: args.train_pairs] * sign_P
     return Choice(said.out_MP.mean(0), logp_gap, verdicts, noise, np.random.default_rng(seed))

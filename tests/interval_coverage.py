@@ -340,7 +340,7 @@ def mistaken(share: float, prompts: int, each: int, known: float):
         prompt = np.repeat(np.arange(prompts), each)
         logit = known * latent(rng, prompt, 0.5, 0.3)
         right = np.where(rng.random(len(prompt)) < 1 / (1 + np.exp(-logit)), 1.0, -1.0)
-        found = mixture(logit * right * np.where(rng.random(len(prompt)) < share, -1.0, 1.0), prompt)
+        found = mixture((logit * right * np.where(rng.random(len(prompt)) < share, -1.0, 1.0))[None], prompt)
         return {"share of wrong labels": ((found.low, found.high), share)}
 
     return trial

@@ -115,7 +115,19 @@ def test_rounds_of_asking_and_answering(model, favor, tmp_path):
         {"prompt": r["prompt"], "responses": [r["chosen"], r["rejected"]][:: rng.choice([1, -1])]} for r in found
     ]
     pool, labels = written(tmp_path / "pool.jsonl", samples), tmp_path / "labels.jsonl"
-    seen, words = [], ["ask", f"model={model}", f"pool={pool}", "out=ask.jsonl", "by_chance=0.5", "models=2", "--json"]
+    seen, words = (
+        [],
+        [
+            "ask",
+            f"model={model}",
+            f"pool={pool}",
+            "out=ask.jsonl",
+            "overwrite=true",
+            "by_chance=0.5",
+            "models=2",
+            "--json",
+        ],
+    )
     for turn in itertools.count():
         data = [f"data={labels}"] if labels.exists() else []
         code, out, err = favor(*words, *data, f"count={40 if turn else 30}", "enough=0.7")
@@ -186,6 +198,7 @@ def test_wrong_foretelling_is_seen(model, favor, tmp_path):
             f"model={model}",
             f"pool={pool}",
             "out=ask.jsonl",
+            "overwrite=true",
             "by_chance=1",
             "models=2",
             "count=30",
@@ -212,6 +225,11 @@ def test_what_cannot_be_used_is_refused(model, favor, tmp_path):
     )
     base = ["ask", f"model={model}", f"pool={pool}", "out=ask.jsonl"]
     assert favor(*base, "count=5", "by_chance=0")[0] == 0
+    asked = (tmp_path / "ask.jsonl").read_bytes()
+    code, _, err = favor(*base)
+    assert (code, "label its pairs" in err) == (2, True)
+    assert (tmp_path / "ask.jsonl").read_bytes() == asked
+    base.append("overwrite=true")
     code, _, err = favor(*base)
     assert (code, "every pair has been asked about" in err) == (2, True)
     code, _, err = favor(*base, f"history={pool}")

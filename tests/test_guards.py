@@ -308,7 +308,7 @@ def test_a_stop_keeps_the_best_look(films, planted, tmp_path):
     run_train(words(films, tmp_path / "broken", PLANTED, *LOOKS, "health.consequence=stop"))
     assert max(records(tmp_path / "broken", "step")) == caught
     (kept,) = events(tmp_path / "broken", "kept")
-    assert kept["message"].startswith("warning: no look was without a sign, so the model is that of step")
+    assert kept["message"].startswith("warning: no later look was without a sign, so the model is that of step")
     run_train(words(films, tmp_path / "stopped", *TOUCHY, "health.consequence=stop"))
     (told,) = events(tmp_path / "stopped", "health")
     assert told["message"].endswith(": training stops")
@@ -343,7 +343,7 @@ def test_a_budget_on_kl_chooses_the_result(films, tmp_path):
     run_train(words(films, tmp_path / "none", "optim.lr=2e-3", *LOOKS, "health.kl_budget=1e-9", "train.epochs=1"))
     (kept,) = events(tmp_path / "none", "kept")
     assert kept["message"].startswith(
-        "warning: no look was without a sign within a KL of 1e-09, so the model is that of step 3"
+        "warning: no later look was without a sign within a KL of 1e-09, so the model is that of step 3"
     )
 
 

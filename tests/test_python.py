@@ -249,7 +249,8 @@ def test_questions_about_labels_judges_policies_and_trainers(run, start, tmp_pat
     rows = [{"prompt": f"Film {i}?", "chosen": f"good {i % 7}", "rejected": f"bad {i % 5}"} for i in range(24)]
     told = favor.value(start, rows, trusted=rows, models=2, folds=2, clean="clean.jsonl", out="worth.jsonl", quiet=True)
     assert [line["row"] for line in told.rows] == list(range(1, 25))
-    assert told.rows == [json.loads(line) for line in (tmp_path / "worth.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (tmp_path / "worth.jsonl").read_text().splitlines()]
+    assert told.rows == [{**line, "source": "rows"} for line in written]
     assert (told.figures["pairs"], told.figures["measured_by"]) == (24, "trusted")
     assert (tmp_path / "clean.jsonl").exists()
     with pytest.raises(DataError, match=r"^trusted: 1 prompts with a pair"):
@@ -263,6 +264,11 @@ def test_questions_about_labels_judges_policies_and_trainers(run, start, tmp_pat
     found = favor.audit(rows, first, rows, pairs=20, repeats=0, quiet=True, fail_on={"position_bias": 0.1})
     assert (found["position_bias"], found["human_pairs"], len(found["failed"])) == (0.5, 20, 1)
     assert (tmp_path / "runs/audit-1/soft-labels.jsonl").exists()
+    (tmp_path / "judges.py").write_text("def first(prompt, one, two):\n    return 'A'\n")
+    kept = favor.audit(rows, f"{tmp_path / 'judges.py'}:first", rows, out="kept", pairs=20, repeats=0, quiet=True)
+    assert kept["position_bias"] == 0.5
+    told = favor.diff(run[0].path, run[0], ["Film 1?"], max_new_tokens=2, checks=False, quiet=True)
+    assert told["figures"]["kl"]["change"] == pytest.approx(0, abs=1e-6)
     found = favor.realign(run[0], lambdas=[0.0, 1.0], sample={"max_new_tokens": 2}, sample_prompts=1, quiet=True)
     assert [one["lambda"] for one in found["family"]] == [0, 1]
     assert found["family"][0]["kl"] == pytest.approx(0, abs=1e-6)

@@ -64,12 +64,29 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.4])
 def test_the_interval_of_the_mixture_holds_the_planted_share(share):
     """At least 23 of 26 intervals of 95 %: with true coverage 95 % fewer happen once in 250 times."""
-    held = [mixture(labelled(500, share, seed), np.arange(500)) for seed in range(26)]
+    held = [mixture(labelled(500, share, seed)[None], np.arange(500)) for seed in range(26)]
     assert sum(one.low <= share <= one.high for one in held) >= 23
     # of 40 % it may find none, with an interval that says that it does not know
     assert abs(np.median([one.share for one in held]) - share) < 0.03
     # an interval from none to a half would hold every share
     assert np.median([one.high - one.low for one in held]) < (0.25 if share < 0.4 else 0.5)
+
+
+def test_heads_whose_margins_say_nothing_beyond_their_sign_cannot_tell():
+    """They are right in seven of ten cases however large the margin: wrong labels, or weak heads? Nobody can tell."""
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        margin = np.abs(rng.normal(size=150)) * np.where(rng.random(150) < 0.7, 1.0, -1.0)
+        for heads in (margin[None], margin + rng.normal(0, 0.5, (10, 150))):
+            found = mixture(heads, np.arange(150))
+            assert (found.low, found.certain) == (0.0, 0.0)
+            assert found.high > 0.2
+    rng = np.random.default_rng(0)
+    margin = rng.normal(size=1500) ** 2 * np.where(rng.random(1500) < 0.7, 1.0, -1.0)
+    unsteady = mixture(margin + rng.normal(0, 1, (10, 1500)), np.arange(1500))
+    # heads that all say the same of every pair know what they say
+    steady = mixture(np.repeat(margin[None], 10, 0), np.arange(1500))
+    assert unsteady.low == 0 < 0.2 < steady.low < 0.3 < steady.high
 
 
 def test_the_mixture_is_the_likeliest_of_a_grid():
@@ -78,7 +95,7 @@ def test_the_mixture_is_the_likeliest_of_a_grid():
     def likelihood(share, scale):
         return np.log((1 - share) * expit(scale * margin) + share * expit(-scale * margin)).sum()
 
-    found = mixture(margin, np.arange(300))
+    found = mixture(margin[None], np.arange(300))
     grid = max(likelihood(share, scale) for share in np.linspace(0, 0.495, 100) for scale in np.geomspace(0.2, 5, 200))
     assert likelihood(found.share, found.scale) >= grid - 1e-3
 
@@ -86,10 +103,10 @@ def test_the_mixture_is_the_likeliest_of_a_grid():
 def test_pairs_of_one_prompt_are_not_several():
     """Every pair four times over: the estimate stays, and so must the interval."""
     margin = labelled(200, 0.2, seed=1)
-    once = mixture(margin, np.arange(200))
-    four = mixture(np.repeat(margin, 4), np.repeat(np.arange(200), 4))
+    once = mixture(margin[None], np.arange(200))
+    four = mixture(np.repeat(margin, 4)[None], np.repeat(np.arange(200), 4))
     assert (once.share, once.low, once.high) == pytest.approx((four.share, four.low, four.high), abs=0.011)
-    naive = mixture(np.repeat(margin, 4), np.arange(800))
+    naive = mixture(np.repeat(margin, 4)[None], np.arange(800))
     assert naive.high - naive.low < 0.7 * (once.high - once.low)
 
 
@@ -112,7 +129,7 @@ def test_heads_that_know_nothing_say_so():
         rng.normal(size=(1, 400)), np.arange(400), -np.abs(rng.normal(size=(1, 100))), np.arange(100)
     )
     assert (found.low, found.high) == (0.0, 0.5)
-    assert mixture(rng.normal(size=400), np.arange(400)).certain == 0.0
+    assert mixture(rng.normal(size=400)[None], np.arange(400)).certain == 0.0
 
 
 def test_how_likely_a_label_is_wrong_is_bayes_rule():

@@ -5,6 +5,7 @@ In: what a command left behind, its run folder or its figures. Out: Done, and li
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -199,7 +200,9 @@ def audited(run: str, figures: Figures) -> Done:
     paths = {"figures": folder.audit, "page": folder.audit_page, "soft_labels": folder.soft_labels}
     there = {name: str(path) for name, path in paths.items() if path.exists()}
     following = typed("train", "model.path=MODEL", f"data.train={folder.soft_labels}", "run=runs/dpo")
-    if "soft_labels" not in there:
+    calibration = (figures["soft_labels"] or {}).get("calibration")
+    # labels that say no more than a coin teach nothing
+    if "soft_labels" not in there or (calibration and calibration["loss"] >= math.log(2)):
         following = typed("label", f"data={figures['data']}", "db=labels.sqlite")
     return Done((figures["headline"], *figures["failed"]), figures, there, (following,), bool(figures["failed"]))
 
@@ -287,7 +290,9 @@ def asked(out: str, history: str, figures: Figures) -> Done:
     said = [f"{figures['asked']} pairs to label in {out}, {figures['by_chance']} of them by chance"]
     if figures["foretold"]:
         right = f"{figures['accuracy']:.2f} [{low:.2f}, {high:.2f}]"
-        said.append(f"right before their label: {right} of {figures['foretold']} pairs drawn by chance")
+        said.append(
+            f"the model was right on {right} of {figures['foretold']} pairs drawn by chance, before their labels came"
+        )
     said.append("that is enough" if figures["settled"] else "more labels may help")
     following = (
         typed("label", f"data={out}", "db=labels.sqlite"),
@@ -306,7 +311,7 @@ def compared(said: str, figures: Figures, written: Mapping[str, str | None]) -> 
     following = (more, typed("winrate", *models))
     verdict = figures["verdict"]
     bad = verdict in ("fails", "not settled")
-    return Done((said, answered), figures, paths, following, bad, 3 if verdict == "not settled" else 1)
+    return Done((said.rstrip("."), answered), figures, paths, following, bad, 3 if verdict == "not settled" else 1)
 
 
 def conformed(found: Mapping[str, Figures], out: str | None, page: str | None) -> Done:

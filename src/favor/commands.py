@@ -120,7 +120,7 @@ def _winrate() -> Command:
 
 
 def _diff() -> Command:
-    """What changed between two models on the same prompts; with [gate], exit code 0 passes, 1 fails, 3 not settled."""
+    """What changed between two models on the same prompts; a gate has exit code 0 where it passes, 1 fails, 3 is not settled."""
     from favor.diff.page import headline
     from favor.diff.run import diff
     from favor.diff.settings import DiffConfig

@@ -54,11 +54,11 @@ def _sides(words: Sequence[str]) -> list[str]:
         plain = "=" not in word and not word.endswith(".toml")
         word = f"{name}={word}" if plain and (name := next(names, None)) else word
         key, _, value = word.partition("=")
-        found.append(f"{key}={_model_of(value)}" if key in ("a", "b") else word)
+        found.append(f"{key}={model_of(value)}" if key in ("a", "b") else word)
     return found
 
 
-def _model_of(path: str) -> str:
+def model_of(path: str) -> str:
     """The model of a run folder; any other path as it is."""
     folder = RunFolder(Path(path))
     return str(folder.model) if folder.config.exists() and folder.model.exists() else path

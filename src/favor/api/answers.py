@@ -63,7 +63,7 @@ def value(
         lay(given)
         figures = valuing(config, advance)
         console.print(worth_table(figures))
-        return Answer(read_jsonl(kept), figures)
+        return Answer([{**line, "source": given.named(line["source"])} for line in read_jsonl(kept)], figures)
 
 
 def ask(

@@ -28,6 +28,7 @@ from favor.api.show import calling
 from favor.config import checked
 from favor.run import RunFolder, read_jsonl
 from favor.train.session import in_session
+from favor.words import model_of
 
 
 class Scores(NamedTuple):
@@ -161,7 +162,8 @@ def diff(a: Any, b: Any, prompts: Any, *, quiet: bool = False, **settings: Any) 
     with staged(DiffConfig) as given, calling(quiet=quiet) as (console, advance):
         tree = keywords_of(DiffConfig, with_reward(settings, given), "favor.diff")
         for name, side in (("a", a), ("b", b)):
-            section = dict(side) if isinstance(side, Mapping) else {"path": given.model(name, side)}
+            model = model_of(os.fspath(side)) if isinstance(side, str | os.PathLike) else side
+            section = dict(side) if isinstance(side, Mapping) else {"path": given.model(name, model)}
             put(tree, name, section, "favor.diff")
         tree["prompts"] = prompts_of(prompts, given)
         config = checked(DiffConfig, tree, "favor.diff")

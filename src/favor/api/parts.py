@@ -112,11 +112,13 @@ def side_of(name: str, side: Any, given: Given) -> dict[str, Any]:
 
 
 def judge_of(judge: Any, given: Given, *, kept: bool) -> dict[str, Any]:
-    """Section [judge]: a function, what scores, or a dict of it. kept: as in `reward_of`."""
+    """Section [judge]: a function (`file.py:name` is one), what scores, or a dict of it. kept: as in `reward_of`."""
     if isinstance(judge, Mapping):
         return dict(judge)
     if inspect.isroutine(judge):
         return {"kind": "callable", "path": _function(judge, kept=kept)}
+    if isinstance(judge, str) and ":" in judge:
+        return {"kind": "callable", "path": judge}
     return {"kind": "reward", "reward": reward_of(judge, given, None, kept=kept)}
 
 

@@ -15,7 +15,7 @@ from favor.ask.choose import by_margin, spread_out
 from favor.ask.settings import AskConfig
 from favor.data.grow import key_of
 from favor.data.types import Comparison, PromptTree, Text
-from favor.errors import DataError
+from favor.errors import ConfigError, DataError
 from favor.eval.sequence import sequence
 from favor.guard import sha
 from favor.label.intake import take_in
@@ -47,8 +47,14 @@ class Foretold(NamedTuple):
 def ask(config: AskConfig, progress: Progress, recipe: Path | None = None) -> dict[str, Any]:
     """Write the pairs to label and add them to the history; returns the figures. recipe: where the settings come from.
 
-    Raises DataError, ConfigError or CheckpointError when something cannot be used.
+    Raises DataError, ConfigError or CheckpointError when something cannot be used; ConfigError for pairs that were asked about
+    already, which nobody would see again.
     """
+    if Path(config.out).exists() and not config.overwrite:
+        raise ConfigError(
+            f"{config.out}: is there; label its pairs, and ask for the next with data=LABELS overwrite=true (pairs that stay "
+            "without a label are not asked about again)"
+        )
     outputs = [
         Output(Path(config.out), "out", config.overwrite),
         Output(Path(config.history), "history", overwrite=True),

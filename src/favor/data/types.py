@@ -9,6 +9,7 @@ Shape legend, used as name suffixes everywhere:
   J tokens that are parts of pictures
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -153,8 +154,14 @@ def until_said(ids: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def words_of(text: Text) -> str:
-    """A prompt or response as plain text."""
-    return text if isinstance(text, str) else "\n".join(str(m.get("content") or "") for m in text)
+    """A prompt or response as plain text; what a turn calls is said as JSON."""
+    return text if isinstance(text, str) else "\n".join(map(_words_of_turn, text))
+
+
+def _words_of_turn(turn: Message) -> str:
+    content, calls = str(turn.get("content") or ""), turn.get("tool_calls")
+    said = json.dumps(calls, ensure_ascii=False, default=str) if calls else ""
+    return "\n".join(filter(None, (content, said)))
 
 
 class Finding(NamedTuple):

@@ -171,12 +171,13 @@ def winrate_table(figures: Mapping[str, Any]) -> Table:
 def worth_table(figures: Mapping[str, Any]) -> Table:
     """What `favor value` found, as a rich table."""
     f = figures
-    labels = "what the cheap models that never saw a prompt agree with"
+    labels = "labels that cheap models agree with, which never saw the prompt"
     rows = [
         ("wrong labels", _known(f, "wrong_labels", ".3f")),
         (labels, _known(f, "agreement", ".3f")),
-        ("what the model's own log-probs agree with", _known(f, "logp_agreement", ".3f")),
+        ("labels that the model's own log-probs agree with", _known(f, "logp_agreement", ".3f")),
         *((f"pairs to {name}", str(count)) for name, count in f["verdicts"].items()),
+        *((("rows left out, without a pair that can be used", str(f["left_out"])),) if f["left_out"] else ()),
     ]
     for row in f["curve"]:
         kept = row["share"] if isinstance(row["share"], str) else f"{row['share']:.0%} kept"

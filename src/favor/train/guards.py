@@ -151,7 +151,9 @@ class Guard:
             return state
         within = "" if config.kl_budget is None else f" within a KL of {config.kl_budget:g}"
         if best is None:
-            said = f"warning: no look was without a sign{within}, so the model is that of step {state.step} as it is"
+            said = (
+                f"warning: no later look was without a sign{within}, so the model is that of step {state.step} as it is"
+            )
             session.event(state.step, "kept", f"{said}; the model it started from may be better", kept=state.step)
             return state
         said = f"kept step {best.step} of {state.step}: the best sound look{within}, by held-out accuracy"

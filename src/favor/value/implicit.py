@@ -46,5 +46,5 @@ def implicit_margins(
         )
         gained_R = gained_R - before_R
         found.append(gained_R[chosen_P] - gained_R[rejected_P])
-        progress(len(found), len(runs))
+        progress(1, len(runs))
     return np.mean(found, 0), np.std(found, 0)

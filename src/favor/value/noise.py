@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
-from scipy.stats import chi2
+from scipy.stats import chi2, entropy
 
 from favor.eval.intervals import jackknife
 
@@ -20,6 +20,8 @@ _SHARES = np.linspace(0.0, 0.495, 100)
 # log of the factor between a head's margin and the logit of its being right
 _SCALES = (-4.0, 5.0)
 _UPPER = 1.959964
+# |mean sign| of the heads, 1 where all agree, from which they are taken to know what they say
+_STEADY = 0.95
 
 
 class Noise(NamedTuple):
@@ -45,22 +47,28 @@ class Noise(NamedTuple):
         return against / (against + (1 - self.certain) * expit(self.scale * margin_P))
 
 
-def mixture(margin_P: Array, prompt_P: Places) -> Noise:
+def mixture(margin_MP: Array, prompt_P: Places) -> Noise:
     """Maximum likelihood of labels that are turned round with probability e, whatever the pair.
 
     P(label) = (1 - e) s(a m) + e s(-a m), s the logistic function, m the margin by the label, a > 0 and e < 1/2 free. The two
     are told apart by pairs whose margins are large: there the share of disagreement no longer falls. The interval is
     that of the profile likelihood (chi^2 with one degree of freedom), widened by what pairs of one prompt have in common.
+    Where a disagreement that does not depend on the margin is as likely, nothing was seen to fall: heads that are wrong as
+    often would look alike. Unless all heads [M, P] say the same of nearly every pair, the interval then reaches down to 0.
     """
+    margin_P = margin_MP.mean(0)
     likelihood_S, scale_S = np.array([_best_scale(margin_P, share) for share in _SHARES]).T
     best = int(likelihood_S.argmax())
-    inside = 2 * (likelihood_S[best] - likelihood_S) <= chi2.ppf(0.95, 1) * _in_common(
-        margin_P * scale_S[best], _SHARES[best], prompt_P
-    )
+    limit = chi2.ppf(0.95, 1) * _in_common(margin_P * scale_S[best], _SHARES[best], prompt_P)
+    inside = 2 * (likelihood_S[best] - likelihood_S) <= limit
     ends = _SHARES[inside]
     # the last share tried stands for all up to one half
     high = 0.5 if inside[-1] else float(ends[-1])
-    return Noise(float(_SHARES[best]), float(ends[0]), high, float(scale_S[best]), "mixture")
+    flat = 2 * (likelihood_S[best] - _flat(margin_P)) <= limit
+    steady = len(margin_MP) > 1 and np.abs(np.sign(margin_MP).mean(0)).mean() >= _STEADY
+    return Noise(
+        float(_SHARES[best]), 0.0 if flat and not steady else float(ends[0]), high, float(scale_S[best]), "mixture"
+    )
 
 
 def beside_trusted(margin_MP: Array, prompt_P: Places, trusted_HT: Array, trusted_prompt_T: Places) -> Noise:
@@ -96,6 +104,12 @@ def _best_scale(margin_P: Array, share: float) -> tuple[float, float]:
 
     found = minimize_scalar(loss, bounds=_SCALES, method="bounded", options={"xatol": 1e-4})
     return -float(found.fun), float(np.exp(found.x))
+
+
+def _flat(margin_P: Array) -> float:
+    """The log-likelihood of a disagreement that is as frequent at every margin."""
+    against = float((margin_P < 0).mean())
+    return len(margin_P) * float(-entropy([against, 1 - against]))
 
 
 def _likely(logit_P: Array, share: float) -> Array:

@@ -93,7 +93,7 @@ def _check(config: ValueConfig, found: Mapping[str, Part]) -> None:
 def _noise(mine: Part, trusted: Part | None, said: Margins) -> Noise:
     prompt_P = mine.cases.prompt_P
     if trusted is None:
-        return mixture(said.out_MP.mean(0), prompt_P)
+        return mixture(said.out_MP, prompt_P)
     return beside_trusted(said.out_MP, prompt_P, said.other_HT, trusted.cases.prompt_P)
 
 

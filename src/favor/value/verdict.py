@@ -40,7 +40,7 @@ class Judged(NamedTuple):
         """Why, in words."""
         heads = f"{self.agree:.0%} of the cheap models agree with the label"
         said = {
-            "keep": f"wrong with {self.wrong:.0%}",
+            "keep": f"wrong with {self.wrong:.0%}" if self.wrong else "no labels are certain to be wrong",
             "flip": f"wrong with {self.wrong:.0%}: the other answer is the better one",
             "ask": f"wrong with {self.wrong:.0%}: a person's answer is worth most here",
             "drop": f"wrong with {self.wrong:.0%}, and not surely enough to turn it round",
