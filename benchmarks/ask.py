@@ -66,15 +66,11 @@ def cell(mine: Array, chance: Array) -> str:
 def rounds(pool: Known, rule: str, seed: int) -> list[int]:
     """The pairs in the order in which they are labelled: the first 20 by chance, alike for all rules of a seed.
 
-    "favor ask" is what the command does: first pairs as different as can be, and a share by chance in every round.
+    "favor ask" is what the command does: a share by chance in every round.
     """
     rng = np.random.default_rng(seed)
     taken: list[int] = rng.permutation(len(pool.rows))[: ROUNDS[0]].tolist()
     scaled_TF = pool.cases.gap_PF / np.sqrt((pool.cases.gap_PF**2).mean(0))
-    if rule == "favor ask":
-        taken = taken[: round(BY_CHANCE * ROUNDS[0])]
-        rest = np.setdiff1d(np.arange(len(pool.rows)), taken)
-        taken += rest[spread_out(scaled_TF[rest], ROUNDS[0] - len(taken))].tolist()
     for count in ROUNDS[1:]:
         rest = rng.permutation(np.setdiff1d(np.arange(len(pool.rows)), taken))
         wanted = count - len(taken)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from favor import output
-from favor.ask.choose import by_margin, spread_out
+from favor.ask.choose import by_margin
 from favor.ask.settings import AskConfig
 from favor.data.grow import key_of
 from favor.data.types import Comparison, PromptTree, Text
@@ -74,7 +74,7 @@ def ask(config: AskConfig, progress: Progress, recipe: Path | None = None) -> di
         names = [_name(pair.text) for pair in mine]
         by_chance, again = drawn(config, before, names, open_T.tolist(), rng)
         before = [*before, *again]
-        chosen = [*by_chance, *_chosen(config, told[0], cases, by_chance)]
+        chosen = [*by_chance, *_chosen(config, told[0], cases, (by_chance, rng))]
         texts = [mine[place].text for place in open_T[chosen]]
         lines = [_line(text, place in by_chance, told, place) for text, place in zip(texts, chosen, strict=True)]
         figures = _settled(config, before, labels) | {
@@ -150,15 +150,17 @@ def drawn(
     return found, again
 
 
-def _chosen(config: AskConfig, margin_T: Array | None, cases: Cases, taken: Sequence[int]) -> list[int]:
-    """Places of the other pairs to ask about."""
+def _chosen(
+    config: AskConfig, margin_T: Array | None, cases: Cases, chance: tuple[Sequence[int], np.random.Generator]
+) -> list[int]:
+    """Places of the other pairs to ask about. chance: what it took, and its stream, by which they are drawn before there is a model."""
+    taken, rng = chance
     rest = np.setdiff1d(np.arange(len(cases.gap_PF)), taken)
     wanted = min(config.count, len(cases.gap_PF)) - len(taken)
-    if wanted == 0:
-        return []
+    if margin_T is None or wanted == 0:
+        return rng.permutation(rest)[:wanted].tolist()
     scaled_TF = cases.gap_PF[rest] / np.maximum(np.sqrt((cases.gap_PF**2).mean(0)), 1e-12)
-    places = spread_out(scaled_TF, wanted) if margin_T is None else by_margin(margin_T[rest], scaled_TF, wanted)
-    return rest[places].tolist()
+    return rest[by_margin(margin_T[rest], scaled_TF, wanted)].tolist()
 
 
 def _settled(config: AskConfig, before: Sequence[Foretold], labels: Mapping[str, str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class AskConfig(BaseModel):
     history: str = "asked.jsonl"
     """What was asked so far and what was foretold of it; the next rounds add to it."""
     data: DataConfig | None = None
-    """The labels so far; absent: none, and the pairs are as different as can be."""
+    """The labels so far; absent: none, and chance alone chooses."""
     tokens: TokensConfig = TokensConfig()
     count: int = Field(default=20, ge=1)
     """Pairs to ask about."""
