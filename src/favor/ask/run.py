@@ -153,7 +153,7 @@ def drawn(
 def _chosen(
     config: AskConfig, margin_T: Array | None, cases: Cases, chance: tuple[Sequence[int], np.random.Generator]
 ) -> list[int]:
-    """Places of the other pairs to ask about. chance: what it took, and its stream, by which they are drawn before there is a model."""
+    """Places of the other pairs to ask about. chance: what it took, and its stream, which draws before there is a model."""
     taken, rng = chance
     rest = np.setdiff1d(np.arange(len(cases.gap_PF)), taken)
     wanted = min(config.count, len(cases.gap_PF)) - len(taken)
