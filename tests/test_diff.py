@@ -452,7 +452,7 @@ def test_refusals_are_planted_and_found(place, monkeypatch, favor, tmp_path):
     words = words_said(place, "gate.refused.max_rise=0.05", "page=d.html", "out=d.json")
     code, out, err = favor("diff", *words)
     assert (code, err) == (1, "")
-    assert "Of 1 limit: 1 fails." in out
+    assert "Of 1 limit: 1 fails; " in out
     figures = json.loads((tmp_path / "d.json").read_text())
     assert figures["figures"]["refused"]["b"] == 0.5
     assert figures["verdict"] == "fails"
