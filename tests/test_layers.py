@@ -103,7 +103,7 @@ DATA_ORDER = (
     *("features", "batches"),
 )
 # the size of the package; a feature may raise a number to the new size in its own commit, with the reason (CONTRIBUTING.md)
-MOST_LINES, MOST_FILES = 36_660, 247
+MOST_LINES, MOST_FILES = 36_684, 247
 # comment lines per 100 of code, on the files of the story (docs/path.md)
 LEAST_COMMENTS = 5
 FILES = sorted(PACKAGE.rglob("*.py"))

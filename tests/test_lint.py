@@ -305,6 +305,14 @@ def test_calls_of_preferred_responses_are_calls_that_a_tool_takes(tmp_path, call
         assert said in found[0].examples[0]
 
 
+def test_variables_that_no_template_reads_are_counted(files):
+    rows = clean_rows(6)
+    for row, given in zip(rows, ({"enable_thinkin": True}, {"add_generation_prompt": True}, None), strict=False):
+        row |= {"chat_template_kwargs": given} if given else {}
+    (found,) = [f for f in lint(files(rows)) if f.kind == "variables"]
+    assert (found.severity, found.message.split()[0]) == ("note", "1")
+
+
 def test_what_is_no_fault(files):
     """Typographic quotes, accents, emoji of several parts, code, tags in a note only."""
     train = clean_rows()

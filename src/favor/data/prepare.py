@@ -136,5 +136,6 @@ _TOKENS = {
     "responses_trimmed": "responses lose blanks around their text in the template",
     "reasoning_rewritten": "responses with the template's own blanks around their reasoning",
     "tools_unread": "prompts whose tools the template leaves out",
+    "variables_unread": "prompts with chat_template_kwargs that the template does not read",
     "pictures": "pictures",
 }

@@ -41,7 +41,7 @@ _NO_PLAIN = "; use a chat template that renders it, or write it into the content
 
 
 class Rendered(NamedTuple):
-    """The prompt and every response behind it as text; how many are not written as they were, and whether tools got lost.
+    """The prompt and every response behind it as text; how many are not written as they were, what got lost.
 
     A response is texts, each the beginning of the next: all up to where the model begins its next turn, at last the whole.
     Most are one turn, so one text. gaps: of each text but the last, from where the model has said all of its turn to where
@@ -54,6 +54,7 @@ class Rendered(NamedTuple):
     trimmed: int = 0
     rewritten: int = 0
     tools_unread: bool = False
+    variables_unread: bool = False
 
 
 class _Kept(NamedTuple):
@@ -95,7 +96,8 @@ class Renderer:
         unread = tree.tools is not None and not (chat and _names(tree.tools) <= set(re.findall(r"[\w.-]+", prompt)))
         gaps = tuple(tuple(how.gap for how in each[:-1]) for each in kept)
         trimmed, rewritten = (sum(any(how[i] for how in each) for each in kept) for i in (0, 1))
-        return Rendered(prompt, tuple(full), gaps, trimmed, rewritten, unread)
+        strange = not self._words.issuperset(tree.template_kwargs or ())
+        return Rendered(prompt, tuple(full), gaps, trimmed, rewritten, unread, strange)
 
     def prompt(self, prompt: Text, variables: Variables = _NONE, *, proven: bool = True) -> str:
         """Text of a prompt alone. Raises RowError; `proven`: also when the template leaves out a turn of it."""
@@ -225,6 +227,11 @@ class Renderer:
                 inner = {**inner, "arguments": self._arguments(inner["arguments"])}
             made.append({**call, "function": inner} if "function" in call else inner)
         return {**turn, "tool_calls": made}
+
+    @cached_property
+    def _words(self) -> set[str]:
+        """Every word of the template, the names of its variables among them."""
+        return set(re.findall(r"\w+", str(self.tokenizer.chat_template)))
 
     @cached_property
     def _arguments(self) -> Callable[[Any], Any]:

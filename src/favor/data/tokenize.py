@@ -46,8 +46,9 @@ class TokenReport:
 
     tokens and pairs (comparisons) are those before truncation, `_lost` what it took of them. responses_trimmed: the template
     took blanks around their text; reasoning_rewritten: it puts other blanks around their <think>...</think>; tools_unread:
-    it leaves out the tools of the row. several_turns: responses in which others speak too, tokens_read: tokens of those,
-    which are not scored. pictures: in all prompts. kinds: of each one dropped, why.
+    it leaves out the tools of the row; variables_unread: it has no variable of that name. several_turns: responses in which
+    others speak too, tokens_read: tokens of those, which are not scored. pictures: in all prompts. kinds: of each one dropped,
+    why.
     """
 
     template: str = "plain"
@@ -64,6 +65,7 @@ class TokenReport:
     responses_trimmed: int = 0
     reasoning_rewritten: int = 0
     tools_unread: int = 0
+    variables_unread: int = 0
     pictures: int = 0
     tokens: int = 0
     tokens_lost: int = 0
@@ -244,6 +246,7 @@ def _assemble(
     report.responses_trimmed += rendered.trimmed
     report.reasoning_rewritten += rendered.rewritten
     report.tools_unread += rendered.tools_unread
+    report.variables_unread += rendered.variables_unread
     return TokenTree(
         prompt_ids=tools.bos + tuple(prompt_ids),
         response_ids=tuple(responses),

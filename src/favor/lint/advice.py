@@ -102,6 +102,11 @@ ADVICE: Mapping[str, Advice] = {
         "The model would not see what it may call.",
         "Use a template that renders tools (tokens.template).",
     ),
+    "variables": Advice(
+        "The chat template does not read a row's chat_template_kwargs",
+        "What they ask for does not happen.",
+        "Correct the name, or use a template that has it.",
+    ),
     "label_noise": Advice(
         "A label is strongly doubted", _NOISE, "Read the rows below, and turn round or remove those that are wrong."
     ),

@@ -57,6 +57,7 @@ def token_checks(
         if said := _doubled(tree, tokenizer, end_ids):
             yield Hit("doubled_special", rows[tree.row].where, said)
     counts = {"missing_end": report.appended_end, "trimmed": report.responses_trimmed, "tools": report.tools_unread}
+    counts["variables"] = report.variables_unread
     for kind, count in counts.items():
         if count:
             yield Finding("note", kind, f"{count} {KINDS[kind][1]}")

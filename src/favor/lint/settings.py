@@ -76,6 +76,7 @@ KINDS: dict[str, tuple[Severity, str, bool]] = {
     ),
     "trimmed": ("note", "responses lose the blanks around their text in the chat template", False),
     "tools": ("note", "prompts have tools that the chat template leaves out", False),
+    "variables": ("note", "prompts have chat_template_kwargs that the chat template does not read", False),
     "label_noise": ("warning", "rows have a label that a reward or model strongly disagrees with", False),
 }
 
