@@ -279,7 +279,7 @@ def test_a_frontier_says_what_its_intervals_are(tmp_path, seeds, prompts, words)
     pair = found["dominance"][0]
     found["dominance"] = [
         pair | {"wins": "one seed"},
-        pair | {"p": 0.0123, "wins": "neither"},
+        pair | {"p": 0.0123, "wins": "neither", "together": (-0.05, 0.29)},
         pair | {"difference": None, "low": None, "high": None, "wins": "neither"},
     ]
     rows = frontier_rows(found)
@@ -288,7 +288,7 @@ def test_a_frontier_says_what_its_intervals_are(tmp_path, seeds, prompts, words)
     assert "do not correct for that" in "\n".join(rows.notes)
     assert "Holm's correction" in "\n".join(frontier_rows(found | {"correction": "holm"}).notes)
     assert [row[1:] for row in rows.dominance] == [
-        ("+0.120 [+0.010, +0.200]", "no verdict: one seed"),
-        ("+0.120 [+0.010, +0.200], p 0.012", "neither"),
-        ("no KL range in common", "neither"),
+        ("+0.120 [+0.010, +0.200]", "", "no verdict: one seed"),
+        ("+0.120 [+0.010, +0.200], p 0.012", "[-0.050, +0.290]", "neither"),
+        ("no KL range in common", "", "neither"),
     ]
