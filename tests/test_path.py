@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src/favor"
 # a feature may raise a number to the new size in its own commit, with the reason (CONTRIBUTING.md)
 COMMAND_FILES, COMMAND_LINES = 45, 10_042
-STORY_FILES, STORY_LINES = 10, 2686
+STORY_FILES, STORY_LINES = 10, 2696
 FORM_CHANGES = 7
 # what belongs to another command or another option: two passes, cached token ids, rewards, held-out figures ...
 ELSEWHERE = (
