@@ -102,7 +102,9 @@ def stop_table(pool: Known, held: Cases, seeds: int) -> None:
     print(
         "\nrounds of 20 labels until it is settled, by seed: labels (held-out accuracy then); -: not with all of the pool"
     )
-    print("| by_chance | accuracy surely 0.75 | twice the labels surely gain less than 0.05 |\n|---|---|---|")
+    print(
+        "| by_chance | accuracy surely 0.75 | the second half of the labels surely gained less than 0.05 |\n|---|---|---|"
+    )
     for share in (0.2, 1.0):
         found = [settled(pool, share, seed) for seed in range(seeds)]
         cells = [

@@ -83,7 +83,7 @@ def look(here, judge, seed, *more):
 
 
 def losses(here, judge, figures, known):
-    """Mean loss (nats) of P(preferred) on pairs without a label: soft labels, one share for all verdicts, a coin.
+    """Mean loss (nats) of P(preferred) on pairs without a label: by soft labels, and by one share for all verdicts.
 
     One share says 1 - `label_smoothing` of the answer that both orders prefer, and 1/2 where they disagree or tie.
     """

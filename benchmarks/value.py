@@ -272,8 +272,8 @@ def train_table(mine: Known, args: argparse.Namespace) -> None:
     for share in args.train_shares:
         base: list[float] = []
         seen = [looked_at(mine, share, seed, args) for seed in range(args.train_seeds)]
-        for name, rule in [list(RULES.items())[number] for number in args.rules]:
-            found = [trained(mine, one, (share, seed, name), rule, args) for seed, one in enumerate(seen)]
+        for name in [list(RULES)[number] for number in args.rules]:
+            found = [trained(mine, one, share, name, args) for one in seen]
             accuracy = [one["accuracy"] for one in found]
             base = base or accuracy
             difference = mean_interval(np.array(accuracy) - np.array(base))
@@ -289,13 +289,19 @@ def train_table(mine: Known, args: argparse.Namespace) -> None:
 
 
 class Choice(NamedTuple):
-    """What a rule sees: margins by the labels, the reference's own, verdicts; a stream of chance."""
+    """What a rule sees of a seed: margins by the labels, the reference's own, verdicts. sign: -1 where a label is turned round."""
 
+    seed: int
+    sign: Array
     margin: Array
     logp_gap: Array
     verdicts: list[Judged]
     noise: Noise
-    rng: np.random.Generator
+
+    @property
+    def chance(self) -> Array:
+        """A number drawn for every pair, the same for every rule."""
+        return np.random.default_rng(self.seed).random(len(self.margin))
 
     def top(self, score: Array, share: float = KEPT) -> Array:
         """1 for the share with the highest score, else 0."""
@@ -308,7 +314,7 @@ class Choice(NamedTuple):
 RULES: dict[str, Callable[[Choice], Array]] = {
     "all": lambda c: np.ones(len(c.margin)),
     "all, robust loss with the measured share": lambda c: np.ones(len(c.margin)),
-    "60 % by chance": lambda c: c.top(c.rng.random(len(c.margin))),
+    "60 % by chance": lambda c: c.top(c.chance),
     "60 % by the reference's margin": lambda c: c.top(c.logp_gap),
     "60 % with the smallest margin (2508.04149)": lambda c: c.top(-np.abs(c.margin)),
     "80 % by margin": lambda c: c.top(c.margin, 0.8),
@@ -317,8 +323,8 @@ RULES: dict[str, Callable[[Choice], Array]] = {
     "cleaned: keep and flip": lambda c: np.array(
         [{"keep": 1.0, "flip": -1.0}.get(one.verdict, 0.0) for one in c.verdicts]
     ),
-    "80 % by chance": lambda c: c.top(c.rng.random(len(c.margin)), 0.8),
-    "40 % by chance": lambda c: c.top(c.rng.random(len(c.margin)), 0.4),
+    "80 % by chance": lambda c: c.top(c.chance, 0.8),
+    "40 % by chance": lambda c: c.top(c.chance, 0.4),
 }
 
 
@@ -329,20 +335,16 @@ def looked_at(mine: Known, share: float, seed: int, args: argparse.Namespace) ->
     noise = mixture(said.out_MP, cases.prompt_P)
     verdicts = judge(noise.wrong(said.out_MP.mean(0)), said.out_MP, ValueSettings())
     logp_gap = mine.logp_gap[: args.train_pairs] * sign_P
-    return Choice(said.out_MP.mean(0), logp_gap, verdicts, noise, np.random.default_rng(seed))
+    return Choice(seed, sign_P, said.out_MP.mean(0), logp_gap, verdicts, noise)
 
 
-def trained(
-    mine: Known, seen: Choice, which: tuple[float, int, str], rule: Callable[[Choice], Array], args: argparse.Namespace
-) -> dict[str, float]:
-    """One run of DPO on what a rule keeps; which: share, seed and rule."""
-    share, seed, name = which
-    use_P = rule(seen._replace(rng=np.random.default_rng(seed)))
-    sign_P, _ = turned(mine, args.train_pairs, share, seed)
-    final_P, noise = use_P * sign_P, seen.noise
+def trained(mine: Known, seen: Choice, share: float, name: str, args: argparse.Namespace) -> dict[str, float]:
+    """One run of DPO on what a rule keeps of labels of which a share was turned round."""
+    use_P = RULES[name](seen)
+    final_P, noise = use_P * seen.sign, seen.noise
     rows = [row if final > 0 else swapped(row) for row, final in zip(mine.rows, final_P, strict=False) if final]
     robust = {"kind": "robust", "label_smoothing": min(noise.certain, 0.45)} if "robust" in name else {"kind": "dpo"}
-    accuracy = fitted(rows, f"{share:g}-{seed}-{list(RULES).index(name)}", seed, args, robust)
+    accuracy = fitted(rows, f"{share:g}-{seen.seed}-{list(RULES).index(name)}", seen.seed, args, robust)
     wrong = float((final_P[use_P != 0] < 0).mean())
     return {"accuracy": accuracy, "pairs": float((use_P != 0).sum()), "wrong": wrong}
 

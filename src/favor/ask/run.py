@@ -74,7 +74,7 @@ def ask(config: AskConfig, progress: Progress, recipe: Path | None = None) -> di
         names = [_name(pair.text) for pair in mine]
         by_chance, again = drawn(config, before, names, open_T.tolist(), rng)
         before = [*before, *again]
-        chosen = [*by_chance, *_chosen(config, told[0], cases, (by_chance, rng))]
+        chosen = [*by_chance, *_chosen(config, told[0], cases, by_chance, rng)]
         texts = [mine[place].text for place in open_T[chosen]]
         lines = [_line(text, place in by_chance, told, place) for text, place in zip(texts, chosen, strict=True)]
         figures = _settled(config, before, labels) | {
@@ -151,10 +151,9 @@ def drawn(
 
 
 def _chosen(
-    config: AskConfig, margin_T: Array | None, cases: Cases, chance: tuple[Sequence[int], np.random.Generator]
+    config: AskConfig, margin_T: Array | None, cases: Cases, taken: Sequence[int], rng: np.random.Generator
 ) -> list[int]:
-    """Places of the other pairs to ask about. chance: what it took, and its stream, which draws before there is a model."""
-    taken, rng = chance
+    """Places of the other pairs to ask about, behind those taken by chance, which draws these too before there is a model."""
     rest = np.setdiff1d(np.arange(len(cases.gap_PF)), taken)
     wanted = min(config.count, len(cases.gap_PF)) - len(taken)
     if margin_T is None or wanted == 0:

@@ -13,7 +13,7 @@ from favor.errors import ConfigError
 from favor.eval.figures import pairs as places_of
 from favor.model.batched import measured
 from favor.model.layout import settle
-from favor.model.load import ModelConfig, load_policy, weights_hash
+from favor.model.load import ModelConfig, Policy, load_policy, precise, weights_hash
 from favor.model.logprobs import response_logps
 from favor.rewards.model import load_pair
 from favor.value.pairs import Pair
@@ -29,9 +29,17 @@ def implicit_margins(
     Rafailov et al. 2023, arXiv 2305.18290, eq. 5, without its factor beta. A run's own training pairs look better than others.
     Raises ConfigError for a run that began at another model, CheckpointError for one that is not finished.
     """
-    own = weights_hash(load_policy(model.model_copy(update={"lora": None}), frozen=True))
     trees = list({id(pair.ids): pair.ids for pair in pairs}.values())
     chosen_P, rejected_P, _ = places_of(trees)
+
+    def gap(policy: Policy) -> Array:
+        ready, _ = settle(policy, model.layout, trees)
+        logp_R = measured(ready, trees, partial(response_logps, ready), budget).numpy()
+        return logp_R[chosen_P] - logp_R[rejected_P]
+
+    reference = load_policy(model.model_copy(update={"lora": None}), frozen=True)
+    # the reference of every run: one pass serves all
+    own, before_P = weights_hash(reference), gap(precise(reference))
     found: list[Array] = []
     for run in runs:
         policy, start = load_pair(run, None)
@@ -39,12 +47,6 @@ def implicit_margins(
             raise ConfigError(
                 f"value.policies: {run} began at another model than model.path={model.path}; name runs that began there"
             )
-        policy, _ = settle(policy, model.layout, trees)
-        start, _ = settle(start, policy.layout, trees)
-        gained_R, before_R = (
-            measured(one, trees, partial(response_logps, one), budget).numpy() for one in (policy, start)
-        )
-        gained_R = gained_R - before_R
-        found.append(gained_R[chosen_P] - gained_R[rejected_P])
+        found.append(gap(policy) - before_P)
         progress(1, len(runs))
     return np.mean(found, 0), np.std(found, 0)

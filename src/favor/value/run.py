@@ -107,9 +107,8 @@ def _more(
         by_trusted_P = head(trusted.cases, said.strength)(mine.cases.gap_PF)
         found["loss_gap"] = (np.logaddexp(0, -said.out_MP.mean(0)) - np.logaddexp(0, -by_trusted_P)).tolist()
     if config.value.policies:
-        told = partial(progress, "policies")
-        how = (config.model, config.value.policies, mine.pairs, config.value.max_tokens_per_pack)
-        mean_P, spread_P = implicit_margins(*how, told)
+        runs, budget = config.value.policies, config.value.max_tokens_per_pack
+        mean_P, spread_P = implicit_margins(config.model, runs, mine.pairs, budget, partial(progress, "policies"))
         found |= {"implicit": mean_P.tolist(), "implicit_spread": spread_P.tolist()}
     if trusted is not None and config.value.gradients:
         ours, theirs = ([_alone(pair) for pair in part.pairs] for part in (mine, trusted))
